@@ -1,0 +1,38 @@
+# make demo | screen | test | check | bench; everything is installed into .venv at the exact versions of constraints.txt
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install demo screen train test check bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: .venv/.installed ## make .venv and install everything into it
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (some minutes, about 3 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)
+	@$(BIN)/python infra/local/demo.py
+
+screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri
+	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)"
+
+test: .venv/.installed ## the test suite (12 minutes)
+	@$(BIN)/python -m pytest tests
+
+check: .venv/.installed ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
+	@$(BIN)/python benchmarks/bench.py
+
+clean: ## remove what the demo and the benchmark left
+	rm -rf .demo .bench

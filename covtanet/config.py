@@ -1,0 +1,42 @@
+"""A run's TOML file to the dataclasses of those who own the settings. An unknown name is an error; no defaults here."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from covtanet.errors import ConfigError
+from covtanet.screening.stages import ScreeningConfig
+from covtanet.training.distributed import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a job's TOML file may set, one table per part."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
+
+
+def load_config(path: Path | None) -> RunConfig:
+    """Read a TOML file; without one, the defaults of every part.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown name or a value out of range.
+    """
+    if path is None:
+        return RunConfig()
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {path} cannot be read") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    adapter = TypeAdapter(RunConfig, config=ConfigDict(extra="forbid"))
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg']}") from error

@@ -1,0 +1,190 @@
+"""NIfTI-1 and -2, plain or gzipped, to a Volume in HU, and masks back to NIfTI.
+
+The RAS frame of NIfTI exists only here. Not covered: images in pairs (.hdr/.img), more than three dimensions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from isal import isal_zlib
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from covtanet.ct.volume import LPS_TO_RAS, SourceGrid, Volume, canonical_volume
+from covtanet.errors import StudyError
+
+GZIP_MAGIC = b"\x1f\x8b"
+GZIP_WBITS = 31
+HEADER_BYTES = 544
+MAX_VOXELS = 1 << 30
+MIN_SLICES = 8
+MAX_LABELS = 64
+AIR_BELOW_HU = -500
+MIN_AIR_SHARE = 0.01
+TISSUE_HU = (-200, 300)
+LOWEST_HU, HIGHEST_HU = -10000, 40000
+
+
+def read(data: bytes) -> Volume:
+    """Read one NIfTI file.
+
+    data: the file's bytes. The stream of a gzipped file is read to its end, so that its checksum counts.
+
+    Raises:
+        StudyError: ``unreadable``, ``label_map``, ``not_ct``, ``truncated``, ``undecodable``, ``missing_position``,
+            ``gantry_tilt``, ``not_hu``, ``too_few_slices`` or ``too_large``.
+    """
+    array, header = _stored_array(data)
+    if _is_label_map(array):
+        raise StudyError("label_map", f"at most {MAX_LABELS} different values, none below 0: a label map, expected HU")
+    affine = _affine(header)
+    hu = _to_hu(array, header)
+    volume = canonical_volume(hu, affine)
+    check_hu(volume.hu)
+    if len(volume.hu) < MIN_SLICES:
+        raise StudyError("too_few_slices", f"{len(volume.hu)} axial slices, expected at least {MIN_SLICES}")
+    return volume
+
+
+def read_labels(data: bytes) -> NDArray[np.uint16]:
+    """Read a label map or mask as (z, y, x), in the frame of ``read``. Raises StudyError as ``read`` does."""
+    array, header = _stored_array(data)
+    return canonical_volume(array.astype(np.uint16), _affine(header)).hu
+
+
+def write(array: NDArray[Any], grid: SourceGrid) -> bytes:
+    """Return a (z, y, x) mask or volume as .nii.gz in the grid of its source, axis order included."""
+    stored = grid.from_canonical(array)
+    image = nib.Nifti1Image(stored.view(np.uint8) if stored.dtype == bool else stored, LPS_TO_RAS @ grid.affine)
+    image.header.set_xyzt_units("mm")
+    return isal_gzip(image.to_bytes())
+
+
+def isal_gzip(data: bytes) -> bytes:
+    """Compress into one gzip member, without a time stamp, so that the same array gives the same bytes."""
+    compressor = isal_zlib.compressobj(level=1, wbits=GZIP_WBITS)
+    return bytes(compressor.compress(data) + compressor.flush())
+
+
+def write_file(path: Path, array: NDArray[Any], grid: SourceGrid) -> None:
+    """Write ``write``'s bytes to a local file; plain where the name ends in .nii."""
+    data = write(array, grid)
+    path.write_bytes(data if path.suffix == ".gz" else isal_zlib.decompress(data, wbits=GZIP_WBITS))
+
+
+def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
+    """The voxels as stored, before slope and intercept, in the file's axis order, and the header."""
+    is_gzip = data[:2] == GZIP_MAGIC
+    header = _header(_inflate(data, HEADER_BYTES, to_end=False) if is_gzip else data[:HEADER_BYTES])
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise StudyError("not_ct", f"{len(shape)} dimensions, expected 3")
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise StudyError("not_ct", "voxels are colours or complex numbers, expected one real number each")
+    if min(shape) < 1:
+        raise StudyError("truncated", f"the header says {shape} voxels, expected at least one along each axis")
+    start, num_voxels = int(header.get_data_offset()), shape[0] * shape[1] * shape[2]
+    if num_voxels > MAX_VOXELS:
+        raise StudyError("too_large", f"{num_voxels} voxels, expected at most {MAX_VOXELS}")
+    num_bytes = num_voxels * dtype.itemsize
+    plain = _inflate(data, start + num_bytes, to_end=True) if is_gzip else data
+    if len(plain) < start + num_bytes:
+        raise StudyError("truncated", f"{len(plain)} bytes, the header asks for {start + num_bytes}")
+    array = np.frombuffer(plain, dtype, num_voxels, start).reshape(shape, order="F")
+    return array, header
+
+
+def _header(head: bytes) -> Any:
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        size = kind.template_dtype.itemsize
+        if len(head) >= size and kind.may_contain_header(head[:size]):
+            try:
+                return kind(head[:size], check=True)
+            except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
+                raise StudyError("unreadable", "the NIfTI header contradicts itself") from error
+    raise StudyError("unreadable", "the file does not begin with a NIfTI header")
+
+
+def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
+    """Inflate the first ``num_bytes``; with ``to_end`` go on to the end of the stream, keeping nothing of it."""
+    stream = isal_zlib.decompressobj(wbits=GZIP_WBITS)
+    try:
+        out = stream.decompress(data, num_bytes)
+        surplus = 0
+        while to_end and not stream.eof:
+            more = stream.decompress(stream.unconsumed_tail, 1 << 20)
+            surplus += len(more)
+            if surplus > num_bytes:
+                raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
+            if not more and not stream.unconsumed_tail and not stream.eof:
+                raise StudyError("truncated", "the gzip stream ends before its checksum")
+    except isal_zlib.error as error:
+        raise StudyError("undecodable", "the gzip stream is damaged: bad data or checksum") from error
+    return bytes(out)
+
+
+def _affine(header: Any) -> NDArray[np.float64]:
+    """Index -> LPS mm from the header; only declared orientations count.
+
+    Raises:
+        StudyError: ``missing_position`` where neither sform nor qform is set, or they make no space.
+    """
+    if not int(header["sform_code"]) and not int(header["qform_code"]):
+        raise StudyError("missing_position", "neither sform nor qform is set, expected an orientation")
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise StudyError("missing_position", "the affine does not span a space, expected three axes in mm")
+    return LPS_TO_RAS @ affine
+
+
+def _to_hu(array: NDArray[Any], header: Any) -> NDArray[Any]:
+    slope, intercept = header.get_slope_inter()
+    return rescale(array, 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
+
+
+def rescale(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+    """Stored values to HU: int16 where slope, intercept and values are whole numbers that fit, else float32."""
+    if array.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
+        if array.dtype == np.int16 and slope == 1 and intercept == 0:
+            return array
+        low, high = (int(array.min()) * int(slope) + int(intercept), int(array.max()) * int(slope) + int(intercept))
+        if min(low, high) >= -32768 and max(low, high) <= 32767:
+            wide = array.astype(np.int16 if array.dtype.itemsize == 1 else np.int32, copy=False)
+            return (wide * int(slope) + int(intercept)).astype(np.int16, copy=False)
+    return array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _is_label_map(array: NDArray[Any]) -> bool:
+    """Few different whole numbers, none below 0. A CT in HU is told apart by its first negative voxel."""
+    sample = array[:, :, array.shape[2] // 2]
+    if not np.isfinite(sample).all() or sample.min() < 0 or array.min() < 0:
+        return False
+    if array.dtype.kind == "f" and ((np.rint(sample) != sample).any() or (np.rint(array) != array).any()):
+        return False
+    if float(array.max()) > 65535:
+        return False
+    return int(np.count_nonzero(np.bincount(array.astype(np.uint16).ravel(order="K"), minlength=2))) <= MAX_LABELS
+
+
+def check_hu(hu: NDArray[Any]) -> None:
+    """Refuse values that cannot be HU: a chest has air and soft tissue, and nothing far outside the scale.
+
+    Raises:
+        StudyError: ``not_hu``.
+    """
+    sample = hu[:: max(1, len(hu) // 32)]
+    if not np.isfinite(sample).all():
+        raise StudyError("not_hu", "some voxels are not numbers")
+    low, high = float(sample.min()), float(sample.max())
+    air = float((sample < AIR_BELOW_HU).mean())
+    tissue = float(((sample > TISSUE_HU[0]) & (sample < TISSUE_HU[1])).mean())
+    if low < LOWEST_HU or high > HIGHEST_HU or air < MIN_AIR_SHARE or tissue < MIN_AIR_SHARE:
+        raise StudyError(
+            "not_hu",
+            f"values {low:.0f}..{high:.0f}, {air:.1%} air and {tissue:.1%} soft tissue; expected HU with 1 % of each",
+        )

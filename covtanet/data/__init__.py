@@ -1,0 +1,1 @@
+"""What the data sets say: manifests, labels, samples, and phantoms with known truth."""

@@ -1,0 +1,177 @@
+"""What an archive holds: one manifest row per series, never pixels.
+
+A NIfTI object is a series. DICOM objects of one folder with one SeriesInstanceUID are a series, whatever their names.
+An object that should be DICOM but has no readable header, and an archive file such as a zip, are rows of their own.
+Everything else is ignored, but counted.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from covtanet.ct import dicom
+from covtanet.storage import ObjectInfo, version_digest
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+CONTAINER_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z")
+HEAD_BYTES, LONG_HEAD_BYTES = 16 << 10, 4 << 20
+KEY_DIGITS = 32
+
+OBJECT_TYPE = pa.struct([
+    pa.field("path", pa.string()), pa.field("num_bytes", pa.int64()), pa.field("version", pa.string())
+])  # fmt: skip
+MANIFEST_SCHEMA = pa.schema([
+    pa.field("series_key", pa.string(), nullable=False),
+    pa.field("source_path", pa.string(), nullable=False),
+    pa.field("source_format", pa.string(), nullable=False),
+    pa.field("source_version", pa.string(), nullable=False),
+    pa.field("num_objects", pa.int32(), nullable=False),
+    pa.field("num_bytes", pa.int64(), nullable=False),
+    pa.field("study_uid", pa.string()),
+    pa.field("series_uid", pa.string()),
+    pa.field("reason", pa.string()),
+    pa.field("qc_flags", pa.list_(pa.string()), nullable=False),
+    pa.field("objects", pa.list_(OBJECT_TYPE), nullable=False),
+])  # fmt: skip
+IGNORED_SCHEMA = pa.schema([
+    pa.field("path", pa.string(), nullable=False), pa.field("num_bytes", pa.int64(), nullable=False)
+])  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One manifest row. source_path: the NIfTI object, or the folder of a DICOM series with a trailing slash.
+
+    reason: set where listing and header already refuse it (``container``, ``unreadable``).
+    """
+
+    source_path: str
+    source_format: str
+    objects: tuple[ObjectInfo, ...]
+    study_uid: str | None = None
+    series_uid: str | None = None
+    reason: str | None = None
+    qc_flags: tuple[str, ...] = field(default=())
+
+    @property
+    def series_key(self) -> str:
+        """First 32 hex digits of SHA-256 over the path relative to the archive and the series UID."""
+        identity = f"{self.source_path}\n{self.series_uid or ''}".encode("utf-8", "surrogateescape")
+        return hashlib.sha256(identity).hexdigest()[:KEY_DIGITS]
+
+    def to_row(self) -> dict[str, Any]:
+        """The row of MANIFEST_SCHEMA."""
+        return {
+            "series_key": self.series_key,
+            "source_path": self.source_path,
+            "source_format": self.source_format,
+            "source_version": version_digest(list(self.objects)),
+            "num_objects": len(self.objects),
+            "num_bytes": sum(item.num_bytes for item in self.objects),
+            "study_uid": self.study_uid,
+            "series_uid": self.series_uid,
+            "reason": self.reason,
+            "qc_flags": list(self.qc_flags),
+            "objects": [asdict(item) for item in self.objects],
+        }
+
+
+def series_from_row(row: dict[str, Any]) -> Series:
+    """The inverse of ``Series.to_row``."""
+    return Series(
+        source_path=row["source_path"],
+        source_format=row["source_format"],
+        objects=tuple(ObjectInfo(**item) for item in row["objects"]),
+        study_uid=row["study_uid"],
+        series_uid=row["series_uid"],
+        reason=row["reason"],
+        qc_flags=tuple(row["qc_flags"]),
+    )
+
+
+def scan_folder(
+    folder: str, objects: Iterable[ObjectInfo], read_head: Callable[[str, int], bytes]
+) -> tuple[list[Series], list[ObjectInfo]]:
+    """Sort the objects of one folder into series and what is ignored.
+
+    read_head: (path, number of bytes) -> the first bytes of an object.
+    """
+    found: list[Series] = []
+    ignored: list[ObjectInfo] = []
+    members: dict[dicom.SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
+    for item in objects:
+        name = item.path.rsplit("/", 1)[-1].lower()
+        if name.endswith(NIFTI_SUFFIXES):
+            found.append(Series(source_path=item.path, source_format="nifti", objects=(item,)))
+        elif name.endswith(CONTAINER_SUFFIXES):
+            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="container"))
+        else:
+            kind = _identify(item, name, read_head)
+            if isinstance(kind, dicom.SeriesIdentity):
+                members[kind].append(item)
+            elif kind == "unreadable":
+                found.append(Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind))
+            else:
+                ignored.append(item)
+    for identity, items in _one_study_per_series(members).items():
+        found.append(
+            Series(
+                source_path=folder,
+                source_format="dicom",
+                objects=tuple(sorted(items, key=lambda item: item.path)),
+                study_uid=identity.study_uid,
+                series_uid=identity.series_uid,
+            )
+        )
+    return found, ignored
+
+
+def _identify(item: ObjectInfo, name: str, read_head: Callable[[str, int], bytes]) -> dicom.SeriesIdentity | str:
+    head = read_head(item.path, HEAD_BYTES)
+    is_named = name.endswith(DICOM_SUFFIXES)
+    if not dicom.has_magic(head):
+        return "unreadable" if is_named else "ignored"
+    if not is_named and name == "dicomdir":
+        return "ignored"
+    identity = dicom.read_identity(head)
+    if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
+        identity = dicom.read_identity(read_head(item.path, LONG_HEAD_BYTES))
+    return identity or "unreadable"
+
+
+def _one_study_per_series(
+    members: dict[dicom.SeriesIdentity, list[ObjectInfo]],
+) -> dict[dicom.SeriesIdentity, list[ObjectInfo]]:
+    """Join objects that share a series UID but not their study UID: they are one series, of the first study."""
+    joined: dict[str, tuple[dicom.SeriesIdentity, list[ObjectInfo]]] = {}
+    for identity, items in members.items():
+        joined.setdefault(identity.series_uid, (identity, []))[1].extend(items)
+    return dict(joined.values())
+
+
+def flag_repeated(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Add ``series_uid_repeated`` to rows whose series UID stands in more than one folder."""
+    for row in rows:
+        if row["series_uid"] and counts[row["series_uid"]] > 1:
+            row = {**row, "qc_flags": [*row["qc_flags"], "series_uid_repeated"]}
+        yield row
+
+
+def join_by_uid(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Join the rows of one series UID into one, at the first of their folders; holds only rows that repeat."""
+    waiting: dict[str, list[Series]] = defaultdict(list)
+    for row in rows:
+        uid = row["series_uid"]
+        if uid and counts[uid] > 1:
+            waiting[uid].append(series_from_row(row))
+        else:
+            yield row
+    for parts in waiting.values():
+        first = min(parts, key=lambda part: part.source_path)
+        objects = sorted((item for part in parts for item in part.objects), key=lambda item: item.path)
+        yield replace(first, objects=tuple(objects)).to_row()

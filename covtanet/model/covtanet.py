@@ -1,0 +1,81 @@
+"""CovTANet: TA-SegNet's features of one volume to diagnosis and severity (Fig. 1, Alg. 1)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covtanet.model.aggregation import VolumePath
+from covtanet.model.regional import RegionalFeatures
+from covtanet.model.segnet import SegNetConfig, TASegNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovTANetConfig:
+    """The whole network.
+
+    num_slices: slices per volume that the diagnosis reads. pooled_px: side to which F_fus is averaged for them.
+    Choice: 32 slices, 64 pixels (at 512 x 512 a volume's F_fus would take 6.7 GB).
+    """
+
+    segnet: SegNetConfig = field(default_factory=SegNetConfig)
+    num_slices: int = 32
+    pooled_px: int = 64
+    regional_widths: tuple[int, ...] = (32, 64, 128, 256)
+    path_channels: int = 256
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regional_widths", tuple(self.regional_widths))
+        shrink = 2 ** (len(self.regional_widths) - 1)
+        if self.pooled_px % shrink:
+            raise ValueError(f"pooled_px is {self.pooled_px}, expected a multiple of {shrink}")
+
+
+SIZES: dict[str, CovTANetConfig] = {
+    "paper": CovTANetConfig(),
+    "small": CovTANetConfig(
+        segnet=SegNetConfig(widths=(8, 16, 32, 48, 64), fusion_channels=8),
+        num_slices=16,
+        pooled_px=32,
+        regional_widths=(16, 24, 32, 48),
+        path_channels=64,
+        dropout=0.3,
+    ),
+}
+INPUT_PX = {"paper": 512, "small": 128}
+
+
+class CovTANet(nn.Module):
+    """TA-SegNet, the regional feature extractor, and one volumetric path each for diagnosis and severity."""
+
+    def __init__(self, config: CovTANetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.segnet = TASegNet(config.segnet)
+        self.regional = RegionalFeatures(config.segnet.fused_channels, config.regional_widths)
+        self.diagnosis, self.severity = (
+            VolumePath(config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout)
+            for _ in range(2)
+        )
+
+    def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
+        """Lesion logits (B, 1, H, W) and pooled fusion vectors (B, fused_channels, pooled_px, pooled_px)."""
+        logits, fused = self.segnet.segment(slices)
+        return logits, F.adaptive_avg_pool2d(fused, self.config.pooled_px)
+
+    def diagnose(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled fusion vectors of whole volumes (B, S, C, P, P) to logits of infected and of severe, (B,) each."""
+        if pooled.shape[1] != self.config.num_slices:
+            raise ValueError(f"{pooled.shape[1]} slices per volume, expected {self.config.num_slices}")
+        regional = self.regional(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
+        return self.diagnosis(regional), self.severity(regional)
+
+    def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
+        """Volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
+        _, pooled = self.segment(volumes.flatten(0, 1))
+        return self.diagnose(pooled.unflatten(0, volumes.shape[:2]))
+
+    def phase2_parameters(self) -> list[nn.Parameter]:
+        """What phase 2 optimizes: everything but TA-SegNet (Alg. 1)."""
+        return [p for part in (self.regional, self.diagnosis, self.severity) for p in part.parameters()]

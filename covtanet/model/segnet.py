@@ -1,0 +1,136 @@
+"""TA-SegNet, the tri-level attention segmentation network (Eq. 7, Fig. 5, Table I)."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covtanet.model.attention import TriLevelAttention
+from covtanet.model.encoder import PlainEncoder, conv_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegNetConfig:
+    """Widths of the levels and Table I's switches; the default is V7.
+
+    Choice: five levels of 32..512 channels, fusion at 32 channels a level.
+    """
+
+    in_channels: int = 1
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+    fusion_channels: int = 32
+    encoder_tau: bool = True
+    decoder_tau: bool = True
+    encoder_in_fusion: bool = True
+    decoder_in_fusion: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if len(self.widths) < 2:
+            raise ValueError(f"widths has {len(self.widths)} level, expected at least 2")
+
+    @property
+    def has_fusion(self) -> bool:
+        """Whether the mask comes from the fused levels rather than from the last decoder level."""
+        return self.encoder_in_fusion or self.decoder_in_fusion
+
+    @property
+    def fused_channels(self) -> int:
+        """Channels of the fusion vector F_fus."""
+        return self.fusion_channels * len(self._fused_levels) if self.has_fusion else self.widths[0]
+
+    @property
+    def _fused_levels(self) -> range:
+        return range(len(self.widths) if self.encoder_in_fusion else len(self.widths) - 1)
+
+
+TABLE_I: dict[str, dict[str, bool]] = {
+    "V1": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
+    "V2": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": True},
+    # Choice: the printed row of V3 repeats V4's ticks; the text calls V3 the fusion of encoder and decoder.
+    "V3": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": True, "decoder_in_fusion": True},
+    "V4": {"encoder_tau": True, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
+    "V5": {"encoder_tau": False, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
+    "V6": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
+    "V7": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": True, "decoder_in_fusion": True},
+}
+
+
+def _units(widths: Sequence[int], enabled: bool) -> nn.ModuleList:
+    return nn.ModuleList(TriLevelAttention(width) if enabled else nn.Identity() for width in widths)
+
+
+class TASegNet(nn.Module):
+    """Encoder and decoder joined by attention units, all levels fused into the mask."""
+
+    def __init__(self, config: SegNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        self.encoder = PlainEncoder(config.in_channels, widths)
+        self.encoder_taus = _units(widths, config.encoder_tau)
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose2d(deep, width, 2, stride=2) for width, deep in itertools.pairwise(widths)
+        )
+        self.decoder = nn.ModuleList(conv_block(2 * width, width) for width in widths[:-1])
+        self.decoder_taus = _units(widths[:-1], config.decoder_tau)
+        if config.has_fusion:
+            self.reduce = nn.ModuleList(
+                nn.Conv2d(self._level_channels(level), config.fusion_channels, 1) for level in config._fused_levels
+            )
+            self.filter = nn.Sequential(
+                nn.Conv2d(config.fused_channels, config.fusion_channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(config.fusion_channels),
+                nn.ReLU(),
+                nn.Conv2d(config.fusion_channels, 1, 1),
+            )
+        else:
+            self.filter = nn.Sequential(nn.Conv2d(widths[0], 1, 1))
+
+    def _level_channels(self, level: int) -> int:
+        width, is_bottom = self.config.widths[level], level == len(self.config.widths) - 1
+        return width * (int(self.config.encoder_in_fusion) + int(self.config.decoder_in_fusion and not is_bottom))
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """Map slices (B, C, H, W) to lesion logits (B, 1, H, W); H and W multiples of 2^(N-1)."""
+        return self.segment(slices)[0]
+
+    def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
+        """Lesion logits (B, 1, H, W) and the fusion vector F_fus (B, fused_channels, H, W)."""
+        multiple = 2 ** (len(self.config.widths) - 1)
+        if not torch.jit.is_tracing() and (slices.shape[2] % multiple or slices.shape[3] % multiple):
+            raise ValueError(f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}")
+        encoded = [tau(level) for tau, level in zip(self.encoder_taus, self.encoder(slices), strict=True)]
+        decoded = self._decode(encoded)
+        fused = self._fuse(encoded, decoded)
+        return self.filter(fused), fused
+
+    def _decode(self, encoded: list[Tensor]) -> list[Tensor]:
+        """T(D_1) .. T(D_N-1) from T(E_1) .. T(E_N). Choice: the refined map is what goes up."""
+        decoded: list[Tensor] = []
+        deep = encoded[-1]
+        for level in range(len(self.decoder) - 1, -1, -1):
+            deep = self.decoder[level](torch.cat([encoded[level], self.ups[level](deep)], 1))
+            deep = self.decoder_taus[level](deep)
+            decoded.insert(0, deep)
+        return decoded
+
+    def _fuse(self, encoded: list[Tensor], decoded: list[Tensor]) -> Tensor:
+        """F_fus (Eq. 7): per level concatenate, reduce channels and upsample to the first level; concatenate levels.
+
+        Choice: the bottom level, which has no decoder map, fuses T(E_N) alone.
+        """
+        if not self.config.has_fusion:
+            return decoded[0]
+        size = encoded[0].shape[2:]
+        fused = []
+        for level, reduce in enumerate(self.reduce):
+            maps = [encoded[level]] if self.config.encoder_in_fusion else []
+            if self.config.decoder_in_fusion and level < len(decoded):
+                maps.append(decoded[level])
+            reduced = reduce(torch.cat(maps, 1))
+            fused.append(F.interpolate(reduced, size=size, mode="bilinear", align_corners=False) if level else reduced)
+        return torch.cat(fused, 1)

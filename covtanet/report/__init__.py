@@ -1,0 +1,1 @@
+"""Pictures and tables from a ledger or an evaluation; no model."""

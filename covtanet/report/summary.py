@@ -1,0 +1,60 @@
+"""What a job prints at its end, as plain text."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from covtanet.screening.ledger import Accounting, Run
+    from covtanet.screening.pipeline import Plan
+
+
+def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    """Two aligned columns under a title."""
+    lines = [(name, str(value)) for name, value in rows]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(["", title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in lines)])
+
+
+def screening_table(run: "Run", counts: "Accounting", elapsed_s: float) -> str:
+    """The night at a glance."""
+    rows: list[tuple[str, object]] = [("series", counts.series), ("screened", counts.screened)]
+    rows.append(("rejected", sum(counts.rejected.values())))
+    rows += [(f"  {reason}", count) for reason, count in counts.rejected.most_common()]
+    rows.append(("failed", counts.failed))
+    rows += [(f"  {reason}", count) for reason, count in counts.failures.most_common()]
+    rows += [("infected", counts.infected), ("severe", counts.severe)]
+    rows.append(("studies per minute", f"{counts.series / elapsed_s * 60:.1f}" if elapsed_s else "-"))
+    rows.append(("ledger", run.committed_uri))
+    return table(f"Screening {run.run_date} (research use only)", rows)
+
+
+def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) -> str:
+    """What a run would do."""
+    formats: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for row in manifest:
+        formats[row["source_format"]] += 1
+        if row["reason"]:
+            refused[row["reason"]] += 1
+    rows: list[tuple[str, object]] = [("series (expected rows)", planned.num_series)]
+    rows += [(f"  {name}", count) for name, count in sorted(formats.items())]
+    rows += [(f"  refused by listing: {reason}", count) for reason, count in sorted(refused.items())]
+    rows += [
+        ("already finished", planned.num_finished),
+        ("bytes", f"{planned.num_bytes / 1e6:.1f} MB"),
+        ("cluster", f"{planned.num_cpus} CPUs, {planned.num_gpus} GPUs: fits"),
+        ("workers", f"{planned.num_decoders} decoding, {planned.num_predictors} predicting"),
+        ("would write", run.committed_uri),
+    ]
+    return table(f"Plan of run {run.run_id}", rows)
+
+
+def ignored_line(ignored: pa.Table) -> str:
+    """How many objects were no series, by suffix."""
+    suffixes = Counter(PurePosixPath(path).suffix.lower() or "no suffix" for path in ignored["path"].to_pylist())
+    counted = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+    return f"ignored, no series: {counted or 'nothing'}"

@@ -1,0 +1,1 @@
+"""From an archive to a ledger: stages, predictor, pipeline and the ledger's schema."""

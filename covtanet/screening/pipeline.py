@@ -1,0 +1,278 @@
+"""The screening on Ray Data, in order; the one place of screening that knows Ray.
+
+``make_manifest`` reads the headers of an archive; ``screen`` is the pipeline. What crosses between workers is the
+network's input and packed masks, never a raw volume, and as few series at a time as keep every worker busy.
+"""
+
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from covtanet import storage
+from covtanet.ct.window import WindowConfig
+from covtanet.data import manifest
+from covtanet.errors import ConfigError
+from covtanet.model import checkpoint
+from covtanet.report import overlay
+from covtanet.screening import ledger, stages
+from covtanet.screening.ledger import Run
+from covtanet.screening.predictor import Predictor, window_of
+from covtanet.screening.stages import ScreeningConfig
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 10.0
+FOLDERS_PER_SCAN = 16
+SERIES_WAITING_PER_PREDICTOR = 2
+LISTING_SCHEMA = pa.schema([
+    pa.field("folder", pa.string(), nullable=False),
+    pa.field("objects", pa.list_(manifest.OBJECT_TYPE), nullable=False),
+])  # fmt: skip
+SCAN_SCHEMA = manifest.MANIFEST_SCHEMA.append(pa.field("is_ignored", pa.bool_(), nullable=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do, and whether the cluster can."""
+
+    num_series: int
+    num_bytes: int
+    num_finished: int
+    num_cpus: int
+    num_gpus: int
+    num_decoders: int
+    num_predictors: int
+
+
+def make_manifest(run: Run, config: ScreeningConfig) -> None:
+    """List the archive, read the headers on the cluster and freeze the manifest; nothing happens where it exists."""
+    if storage.exists(run.work_uri("manifest.parquet")):
+        return
+    _configure()
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "listing.parquet"
+        rows = (
+            {
+                "folder": prefix,
+                "objects": [{"path": o.path, "num_bytes": o.num_bytes, "version": o.version} for o in found],
+            }
+            for prefix, found in storage.walk(run.archive)
+        )
+        ledger.write_rows(listing, LISTING_SCHEMA, rows, FOLDERS_PER_SCAN)
+        storage.upload(listing, run.work_uri("listing.parquet"))
+        found = _scan(run)
+        series, ignored = Path(folder) / "series.parquet", Path(folder) / "ignored.parquet"
+        counts = _split_scan(found, series, ignored, run.limit if config.group_by == "folder" else 0)
+        arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
+        arranged = arrange(_read(series), counts)
+        if run.limit:
+            arranged = (row for row, _ in zip(arranged, range(run.limit), strict=False))
+        ledger.write_manifest(run, arranged, ignored)
+
+
+def _scan(run: Run) -> Iterator[dict[str, Any]]:
+    """Series and ignored objects of the listing, in its order."""
+    filesystem, path = storage.filesystem(run.work_uri("listing.parquet"))
+    listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
+    found = listing.map_batches(
+        _scan_folders, fn_kwargs={"archive": run.archive}, batch_format="pyarrow", batch_size=None
+    )
+    for batch in found.iter_batches(batch_format="pyarrow", batch_size=None):
+        yield from batch.to_pylist()
+
+
+def _scan_folders(batch: pa.Table, archive: str) -> pa.Table:
+    rows = []
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        return storage.read_bytes(storage.join(archive, path), num_bytes)
+
+    for folder in batch.to_pylist():
+        objects = [storage.ObjectInfo(**item) for item in folder["objects"]]
+        series, ignored = manifest.scan_folder(folder["folder"], objects, read_head)
+        rows += [{**item.to_row(), "is_ignored": False} for item in series]
+        rows += [
+            {
+                **manifest.Series(source_path=item.path, source_format="other", objects=(item,)).to_row(),
+                "is_ignored": True,
+            }
+            for item in ignored
+        ]
+    return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
+
+
+def _split_scan(found: Iterator[dict[str, Any]], series: Path, ignored: Path, limit: int) -> Counter[str]:
+    """Spool series and ignored objects to two local files; returns how often each series UID stands in the archive."""
+    counts: Counter[str] = Counter()
+    num_series = 0
+    with (
+        pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
+        pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+    ):
+        for group in ledger.batched(found, ledger.SERIES_PER_GROUP):
+            kept = [row for row in group if not row["is_ignored"]]
+            counts.update(row["series_uid"] for row in kept if row["series_uid"])
+            num_series += len(kept)
+            rest = [{"path": row["source_path"], "num_bytes": row["num_bytes"]} for row in group if row["is_ignored"]]
+            series_file.write_table(pa.Table.from_pylist(kept, schema=manifest.MANIFEST_SCHEMA))
+            ignored_file.write_table(pa.Table.from_pylist(rest, schema=manifest.IGNORED_SCHEMA))
+            if limit and num_series >= limit:
+                break
+    return counts
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(path).iter_batches(ledger.SERIES_PER_GROUP):
+        yield from batch.to_pylist()
+
+
+def plan(run: Run) -> Plan:
+    """Count what is to be done and choose the workers.
+
+    One predictor per GPU, or one that uses all cores of its node; decoders on the other CPUs.
+
+    Raises:
+        ConfigError: where the cluster has no CPU to spare for decoding.
+    """
+    finished = ledger.finished_keys(run)
+    num_series = num_bytes = num_finished = 0
+    for row in ledger.read_manifest(run, ["series_key", "num_bytes"]):
+        num_series, num_bytes = num_series + 1, num_bytes + row["num_bytes"]
+        num_finished += row["series_key"] in finished
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    num_predictors = num_gpus or max(1, len([node for node in ray.nodes() if node["Alive"]]))
+    if num_cpus < num_predictors + 2:
+        raise ConfigError(
+            f"the cluster has {num_cpus} CPUs, expected at least {num_predictors + 2}: "
+            f"{num_predictors} for prediction, 1 to decode and 1 to measure (ray start --num-cpus)"
+        )
+    return Plan(
+        num_series=num_series,
+        num_bytes=num_bytes,
+        num_finished=num_finished,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        num_decoders=max(1, min(num_cpus - num_predictors - 1, _num_cores())),
+        num_predictors=num_predictors,
+    )
+
+
+def _num_cores() -> int:
+    """Cores of the cluster, as far as this node tells: more logical CPUs than cores do not decode faster."""
+    nodes = len([node for node in ray.nodes() if node["Alive"]])
+    return nodes * len(os.sched_getaffinity(0))
+
+
+class _PredictorActor:
+    """Loads the model once per actor and answers rows."""
+
+    def __init__(self, run: Run, config: ScreeningConfig) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            storage.download_folder(run.work_uri("model"), Path(folder))
+            model = checkpoint.load_model(Path(folder), run.model_digest)
+        self.predictor = Predictor(
+            model,
+            engine=config.engine,
+            num_threads=len(os.sched_getaffinity(0)),
+            max_batch_slices=config.max_batch_slices,
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return stages.predict(row, self.predictor)
+
+
+def _measure_and_store(row: dict[str, Any], run: Run, config: ScreeningConfig, results: str) -> dict[str, Any]:
+    measured = stages.measure(row, config)
+    if results and measured.masks is not None and measured.involvement is not None:
+        folder = storage.join(results, run.run_id, row["series_key"])
+        for name, data in overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement):
+            storage.write_bytes(storage.join(folder, name), data)
+    stored = ledger.store_row(run, measured.record)
+    return {name: stored[name] for name in ("series_key", "status", "reason", "diagnosis", "severity")}
+
+
+def screen(run: Run, config: ScreeningConfig, model_folder: Path, results: str = "") -> None:
+    """Screen every series of the manifest that has no row yet. results: where to write masks and previews, or empty."""
+    _configure()
+    todo_uri = run.work_uri("todo.parquet")
+    finished = ledger.finished_keys(run)
+    planned = plan(run)
+    remaining = planned.num_series - planned.num_finished
+    if planned.num_finished:
+        logger.info("continuing: %d of %d series are finished", planned.num_finished, planned.num_series)
+    if not remaining:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "todo.parquet"
+        todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
+        ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
+        storage.upload(path, todo_uri)
+    _follow(_pipeline(run, config, model_folder, results, todo_uri, planned), remaining)
+
+
+def _pipeline(
+    run: Run, config: ScreeningConfig, model_folder: Path, results: str, todo_uri: str, planned: Plan
+) -> ray.data.Dataset:
+    model = checkpoint.load_model(model_folder, run.model_digest)
+    window: WindowConfig = window_of(model)
+    for name in (checkpoint.WEIGHTS, checkpoint.DESCRIPTION):  # where every node can fetch it
+        storage.upload(model_folder / name, run.work_uri("model", name))
+    filesystem, path = storage.filesystem(todo_uri)
+    series = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=1)
+    return (
+        series.map(
+            partial(stages.decode_and_prepare, archive=run.archive, window=window, config=config),
+            compute=ray.data.TaskPoolStrategy(size=planned.num_decoders),
+            num_cpus=1,
+        )
+        .map(
+            _PredictorActor,
+            fn_constructor_kwargs={"run": run, "config": config},
+            compute=ray.data.ActorPoolStrategy(
+                size=planned.num_predictors, max_tasks_in_flight_per_actor=SERIES_WAITING_PER_PREDICTOR
+            ),
+            num_cpus=1,
+            num_gpus=1 if planned.num_gpus else 0,
+        )
+        .map(
+            partial(_measure_and_store, run=run, config=config, results=results),
+            compute=ray.data.TaskPoolStrategy(size=max(1, planned.num_predictors)),
+            num_cpus=1,
+        )
+    )
+
+
+def _follow(rows: ray.data.Dataset, remaining: int) -> None:
+    """Run the pipeline, and say how far it is."""
+    started = reported = time.monotonic()
+    for done, row in enumerate(rows.iter_rows(), start=1):
+        if row["status"] == "failed":
+            logger.warning("series %s failed: %s", row["series_key"], row["reason"])
+        now = time.monotonic()
+        if now - reported >= PROGRESS_EVERY_S or done == remaining:
+            rate = done / (now - started)
+            logger.info(
+                "%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, (remaining - done) / rate
+            )
+            reported = now
+
+
+def _configure() -> None:
+    """Settings of Ray Data that every plan of ours needs: no lost blocks, no bars in a log."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    context.execution_options.preserve_order = False

@@ -1,0 +1,263 @@
+"""Where bytes live: a local path or an s3:// URI to listings, reads and whole-object writes.
+
+Nobody else knows which it is. Endpoint and credentials of S3 come from the standard AWS variables. Keys are opaque:
+they are never unquoted, normalised or joined with anything but ``/``. Trouble is always an ``OSError``.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import boto3
+import pyarrow.fs as pafs
+import s3fs
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+S3 = "s3://"
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S, MAX_ATTEMPTS = 10, 60, 5
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object as the listing shows it. path: relative to the listed root. version: ETag, or mtime on a disk."""
+
+    path: str
+    num_bytes: int
+    version: str
+
+
+def is_s3(uri: str) -> bool:
+    """Whether a URI names an object store rather than a local path."""
+    return uri.startswith(S3)
+
+
+def join(root: str, *parts: str) -> str:
+    """Append path parts to a root URI."""
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """The URI with an absolute local path and no trailing slash."""
+    return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
+
+
+def walk(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
+    """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
+
+    Holds the objects of one folder and of those above it, never the whole tree.
+    """
+    return _walk_s3(root) if is_s3(root) else _walk_disk(Path(root))
+
+
+def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder")
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        subfolders.sort()
+        relative = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        found = []
+        for name in sorted(names):
+            status = (Path(folder) / name).stat()
+            found.append(ObjectInfo(f"{prefix}{name}", status.st_size, str(status.st_mtime_ns)))
+        if found:
+            yield prefix, found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _walk_s3(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
+    """Group a flat listing. Keys come in order, so a folder is complete once a key no longer begins with it."""
+    bucket, prefix = _split(root.rstrip("/") + "/")
+    open_folders: list[tuple[str, list[ObjectInfo]]] = []
+    with _as_os_error():
+        for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", ()):
+                key = str(item["Key"])
+                if key.endswith("/"):
+                    continue
+                path = key[len(prefix) :]
+                folder = path[: path.rfind("/") + 1]
+                while open_folders and not folder.startswith(open_folders[-1][0]):
+                    yield open_folders.pop()
+                if not open_folders or open_folders[-1][0] != folder:
+                    open_folders.append((folder, []))
+                info = ObjectInfo(path, int(item["Size"]), str(item.get("ETag", "")).strip('"'))
+                open_folders[-1][1].append(info)
+    while open_folders:
+        yield open_folders.pop()
+
+
+def list_names(folder: str) -> list[str]:
+    """Names directly in a folder, sorted; empty where there is no such folder."""
+    if not is_s3(folder):
+        path = Path(folder)
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    bucket, prefix = _split(folder.rstrip("/") + "/")
+    names: set[str] = set()
+    with _as_os_error():
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        for page in pages:
+            keys = [item["Key"] for item in page.get("Contents", ())]
+            keys += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
+            names |= {key[len(prefix) :].strip("/") for key in keys}
+    return sorted(names - {""})
+
+
+def exists(uri: str) -> bool:
+    """Whether an object is there."""
+    if not is_s3(uri):
+        return Path(uri).is_file()
+    bucket, key = _split(uri)
+    try:
+        _client().head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            return False
+        raise OSError(f"storage answered {error.response['ResponseMetadata']['HTTPStatusCode']}") from error
+    except BotoCoreError as error:
+        raise OSError(f"storage: {type(error).__name__}") from error
+    return True
+
+
+def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
+    """Read an object, or only its first bytes."""
+    if not is_s3(uri):
+        with Path(uri).open("rb") as file:
+            return file.read() if max_bytes is None else file.read(max_bytes)
+    bucket, key = _split(uri)
+    extra = {} if max_bytes is None else {"Range": f"bytes=0-{max_bytes - 1}"}
+    with _as_os_error():
+        try:
+            return bytes(_client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read())
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # an empty object has no first byte
+                return b""
+            raise
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write an object; a reader sees all of it or nothing."""
+    _put(uri, io.BytesIO(data))
+
+
+def upload(path: Path, uri: str) -> None:
+    """Publish a local file as one object by one PUT; on a disk by a rename. A reader sees all of it or nothing."""
+    with path.open("rb") as file:
+        _put(uri, file)
+
+
+def _put(uri: str, file: IO[bytes]) -> None:
+    if is_s3(uri):
+        bucket, key = _split(uri)
+        with _as_os_error():
+            _client().put_object(Bucket=bucket, Key=key, Body=file)
+        return
+    target = Path(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix="._", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            shutil.copyfileobj(file, out)
+            out.flush()
+            os.fsync(out.fileno())
+        Path(partial).chmod(0o644)
+        Path(partial).replace(target)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def download_folder(uri: str, target: Path) -> None:
+    """Copy a small folder, such as a model's, to a local one."""
+    for _, objects in walk(uri):
+        for item in objects:
+            path = target / item.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(read_bytes(join(uri, item.path)))
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all below it; nothing happens where there is none."""
+    if not is_s3(uri):
+        shutil.rmtree(uri, ignore_errors=True)
+        return
+    bucket, prefix = _split(uri.rstrip("/") + "/")
+    with _as_os_error():
+        client = _client()
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", ()):
+                client.delete_object(Bucket=bucket, Key=item["Key"])
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """A pyarrow file system for a URI, and the path in it.
+
+    S3 goes through s3fs: pyarrow's own client writes folder markers that some servers keep as files.
+    """
+    if not is_s3(uri):
+        return pafs.LocalFileSystem(), uri
+    return pafs.PyFileSystem(pafs.FSSpecHandler(s3fs.S3FileSystem())), uri.removeprefix(S3)
+
+
+def version_digest(objects: list[ObjectInfo]) -> str:
+    """SHA-256 over name, size and ETag or mtime of each object, by name; changes when the listing does."""
+    digest = hashlib.sha256()
+    for item in sorted(objects, key=lambda item: item.path):
+        digest.update(f"{item.path}\0{item.num_bytes}\0{item.version}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def content_digest(contents: list[tuple[str, bytes]]) -> str:
+    """SHA-256 over name, size and SHA-256 of each object's bytes, by name."""
+    digest = hashlib.sha256()
+    for path, data in sorted(contents):
+        line = f"{path}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(S3).partition("/")
+    if not bucket:
+        raise OSError("an s3:// URI needs a bucket: s3://BUCKET/PREFIX")
+    return bucket, key
+
+
+@cache
+def _client() -> Any:
+    """One client per process; botocore retries and backs off."""
+    return boto3.client(
+        "s3",
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            retries={"max_attempts": MAX_ATTEMPTS, "mode": "standard"},
+            max_pool_connections=32,
+        ),
+    )
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turn botocore's errors into OSError; their text, which quotes keys, is left out."""
+    try:
+        yield
+    except ClientError as error:
+        status = int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+        if status == 404:
+            raise FileNotFoundError("no such object or bucket in the object store") from error
+        raise OSError(f"the object store answered {status} {error.response['Error'].get('Code', '')}") from error
+    except BotoCoreError as error:
+        raise OSError(f"the object store does not answer: {type(error).__name__}") from error

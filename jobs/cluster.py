@@ -1,0 +1,100 @@
+"""What every job does first: join or start Ray, set up the log, refuse what cannot work inside a Ray job."""
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import mlflow
+import ray
+
+from covtanet import storage
+from covtanet.errors import ConfigError
+
+MIN_LOGICAL_CPUS = 4
+QUIET = ("ray", "ray.data", "botocore", "s3fs", "aiobotocore", "mlflow", "alembic", "openvino")
+SILENT = ("ray._private.authentication", "ray.data._internal.progress")
+
+
+def start_logging() -> None:
+    """Log lines with time and level to standard error."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def connect() -> None:
+    """Join the cluster of this job or of RAY_ADDRESS; without one, start Ray on this machine for the job's time.
+
+    A small machine gets more logical CPUs than it has cores: decoding, prediction and measuring each hold one.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        return
+    _keep_token_private()
+    num_cpus = max(MIN_LOGICAL_CPUS, len(os.sched_getaffinity(0)))
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level=logging.WARNING,
+    )
+
+
+def _keep_token_private() -> None:
+    """Make Ray's token file before Ray does, which would leave it readable for everyone on the machine."""
+    path = Path.home() / ".ray" / "auth_token"
+    if not path.exists() and not os.environ.get("RAY_AUTH_TOKEN"):
+        path.parent.mkdir(exist_ok=True)
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def is_ray_job() -> bool:
+    """Whether this process is the entrypoint of ``ray job submit``, whose folder is a temporary copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def place(uri: str, option: str) -> str:
+    """An absolute path or s3:// URI.
+
+    Raises:
+        ConfigError: for a relative path inside a Ray job.
+    """
+    if is_ray_job() and not storage.is_s3(uri) and not Path(uri).is_absolute():
+        raise ConfigError(
+            f"{option} {uri} is relative, and a Ray job runs in a temporary copy of the folder it was submitted from; "
+            f"give the absolute path, /.../{uri.removeprefix('./')}"
+        )
+    return storage.absolute(uri)
+
+
+def check_tracking() -> None:
+    """Refuse a relative SQLite registry inside a Ray job.
+
+    Raises:
+        ConfigError: with the form to use.
+    """
+    uri = mlflow.get_tracking_uri()
+    scheme, _, path = uri.partition("sqlite:///")
+    if is_ray_job() and not scheme and path and not path.startswith("/"):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI {uri} is relative, and a Ray job runs in a temporary copy of the folder it was "
+            f"submitted from; give the absolute path, sqlite:////.../{path}"
+        )
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser that shows the job's own description."""
+    return argparse.ArgumentParser(
+        prog=f"python jobs/{Path(sys.argv[0]).name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
