@@ -33,10 +33,11 @@ def load_config(path: Path | None) -> RunConfig:
         raise ConfigError(f"the configuration {path} cannot be read") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
-    adapter = TypeAdapter(RunConfig, config=ConfigDict(extra="forbid"))
+    # A configuration given for a list holds for the plain dataclasses in it, at every depth.
+    adapter = TypeAdapter(list[RunConfig], config=ConfigDict(extra="forbid"))
     try:
-        return adapter.validate_python(values)
+        return adapter.validate_python([values])[0]
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"][1:])
         raise ConfigError(f"{path}: {where}: {first['msg']}") from error

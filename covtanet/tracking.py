@@ -86,9 +86,9 @@ def training_run(experiment: str, name: str, artifacts: str, parameters: Mapping
         yield run.info.run_id
 
 
-def log_metrics(run_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Log one epoch's metrics to a run from any process; numbers only."""
-    client = MlflowClient()
+def log_metrics(run_id: str, metrics: Mapping[str, float], step: int, uri: str) -> None:
+    """Log one epoch's metrics to a run from any process; uri: the tracking store, which a worker does not inherit."""
+    client = MlflowClient(tracking_uri=uri)
     for name, value in metrics.items():
         client.log_metric(run_id, name, float(value), step=step)
 
@@ -109,6 +109,18 @@ def register_model(run_id: str, folder: Path, tags: Mapping[str, str]) -> str:
 def set_alias(model_version: str, alias: str) -> None:
     """Point an alias at a version."""
     MlflowClient().set_registered_model_alias(MODEL_NAME, alias, model_version)
+
+
+def champion_version() -> str:
+    """The version that the alias champion points at.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    try:
+        return str(MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion").version)
+    except MlflowException as error:
+        raise CheckpointError(f"no champion of {MODEL_NAME} in the registry") from error
 
 
 def tracking_uri() -> str:

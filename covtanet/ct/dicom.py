@@ -6,7 +6,7 @@ Not covered: Enhanced multi-frame objects, lossy JPEG, colour.
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,20 +44,20 @@ from covtanet.errors import StudyError
 
 MAGIC_AT, MAGIC = 128, b"DICM"
 PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
-DECODERS = {
+DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     JPEGLossless: imagecodecs.jpegsof3_decode,
     JPEGLosslessSV1: imagecodecs.jpegsof3_decode,
     JPEGLSLossless: imagecodecs.jpegls_decode,
     JPEGLSNearLossless: imagecodecs.jpegls_decode,
     JPEG2000: imagecodecs.jpeg2k_decode,
     JPEG2000Lossless: imagecodecs.jpeg2k_decode,
-    RLELossless: imagecodecs.dicomrle_decode,
 }
+SYNTAXES = {*PLAIN_SYNTAXES, *DECODERS, RLELossless}
 ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
 SPACING_RTOL = 0.05
 ORIENTATION_ATOL = 1e-3
 PIXEL_SPACING_ATOL_MM = 1e-3
-HEAD_TAGS = [Tag("StudyInstanceUID"), Tag("SeriesInstanceUID")]
+HEAD_TAGS: list[BaseTag | int] = [Tag("StudyInstanceUID"), Tag("SeriesInstanceUID")]
 SERIES_UID_TAG = BaseTag(0x0020000E)
 READ_TAGS = [
     "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
@@ -153,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _after_series_uid(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return tag > SERIES_UID_TAG
+    return bool(tag > SERIES_UID_TAG)
 
 
 def _parse(data: bytes) -> FileDataset:
@@ -181,7 +181,7 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
             raise StudyError("not_ct", "pixels are colours, expected one value each")
     for dataset in datasets:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
-        if syntax not in PLAIN_SYNTAXES and syntax not in DECODERS:
+        if syntax not in SYNTAXES:
             name = syntax.name if syntax is not None and syntax.is_transfer_syntax else "none"
             raise StudyError("unsupported_syntax", f"transfer syntax {name}, expected uncompressed or lossless CT")
         if _text(dataset, "SOPClassUID") in ENHANCED_CLASSES:
@@ -206,25 +206,25 @@ def _decode(dataset: FileDataset) -> NDArray[Any]:
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     bits, stored_bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
     is_signed = bool(dataset.get("PixelRepresentation"))
-    dtype = np.dtype(f"{'i' if is_signed else 'u'}{bits // 8}")
+    dtype = np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}")
     if syntax in PLAIN_SYNTAXES:
-        order = ">" if syntax == ExplicitVRBigEndian else "<"
-        pixels = np.frombuffer(dataset.PixelData, dtype.newbyteorder(order), rows * columns).reshape(rows, columns)
+        stored = dtype.newbyteorder(">") if syntax == ExplicitVRBigEndian else dtype
+        pixels = np.frombuffer(dataset.PixelData, stored, rows * columns).reshape(rows, columns)
     else:
         try:
             frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
             if syntax == RLELossless:
-                plain = imagecodecs.dicomrle_decode(frame, dtype.newbyteorder("<"))
-                pixels = np.frombuffer(plain, dtype.newbyteorder("<"), rows * columns).reshape(rows, columns)
+                plain = imagecodecs.dicomrle_decode(frame, dtype)
+                pixels = np.frombuffer(plain, dtype, rows * columns).reshape(rows, columns)
             else:
                 pixels = DECODERS[syntax](frame)
         except Exception as error:  # each codec has its own errors
             raise StudyError("undecodable", f"a slice's {syntax.name} stream is damaged") from error
     if pixels.shape != (rows, columns):
         raise StudyError("undecodable", f"a slice decodes to {pixels.shape} pixels, expected {(rows, columns)}")
-    if pixels.dtype.itemsize < dtype.itemsize:
-        pixels = pixels.astype(dtype)
-    pixels = pixels.view(dtype.newbyteorder(pixels.dtype.byteorder)) if pixels.dtype != dtype else pixels
+    # A codec gives the bits as it finds them, often unsigned: the header says what they mean.
+    pixels = pixels.view(dtype) if pixels.dtype.itemsize == dtype.itemsize and pixels.dtype.isnative else pixels
+    pixels = pixels.astype(dtype, copy=False)
     unused = bits - stored_bits
     if unused > 0:  # the bits above BitsStored mean nothing: drop them, and carry the sign over them
         pixels = (pixels << unused) >> unused
@@ -256,9 +256,10 @@ def _slice_order(datasets: Sequence[FileDataset], shapes: set[tuple[int, int]]) 
         raise StudyError("mixed_orientation", "slices differ in orientation, expected one direction")
 
     def positions(**allow: Any) -> tuple[float | None, list[int] | None]:
-        return spatial.get_series_volume_positions(
+        found: tuple[float | None, list[int] | None] = spatial.get_series_volume_positions(
             datasets, rtol=SPACING_RTOL, orientation_tol=ORIENTATION_ATOL, index_convention="DR", **allow
         )
+        return found
 
     spacing_mm, places = positions()
     if spacing_mm is None or places is None:

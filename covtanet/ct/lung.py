@@ -229,7 +229,7 @@ def _enlarge(mask: Mask, shape: tuple[int, ...], step_z: int, step: int) -> Mask
     z, y, x = (
         np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(shape, (step_z, step, step), mask.shape, strict=True)
     )
-    return mask[z[:, None, None], y[None, :, None], x[None, None, :]]
+    return np.asarray(mask[z[:, None, None], y[None, :, None], x[None, None, :]])
 
 
 def _sharpen(closed: Mask, volume: Volume, step_z: int, step: int) -> Mask:

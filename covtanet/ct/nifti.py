@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from isal import isal_zlib
+from isal.igzip_lib import IsalError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -123,7 +124,7 @@ def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
                 raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
             if not more and not stream.unconsumed_tail and not stream.eof:
                 raise StudyError("truncated", "the gzip stream ends before its checksum")
-    except isal_zlib.error as error:
+    except IsalError as error:  # type: ignore[misc]
         raise StudyError("undecodable", "the gzip stream is damaged: bad data or checksum") from error
     return bytes(out)
 

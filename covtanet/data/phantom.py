@@ -169,7 +169,7 @@ def _vessels(lung: NDArray[np.bool_], z: Any, rng: np.random.Generator, config: 
         k, j, i = index[inside].T
         out[k, j, i] = np.maximum(out[k, j, i], (1.25 - steps[inside, 0]).astype(np.float32))
     blurred = ndimage.gaussian_filter(out, (0, 0.8, 0.8))
-    return np.clip(blurred * 2.6, 0, 1) * lung
+    return np.asarray(np.clip(blurred * 2.6, 0, 1) * lung)
 
 
 def _add_lesions(

@@ -34,7 +34,8 @@ class ChannelAttention(nn.Module):
         constant over a channel, so F_r is never built.
         """
         descriptor = features.mean((2, 3), keepdim=True)
-        return self.generalize(descriptor * self.recalibrate(descriptor))
+        attention: Tensor = self.generalize(descriptor * self.recalibrate(descriptor))
+        return attention
 
 
 class SpatialAttention(nn.Module):
@@ -80,7 +81,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, C, H, W) to A_P."""
-        return self.generalize(features * self.recalibrate(features))
+        attention: Tensor = self.generalize(features * self.recalibrate(features))
+        return attention
 
 
 class TriLevelAttention(nn.Module):
@@ -98,7 +100,8 @@ class TriLevelAttention(nn.Module):
 
     def attention(self, features: Tensor) -> Tensor:
         """A_T = A_P * (A_S * A_C) (Eq. 4), (B, C, H, W)."""
-        return self.pixel(features) * (self.spatial(features) * self.channel(features))
+        attention: Tensor = self.pixel(features) * (self.spatial(features) * self.channel(features))
+        return attention
 
     def forward(self, features: Tensor) -> Tensor:
         """F_out = alpha * F_in + (1 - alpha) * F_in * A_T (Eq. 5-6), (B, C, H, W)."""

@@ -46,36 +46,43 @@ SIZES: dict[str, CovTANetConfig] = {
 INPUT_PX = {"paper": 512, "small": 128}
 
 
-class CovTANet(nn.Module):
-    """TA-SegNet, the regional feature extractor, and one volumetric path each for diagnosis and severity."""
+class JointClassifier(nn.Module):
+    """The regional feature extractor and a volumetric path each for diagnosis and severity: what phase 2 optimizes."""
 
     def __init__(self, config: CovTANetConfig) -> None:
         super().__init__()
-        self.config = config
-        self.segnet = TASegNet(config.segnet)
+        self.num_slices = config.num_slices
         self.regional = RegionalFeatures(config.segnet.fused_channels, config.regional_widths)
         self.diagnosis, self.severity = (
             VolumePath(config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout)
             for _ in range(2)
         )
 
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled fusion vectors of whole volumes (B, S, C, P, P) to logits of infected and of severe, (B,) each."""
+        if pooled.shape[1] != self.num_slices:
+            raise ValueError(f"{pooled.shape[1]} slices per volume, expected {self.num_slices}")
+        regional = self.regional(pooled.flatten(0, 1))
+        regional = regional.reshape(*pooled.shape[:2], *regional.shape[1:])
+        return self.diagnosis(regional), self.severity(regional)
+
+
+class CovTANet(nn.Module):
+    """TA-SegNet and the joint classifier on its fused features."""
+
+    def __init__(self, config: CovTANetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.segnet = TASegNet(config.segnet)
+        self.classifier = JointClassifier(config)
+
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
         """Lesion logits (B, 1, H, W) and pooled fusion vectors (B, fused_channels, pooled_px, pooled_px)."""
         logits, fused = self.segnet.segment(slices)
         return logits, F.adaptive_avg_pool2d(fused, self.config.pooled_px)
 
-    def diagnose(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled fusion vectors of whole volumes (B, S, C, P, P) to logits of infected and of severe, (B,) each."""
-        if pooled.shape[1] != self.config.num_slices:
-            raise ValueError(f"{pooled.shape[1]} slices per volume, expected {self.config.num_slices}")
-        regional = self.regional(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2])
-        return self.diagnosis(regional), self.severity(regional)
-
     def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
         """Volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
         _, pooled = self.segment(volumes.flatten(0, 1))
-        return self.diagnose(pooled.unflatten(0, volumes.shape[:2]))
-
-    def phase2_parameters(self) -> list[nn.Parameter]:
-        """What phase 2 optimizes: everything but TA-SegNet (Alg. 1)."""
-        return [p for part in (self.regional, self.diagnosis, self.severity) for p in part.parameters()]
+        logits: tuple[Tensor, Tensor] = self.classifier(pooled.reshape(*volumes.shape[:2], *pooled.shape[1:]))
+        return logits

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from covtanet.model.attention import TriLevelAttention
@@ -31,6 +32,12 @@ class SegNetConfig:
         object.__setattr__(self, "widths", tuple(self.widths))
         if len(self.widths) < 2:
             raise ValueError(f"widths has {len(self.widths)} level, expected at least 2")
+
+    def row_of_table_i(self, row: str) -> "SegNetConfig":
+        """The same size with the switches of one row of Table I."""
+        return SegNetConfig(
+            in_channels=self.in_channels, widths=self.widths, fusion_channels=self.fusion_channels, **TABLE_I[row]
+        )
 
     @property
     def has_fusion(self) -> bool:
@@ -101,7 +108,9 @@ class TASegNet(nn.Module):
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
         """Lesion logits (B, 1, H, W) and the fusion vector F_fus (B, fused_channels, H, W)."""
         multiple = 2 ** (len(self.config.widths) - 1)
-        if not torch.jit.is_tracing() and (slices.shape[2] % multiple or slices.shape[3] % multiple):
+        if not is_tracing() and (  # type: ignore[no-untyped-call]
+            slices.shape[2] % multiple or slices.shape[3] % multiple
+        ):
             raise ValueError(f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}")
         encoded = [tau(level) for tau, level in zip(self.encoder_taus, self.encoder(slices), strict=True)]
         decoded = self._decode(encoded)

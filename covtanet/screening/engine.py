@@ -70,7 +70,7 @@ def build_engine(network: CovTANet, size_px: int, name: str = "auto", num_thread
 
 def _torch(segmenter: nn.Module, name: str, device: str) -> Segment:
     layout = torch.contiguous_format if name == "eager" else torch.channels_last
-    module: Any = segmenter.to(device, memory_format=layout)
+    module: Any = segmenter.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if name == "compiled":
         module = torch.compile(module, dynamic=False)
 
@@ -82,11 +82,11 @@ def _torch(segmenter: nn.Module, name: str, device: str) -> Segment:
     return segment
 
 
-def _openvino(segmenter: nn.Module, size_px: int, num_threads: int) -> Segment:
+def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
     import openvino
 
     logging.getLogger("openvino").setLevel(logging.ERROR)
-    example = torch.zeros(1, segmenter.network.config.segnet.in_channels, size_px, size_px)  # type: ignore[union-attr]
+    example = torch.zeros(1, segmenter.network.config.segnet.in_channels, size_px, size_px)
     model = openvino.convert_model(segmenter, example_input=example)
     model.reshape({0: [-1, *example.shape[1:]]})
     # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the tolerance.

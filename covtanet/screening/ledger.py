@@ -286,7 +286,7 @@ def _is_equal(name: str, one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
     if name in PROBABILITIES:
-        return abs(one - other) <= PROBABILITY_TOLERANCE
+        return bool(abs(one - other) <= PROBABILITY_TOLERANCE)
     if name in MEASUREMENTS:
-        return abs(one - other) <= MEASUREMENT_TOLERANCE * max(abs(one), abs(other))
+        return bool(abs(one - other) <= MEASUREMENT_TOLERANCE * max(abs(one), abs(other)))
     return bool(one == other)

@@ -56,7 +56,7 @@ class Predictor:
         pooled_volume = torch.from_numpy(np.stack([pooled_by_slice[index] for index in picked.tolist()]))
         with torch.inference_mode():
             device = next(self.network.parameters()).device
-            logits = torch.cat(self.network.diagnose(pooled_volume[None].to(device))).float()
+            logits = torch.cat(self.network.classifier(pooled_volume[None].to(device))).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()
         return Prediction(lesion_levels=lesion_levels, p_infected=p_infected, p_severe=p_severe)
 

@@ -1,0 +1,292 @@
+"""make bench: ratios of what was measured side by side in this one run, as a table and as Markdown.
+
+Machines differ and are noisy, so no absolute time is a result; every figure is a ratio of two measurements that took
+turns. ``--part NAME`` runs one part.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import psutil
+import SimpleITK
+import torch
+
+from covtanet import storage
+from covtanet.ct import dicom, nifti
+from covtanet.ct.volume import SourceGrid
+from covtanet.ct.window import WindowConfig
+from covtanet.data import manifest
+from covtanet.data.phantom import PhantomConfig, make_phantom
+from covtanet.data.phantom_archive import configs, dicom_objects, write_archive
+from covtanet.model.checkpoint import SavedModel, load_model, save_model
+from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
+from covtanet.screening import stages
+from covtanet.screening.engine import ENGINES, build_engine
+from covtanet.screening.predictor import Predictor
+from covtanet.screening.stages import ScreeningConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / ".bench"
+CORES = len(os.sched_getaffinity(0))
+REAL_SERIES = ROOT.parent / "shared" / "data" / "dicom" / "ricord-1a-001012"
+ROUNDS = 5
+ENGINE_PX, ENGINE_BATCH = 256, 4
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table."""
+
+    part: str
+    what: str
+    value: str
+    wanted: str = ""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def side_by_side(works: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each; they take turns, after one turn that does not count."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def bench_network() -> list[Figure]:
+    """(a) the machine's matrix rate and (b) every engine's share of it, at the paper's widths."""
+    torch.set_num_threads(CORES)
+    torch.manual_seed(0)
+    network = CovTANet(SIZES["paper"]).eval().requires_grad_(False)
+    slices = np.random.default_rng(0).random((ENGINE_BATCH, 1, ENGINE_PX, ENGINE_PX), dtype=np.float32)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        network.segnet(torch.from_numpy(slices))
+    matrix = torch.rand(2048, 2048)
+    works: dict[str, Callable[[], object]] = {"gemm": lambda: matrix @ matrix}
+    answers = {}
+    for name in ENGINES:
+        import copy
+
+        engine = build_engine(copy.deepcopy(network), ENGINE_PX, name, CORES)
+        answers[name] = engine.segment(slices)[0]
+        works[name] = lambda engine=engine: engine.segment(slices)
+    taken = side_by_side(works)
+    rate = 2 * 2048**3 / taken["gemm"]
+    figures = [Figure("a", "GEMM, GFLOP/s of this run (what shares refer to)", f"{rate / 1e9:.0f}")]
+    for name in ENGINES:
+        share = counter.get_total_flops() / taken[name] / rate
+        ratio = taken["eager"] / taken[name]
+        apart = float(np.abs(answers[name] - answers["eager"]).max())
+        wanted = ">= 1.8 x" if name == "openvino" else ""
+        text = f"{share:.2f} of GEMM, {ratio:.2f} x eager, differs by {apart:.0e}"
+        figures.append(Figure("b", f"network, {name}", text, wanted))
+    return figures
+
+
+def bench_decode() -> list[Figure]:
+    """(d) decoding against nibabel and SimpleITK."""
+    folder = WORK / "decode"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "dicom").mkdir(parents=True)
+    if REAL_SERIES.exists():
+        objects = [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())]
+        volume = dicom.read_series(objects, num_threads=CORES)
+        hu, affine, source = volume.hu, volume.affine, "a real series, JPEG Lossless"
+        dicom_folder = REAL_SERIES
+    else:
+        phantom = make_phantom(PhantomConfig(involvement=0.3, size_px=512, num_slices=120, pixel_mm=0.7, slice_mm=2.25))
+        hu, affine, source = phantom.hu, phantom.affine, "a phantom, uncompressed"
+        objects = dicom_objects(phantom, 1)
+        dicom_folder = folder / "dicom"
+        for index, data in enumerate(objects):
+            (dicom_folder / f"{index:04d}.dcm").write_bytes(data)
+    path = folder / "volume.nii.gz"
+    path.write_bytes(nifti.write(hu, SourceGrid(shape=hu.shape, affine=affine)))
+
+    def itk() -> object:
+        reader = SimpleITK.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(dicom_folder)))
+        return SimpleITK.GetArrayFromImage(reader.Execute())
+
+    def ours() -> object:
+        return dicom.read_series([each.read_bytes() for each in dicom_folder.iterdir()])
+
+    taken = side_by_side(
+        {
+            "nibabel": lambda: nib.load(path).get_fdata(),
+            "nifti": lambda: nifti.read(path.read_bytes()),
+            "itk": itk,
+            "dicom": ours,
+        },
+        rounds=3,
+    )
+    return [
+        Figure("d", ".nii.gz against nibabel get_fdata", f"{taken['nibabel'] / taken['nifti']:.2f} x", ">= 1.7 x"),
+        Figure(
+            "d", f"DICOM ({source}), one thread, against SimpleITK", f"{taken['itk'] / taken['dicom']:.2f} x", ">= 1 x"
+        ),
+    ]
+
+
+def model_folder() -> Path:
+    """An untrained network: speed does not depend on the weights."""
+    folder = WORK / "model"
+    if not folder.exists():
+        torch.manual_seed(0)
+        window = {"window": {"size_px": INPUT_PX["small"]}}
+        save_model(folder, SavedModel(network=CovTANet(SIZES["small"]), preprocessing=window))
+    return folder
+
+
+def archive(count: int, size_px: int, num_slices: int) -> Path:
+    """Sound phantoms, NIfTI and DICOM in turn, and the damaged kinds."""
+    folder = WORK / f"archive-{count}-{size_px}-{num_slices}"
+    if not folder.exists():
+        print(f"  making {count} series of {size_px} x {size_px} x {num_slices}", flush=True)
+        sound = count - 17
+        write_archive(str(folder), str(folder) + "-truth", list(configs(sound, 5, size_px, num_slices)), CORES)
+    return folder
+
+
+def plain_loop(folder: Path) -> None:
+    """The same stages over the same series in one process: no Ray, one series after the other."""
+    config = ScreeningConfig()
+    model = load_model(model_folder())
+    window = WindowConfig(**model.preprocessing["window"])
+    predictor = Predictor(model, num_threads=CORES)
+    for prefix, objects in storage.walk(str(folder)):
+        series, _ = manifest.scan_folder(
+            prefix, objects, lambda path, size: storage.read_bytes(f"{folder}/{path}", size)
+        )
+        for each in series:
+            row = stages.decode_and_prepare(each.to_row(), archive=str(folder), window=window, config=config)
+            stages.measure(stages.predict(row, predictor), config)
+
+
+class PeakMemory:
+    """The most memory that a process and all its children held together, as proportional set size."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.peak_bytes = pid, 0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(0.5):
+            total = 0
+            try:
+                family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+            except psutil.Error:
+                return
+            for process in family:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+def run_job(folder: Path) -> tuple[float, float]:
+    """Seconds from the first series started to the commit, and peak bytes of all processes of the job."""
+    with tempfile.TemporaryDirectory() as ledger:
+        process = subprocess.Popen(
+            [
+                sys.executable, ROOT / "jobs" / "screen.py", "--archive", folder, "--ledger", ledger,
+                "--model", model_folder(),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        )  # fmt: skip
+        with PeakMemory(process.pid) as memory:
+            output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(output)
+        (committed,) = Path(ledger).glob("date=*/*.parquet")
+        ended = committed.stat().st_mtime
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(committed, columns=["screened_at", "decode_s", "predict_s"]).to_pylist()
+        started = min(row["screened_at"].timestamp() - row["decode_s"] - (row["predict_s"] or 0) for row in rows)
+        return ended - started, float(memory.peak_bytes)
+
+
+def bench_job() -> list[Figure]:
+    """(c) the job against the plain loop and (e) its memory at 24 and at 96 series."""
+    small, large = archive(24, 512, 64), archive(96, 512, 64)
+    print("  plain loop over 96 series", flush=True)
+    loop_s = seconds(lambda: plain_loop(large))
+    print(f"  plain loop: {loop_s:.0f} s; the job at 96 and at 24 series", flush=True)
+    job_s, at_96 = run_job(large)
+    _, at_24 = run_job(small)
+    return [
+        Figure(
+            "c",
+            f"the job over the plain loop, 96 series ({loop_s:.0f} s by the loop)",
+            f"{job_s / loop_s:.2f} x",
+            "<= 1.15 x",
+        ),
+        Figure("e", "peak memory of all processes, 96 over 24 series", f"{at_96 / at_24:.2f} x", "<= 1.1 x"),
+        Figure("e", "peak memory of all processes at 96 series", f"{at_96 / 1e9:.1f} GB"),
+    ]
+
+
+PARTS = {"network": bench_network, "decode": bench_decode, "job": bench_job}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--part", choices=PARTS, action="append")
+    chosen = options.parse_args().part or list(PARTS)
+    WORK.mkdir(exist_ok=True)
+    figures: list[Figure] = []
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        figures += PARTS[name]()
+    lines = ["| | what | measured | wanted |", "|---|---|---|---|"]
+    lines += [f"| {each.part} | {each.what} | {each.value} | {each.wanted} |" for each in figures]
+    print("\n".join(["", *lines]))
+    if chosen == list(PARTS):
+        now = datetime.now(UTC)
+        hardware = f"{CORES}cpu" + ("-gpu" if torch.cuda.is_available() else "")
+        target = ROOT / "benchmarks" / f"screening_{hardware}_{now:%Y%m}.md"
+        head = (
+            f"# Screening, {CORES} cores, {platform.machine()}, {now:%Y-%m}\n\n`make bench`; ratios within one run.\n\n"
+        )
+        target.write_text(head + "\n".join(lines) + "\n")
+        print(f"\nkept in {target.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Services on loopback for the demo and the tests: an S3 server and a Ray head, on free ports, stopped as groups."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 90
+STOP_TIMEOUT_S = 15
+# More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one.
+NUM_LOGICAL_CPUS = 4
+OBJECT_STORE_BYTES = 1 << 30
+# One worker process keeps this many threads unless a stage asks for more.
+QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
+
+
+@dataclass
+class Service:
+    """A running process group and what others need in their environment to use it."""
+
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+    log: Path = field(default=Path())
+
+    def stop(self) -> None:
+        """End the whole process group: ask, wait, insist."""
+        stop_group(self.process)
+
+
+def stop_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End a process and all it started in its group; survivors are killed."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline and _is_alive(process):
+            time.sleep(0.1)
+
+
+def _is_alive(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> bool:
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((LOOPBACK, 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def start_s3(folder: Path, log: Path, key: str = "covtanet", secret: str = "covtanet-on-loopback") -> Service:
+    """Serve a folder as S3: its subfolders are buckets."""
+    (port,) = free_ports(1)
+    binary = Path(sys.executable).with_name("rclone")
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [binary, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"{LOOPBACK}:{port}", folder],
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, "RCLONE_CONFIG": os.devnull},
+        )
+    service = Service(
+        process,
+        {
+            "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{port}",
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        },
+        log,
+    )
+    _wait_for(service, lambda: _answers(port))
+    return service
+
+
+def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: Path) -> Service:
+    """Start a Ray head on loopback with token authentication.
+
+    environment: what workers see, since they get none from the driver. token: a file with mode 0600.
+    temp_folder: a short path, since Ray keeps sockets below it.
+    """
+    port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={NUM_LOGICAL_CPUS}",
+        f"--temp-dir={temp_folder}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
+        f"--object-manager-port={manager}", f"--node-manager-port={raylet}",
+    ]  # fmt: skip
+    own = {**environment, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **own})
+    own["RAY_ADDRESS"] = f"{LOOPBACK}:{port}"
+    own["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard}"
+    service = Service(process, own, log)
+    _wait_for(service, lambda: _jobs_ready(dashboard, token))
+    return service
+
+
+def _wait_for(service: Service, is_ready: object) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and service.process.poll() is None:
+        if callable(is_ready) and is_ready():
+            return
+        time.sleep(0.2)
+    service.stop()
+    tail = service.log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection((LOOPBACK, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _jobs_ready(port: int, token: Path) -> bool:
+    request = urllib.request.Request(
+        f"http://{LOOPBACK}:{port}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text().strip()}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,145 @@
+"""Shared builders: phantoms, a small saved model, a real S3 server, one Ray cluster for all tests that need one."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from covtanet.ct.volume import Volume, canonical_volume
+from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
+from covtanet.model.checkpoint import SavedModel, save_model
+from covtanet.model.covtanet import SIZES, CovTANet
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT / "infra" / "local"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test may not open a socket or sleep."""
+    if "unit" not in Path(request.node.path).parts:
+        return
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a unit test may not open a socket or sleep")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(time, "sleep", refuse)
+
+
+@pytest.fixture(scope="session")
+def mild() -> Phantom:
+    """A phantom with a tenth of its lung affected."""
+    return make_phantom(PhantomConfig(seed=5, involvement=0.1, size_px=128, num_slices=24, pixel_mm=2.8, slice_mm=11))
+
+
+@pytest.fixture(scope="session")
+def mild_volume(mild: Phantom) -> Volume:
+    return canonical_volume(mild.hu, mild.affine)
+
+
+def small_model(seed: int = 0) -> SavedModel:
+    """An untrained small network whose lesion map and diagnosis are not all one class."""
+    torch.manual_seed(seed)
+    network = CovTANet(SIZES["small"]).eval()
+    return SavedModel(network=network.requires_grad_(False), preprocessing={"window": {"size_px": 128}})
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "small"
+    save_model(folder, small_model())
+    return folder
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server with one bucket."""
+
+    uri: str
+    folder: Path
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """rclone's S3 server on loopback, with keys; its variables stand in the environment for the session."""
+    from services import start_s3
+
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "bucket").mkdir()
+    server = start_s3(folder, folder.parent / "s3.log")
+    before = dict(os.environ)
+    os.environ.update(server.environment)
+    yield S3("s3://bucket", folder / "bucket", server.environment)
+    os.environ.clear()
+    os.environ.update(before)
+    server.stop()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster and the environment in which jobs find it."""
+
+    environment: dict[str, str]
+
+    def start_job(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a job as its own process group."""
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / script), *arguments],
+            env=self.environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill_job(self, process: subprocess.Popen[str]) -> None:
+        """Kill a job as a crash would, without warning."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    def run_job(self, script: str, *arguments: str, expect: int = 0) -> str:
+        """Run a job to its end and return what it printed."""
+        process = self.start_job(script, *arguments)
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == expect, output
+        return output
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One Ray cluster with dashboard on free ports, shared by all tests that need one."""
+    from services import start_ray
+
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "token").write_text(secrets.token_hex(32))
+    (folder / "token").chmod(0o600)
+    registry = f"sqlite:///{folder}/mlflow.db"
+    environment = {
+        **s3.environment,
+        "MLFLOW_TRACKING_URI": registry,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with tempfile.TemporaryDirectory(prefix="cov") as short:
+        ray = start_ray(folder / "ray.log", environment, folder / "token", Path(short))
+        yield Cluster({**os.environ, **ray.environment, "RAY_TMP": short})
+        ray.stop()
+
+
+def random_generator() -> np.random.Generator:
+    """Seeded noise for tests."""
+    return np.random.default_rng(0)

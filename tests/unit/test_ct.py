@@ -1,0 +1,305 @@
+"""Readers, geometry, windowing and lungs."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import nibabel as nib
+import nibabel.orientations as orientations
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from covtanet.ct import dicom, lung, nifti
+from covtanet.ct.volume import Volume, canonical_volume
+from covtanet.ct.window import WindowConfig, from_input, mask_to_input, spread_slices, thin_slices, to_input
+from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
+from covtanet.data.phantom_archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
+from covtanet.errors import StudyError
+from covtanet.screening.records import REASONS
+
+WINDOW = WindowConfig(size_px=64)
+
+
+def as_nifti(phantom: Phantom, axes: str = "LPS", dtype: type = np.int16) -> bytes:
+    """The phantom as a NIfTI file in any axis order."""
+    image = nib.Nifti1Image.from_bytes(nifti.isal_zlib.decompress(nifti.write(phantom.hu, nifti_grid(phantom)), 31))
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(image.affine), orientations.axcodes2ornt(tuple(axes))
+    )
+    turned = image.as_reoriented(turn)
+    return bytes(nib.Nifti1Image(np.asarray(turned.dataobj).astype(dtype), turned.affine).to_bytes())
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SPL", "PSR", "AIR"])
+def test_every_axis_order_gives_the_same_volume(mild: Phantom, axes: str) -> None:
+    volume = nifti.read(as_nifti(mild, axes))
+    np.testing.assert_array_equal(volume.hu, mild.hu)
+    np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-4)
+
+
+def test_dicom_gives_the_same_volume_as_nifti(mild: Phantom) -> None:
+    objects = dicom_objects(mild, 5)
+    volume = dicom.read_series([objects[k] for k in np.random.default_rng(0).permutation(len(objects))])
+    np.testing.assert_array_equal(volume.hu, mild.hu)
+    np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-3)
+    assert volume.hu.dtype == np.int16
+
+
+def test_dicom_affine_points_at_every_slice(mild: Phantom) -> None:
+    """Independent of the reader: the first pixel of each slice lies at its ImagePositionPatient."""
+    objects = dicom_objects(mild, 5)
+    volume = dicom.read_series(objects)
+    for index, data in enumerate(objects):
+        position = pydicom.dcmread(BytesIO(data)).ImagePositionPatient
+        np.testing.assert_allclose(volume.affine @ [index, 0, 0, 1], [*position, 1], atol=1e-3)
+
+
+def test_feet_first_dicom_is_turned_to_the_head(mild: Phantom) -> None:
+    flipped = mild.affine.copy()
+    flipped[:, 3] = mild.affine @ [0, mild.hu.shape[1] - 1, mild.hu.shape[2] - 1, 1]
+    flipped[:3, 1] *= -1
+    flipped[:3, 2] *= -1
+    objects = dicom.write_series(mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3")
+    np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
+
+
+def test_rescale_is_applied_slice_by_slice(mild: Phantom) -> None:
+    def change(index: int, dataset: pydicom.Dataset) -> None:
+        stored = dataset.pixel_array.astype(np.int32)
+        dataset.RescaleIntercept = str(-1024 - index)
+        dataset.PixelData = (stored + index).astype("<i2").tobytes()
+
+    objects = []
+    for index, data in enumerate(dicom_objects(mild, 5)):
+        dataset = pydicom.dcmread(BytesIO(data))
+        change(index, dataset)
+        buffer = BytesIO()
+        dataset.save_as(buffer)
+        objects.append(buffer.getvalue())
+    np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
+
+
+ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
+    JPEG2000Lossless: lambda pixels: dicom.imagecodecs.jpeg2k_encode(
+        pixels, level=0, reversible=True, codecformat="j2k"
+    ),
+    JPEGLSLossless: dicom.imagecodecs.jpegls_encode,
+    JPEGLosslessSV1: lambda pixels: dicom.imagecodecs.ljpeg_encode(pixels, bitspersample=16),
+}
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1, RLELossless])
+def test_lossless_syntaxes_decode_to_equal_pixels(mild: Phantom, syntax: str) -> None:
+    objects = []
+    for data in dicom_objects(mild, 5)[:10]:
+        dataset = pydicom.dcmread(BytesIO(data))
+        if syntax == RLELossless:
+            dataset.compress(RLELossless)
+        else:
+            pixels = np.ascontiguousarray(dataset.pixel_array.view(np.uint16))
+            dataset.PixelData = pydicom.encaps.encapsulate([ENCODERS[syntax](pixels)])
+            dataset["PixelData"].is_undefined_length = True
+            dataset.file_meta.TransferSyntaxUID = syntax
+        buffer = BytesIO()
+        dataset.save_as(buffer, enforce_file_format=True)
+        objects.append(buffer.getvalue())
+    np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu[:10])
+
+
+def test_bits_above_bits_stored_are_dropped(mild: Phantom) -> None:
+    """Twelve signed bits in sixteen, with overlay bits above them."""
+    objects = []
+    for data in dicom_objects(mild, 5):
+        dataset = pydicom.dcmread(BytesIO(data))
+        hu = np.clip(dataset.pixel_array.astype(np.int32) - 1024, -1024, 1000)
+        dataset.BitsStored, dataset.HighBit, dataset.RescaleIntercept = 12, 11, "0"
+        dataset.PixelData = ((hu & 0x0FFF) | 0x5000).astype("<u2").tobytes()
+        buffer = BytesIO()
+        dataset.save_as(buffer)
+        objects.append(buffer.getvalue())
+    np.testing.assert_array_equal(dicom.read_series(objects).hu, np.clip(mild.hu, -1024, 1000))
+
+
+@pytest.mark.parametrize("reason", DICOM_DAMAGE)
+def test_damaged_dicom_is_refused_for_its_reason(mild: Phantom, reason: str) -> None:
+    with pytest.raises(StudyError) as error:
+        dicom.read_series(DICOM_DAMAGE[reason](dicom_objects(mild, 5)))
+    assert error.value.reason == reason
+    assert reason in REASONS
+
+
+def test_label_map_and_chest_without_lung_are_refused(mild: Phantom) -> None:
+    with pytest.raises(StudyError, match="a label map") as error:
+        nifti.read(OTHER_DAMAGE["label_map"](mild)[1])
+    assert error.value.reason == "label_map"
+    with pytest.raises(StudyError, match="cm2 of lung") as error:
+        lung.find_lungs(nifti.read(OTHER_DAMAGE["no_lung"](mild)[1]))
+    assert error.value.reason == "no_lung"
+
+
+def damaged_nifti(mild: Phantom, kind: str) -> bytes:
+    plain = as_nifti(mild)
+    gz = nifti.isal_gzip(plain)
+    wrong_checksum = bytearray(gz)
+    wrong_checksum[-6] ^= 0xFF
+    header = bytearray(plain)
+    header[252:256] = bytes(4)  # qform_code, sform_code
+    small = Phantom(hu=mild.hu[:6], affine=mild.affine, lesion_mask=mild.lesion_mask[:6], lung_mask=mild.lung_mask[:6])
+    shown = np.clip((mild.hu.astype(float) + 1000) / 1400 * 255, 0, 255)
+    huge = bytearray(plain)
+    huge[42:48] = np.array([32767, 32767, 32767], "<i2").tobytes()
+    return {
+        "unreadable": b"not a NIfTI file" * 50,
+        "truncated": gz[: len(gz) // 2],
+        "undecodable": bytes(wrong_checksum),
+        "missing_position": bytes(header),
+        "too_few_slices": as_nifti(small),
+        "not_hu": as_nifti(
+            Phantom(hu=shown, affine=mild.affine, lesion_mask=mild.hu > 0, lung_mask=mild.hu > 0), dtype=np.uint8
+        ),
+        "too_large": bytes(huge),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["unreadable", "truncated", "undecodable", "missing_position", "too_few_slices", "not_hu", "too_large"],
+)
+def test_damaged_nifti_is_refused_for_its_reason(mild: Phantom, reason: str) -> None:
+    with pytest.raises(StudyError) as error:
+        nifti.read(damaged_nifti(mild, reason))
+    assert error.value.reason == reason
+
+
+def test_slope_and_intercept_are_applied(mild: Phantom) -> None:
+    image = nib.Nifti1Image.from_bytes(as_nifti(mild))
+    stored = nib.Nifti1Image((np.asarray(image.dataobj) + 1024) // 2, image.affine)
+    stored.header.set_slope_inter(2.0, -1024.0)
+    volume = nifti.read(stored.to_bytes())
+    assert np.abs(volume.hu.astype(int) - mild.hu).max() <= 1
+
+
+def test_masks_go_back_to_the_axis_order_of_their_source(mild: Phantom) -> None:
+    source = as_nifti(mild, "PSR")
+    volume = nifti.read(source)
+    written = nib.Nifti1Image.from_bytes(nifti.isal_zlib.decompress(nifti.write(volume.hu, volume.source), 31))
+    original = nib.Nifti1Image.from_bytes(source)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(original.dataobj))
+    np.testing.assert_allclose(written.affine, original.affine, atol=1e-4)
+
+
+def test_sheared_affine_is_gantry_tilt(mild: Phantom) -> None:
+    affine = mild.affine.copy()
+    affine[1, 0] = 0.3 * affine[2, 0]
+    with pytest.raises(StudyError, match="degrees off their normal") as error:
+        canonical_volume(mild.hu, affine)
+    assert error.value.reason == "gantry_tilt"
+
+
+def test_window_maps_its_ends_to_zero_and_one() -> None:
+    slices_hu = np.full((1, 64, 64), -1000, np.int16)
+    slices_hu[0, :32] = 400
+    levels = to_input(slices_hu, WINDOW)
+    assert sorted({*levels.ravel().tolist()}) == [0, 65535]
+    assert to_input(slices_hu - 300, WINDOW).min() == 0
+
+
+def test_masks_survive_the_way_to_the_network_and_back(mild: Phantom) -> None:
+    z = int(mild.lesion_mask.sum(axis=(1, 2)).argmax())
+    there = mask_to_input(mild.lesion_mask[z : z + 1], WindowConfig(size_px=128))[0]
+    back = from_input(there.astype(np.float32), mild.lesion_mask.shape[1:]) >= 0.5
+    np.testing.assert_array_equal(back, mild.lesion_mask[z])
+
+
+def test_slices_that_are_no_square_keep_their_proportions() -> None:
+    slices_hu = np.full((1, 96, 128), 400, np.int16)
+    levels = to_input(slices_hu, WINDOW)[0]
+    assert levels[:7].max() == 0
+    assert levels[9:55].min() == 65535
+    assert from_input(levels.astype(np.float32), (96, 128)).min() > 30000
+
+
+def test_thinned_slices_stand_for_all_lung_slices() -> None:
+    chosen, extent_mm = thin_slices(np.arange(10, 110), 1.0, 2.5)
+    assert (np.diff(chosen) == 3).all()
+    assert extent_mm.sum() == 100
+
+
+def test_thick_slices_are_all_segmented() -> None:
+    chosen, extent_mm = thin_slices(np.arange(4, 30), 8.0, 2.5)
+    assert chosen.tolist() == list(range(4, 30))
+    assert set(extent_mm.tolist()) == {8.0}
+
+
+def test_slices_spread_from_end_to_end() -> None:
+    assert spread_slices(5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert spread_slices(101, 3).tolist() == [0, 50, 100]
+    assert spread_slices(1, 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("involvement", "consolidation"), [(0.0, 0.3), (0.1, 0.3), (0.3, 0.5), (0.6, 0.3), (0.6, 0.6)])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_involvement_is_within_three_hundredths_of_the_truth(
+    involvement: float, consolidation: float, seed: int
+) -> None:
+    phantom = make_phantom(PhantomConfig(seed=seed, involvement=involvement, consolidation=consolidation))
+    volume = canonical_volume(phantom.hu, phantom.affine)
+    lungs = lung.find_lungs(volume)
+    found = lung.measure_involvement(lungs, phantom.lesion_mask, volume.voxel_ml)
+    assert not lungs.is_partial
+    assert found.involvement == pytest.approx(phantom.involvement, abs=0.03)
+
+
+def test_lungs_cut_by_the_field_of_view_are_partial_and_have_no_involvement(mild: Phantom) -> None:
+    volume = canonical_volume(mild.hu[8:18], mild.affine)
+    lungs = lung.find_lungs(volume)
+    assert lungs.is_partial
+    assert lung.measure_involvement(lungs, mild.lesion_mask[8:18], volume.voxel_ml).involvement is None
+
+
+def test_airway_and_bowel_gas_are_no_lung(mild_volume: Volume, mild: Phantom) -> None:
+    lungs = lung.find_lungs(mild_volume)
+    trachea = (mild.hu < -950) & ~mild.lung_mask
+    inside = trachea[:, 40:90, 55:75]
+    assert inside.sum() > 50
+    assert lungs.lung_mask[:, 40:90, 55:75][inside].mean() < 0.25
+
+
+def test_phantoms_follow_from_their_seed() -> None:
+    config = PhantomConfig(seed=3, involvement=0.2, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=22)
+    one, same, other = (
+        make_phantom(config),
+        make_phantom(config),
+        make_phantom(PhantomConfig(**{**vars(config), "seed": 4})),
+    )
+    np.testing.assert_array_equal(one.hu, same.hu)
+    assert (one.hu != other.hu).any()
+    assert one.involvement == pytest.approx(0.2, abs=0.01)
+
+
+def test_error_of_a_reader_says_nothing_of_the_input(mild: Phantom) -> None:
+    objects = []
+    for data in dicom_objects(mild, 5):
+        dataset = pydicom.dcmread(BytesIO(data))
+        dataset.PatientName, dataset.SeriesDescription = "CANARY^NAME", "CANARY"
+        del dataset.RescaleSlope
+        buffer = BytesIO()
+        dataset.save_as(buffer)
+        objects.append(buffer.getvalue())
+    with pytest.raises(StudyError) as error:
+        dicom.read_series(objects)
+    assert "CANARY" not in repr(error.value) + str(error.value.__cause__)
+
+
+def test_real_series_are_read_where_they_exist() -> None:
+    from conftest import REAL_DATA
+
+    if not (REAL_DATA / "dicom").exists():
+        pytest.skip("the real CT is not on this machine")
+    folder: Path = REAL_DATA / "dicom" / "lungfcp-01-0001"
+    volume = dicom.read_series([path.read_bytes() for path in folder.iterdir()])
+    assert volume.hu.shape == (10, 512, 512)
+    assert volume.spacing_mm == pytest.approx((1.0, 0.759765625, 0.759765625))
+    assert lung.find_lungs(volume).is_partial

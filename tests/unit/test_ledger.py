@@ -1,0 +1,177 @@
+"""A run's identity, its manifest and rows, the one commit, and the equality of ledgers."""
+
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+
+from covtanet.data.manifest import IGNORED_SCHEMA, Series
+from covtanet.errors import ConfigError
+from covtanet.screening import ledger
+from covtanet.screening.records import LEDGER_SCHEMA, REASONS
+from covtanet.storage import ObjectInfo
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> ledger.Run:
+    return ledger.Run(
+        archive="/archive",
+        ledger=str(tmp_path / "ledger"),
+        run_date=date(2026, 11, 23),
+        model_name="covtanet",
+        model_version="1",
+        model_digest="d" * 64,
+        config_digest="c" * 64,
+        software_version="0.1.0",
+    )
+
+
+def series(name: str) -> dict[str, Any]:
+    path = f"{name}.nii.gz"
+    return Series(source_path=path, source_format="nifti", objects=(ObjectInfo(path, 7, "v"),)).to_row()
+
+
+def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {
+        "series_key": row["series_key"],
+        "source_uri": f"/archive/{row['source_path']}",
+        "source_format": "nifti",
+        "source_version": row["source_version"],
+        "num_objects": 1,
+        "num_bytes": 7,
+        "qc_flags": [],
+        "status": "rejected",
+        "reason": "not_hu",
+        **values,
+    }
+
+
+def freeze(run: ledger.Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
+    rows = [series(name) for name in names]
+    ignored = tmp_path / "ignored.parquet"
+    ledger.write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}], 10)
+    ledger.begin(run)
+    ledger.write_manifest(run, rows, ignored)
+    return rows
+
+
+def test_run_id_follows_from_what_is_screened_with_what_and_when(run: ledger.Run) -> None:
+    changes: list[dict[str, Any]] = [
+        {"archive": "/other"},
+        {"model_digest": "e" * 64},
+        {"config_digest": "e" * 64},
+        {"limit": 5},
+        {"run_date": date(2026, 11, 24)},
+    ]
+    assert len({run.run_id, *(replace(run, **change).run_id for change in changes)}) == 6
+    assert replace(run, ledger="/elsewhere", software_version="2", model_version="9").run_id == run.run_id
+
+
+def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: ledger.Run, tmp_path: Path) -> None:
+    rows = freeze(run, tmp_path, "a", "b", "c")
+    for row in rows:
+        ledger.store_row(run, record(row))
+    counts = ledger.commit(run)
+    assert (counts.series, counts.rejected["not_hu"], counts.screened, counts.failed) == (3, 3, 0, 0)
+    table = pq.read_table(run.ledger)
+    assert table.num_rows == 3
+    assert table.select(LEDGER_SCHEMA.names).schema.equals(LEDGER_SCHEMA)
+    found = duckdb.sql(f"select count(*), count(distinct series_key) from '{run.ledger}/date=*/*.parquet'").fetchall()
+    assert found == [(3, 3)]
+
+
+def test_a_missing_row_stops_the_commit(run: ledger.Run, tmp_path: Path) -> None:
+    rows = freeze(run, tmp_path, "a", "b")
+    ledger.store_row(run, record(rows[0]))
+    with pytest.raises(ConfigError, match="1 of 2 series have no row"):
+        ledger.commit(run)
+    assert not ledger.is_committed(run)
+
+
+def test_a_series_screened_twice_leaves_one_row(run: ledger.Run, tmp_path: Path) -> None:
+    (row,) = freeze(run, tmp_path, "a")
+    ledger.store_row(run, record(row))
+    ledger.store_row(run, record(row, reason="no_lung"))
+    assert ledger.finished_keys(run) == {row["series_key"]}
+    assert ledger.commit(run).series == 1
+
+
+def test_half_written_rows_do_not_count(run: ledger.Run, tmp_path: Path) -> None:
+    (row,) = freeze(run, tmp_path, "a")
+    folder = Path(run.work_uri("rows"))
+    folder.mkdir(parents=True)
+    (folder / f"._{row['series_key']}.parquet").write_bytes(b"PAR1")
+    assert ledger.finished_keys(run) == set()
+
+
+def test_the_newest_unfinished_run_is_continued(run: ledger.Run, tmp_path: Path) -> None:
+    today = datetime.now(UTC).date()
+    assert ledger.choose_date(run.ledger, run.key) == today
+    older = replace(run, run_date=date(2026, 11, 20))
+    for each in (run, older):
+        freeze(each, tmp_path)
+    assert ledger.choose_date(run.ledger, run.key) == run.run_date
+    ledger.commit(run)
+    assert ledger.choose_date(run.ledger, run.key) == older.run_date
+    ledger.commit(older)
+    assert ledger.choose_date(run.ledger, run.key) == today
+    assert ledger.choose_date(run.ledger, {**run.key, "limit": 3}) == today
+
+
+def test_ledger_and_archive_may_not_lie_in_each_other() -> None:
+    with pytest.raises(ConfigError, match="must be apart"):
+        ledger.check_places("/data/archive", "/data/archive/ledger")
+    with pytest.raises(ConfigError, match="must be apart"):
+        ledger.check_places("s3://b/x/archive", "s3://b/x")
+    ledger.check_places("/data/archive", "/data/archive2")
+
+
+def rows_of(run: ledger.Run, **values: Any) -> Any:
+    table = ledger.pa.Table.from_pylist(
+        [ledger.complete_row(run, record(series("a"), status="screened", reason=None, p_infected=0.5, **values))],
+        schema=LEDGER_SCHEMA,
+    )
+    return table
+
+
+def test_ledgers_are_equal_within_their_tolerances(run: ledger.Run) -> None:
+    one = rows_of(run, involvement=0.2, decode_s=1.0)
+    later = replace(run, run_date=date(2026, 11, 24))
+    assert ledger.differences(one, rows_of(later, involvement=0.2001, decode_s=2.0)) == []
+    assert len(ledger.differences(one, rows_of(run, involvement=0.21))) == 1
+    assert len(ledger.differences(one, rows_of(run, involvement=None))) == 1
+    assert len(ledger.differences(one, one.slice(0, 0))) == 1
+    assert ledger.differences(one, ledger.pa.concat_tables([one, one])) == ["a series has more than one row"]
+
+
+def test_schema_is_the_promise() -> None:
+    """Names and types of version 1, in order; a change needs a new version."""
+    expected = """schema_version: int16|run_id: string|run_date: date32[day]|screened_at: timestamp[us, tz=UTC]
+series_key: string|source_uri: string|source_format: string|source_version: string|source_digest: string
+num_objects: int32|num_bytes: int64|study_uid: string|series_uid: string|status: string|reason: string
+reason_detail: string|qc_flags: list<item: string>|num_slices: int32|num_slices_segmented: int32
+spacing_z_mm: double|spacing_y_mm: double|spacing_x_mm: double|p_infected: float|diagnosis: string|p_severe: float
+severity: string|severity_by_involvement: string|lesion_volume_ml: double|lung_volume_ml: double
+involvement: double|lesion_slices: int32|model_name: string|model_version: string|model_digest: string
+config_digest: string|software_version: string|decode_s: double|predict_s: double"""
+    assert [f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA] == [
+        each for line in expected.splitlines() for each in line.split("|")
+    ]
+    assert len(set(REASONS)) == len(REASONS) == 18
+
+
+def test_accounting_adds_up() -> None:
+    counts = ledger.Accounting()
+    for status, reason, diagnosis in (
+        ("screened", None, "infected"),
+        ("rejected", "not_hu", None),
+        ("failed", "storage", None),
+    ):
+        counts.add({"status": status, "reason": reason, "diagnosis": diagnosis, "severity": None})
+    assert counts.series == counts.screened + sum(counts.rejected.values()) + counts.failed
+    assert counts.failures == Counter(storage=1)

@@ -1,0 +1,122 @@
+"""TA-SegNet, the joint classifier and the saved model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_model
+
+from covtanet.errors import CheckpointError
+from covtanet.model.checkpoint import load_model, save_model
+from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier
+from covtanet.model.losses import focal_tversky_loss, joint_loss
+from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
+
+SMALL = SIZES["small"]
+
+
+def millions(module: torch.nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [("V1", 7.76), ("V2", 7.81), ("V3", 7.86), ("V4", 10.74), ("V5", 8.51), ("V6", 11.49), ("V7", 11.58)],
+)
+def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: float) -> None:
+    assert millions(TASegNet(SegNetConfig(**TABLE_I[row]))) == pytest.approx(expected, abs=0.006)
+
+
+def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
+    classifier = JointClassifier(SIZES["paper"])
+    assert millions(classifier.regional) == pytest.approx(1.964, abs=0.001)
+    assert millions(classifier.diagnosis) == millions(classifier.severity) == pytest.approx(4.461, abs=0.001)
+
+
+@pytest.mark.parametrize("row", TABLE_I)
+def test_every_segnet_parameter_gets_a_gradient(row: str) -> None:
+    torch.manual_seed(0)
+    net = TASegNet(replace(SMALL.segnet, **TABLE_I[row]))
+    focal_tversky_loss(net(torch.randn(2, 1, 64, 64)), torch.rand(2, 1, 64, 64) > 0.5).backward()
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
+
+
+def test_every_classifier_parameter_gets_a_gradient_even_without_infected_volumes() -> None:
+    classifier = JointClassifier(SMALL)
+    pooled = torch.randn(2, SMALL.num_slices, SMALL.segnet.fused_channels, 32, 32)
+    infected, severe = classifier(pooled)
+    joint_loss(infected, severe, torch.zeros(2), torch.zeros(2)).backward()
+    assert [name for name, parameter in classifier.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("row", TABLE_I)
+def test_logits_have_the_input_size_and_fusion_the_stated_channels(row: str) -> None:
+    config = replace(SMALL.segnet, **TABLE_I[row])
+    logits, fused = TASegNet(config).eval().segment(torch.zeros(3, 1, 64, 96))
+    assert logits.shape == (3, 1, 64, 96)
+    assert fused.shape == (3, config.fused_channels, 64, 96)
+
+
+def test_size_that_does_not_fit_says_so() -> None:
+    with pytest.raises(ValueError, match=r"slices are \(60, 64\) pixels, expected multiples of 16"):
+        TASegNet(SMALL.segnet)(torch.zeros(1, 1, 60, 64))
+
+
+def test_a_slice_is_segmented_alike_alone_and_in_a_batch() -> None:
+    net = small_model().network
+    slices = torch.rand(5, 1, 128, 128)
+    torch.testing.assert_close(net.segment(slices)[0][2:3], net.segment(slices[2:3])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_slice_count_of_a_volume_is_checked() -> None:
+    with pytest.raises(ValueError, match="15 slices per volume, expected 16"):
+        JointClassifier(SMALL)(torch.zeros(1, 15, SMALL.segnet.fused_channels, 32, 32))
+
+
+def test_volume_in_logits_out() -> None:
+    infected, severe = CovTANet(SMALL).eval()(torch.rand(2, SMALL.num_slices, 1, 64, 64))
+    assert infected.shape == severe.shape == (2,)
+
+
+def test_saved_model_comes_back_with_the_same_answer_and_digest(tmp_path: Path) -> None:
+    model = small_model()
+    digest = save_model(tmp_path / "model", model)
+    loaded = load_model(tmp_path / "model", digest)
+    volume = torch.rand(1, SMALL.num_slices, 1, 128, 128)
+    assert loaded.digest == digest
+    assert loaded.preprocessing == model.preprocessing
+    for one, other in zip(model.network(volume), loaded.network(volume), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_changed_weights_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    weights = tmp_path / "model" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match="the weights differ from the digest"):
+        load_model(tmp_path / "model")
+
+
+def test_other_model_than_registered_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    with pytest.raises(CheckpointError, match="not the registered model"):
+        load_model(tmp_path / "model", "0" * 64)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    path = tmp_path / "model" / "model.json"
+    description = json.loads(path.read_text())
+    description["network"]["path_channels"] = 32
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="tensors do not fit the network"):
+        load_model(tmp_path / "model")
+
+
+def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model\.json"):
+        load_model(tmp_path)

@@ -1,0 +1,162 @@
+"""The stages of screening without a cluster: parity of formats, boundaries, measurements."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_ct import as_nifti
+
+from covtanet.ct.window import WindowConfig
+from covtanet.data import manifest
+from covtanet.data.phantom import Phantom
+from covtanet.data.phantom_archive import dicom_objects
+from covtanet.model.checkpoint import load_model
+from covtanet.report import overlay
+from covtanet.screening import stages
+from covtanet.screening.predictor import Predictor
+from covtanet.screening.stages import ScreeningConfig
+from covtanet.storage import read_bytes, walk
+
+CONFIG = ScreeningConfig(engine="eager", max_batch_slices=8)
+WINDOW = WindowConfig(size_px=128)
+
+
+@pytest.fixture(scope="module")
+def predictor(model_folder: Path) -> Predictor:
+    return Predictor(load_model(model_folder), engine="eager", max_batch_slices=8)
+
+
+def manifest_rows(archive: Path) -> list[dict[str, Any]]:
+    rows = []
+    for folder, objects in walk(str(archive)):
+        found, _ = manifest.scan_folder(folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size))
+        rows += [series.to_row() for series in found]
+    return rows
+
+
+def screen(archive: Path, predictor: Predictor, config: ScreeningConfig = CONFIG) -> list[dict[str, Any]]:
+    records = []
+    for row in manifest_rows(archive):
+        prepared = stages.decode_and_prepare(row, archive=str(archive), window=WINDOW, config=config)
+        records.append(stages.measure(stages.predict(prepared, predictor), config).record)
+    return records
+
+
+def test_nifti_dicom_and_other_axis_order_give_equal_predictions(
+    tmp_path: Path, mild: Phantom, predictor: Predictor
+) -> None:
+    (tmp_path / "dicom").mkdir()
+    for index, data in enumerate(dicom_objects(mild, 5)):
+        (tmp_path / "dicom" / f"IM{index}").write_bytes(data)
+    for axes in ("LPS", "RAS", "SPL"):
+        (tmp_path / f"{axes}.nii").write_bytes(as_nifti(mild, axes))
+    records = screen(tmp_path, predictor)
+    assert len(records) == 4
+    for record in records:
+        assert record["status"] == "screened"
+        for name in ("p_infected", "p_severe", "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices"):
+            if records[0][name] is None:
+                assert record[name] is None
+            else:
+                assert record[name] == pytest.approx(records[0][name], rel=1e-3, abs=1e-4), name
+
+
+def test_batches_bounded_by_slices_do_not_change_the_answer(mild: Phantom, model_folder: Path) -> None:
+    slices = np.random.default_rng(0).integers(0, 65535, (19, 128, 128), dtype=np.uint16)
+    answers = [
+        Predictor(load_model(model_folder), engine="eager", max_batch_slices=size).predict(slices)
+        for size in (1, 4, 32)
+    ]
+    for answer in answers[1:]:
+        assert answer.p_infected == pytest.approx(answers[0].p_infected, abs=1e-5)
+        assert np.abs(answer.lesion_levels.astype(int) - answers[0].lesion_levels).max() <= 1
+
+
+@pytest.mark.parametrize("engine", ["channels_last", "openvino"])
+def test_engines_agree_within_their_tolerance(model_folder: Path, engine: str) -> None:
+    slices = np.random.default_rng(0).integers(0, 65535, (5, 128, 128), dtype=np.uint16)
+    one = Predictor(load_model(model_folder), engine="eager").predict(slices)
+    other = Predictor(load_model(model_folder), engine=engine).predict(slices)
+    assert np.abs(one.lesion_levels.astype(int) - other.lesion_levels).max() <= 1
+    assert other.p_infected == pytest.approx(one.p_infected, abs=1e-4)
+    assert other.p_severe == pytest.approx(one.p_severe, abs=1e-4)
+
+
+def test_refused_series_has_a_reason_and_no_measurement(tmp_path: Path, predictor: Predictor) -> None:
+    (tmp_path / "bad.nii.gz").write_bytes(b"no")
+    (record,) = screen(tmp_path, predictor)
+    assert (record["status"], record["reason"]) == ("rejected", "unreadable")
+    assert record["source_digest"] is not None
+    for name in ("p_infected", "p_severe", "diagnosis", "involvement", "num_slices", "spacing_z_mm"):
+        assert record.get(name) is None
+
+
+def test_object_that_vanished_is_failed_not_rejected(tmp_path: Path, predictor: Predictor, mild: Phantom) -> None:
+    path = tmp_path / "gone.nii"
+    path.write_bytes(as_nifti(mild))
+    (row,) = manifest_rows(tmp_path)
+    path.unlink()
+    prepared = stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    record = stages.measure(stages.predict(prepared, predictor), CONFIG).record
+    assert (record["status"], record["reason"], record["source_digest"]) == ("failed", "storage", None)
+
+
+def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
+    tmp_path: Path, mild: Phantom, predictor: Predictor, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.nii").write_bytes(as_nifti(mild))
+    (row,) = manifest_rows(tmp_path)
+    prepared = stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG)
+
+    class Broken:
+        def predict(self, slices: object) -> None:
+            raise RuntimeError("CANARY")
+
+    record = stages.measure(stages.predict(prepared, Broken()), CONFIG).record  # type: ignore[arg-type]
+    assert (record["status"], record["reason"]) == ("failed", "internal_error")
+    assert record["reason_detail"].startswith("RuntimeError at screening/stages.py:")
+    assert record["series_key"] in caplog.text
+    assert "CANARY" not in caplog.text + json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("p_infected", "p_severe", "involvement", "expected"),
+    [
+        (0.4, 0.9, 0.1, ("normal", None, None, "mild")),
+        (0.5, 0.4, 0.26, ("infected", 0.4, "mild", "severe")),
+        (0.9, 0.5, 0.25, ("infected", 0.5, "severe", "mild")),
+        (0.9, 0.5, None, ("infected", 0.5, "severe", None)),
+    ],
+)
+def test_conclusions(p_infected: float, p_severe: float, involvement: float | None, expected: tuple[Any, ...]) -> None:
+    assert tuple(stages.conclude(p_infected, p_severe, involvement, CONFIG).values()) == expected
+
+
+def test_masks_survive_their_packing(mild_volume: Any) -> None:
+    masks, _, _ = stages.prepare_volume(mild_volume, WINDOW, CONFIG)
+    back = stages.StoredMasks.unpack(masks.pack())
+    np.testing.assert_array_equal(back.lungs.lung_mask, masks.lungs.lung_mask)
+    np.testing.assert_array_equal(back.lungs.cavity_mask, masks.lungs.cavity_mask)
+    np.testing.assert_array_equal(back.source.affine, masks.source.affine)
+    assert len(masks.pack()) < mild_volume.hu.size / 8
+
+
+def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: Phantom, tmp_path: Path) -> None:
+    """A perfect network: the lesion of the chosen slices, repeated over what they stand for."""
+    masks, chosen, slices = stages.prepare_volume(mild_volume, WINDOW, CONFIG)
+    levels = (mild.lesion_mask[chosen] * 254).astype(np.uint8)
+    record = {"series_key": "k", "p_infected": 0.9, "p_severe": 0.2, "status": "screened", "qc_flags": []}
+    row = {"record": json.dumps(record), "lesion_levels": levels, "chosen": chosen, "masks": masks.pack()}
+    measured = stages.measure(row, CONFIG)
+    assert measured.masks is not None
+    assert measured.involvement is not None
+    files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement))
+    assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png"}
+    (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
+    voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
+    assert measured.record["lesion_volume_ml"] == pytest.approx(voxels * mild_volume.voxel_ml)
+    assert measured.record["involvement"] == pytest.approx(mild.involvement, abs=0.03)
+    assert measured.record["severity_by_involvement"] == "mild"
