@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import ray
 from cluster import check_tracking, connect, parser, place, start_logging
@@ -27,7 +28,7 @@ from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.screening import ledger, pipeline
 from covtanet.screening.predictor import window_of
-from covtanet.screening.stages import ScreeningConfig, config_values
+from covtanet.screening.stages import config_values
 
 logger = logging.getLogger("covtanet.screen")
 
@@ -78,7 +79,8 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
         config = replace(config, group_by=arguments.group_by)
     is_path = not arguments.model.startswith("models:")
     model = tracking.resolve_model(place(arguments.model, "--model") if is_path else arguments.model, folder)
-    run = make_run(arguments, archive, ledger_uri, model, config)
+    window = window_of(load_model(model.folder, model.digest))
+    run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
     if ledger.is_committed(run):
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)
@@ -89,7 +91,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     if arguments.plan:
         print(plan_table(run, pipeline.plan(run), ledger.read_manifest(run)))
         return 0
-    pipeline.screen(run, config, model.folder, results)
+    pipeline.screen(run, config, window, model.folder, results)
     accounting = ledger.commit(run)
     print(screening_table(run, accounting, time.monotonic() - started))
     print(ignored_line(ledger.read_ignored(run)))
@@ -97,10 +99,9 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 def make_run(
-    arguments: argparse.Namespace, archive: str, ledger_uri: str, model: tracking.ModelRef, config: ScreeningConfig
+    arguments: argparse.Namespace, archive: str, ledger_uri: str, model: tracking.ModelRef, values: dict[str, Any]
 ) -> ledger.Run:
     """The run's identity; without a date the newest unfinished one of the same kind, else today's."""
-    values = config_values(window_of(load_model(model.folder, model.digest)), config)
     run = ledger.Run(
         archive=archive,
         ledger=ledger_uri,

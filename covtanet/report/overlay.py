@@ -33,35 +33,56 @@ def result_files(
 def preview(
     slices: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
-    """Up to twelve slices from the base to the apex with lung outline and lesion, (height, width, 3)."""
+    """Up to twelve slices from the base to the apex with lung outline and lesion, (height, width, 3).
+
+    All tiles show the same square around the lungs.
+    """
     shown = np.unique(np.rint(np.linspace(0, len(slices) - 1, PREVIEW_SLICES)).astype(int))
-    tiles = [draw(slices[k], lesion_mask[k], lung_mask[k], PREVIEW_PX) for k in shown]
+    lesions, lungs = (_to_square(masks[shown]) for masks in (lesion_mask, lung_mask))
+    top, left, side = _square_around(np.asarray(lungs.any(axis=0)))
+    tiles = []
+    for index, lesion, lung in zip(shown, lesions, lungs, strict=True):
+        scale = slices.shape[1] / lungs.shape[1]
+        box = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
+        grey = Image.fromarray((slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8))
+        picture = np.asarray(grey.resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BICUBIC, box=box))
+        inside = (slice(top, top + side), slice(left, left + side))
+        tiles.append(draw(picture, _enlarge(lesion[inside]), _enlarge(lung[inside])))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % PREVIEW_COLUMNS)
     rows = [np.concatenate(tiles[k : k + PREVIEW_COLUMNS], axis=1) for k in range(0, len(tiles), PREVIEW_COLUMNS)]
     return np.concatenate(rows)
 
 
-def draw(
-    levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_], size_px: int
-) -> NDArray[np.uint8]:
-    """One slice with its masks. levels: the network's input, a square; masks: in the source's in-plane shape."""
-    grey = (levels.astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8)
-    picture = np.asarray(Image.fromarray(grey).resize((size_px, size_px), Image.Resampling.BILINEAR))
+def draw(picture: NDArray[np.uint8], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """One grey slice with its masks, all (height, width), to colours (height, width, 3)."""
     rgb = np.repeat(picture[:, :, None], 3, axis=2).astype(np.float32)
-    lesion, lung = (_to_square(mask, size_px) for mask in (lesion_mask, lung_mask))
-    rgb[lesion] = (1 - LESION_OPACITY) * rgb[lesion] + LESION_OPACITY * np.array(LESION_RGB)
-    rgb[_outline(lung)] = LUNG_RGB
-    rgb[_outline(lesion)] = LESION_RGB
+    rgb[lesion_mask] = (1 - LESION_OPACITY) * rgb[lesion_mask] + LESION_OPACITY * np.array(LESION_RGB)
+    rgb[_outline(lung_mask)] = LUNG_RGB
+    rgb[_outline(lesion_mask)] = LESION_RGB
     return rgb.astype(np.uint8)
 
 
-def _to_square(mask: NDArray[np.bool_], size_px: int) -> NDArray[np.bool_]:
-    height, width = mask.shape
+def _square_around(mask: NDArray[np.bool_]) -> tuple[int, int, int]:
+    """Top, left and side of a square around a mask with a margin, within the (square) image."""
+    size = mask.shape[0]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return 0, 0, size
+    side = min(size, int(1.15 * max(np.ptp(rows), np.ptp(columns)) + 1))
+    top, left = ((int(span[0]) + int(span[-1]) + 1 - side) // 2 for span in (rows, columns))
+    return min(max(top, 0), size - side), min(max(left, 0), size - side), side
+
+
+def _to_square(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    height, width = masks.shape[1:]
     side = max(height, width)
-    square = np.zeros((side, side), np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = mask
-    return np.asarray(Image.fromarray(square * 255).resize((size_px, size_px), Image.Resampling.BILINEAR)) >= 128
+    return np.pad(masks, ((0, 0), (top, side - height - top), (left, side - width - left)))
+
+
+def _enlarge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR)
+    return np.asarray(grey) >= 128
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

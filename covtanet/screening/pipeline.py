@@ -24,11 +24,9 @@ from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.errors import ConfigError
-from covtanet.model import checkpoint
 from covtanet.report import overlay
 from covtanet.screening import ledger, stages
 from covtanet.screening.ledger import Run
-from covtanet.screening.predictor import Predictor, window_of
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger(__name__)
@@ -177,9 +175,15 @@ def _num_cores() -> int:
 
 
 class _PredictorActor:
-    """Loads the model once per actor and answers rows."""
+    """Loads the model once per actor and answers rows.
+
+    Only here torch is imported: decoding and measuring do without, and their workers start seconds sooner.
+    """
 
     def __init__(self, run: Run, config: ScreeningConfig) -> None:
+        from covtanet.model import checkpoint
+        from covtanet.screening.predictor import Predictor
+
         with tempfile.TemporaryDirectory() as folder:
             storage.download_folder(run.work_uri("model"), Path(folder))
             model = checkpoint.load_model(Path(folder), run.model_digest)
@@ -201,11 +205,19 @@ def _measure_and_store(row: dict[str, Any], run: Run, config: ScreeningConfig, r
         for name, data in overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement):
             storage.write_bytes(storage.join(folder, name), data)
     stored = ledger.store_row(run, measured.record)
-    return {name: stored[name] for name in ("series_key", "status", "reason", "diagnosis", "severity")}
+    return {
+        "series_key": row["series_key"],
+        "status": stored["status"],
+        "reason": stored["reason"],
+        "started_at": measured.record["started_at"],
+    }
 
 
-def screen(run: Run, config: ScreeningConfig, model_folder: Path, results: str = "") -> None:
-    """Screen every series of the manifest that has no row yet. results: where to write masks and previews, or empty."""
+def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str = "") -> None:
+    """Screen every series of the manifest that has no row yet.
+
+    window: the model's preprocessing. results: where to write masks and previews, or empty.
+    """
     _configure()
     todo_uri = run.work_uri("todo.parquet")
     finished = ledger.finished_keys(run)
@@ -215,21 +227,20 @@ def screen(run: Run, config: ScreeningConfig, model_folder: Path, results: str =
         logger.info("continuing: %d of %d series are finished", planned.num_finished, planned.num_series)
     if not remaining:
         return
+    logger.info("screening %d series with %d decoders", remaining, planned.num_decoders)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "todo.parquet"
         todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
         ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
         storage.upload(path, todo_uri)
-    _follow(_pipeline(run, config, model_folder, results, todo_uri, planned), remaining)
+    for path in model_folder.iterdir():  # to where every node can fetch it
+        storage.upload(path, run.work_uri("model", path.name))
+    _follow(_pipeline(run, config, window, results, todo_uri, planned), remaining)
 
 
 def _pipeline(
-    run: Run, config: ScreeningConfig, model_folder: Path, results: str, todo_uri: str, planned: Plan
+    run: Run, config: ScreeningConfig, window: WindowConfig, results: str, todo_uri: str, planned: Plan
 ) -> ray.data.Dataset:
-    model = checkpoint.load_model(model_folder, run.model_digest)
-    window: WindowConfig = window_of(model)
-    for name in (checkpoint.WEIGHTS, checkpoint.DESCRIPTION):  # where every node can fetch it
-        storage.upload(model_folder / name, run.work_uri("model", name))
     filesystem, path = storage.filesystem(todo_uri)
     series = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=1)
     return (
@@ -256,17 +267,17 @@ def _pipeline(
 
 
 def _follow(rows: ray.data.Dataset, remaining: int) -> None:
-    """Run the pipeline, and say how far it is."""
-    started = reported = time.monotonic()
+    """Run the pipeline, and say how far it is; rates count from when work on the first series began."""
+    started, reported = time.time(), 0.0
     for done, row in enumerate(rows.iter_rows(), start=1):
+        started = row["started_at"] if done == 1 else min(started, row["started_at"])
         if row["status"] == "failed":
             logger.warning("series %s failed: %s", row["series_key"], row["reason"])
-        now = time.monotonic()
+        now = time.time()
         if now - reported >= PROGRESS_EVERY_S or done == remaining:
-            rate = done / (now - started)
-            logger.info(
-                "%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, (remaining - done) / rate
-            )
+            rate = done / max(now - started, 1e-3)
+            left_s = (remaining - done) / rate
+            logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s)
             reported = now
 
 

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from covtanet.ct.window import WindowConfig, spread_slices
 from covtanet.model.checkpoint import SavedModel
 from covtanet.screening.engine import build_engine, to_intensity
-
-PROBABILITY_STEPS = 254
+from covtanet.screening.records import PROBABILITY_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ FAILURES = ("storage", "internal_error")
 
 QC_FLAGS = ("partial_lungs", "series_uid_repeated", "oblique")
 
+# Lesion probability travels as uint8 in these steps, so that 127 is one half.
+PROBABILITY_STEPS = 254
+
 LEDGER_SCHEMA = pa.schema(
     [
         pa.field("schema_version", pa.int16(), nullable=False),

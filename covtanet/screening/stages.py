@@ -6,9 +6,9 @@ decode_and_prepare  in: a manifest row; out: series_key, record, slices, chosen,
 predict             in: that; out: series_key, record, slices, chosen, masks, lesion_levels
 measure             in: that; out: a row of the ledger, and the masks where results are kept
 
-``record`` is the ledger row so far, as JSON; it alone is filled where a series is refused. ``slices`` is what the
-network reads, (S, size, size) uint16, on the z indices ``chosen``. ``masks`` packs lung and chest cavity in the
-source's grid. The raw volume never leaves ``decode_and_prepare``.
+``record`` is the ledger row so far and when work on it began, as JSON; it alone is filled where a series is refused.
+``slices`` is what the network reads, (S, size, size) uint16, on the z indices ``chosen``. ``masks`` packs lung and
+chest cavity in the source's grid. The raw volume never leaves ``decode_and_prepare``.
 """
 
 import json
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,10 @@ from covtanet.ct.volume import SourceGrid, Volume
 from covtanet.ct.window import WindowConfig, from_input, thin_slices, to_input
 from covtanet.data.manifest import Series, series_from_row
 from covtanet.errors import StudyError
-from covtanet.screening.predictor import PROBABILITY_STEPS, Predictor
-from covtanet.screening.records import FAILED, REJECTED, SCREENED
+from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
+
+if TYPE_CHECKING:  # workers that only decode or measure do without torch, whose import costs them seconds
+    from covtanet.screening.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ def decode_and_prepare(row: Row, *, archive: str, window: WindowConfig, config: 
     """Fetch one series, decode it, find its lungs and make what the network reads."""
     series = series_from_row(row)
     record = _identity(series, row, archive)
+    record["started_at"] = time.time()
     started = time.perf_counter()
     empty = {
         "series_key": row["series_key"],
@@ -135,7 +138,7 @@ def decode_and_prepare(row: Row, *, archive: str, window: WindowConfig, config: 
     return {**empty, **filled, "record": json.dumps(record)}
 
 
-def predict(row: Row, predictor: Predictor) -> Row:
+def predict(row: Row, predictor: "Predictor") -> Row:
     """Segment and diagnose one prepared series; a refused one passes through."""
     record = json.loads(row["record"])
     started = time.perf_counter()
