@@ -14,6 +14,12 @@ from covtanet import storage
 from covtanet.errors import ConfigError
 
 MIN_LOGICAL_CPUS = 4
+# Without these glibc keeps freed volumes for reuse, and every worker creeps towards the largest series it has seen.
+RETURN_MEMORY = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
 QUIET = ("ray", "ray.data", "botocore", "s3fs", "aiobotocore", "mlflow", "alembic", "openvino")
 SILENT = ("ray._private.authentication", "ray.data._internal.progress")
 
@@ -35,7 +41,7 @@ def connect() -> None:
     A small machine gets more logical CPUs than it has cores: decoding, prediction and measuring each hold one.
     """
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": RETURN_MEMORY})
         return
     _keep_token_private()
     num_cpus = max(MIN_LOGICAL_CPUS, len(os.sched_getaffinity(0)))
@@ -45,6 +51,7 @@ def connect() -> None:
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
         logging_level=logging.WARNING,
+        runtime_env={"env_vars": RETURN_MEMORY},
     )
 
 

@@ -89,7 +89,8 @@ def find_lungs(volume: Volume) -> Lungs:
 
     outside = _touching_border(hu < BODY_HU)
     aerated = (hu < AERATED_HU) & ~outside
-    aerated &= ~_pure_air(aerated, hu, pixel_cm2)
+    gas = _pure_air(aerated, hu, pixel_cm2)
+    aerated &= ~gas
     lungs = _two_lungs(aerated)
     largest_cm2 = float(lungs.any(axis=0).sum(axis=(1, 2)).max()) * pixel_cm2
     if largest_cm2 < MIN_LUNG_CM2:
@@ -99,7 +100,8 @@ def find_lungs(volume: Volume) -> Lungs:
         closed |= _close(lung, grid_mm)
     closed &= ~outside
     cavity = _cavity(closed, outside, grid_mm)
-    closed |= aerated & cavity
+    # Lung that consolidation cut off from the rest; what hems gas is its rim, not lung.
+    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=IN_PLANE, iterations=2)
     return Lungs(
         lung_mask=_sharpen(closed, volume, step_z, step),
         cavity_mask=_enlarge(cavity, volume.hu.shape, step_z, step),

@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 10.0
 FOLDERS_PER_SCAN = 16
-SERIES_WAITING_PER_PREDICTOR = 2
+SERIES_IN_FLIGHT_PER_PREDICTOR = 2
+# Prepared series wait for a predictor by the handful, not until the object store is full.
+SERIES_WAITING_PER_PREDICTOR, SLICES_PER_SERIES, BYTES_PER_PIXEL = 8, 64, 2
 LISTING_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
     pa.field("objects", pa.list_(manifest.OBJECT_TYPE), nullable=False),
@@ -174,6 +176,16 @@ def _num_cores() -> int:
     return nodes * len(os.sched_getaffinity(0))
 
 
+class _DecoderActor:
+    """Decodes and prepares; a process of its own, so that what decoding takes at its peak is taken by few."""
+
+    def __init__(self, archive: str, window: WindowConfig, config: ScreeningConfig) -> None:
+        self.archive, self.window, self.config = archive, window, config
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return stages.decode_and_prepare(row, archive=self.archive, window=self.window, config=self.config)
+
+
 class _PredictorActor:
     """Loads the model once per actor and answers rows.
 
@@ -241,19 +253,24 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
 def _pipeline(
     run: Run, config: ScreeningConfig, window: WindowConfig, results: str, todo_uri: str, planned: Plan
 ) -> ray.data.Dataset:
+    waiting_bytes = SERIES_WAITING_PER_PREDICTOR * SLICES_PER_SERIES * window.size_px**2 * BYTES_PER_PIXEL
+    ray.data.DataContext.get_current().execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=waiting_bytes * planned.num_predictors
+    )
     filesystem, path = storage.filesystem(todo_uri)
     series = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=1)
     return (
         series.map(
-            partial(stages.decode_and_prepare, archive=run.archive, window=window, config=config),
-            compute=ray.data.TaskPoolStrategy(size=planned.num_decoders),
+            _DecoderActor,
+            fn_constructor_kwargs={"archive": run.archive, "window": window, "config": config},
+            compute=ray.data.ActorPoolStrategy(size=planned.num_decoders),
             num_cpus=1,
         )
         .map(
             _PredictorActor,
             fn_constructor_kwargs={"run": run, "config": config},
             compute=ray.data.ActorPoolStrategy(
-                size=planned.num_predictors, max_tasks_in_flight_per_actor=SERIES_WAITING_PER_PREDICTOR
+                size=planned.num_predictors, max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR
             ),
             num_cpus=1,
             num_gpus=1 if planned.num_gpus else 0,
