@@ -17,8 +17,8 @@ MIN_LOGICAL_CPUS = 4
 # Without these glibc keeps freed volumes for reuse, and every worker creeps towards the largest series it has seen.
 RETURN_MEMORY = {
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
 QUIET = ("ray", "ray.data", "botocore", "s3fs", "aiobotocore", "mlflow", "alembic", "openvino")
 SILENT = ("ray._private.authentication", "ray.data._internal.progress")

@@ -200,14 +200,16 @@ def _cavity(closed: Mask, outside: Mask, grid_mm: tuple[float, float, float]) ->
     reach = max(1, round(CAVITY_MARGIN_MM * 2 / grid_mm[0]))
     spread = ndimage.maximum_filter1d((closed | mirrored).view(np.uint8), 2 * reach + 1, axis=0).astype(bool)
     hull = np.stack([_convex_hull(mask) for mask in spread])
-    in_plane = (1e6, grid_mm[1], grid_mm[2])
-    hull = ndimage.distance_transform_edt(~hull, sampling=in_plane) <= CAVITY_MARGIN_MM
-    wall = ndimage.distance_transform_edt(~outside, sampling=in_plane) > CHEST_WALL_MM
-    return (hull & wall) | closed
+    margin, wall = (max(1, round(mm / grid_mm[1])) for mm in (CAVITY_MARGIN_MM, CHEST_WALL_MM))
+    hull = ndimage.binary_dilation(hull, structure=IN_PLANE, iterations=margin)
+    hull &= ~ndimage.binary_dilation(outside, structure=IN_PLANE, iterations=wall)
+    return hull | closed
 
 
 def _convex_hull(slice_mask: Mask) -> Mask:
-    points = np.argwhere(slice_mask)
+    rows = np.flatnonzero(slice_mask.any(axis=1))
+    left, right = slice_mask[rows].argmax(axis=1), slice_mask.shape[1] - 1 - slice_mask[rows, ::-1].argmax(axis=1)
+    points = np.unique(np.column_stack([np.tile(rows, 2), np.concatenate([left, right])]), axis=0)
     if len(points) < 3:
         return slice_mask
     try:
@@ -231,7 +233,7 @@ def _enlarge(mask: Mask, shape: tuple[int, ...], step_z: int, step: int) -> Mask
     z, y, x = (
         np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(shape, (step_z, step, step), mask.shape, strict=True)
     )
-    return np.asarray(mask[z[:, None, None], y[None, :, None], x[None, None, :]])
+    return np.asarray(mask.take(z, axis=0).take(y, axis=1).take(x, axis=2))
 
 
 def _sharpen(closed: Mask, volume: Volume, step_z: int, step: int) -> Mask:
