@@ -244,7 +244,7 @@ def run_job(folder: Path) -> tuple[float, float]:
 
 def bench_job() -> list[Figure]:
     """(c) the job against the plain loop and (e) its memory at 24 and at 96 series."""
-    small, large = archive(24, 256, 120), archive(96, 256, 120)
+    small, large = archive(24, 256, 105), archive(96, 256, 105)
     print("  plain loop over 96 series", flush=True)
     loop_s = seconds(lambda: plain_loop(large))
     print(f"  plain loop: {loop_s:.0f} s; the job at 96 and at 24 series", flush=True)

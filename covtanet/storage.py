@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any
 
 import boto3
@@ -60,21 +61,37 @@ def walk(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
 
 def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder")
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        raise FileNotFoundError("there is no such folder")
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back into the tree
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         subfolders.sort()
         relative = Path(folder).relative_to(root).as_posix()
         prefix = "" if relative == "." else f"{relative}/"
         found = []
         for name in sorted(names):
-            status = (Path(folder) / name).stat()
-            found.append(ObjectInfo(f"{prefix}{name}", status.st_size, str(status.st_mtime_ns)))
+            info = _file_info(Path(folder) / name, f"{prefix}{name}")
+            if info is not None:
+                found.append(info)
         if found:
             yield prefix, found
 
 
+def _file_info(path: Path, relative: str) -> ObjectInfo | None:
+    """A file as the listing shows it; a link to nowhere stays in the list, pipes and sockets do not."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ObjectInfo(relative, 0, "unreadable")
+    return ObjectInfo(relative, status.st_size, str(status.st_mtime_ns)) if S_ISREG(status.st_mode) else None
+
+
 def _raise(error: OSError) -> None:
-    raise error
+    raise OSError(f"a folder of the archive cannot be listed: {type(error).__name__}") from None
 
 
 def _walk_s3(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
@@ -188,6 +205,16 @@ def download_folder(uri: str, target: Path) -> None:
             path.write_bytes(read_bytes(join(uri, item.path)))
 
 
+def delete(uri: str) -> None:
+    """Delete an object; nothing happens where there is none."""
+    if not is_s3(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    bucket, key = _split(uri)
+    with _as_os_error():
+        _client().delete_object(Bucket=bucket, Key=key)
+
+
 def delete_folder(uri: str) -> None:
     """Delete a folder and all below it; nothing happens where there is none."""
     if not is_s3(uri):
@@ -197,8 +224,9 @@ def delete_folder(uri: str) -> None:
     with _as_os_error():
         client = _client()
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Contents", ()):
-                client.delete_object(Bucket=bucket, Key=item["Key"])
+            keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
+            if keys:
+                client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -257,7 +285,7 @@ def _as_os_error() -> Iterator[None]:
     except ClientError as error:
         status = int(error.response["ResponseMetadata"]["HTTPStatusCode"])
         if status == 404:
-            raise FileNotFoundError("no such object or bucket in the object store") from error
-        raise OSError(f"the object store answered {status} {error.response['Error'].get('Code', '')}") from error
+            raise FileNotFoundError("no such object or bucket in the object store") from None
+        raise OSError(f"the object store answered {status} {error.response['Error'].get('Code', '')}") from None
     except BotoCoreError as error:
-        raise OSError(f"the object store does not answer: {type(error).__name__}") from error
+        raise OSError(f"the object store does not answer: {type(error).__name__}") from None

@@ -6,6 +6,7 @@ version's tags, and loading them ourselves: MLflow's own loaders run code that c
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -64,8 +65,11 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
         else:
             registered = client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        raise CheckpointError(f"{ref} is not in the registry at {mlflow.get_registry_uri()}") from error
-    mlflow.artifacts.download_artifacts(artifact_uri=registered.source, dst_path=str(folder))
+        raise CheckpointError(f"{ref} is not in the registry") from error
+    try:
+        mlflow.artifacts.download_artifacts(artifact_uri=registered.source, dst_path=str(folder))
+    except (MlflowException, OSError) as error:
+        raise CheckpointError(f"the files of {ref} are not where the registry says") from error
     found = next((path.parent for path in sorted(folder.rglob("model.json"))), folder)
     digest = model_digest(found)
     if digest != registered.tags.get(DIGEST_TAG):
@@ -145,9 +149,11 @@ def software_version() -> str:
         base, direct = version("covtanet"), distribution("covtanet").read_text("direct_url.json")
     except PackageNotFoundError:
         base, direct = "0", None
+    if shutil.which("git") is None:
+        return base
     places = [Path(__file__).parent]
     if direct and (url := urlsplit(json.loads(direct)["url"])).scheme == "file":
-        places.append(Path(url.path))
+        places.append(Path(unquote(url.path)))
     for place in places:
         described = subprocess.run(
             ["git", "-C", place, "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"],

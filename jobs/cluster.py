@@ -7,7 +7,6 @@ import secrets
 import sys
 from pathlib import Path
 
-import mlflow
 import ray
 
 from covtanet import storage
@@ -75,7 +74,8 @@ def place(uri: str, option: str) -> str:
     Raises:
         ConfigError: for a relative path inside a Ray job.
     """
-    if is_ray_job() and not storage.is_s3(uri) and not Path(uri).is_absolute():
+    path = Path(uri.removeprefix("file://")).expanduser()
+    if is_ray_job() and not storage.is_s3(uri) and not path.is_absolute():
         raise ConfigError(
             f"{option} {uri} is relative, and a Ray job runs in a temporary copy of the folder it was submitted from; "
             f"give the absolute path, /.../{uri.removeprefix('./')}"
@@ -84,12 +84,12 @@ def place(uri: str, option: str) -> str:
 
 
 def check_tracking() -> None:
-    """Refuse a relative SQLite registry inside a Ray job.
+    """Refuse a relative SQLite registry, which is MLflow's default, inside a Ray job.
 
     Raises:
         ConfigError: with the form to use.
     """
-    uri = mlflow.get_tracking_uri()
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     scheme, _, path = uri.partition("sqlite:///")
     if is_ray_job() and not scheme and path and not path.startswith("/"):
         raise ConfigError(

@@ -4,8 +4,8 @@ python jobs/screen.py --archive URI --ledger URI --model REF
 ray job submit --working-dir . -- python jobs/screen.py --archive URI --ledger URI --model REF
 
 URIs are local paths or s3://BUCKET/PREFIX. REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a
-saved model. Exit codes: 0 committed now or before, 2 usage, 3 refused to start, 1 anything else; after 1 the same
-command continues. Research use only, not a medical device.
+saved model. Exit codes: 0 committed now or before, 2 usage, 3 refused to start, 1 anything else: the same command
+continues, but where the log speaks of a fault of this software. Research use only, not a medical device.
 """
 
 import argparse
@@ -63,6 +63,9 @@ def main() -> int:
     except (ConfigError, CheckpointError) as error:
         logger.error("%s", error)
         return 3
+    except OSError as error:  # its text may name a study
+        logger.error("storage: %s; the same command continues", type(error).__name__)
+        return 1
     finally:
         ray.shutdown()
 
@@ -74,6 +77,8 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     archive, ledger_uri = place(arguments.archive, "--archive"), place(arguments.ledger, "--ledger")
     results = place(arguments.results, "--results") if arguments.results else ""
     ledger.check_places(archive, ledger_uri)
+    if results:
+        ledger.check_places(archive, results)
     config = load_config(arguments.config).screening
     if arguments.group_by:
         config = replace(config, group_by=arguments.group_by)
@@ -83,6 +88,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
     if ledger.is_committed(run):
+        ledger.clean_up(run)
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)
         return 0
     connect()
@@ -95,6 +101,9 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     accounting = ledger.commit(run)
     print(screening_table(run, accounting, time.monotonic() - started))
     print(ignored_line(ledger.read_ignored(run)))
+    if accounting.failures["internal_error"]:
+        logger.error("%d series met a fault of this software", accounting.failures["internal_error"])
+        return 1
     return 0
 
 

@@ -48,6 +48,9 @@ def main() -> int:
     except (ConfigError, CheckpointError) as error:
         logger.error("%s", error)
         return 3
+    except OSError as error:
+        logger.error("storage: %s", type(error).__name__)
+        return 1
     finally:
         ray.shutdown()
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -115,7 +114,11 @@ class Cluster:
     def run_job(self, script: str, *arguments: str, expect: int = 0) -> str:
         """Run a job to its end and return what it printed."""
         process = self.start_job(script, *arguments)
-        output, _ = process.communicate(timeout=280)
+        try:
+            output, _ = process.communicate(timeout=280)
+        except subprocess.TimeoutExpired:
+            self.kill_job(process)
+            raise
         assert process.returncode == expect, output
         return output
 
@@ -138,8 +141,3 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         ray = start_ray(folder / "ray.log", environment, folder / "token", Path(short))
         yield Cluster({**os.environ, **ray.environment, "RAY_TMP": short})
         ray.stop()
-
-
-def random_generator() -> np.random.Generator:
-    """Seeded noise for tests."""
-    return np.random.default_rng(0)

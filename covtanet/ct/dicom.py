@@ -4,7 +4,9 @@ Slices are ordered by their position in the patient and rescaled one by one; the
 Not covered: Enhanced multi-frame objects, lossy JPEG, colour.
 """
 
+import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +41,7 @@ from pydicom.uid import (
 )
 
 from covtanet.ct import nifti
-from covtanet.ct.volume import Volume, canonical_volume
+from covtanet.ct.volume import MAX_SHEAR, Volume, canonical_volume
 from covtanet.errors import StudyError
 
 MAGIC_AT, MAGIC = 128, b"DICM"
@@ -57,14 +59,33 @@ ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorag
 SPACING_RTOL = 0.05
 ORIENTATION_ATOL = 1e-3
 PIXEL_SPACING_ATOL_MM = 1e-3
+# The cosine of the tilt that MAX_SHEAR allows, about half a degree.
+PERPENDICULAR_TOL = 1 - (1 - MAX_SHEAR**2) ** 0.5
 HEAD_TAGS: list[BaseTag | int] = [Tag("StudyInstanceUID"), Tag("SeriesInstanceUID")]
 SERIES_UID_TAG = BaseTag(0x0020000E)
+UID = re.compile(r"[0-9.]{1,64}")
 READ_TAGS = [
     "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
     "RescaleSlope", "RescaleIntercept", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "FrameOfReferenceUID", "PixelData",
+    "PixelRepresentation", "PixelData",
 ]  # fmt: skip
+
+
+NUMBERS = {
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "RescaleSlope": 1,
+    "RescaleIntercept": 1,
+    "SamplesPerPixel": 1,
+    "Rows": 1,
+    "Columns": 1,
+    "BitsAllocated": 1,
+    "BitsStored": 1,
+    "PixelRepresentation": 1,
+    "NumberOfFrames": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -80,19 +101,37 @@ def has_magic(head: bytes) -> bool:
     return head[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
 
 
-def read_identity(head: bytes) -> SeriesIdentity | None:
-    """Return the UIDs of an object from its first bytes, or None where they cannot be read (or are not there yet)."""
+def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | None:
+    """Return the UIDs of an object from its first bytes, or None where they cannot be read or are not there yet.
+
+    is_whole: ``head`` is all of the object.
+    """
     if not has_magic(head):
         return None
+    reached = []
+
+    def after_series_uid(tag: BaseTag, vr: str | None, length: int) -> bool:
+        if tag > SERIES_UID_TAG:
+            reached.append(tag)
+        return bool(reached)
+
     with _quiet():
         try:
             dataset = pydicom.filereader.read_partial(
-                BytesIO(head), stop_when=_after_series_uid, specific_tags=HEAD_TAGS
+                BytesIO(head), stop_when=after_series_uid, specific_tags=HEAD_TAGS
             )
             series_uid, study_uid = dataset.get("SeriesInstanceUID"), dataset.get("StudyInstanceUID")
         except Exception:  # any parser error on foreign bytes means the same: no identity
             return None
-    return SeriesIdentity(str(study_uid) if study_uid else None, str(series_uid)) if series_uid else None
+    if not series_uid or not (reached or is_whole):  # the value may have been cut
+        return None
+    return SeriesIdentity(_clean_uid(study_uid) if study_uid else None, _clean_uid(series_uid))
+
+
+def _clean_uid(value: object) -> str:
+    """A UID as it is, or a digest of what stands in its place: free text may name a patient."""
+    text = str(value)
+    return text if UID.fullmatch(text) else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def read_series(objects: Sequence[bytes], *, num_threads: int = 1) -> Volume:
@@ -105,10 +144,15 @@ def read_series(objects: Sequence[bytes], *, num_threads: int = 1) -> Volume:
     """
     with _quiet():
         datasets = [_parse(data) for data in objects]
+        for dataset in datasets:
+            _check_numbers(dataset)
+        return _read(datasets, num_threads)
+
+
+def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
     _check_class(datasets)
     for dataset in datasets:
         _check_complete(dataset)
-    first = datasets[0]
     shapes = {(int(dataset.Rows), int(dataset.Columns)) for dataset in datasets}
     num_voxels = sum(int(dataset.Rows) * int(dataset.Columns) for dataset in datasets)
     is_large = num_voxels > nifti.MAX_VOXELS
@@ -135,12 +179,7 @@ def read_series(objects: Sequence[bytes], *, num_threads: int = 1) -> Volume:
         index_convention="DR",
         slices_first=True,
     )
-    return canonical_volume(
-        hu,
-        np.asarray(affine, np.float64),
-        study_uid=str(first.get("StudyInstanceUID") or "") or None,
-        series_uid=str(first.get("SeriesInstanceUID") or "") or None,
-    )
+    return canonical_volume(hu, np.asarray(affine, np.float64))
 
 
 @contextmanager
@@ -152,10 +191,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _after_series_uid(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return bool(tag > SERIES_UID_TAG)
-
-
 def _parse(data: bytes) -> FileDataset:
     try:
         return pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
@@ -163,6 +198,18 @@ def _parse(data: bytes) -> FileDataset:
         raise StudyError("unreadable", "an object of the series has no DICOM header") from error
     except Exception as error:  # pydicom raises many kinds on damaged bytes
         raise StudyError("unreadable", "an object of the series cannot be parsed as DICOM") from error
+
+
+def _check_numbers(dataset: FileDataset) -> None:
+    """Every number that is read later is one, and as many as there should be. Missing ones are judged in their turn."""
+    for name, length in NUMBERS.items():
+        try:
+            value = dataset.get(name)
+            numbers = np.atleast_1d(np.asarray(value, float)) if value not in (None, "") else None
+        except Exception as error:  # pydicom converts on access, with errors of many kinds
+            raise StudyError("unreadable", f"the {name} of an object is no number") from error
+        if numbers is not None and len(numbers) != length:
+            raise StudyError("unreadable", f"the {name} of an object has {len(numbers)} values, expected {length}")
 
 
 def _text(dataset: Dataset, name: str) -> str:
@@ -186,6 +233,8 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
             raise StudyError("unsupported_syntax", f"transfer syntax {name}, expected uncompressed or lossless CT")
         if _text(dataset, "SOPClassUID") in ENHANCED_CLASSES:
             raise StudyError("unsupported_syntax", "Enhanced CT, expected one object per slice")
+        if int(dataset.get("NumberOfFrames") or 1) != 1:
+            raise StudyError("unsupported_syntax", f"{int(dataset.NumberOfFrames)} frames in an object, expected one")
 
 
 def _check_complete(dataset: FileDataset) -> None:
@@ -257,7 +306,12 @@ def _slice_order(datasets: Sequence[FileDataset], shapes: set[tuple[int, int]]) 
 
     def positions(**allow: Any) -> tuple[float | None, list[int] | None]:
         found: tuple[float | None, list[int] | None] = spatial.get_series_volume_positions(
-            datasets, rtol=SPACING_RTOL, orientation_tol=ORIENTATION_ATOL, index_convention="DR", **allow
+            datasets,
+            rtol=SPACING_RTOL,
+            orientation_tol=ORIENTATION_ATOL,
+            perpendicular_tol=PERPENDICULAR_TOL,
+            index_convention="DR",
+            **allow,
         )
         return found
 
@@ -275,7 +329,7 @@ def _refuse_stack(datasets: Sequence[FileDataset], positions: Any) -> None:
     depth = places @ normal
     stack = places[depth.argmax()] - places[depth.argmin()]
     length = float(np.linalg.norm(stack))
-    if length and np.ptp(depth) / length < 1 - ORIENTATION_ATOL:
+    if length and np.ptp(depth) / length < 1 - PERPENDICULAR_TOL:
         angle = float(np.degrees(np.arccos(np.ptp(depth) / length)))
         raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
     gaps = np.diff(np.sort(depth))

@@ -3,7 +3,6 @@
 The RAS frame of NIfTI exists only here. Not covered: images in pairs (.hdr/.img), more than three dimensions.
 """
 
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -69,12 +68,6 @@ def isal_gzip(data: bytes) -> bytes:
     return bytes(compressor.compress(data) + compressor.flush())
 
 
-def write_file(path: Path, array: NDArray[Any], grid: SourceGrid) -> None:
-    """Write ``write``'s bytes to a local file; plain where the name ends in .nii."""
-    data = write(array, grid)
-    path.write_bytes(data if path.suffix == ".gz" else isal_zlib.decompress(data, wbits=GZIP_WBITS))
-
-
 def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
     """The voxels as stored, before slope and intercept, in the file's axis order, and the header."""
     is_gzip = data[:2] == GZIP_MAGIC
@@ -89,9 +82,13 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
         raise StudyError("not_ct", "voxels are colours or complex numbers, expected one real number each")
     if min(shape) < 1:
         raise StudyError("truncated", f"the header says {shape} voxels, expected at least one along each axis")
-    start, num_voxels = int(header.get_data_offset()), shape[0] * shape[1] * shape[2]
-    if num_voxels > MAX_VOXELS:
-        raise StudyError("too_large", f"{num_voxels} voxels, expected at most {MAX_VOXELS}")
+    try:
+        start = int(header.get_data_offset())
+    except (ValueError, OverflowError) as error:
+        raise StudyError("unreadable", "the header's offset of the voxels is no number") from error
+    num_voxels = shape[0] * shape[1] * shape[2]
+    if num_voxels > MAX_VOXELS or start > MAX_VOXELS or start < 0:
+        raise StudyError("too_large", f"{num_voxels} voxels from byte {start}, expected at most {MAX_VOXELS}")
     num_bytes = num_voxels * dtype.itemsize
     plain = _inflate(data, start + num_bytes, to_end=True) if is_gzip else data
     if len(plain) < start + num_bytes:
@@ -112,21 +109,30 @@ def _header(head: bytes) -> Any:
 
 
 def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
-    """Inflate the first ``num_bytes``; with ``to_end`` go on to the end of the stream, keeping nothing of it."""
+    """Inflate the first ``num_bytes``; with ``to_end`` go on to the end, member after member, keeping nothing of it."""
     stream = isal_zlib.decompressobj(wbits=GZIP_WBITS)
+    kept, surplus = bytearray(), 0
     try:
-        out = stream.decompress(data, num_bytes)
-        surplus = 0
-        while to_end and not stream.eof:
-            more = stream.decompress(stream.unconsumed_tail, 1 << 20)
-            surplus += len(more)
+        kept += stream.decompress(data, num_bytes)
+        while to_end or len(kept) < num_bytes:
+            if stream.eof and stream.unused_data[:2] != GZIP_MAGIC:
+                break
+            pending = stream.unused_data if stream.eof else stream.unconsumed_tail
+            if stream.eof:
+                stream = isal_zlib.decompressobj(wbits=GZIP_WBITS)
+            more = stream.decompress(pending, max(1 << 20, num_bytes - len(kept)))
+            room = num_bytes - len(kept)
+            kept += more[:room]
+            surplus += max(0, len(more) - room)
             if surplus > num_bytes:
                 raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
             if not more and not stream.unconsumed_tail and not stream.eof:
+                if not to_end:
+                    break
                 raise StudyError("truncated", "the gzip stream ends before its checksum")
     except IsalError as error:  # type: ignore[misc]
         raise StudyError("undecodable", "the gzip stream is damaged: bad data or checksum") from error
-    return bytes(out)
+    return bytes(kept)
 
 
 def _affine(header: Any) -> NDArray[np.float64]:
@@ -137,14 +143,22 @@ def _affine(header: Any) -> NDArray[np.float64]:
     """
     if not int(header["sform_code"]) and not int(header["qform_code"]):
         raise StudyError("missing_position", "neither sform nor qform is set, expected an orientation")
-    affine = np.asarray(header.get_best_affine(), np.float64)
+    try:
+        affine = np.asarray(header.get_best_affine(), np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise StudyError("missing_position", "the quaternion of the qform is none") from error
+    if header.get_xyzt_units()[0] not in ("mm", "unknown"):
+        raise StudyError("missing_position", "lengths are not in millimetres")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise StudyError("missing_position", "the affine does not span a space, expected three axes in mm")
     return LPS_TO_RAS @ affine
 
 
 def _to_hu(array: NDArray[Any], header: Any) -> NDArray[Any]:
-    slope, intercept = header.get_slope_inter()
+    try:
+        slope, intercept = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise StudyError("missing_rescale", "slope or intercept is no number") from error
     return rescale(array, 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
 
 
@@ -179,7 +193,7 @@ def check_hu(hu: NDArray[Any]) -> None:
         StudyError: ``not_hu``.
     """
     sample = hu[:: max(1, len(hu) // 32)]
-    if not np.isfinite(sample).all():
+    if hu.dtype.kind == "f" and not all(np.isfinite(slice_hu).all() for slice_hu in hu):
         raise StudyError("not_hu", "some voxels are not numbers")
     low, high = float(sample.min()), float(sample.max())
     air = float((sample < AIR_BELOW_HU).mean())

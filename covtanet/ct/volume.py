@@ -50,8 +50,6 @@ class Volume:
     hu: NDArray[Any]
     affine: NDArray[np.float64]
     source: SourceGrid
-    study_uid: str | None = None
-    series_uid: str | None = None
     qc_flags: tuple[str, ...] = field(default=())
 
     @property
@@ -69,10 +67,6 @@ class Volume:
 def canonical_volume(
     array: NDArray[Any],
     affine: NDArray[np.float64],
-    *,
-    study_uid: str | None = None,
-    series_uid: str | None = None,
-    qc_flags: tuple[str, ...] = (),
 ) -> Volume:
     """Turn an array in any axis order into a Volume. array: 3-D in HU; affine: its index -> LPS mm.
 
@@ -82,16 +76,17 @@ def canonical_volume(
     Raises:
         StudyError: ``gantry_tilt`` where the axes are not perpendicular.
     """
+    qc_flags: tuple[str, ...] = ()
     columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     shear = float(np.abs(columns.T @ columns - np.eye(3)).max())
     if shear > MAX_SHEAR:
         angle = np.degrees(np.arcsin(min(shear, 1.0)))
         raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
     if np.abs(columns).max(axis=0).min() < 1 - MAX_SHEAR:
-        qc_flags = (*qc_flags, "oblique")
+        qc_flags = ("oblique",)
     shape = (int(array.shape[0]), int(array.shape[1]), int(array.shape[2]))
     grid = SourceGrid(shape=shape, affine=affine)
     ornt = grid.to_canonical()
     turned = affine @ orientations.inv_ornt_aff(ornt, shape)
     hu = orientations.apply_orientation(array, ornt)
-    return Volume(hu=hu, affine=turned, source=grid, study_uid=study_uid, series_uid=series_uid, qc_flags=qc_flags)
+    return Volume(hu=hu, affine=turned, source=grid, qc_flags=qc_flags)

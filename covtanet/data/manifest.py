@@ -116,6 +116,8 @@ def scan_folder(
                 members[kind].append(item)
             elif kind == "unreadable":
                 found.append(Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind))
+            elif kind == "vanished":
+                found.append(Series(source_path=item.path, source_format="other", objects=(item,)))
             else:
                 ignored.append(item)
     for identity, items in _one_study_per_series(members).items():
@@ -132,15 +134,19 @@ def scan_folder(
 
 
 def _identify(item: ObjectInfo, name: str, read_head: Callable[[str, int], bytes]) -> dicom.SeriesIdentity | str:
-    head = read_head(item.path, HEAD_BYTES)
     is_named = name.endswith(DICOM_SUFFIXES)
+    try:
+        head = read_head(item.path, HEAD_BYTES)
+    except OSError:  # it may be a slice: a row of its own, which fails when it is fetched
+        return "vanished"
     if not dicom.has_magic(head):
         return "unreadable" if is_named else "ignored"
     if not is_named and name == "dicomdir":
         return "ignored"
-    identity = dicom.read_identity(head)
+    identity = dicom.read_identity(head, is_whole=len(head) < HEAD_BYTES)
     if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
-        identity = dicom.read_identity(read_head(item.path, LONG_HEAD_BYTES))
+        longer = read_head(item.path, LONG_HEAD_BYTES)
+        identity = dicom.read_identity(longer, is_whole=len(longer) < LONG_HEAD_BYTES)
     return identity or "unreadable"
 
 

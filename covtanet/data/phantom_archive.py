@@ -35,11 +35,6 @@ TRUTH_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def grid_of(phantom: Phantom) -> SourceGrid:
-    """A phantom's grid in its own (z, y, x) order."""
-    return SourceGrid(shape=phantom.hu.shape, affine=phantom.affine)
-
-
 def nifti_grid(phantom: Phantom) -> SourceGrid:
     """A phantom's grid as NIfTI files usually have it: x to the right, y to the front, z to the head."""
     shape = (phantom.hu.shape[2], phantom.hu.shape[1], phantom.hu.shape[0])

@@ -89,10 +89,14 @@ def _compare_sound(
     found.screened += row["status"] == "screened"
     found.diagnosis_right += row["diagnosis"] == expected["diagnosis"]
     found.severity_right += row["status"] == "screened" and row["severity"] == expected["severity"]
-    if row["status"] != "screened" or expected["diagnosis"] == "normal":
+    if expected["diagnosis"] == "normal":
+        return
+    if row["status"] != "screened":
+        found.dice.append(0.0)
         return
     found.rule_right += row["severity_by_involvement"] == expected["severity"]
-    found.involvement_error.append(abs(row["involvement"] - expected["involvement"]))
+    if row["involvement"] is not None:
+        found.involvement_error.append(abs(row["involvement"] - expected["involvement"]))
     predicted_uri = storage.join(results, row["run_id"], row["series_key"], "lesion_mask.nii.gz")
     predicted = nifti.read_labels(storage.read_bytes(predicted_uri)) > 0
     truth = nifti.read_labels(storage.read_bytes(storage.join(truth_uri, expected["lesion_mask_path"]))) > 0

@@ -96,16 +96,16 @@ def png(rgb: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def sheet(rows: list[tuple[str, Any]], path_width_px: int = 1536) -> Image.Image:
+def sheet(rows: list[tuple[str, Any]], width_px: int = 1536) -> Image.Image:
     """Captioned pictures below each other."""
     from PIL import ImageDraw
 
     images = [(caption, Image.fromarray(np.asarray(picture))) for caption, picture in rows]
-    heights = [24 + round(image.height * path_width_px / image.width) for _, image in images]
-    out = Image.new("RGB", (path_width_px, sum(heights)), (16, 18, 22))
+    heights = [24 + round(image.height * width_px / image.width) for _, image in images]
+    out = Image.new("RGB", (width_px, sum(heights)), (16, 18, 22))
     pen, top = ImageDraw.Draw(out), 0
     for (caption, image), height in zip(images, heights, strict=True):
         pen.text((8, top + 4), caption, fill=(235, 235, 235), font_size=14)
-        out.paste(image.resize((path_width_px, height - 24)), (0, top + 24))
+        out.paste(image.resize((width_px, height - 24)), (0, top + 24))
         top += height
     return out

@@ -1,5 +1,6 @@
 """What a job prints at its end, as plain text."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -53,8 +54,16 @@ def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) 
     return table(f"Plan of run {run.run_id}", rows)
 
 
+def _suffix(path: str) -> str:
+    """A file's suffix, or what stands for one: names end in dates and people as well."""
+    suffix = PurePosixPath(path).suffix.lower()
+    if not suffix:
+        return "no suffix"
+    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", suffix) else "other"
+
+
 def ignored_line(ignored: pa.Table) -> str:
     """How many objects were no series, by suffix."""
-    suffixes = Counter(PurePosixPath(path).suffix.lower() or "no suffix" for path in ignored["path"].to_pylist())
+    suffixes = Counter(_suffix(path) for path in ignored["path"].to_pylist())
     counted = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
     return f"ignored, no series: {counted or 'nothing'}"

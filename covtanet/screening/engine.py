@@ -64,6 +64,7 @@ def build_engine(network: CovTANet, size_px: int, name: str = "auto", num_thread
     if name == "openvino":
         return Engine(name=name, device="cpu", segment=_openvino(segmenter, size_px, num_threads))
     torch.set_num_threads(num_threads)
+    torch.backends.cudnn.allow_tf32 = False  # its ten bits leave the tolerance
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Engine(name=name, device=device, segment=_torch(segmenter, name, device))
 

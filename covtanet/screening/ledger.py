@@ -4,7 +4,8 @@ LEDGER/date=YYYY-MM-DD/<run_id>.parquet   the run, published by one PUT
 LEDGER/_work/<run_id>/run.json            what the run is
 LEDGER/_work/<run_id>/manifest.parquet    its series, frozen
 LEDGER/_work/<run_id>/ignored.parquet     objects that are no series
-LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series
+LEDGER/_work/<run_id>/listing.parquet, todo.parquet, model/   what workers read; gone after the commit
+LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series; gone after the commit
 
 A finished row is one object named by its series, written whole; so a series that is screened twice leaves one row,
 and what is left to do is the manifest less the names under ``rows/``. Readers of Parquet skip ``_work``.
@@ -140,7 +141,7 @@ def check_places(archive: str, ledger: str) -> None:
     """
     for outer, inner in ((archive, ledger), (ledger, archive)):
         if f"{inner}/".startswith(f"{outer}/"):
-            raise ConfigError(f"{inner} lies in {outer}; archive and ledger must be apart")
+            raise ConfigError(f"{inner} lies in {outer}; the archive and what is written must be apart")
 
 
 def write_manifest(run: Run, rows: Iterable[dict[str, Any]], ignored: Path) -> int:
@@ -217,25 +218,33 @@ def store_row(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(run: Run) -> Accounting:
-    """Check that every series of the manifest has its row, and publish the run by one PUT; removes the rows.
+    """Check that every series of the manifest has its row, and publish the run by one PUT.
 
     Raises:
-        ConfigError: where rows and manifest differ; nothing is published then.
+        RuntimeError: where rows and manifest differ; nothing is published then.
     """
     expected = [row["series_key"] for row in read_manifest(run, ["series_key"])]
     if len(set(expected)) != len(expected):
-        raise ConfigError(f"{len(expected) - len(set(expected))} series of the manifest share a key, expected none")
+        raise RuntimeError(f"{len(expected) - len(set(expected))} series of the manifest share a key, expected none")
     missing = set(expected) - finished_keys(run)
     if missing:
-        raise ConfigError(f"{len(missing)} of {len(expected)} series have no row; start the same command again")
+        raise RuntimeError(f"{len(missing)} of {len(expected)} series have no row; start the same command again")
     accounting = Accounting()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.parquet"
         count = write_rows(path, LEDGER_SCHEMA, _read_rows(run, expected, accounting), ROWS_PER_GROUP)
         assert count == len(expected), "one row per series"
         storage.upload(path, run.committed_uri)
-    storage.delete_folder(run.work_uri("rows"))
+    clean_up(run)
     return accounting
+
+
+def clean_up(run: Run) -> None:
+    """Remove what a committed run needs no more; run.json, manifest and ignored objects stay."""
+    for name in ("rows", "model"):
+        storage.delete_folder(run.work_uri(name))
+    for name in ("listing.parquet", "todo.parquet"):
+        storage.delete(run.work_uri(name))
 
 
 def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[dict[str, Any]]:
@@ -253,11 +262,6 @@ def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[di
 def is_committed(run: Run) -> bool:
     """Whether the run's ledger is published."""
     return storage.exists(run.committed_uri)
-
-
-def read_committed(run: Run) -> pa.Table:
-    """The run's published ledger."""
-    return pq.read_table(BytesIO(storage.read_bytes(run.committed_uri)), schema=LEDGER_SCHEMA)
 
 
 NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")

@@ -60,7 +60,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
     """List the archive, read the headers on the cluster and freeze the manifest; nothing happens where it exists."""
     if storage.exists(run.work_uri("manifest.parquet")):
         return
-    _configure()
+    _configure(preserve_order=True)  # so that a limit means the same series each time
     with tempfile.TemporaryDirectory() as folder:
         listing = Path(folder) / "listing.parquet"
         rows = (
@@ -70,7 +70,8 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
             }
             for prefix, found in storage.walk(run.archive)
         )
-        ledger.write_rows(listing, LISTING_SCHEMA, rows, FOLDERS_PER_SCAN)
+        if not ledger.write_rows(listing, LISTING_SCHEMA, rows, FOLDERS_PER_SCAN):
+            raise ConfigError("nothing lies under the archive, expected a folder or prefix with objects")
         storage.upload(listing, run.work_uri("listing.parquet"))
         found = _scan(run)
         series, ignored = Path(folder) / "series.parquet", Path(folder) / "ignored.parquet"
@@ -230,7 +231,7 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
 
     window: the model's preprocessing. results: where to write masks and previews, or empty.
     """
-    _configure()
+    _configure(preserve_order=False)
     todo_uri = run.work_uri("todo.parquet")
     finished = ledger.finished_keys(run)
     planned = plan(run)
@@ -245,8 +246,8 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
         todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
         ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
         storage.upload(path, todo_uri)
-    for path in model_folder.iterdir():  # to where every node can fetch it
-        storage.upload(path, run.work_uri("model", path.name))
+    for name in ("weights.safetensors", "model.json"):  # to where every node can fetch them
+        storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, todo_uri, planned), remaining)
 
 
@@ -298,9 +299,9 @@ def _follow(rows: ray.data.Dataset, remaining: int) -> None:
             reported = now
 
 
-def _configure() -> None:
+def _configure(preserve_order: bool) -> None:
     """Settings of Ray Data that every plan of ours needs: no lost blocks, no bars in a log."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
-    context.execution_options.preserve_order = False
+    context.execution_options.preserve_order = preserve_order

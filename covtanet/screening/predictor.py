@@ -1,5 +1,6 @@
 """One checkpoint loaded once, volumes answered. No ray, no files, no HTTP."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,8 @@ class Predictor:
         for start in range(0, len(slices), self.max_batch_slices):
             batch = slices[start : start + self.max_batch_slices]
             probability, pooled = self.engine.segment(to_intensity(batch))
+            if not np.isfinite(probability).all():
+                raise FloatingPointError("the network's answer is no number")
             lesion_levels[start : start + len(batch)] = np.rint(probability * PROBABILITY_STEPS)
             for index in wanted.intersection(range(start, start + len(batch))):
                 pooled_by_slice[index] = pooled[index - start]
@@ -57,6 +60,8 @@ class Predictor:
             device = next(self.network.parameters()).device
             logits = torch.cat(self.network.classifier(pooled_volume[None].to(device))).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()
+        if not math.isfinite(p_infected + p_severe):
+            raise FloatingPointError("the network's answer is no number")
         return Prediction(lesion_levels=lesion_levels, p_infected=p_infected, p_severe=p_severe)
 
 

@@ -18,7 +18,7 @@ import traceback
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,7 @@ def decode(series: Series, contents: list[bytes]) -> Volume:
     """Read a series' bytes as one volume. Raises StudyError."""
     if series.source_format == "nifti":
         return nifti.read(contents[0])
-    return replace(dicom.read_series(contents), study_uid=series.study_uid, series_uid=series.series_uid)
+    return dicom.read_series(contents)
 
 
 def prepare_volume(

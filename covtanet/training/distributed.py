@@ -36,6 +36,7 @@ from covtanet.training.loop import PhaseConfig
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+SLICES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def _features(
         slice_step_mm=config.slice_step_mm,
         num_slices=config.network.num_slices,
     )
-    num_gpus = 1 if torch.cuda.is_available() else 0
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     frozen = {"network": config.network, "segnet_state": segnet_state}
     return (
         rows.map(prepare, num_cpus=1)
@@ -174,9 +175,12 @@ class _FrozenSegNet:
 
     def __call__(self, row: Row) -> Row:
         intensity = row.pop("slices").astype(np.float32)[:, None] / INTENSITY_STEPS
+        pooled = []
         with torch.inference_mode():
-            _, pooled = self.network.segment(torch.from_numpy(intensity).to(self.device))
-        return {**row, "pooled": pooled.half().cpu().numpy()}
+            for start in range(0, len(intensity), SLICES_AT_ONCE):  # a whole volume's F_fus would take gigabytes
+                batch = torch.from_numpy(intensity[start : start + SLICES_AT_ONCE]).to(self.device)
+                pooled.append(self.network.segment(batch)[1].half().cpu())
+        return {**row, "pooled": torch.cat(pooled).numpy()}
 
 
 def _phase1_loop(config: Row) -> None:

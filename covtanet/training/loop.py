@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 EpochReport = Callable[[int, dict[str, float], bool], None]
@@ -62,8 +62,3 @@ def fit(
         is_best = score(metrics) > best
         best = max(best, score(metrics)) if is_best else best
         report(epoch, metrics, is_best)
-
-
-def identity(sums: Tensor) -> Tensor:
-    """The reduction of a single process."""
-    return sums

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def main() -> int:
     shutil.rmtree(DEMO, ignore_errors=True)
     (DEMO / "s3" / "demo").mkdir(parents=True)
     services: list[Service] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="cov") as ray_folder:  # Ray's sockets need a short path
         try:
             return run(services, Path(ray_folder), started)
@@ -113,7 +115,7 @@ def is_news(line: str) -> bool:
     return bool(NEWS.match(line) or TABLE.match(line) or line.startswith(("Screening", "-----")))
 
 
-def conclude(say: object) -> int:
+def conclude(say: Callable[[str], None]) -> int:
     """Compare with the truth, and make the picture sheet."""
     (committed,) = (DEMO / "s3" / "demo" / "ledger").glob("date=*/*.parquet")
     ledger = pq.read_table(BytesIO(committed.read_bytes()))
@@ -135,7 +137,6 @@ def conclude(say: object) -> int:
     print(f"\nledger    {committed}\npictures  {DEMO / 'overlays.png'}\nregistry  sqlite:///{DEMO}/mlflow.db")
     print("next      make screen ARCHIVE=your-folder LEDGER=your-ledger")
     print("A model trained on phantoms: its predictions on real CT mean nothing. Research use only.")
-    assert callable(say)
     say("done" if found.is_good else "the ledger does not agree with the truth as it should")
     return 0 if found.is_good else 1
 

@@ -30,7 +30,7 @@ def main() -> int:
     print("The demo's model learned from phantoms: its predictions on real CT mean nothing.", flush=True)
     command = [
         sys.executable, ROOT / "jobs" / "screen.py", "--archive", archive, "--ledger", ledger,
-        "--model", "models:/covtanet@champion", "--results", f"{ledger.rstrip('/')}_results",
+        "--model", "models:/covtanet@champion", "--results", f"{ledger.rstrip('/')}/_results",
     ]  # fmt: skip
     return subprocess.run(command, check=False).returncode
 

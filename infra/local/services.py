@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,9 @@ STOP_TIMEOUT_S = 15
 # More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one.
 NUM_LOGICAL_CPUS = 4
 OBJECT_STORE_BYTES = 1 << 30
-# One worker process keeps this many threads unless a stage asks for more.
-QUIET = {"RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
+# A proxy that a hospital sets for the world outside is none for loopback.
+NO_PROXY = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 
 
 @dataclass
@@ -82,6 +84,7 @@ def start_s3(folder: Path, log: Path, key: str = "covtanet", secret: str = "covt
     service = Service(
         process,
         {
+            **NO_PROXY,
             "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{port}",
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
@@ -122,12 +125,16 @@ def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: 
     return service
 
 
-def _wait_for(service: Service, is_ready: object) -> None:
+def _wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and service.process.poll() is None:
-        if callable(is_ready) and is_ready():
-            return
-        time.sleep(0.2)
+    try:
+        while time.monotonic() < deadline and service.process.poll() is None:
+            if is_ready():
+                return
+            time.sleep(0.2)
+    except BaseException:  # interrupted before the caller has it to stop
+        service.stop()
+        raise
     service.stop()
     tail = service.log.read_text(errors="replace")[-2000:]
     raise RuntimeError(f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}")

@@ -56,13 +56,23 @@ def test_dicom_affine_points_at_every_slice(mild: Phantom) -> None:
         np.testing.assert_allclose(volume.affine @ [index, 0, 0, 1], [*position, 1], atol=1e-3)
 
 
-def test_feet_first_dicom_is_turned_to_the_head(mild: Phantom) -> None:
+def test_prone_dicom_is_turned_on_its_back(mild: Phantom) -> None:
     flipped = mild.affine.copy()
     flipped[:, 3] = mild.affine @ [0, mild.hu.shape[1] - 1, mild.hu.shape[2] - 1, 1]
     flipped[:3, 1] *= -1
     flipped[:3, 2] *= -1
     objects = dicom.write_series(mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3")
     np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
+
+
+def test_stack_whose_normal_points_to_the_feet_is_turned(mild: Phantom) -> None:
+    mirrored = mild.affine.copy()
+    mirrored[:, 3] = mild.affine @ [0, 0, mild.hu.shape[2] - 1, 1]
+    mirrored[:3, 2] *= -1
+    objects = dicom.write_series(mild.hu[:, :, ::-1], mirrored, study_uid="1.2", series_uid="1.2.3")
+    volume = dicom.read_series(objects)
+    np.testing.assert_array_equal(volume.hu, mild.hu)
+    np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-3)
 
 
 def test_rescale_is_applied_slice_by_slice(mild: Phantom) -> None:
@@ -128,6 +138,26 @@ def test_damaged_dicom_is_refused_for_its_reason(mild: Phantom, reason: str) -> 
         dicom.read_series(DICOM_DAMAGE[reason](dicom_objects(mild, 5)))
     assert error.value.reason == reason
     assert reason in REASONS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RescaleSlope", "abc"), ("RescaleSlope", "1\\2"), ("PixelSpacing", "0.7")]
+)
+def test_header_that_is_no_number_is_unreadable(mild: Phantom, name: str, value: str) -> None:
+    objects = []
+    for data in dicom_objects(mild, 5):
+        original = pydicom.dcmread(BytesIO(data))
+        held = str(original[name].value) if name == "RescaleSlope" else "\\".join(map(str, original[name].value))
+        tag = original[name].tag
+        raw = bytes([tag.group & 255, tag.group >> 8, tag.element & 255, tag.element >> 8]) + b"DS"
+        place = data.index(raw)
+        length = int.from_bytes(data[place + 6 : place + 8], "little")
+        assert held.encode() in data[place + 8 : place + 8 + length]
+        text = value.encode() + b" " * (len(value) % 2)
+        objects.append(data[: place + 6] + len(text).to_bytes(2, "little") + text + data[place + 8 + length :])
+    with pytest.raises(StudyError, match=name) as error:
+        dicom.read_series(objects)
+    assert error.value.reason == "unreadable"
 
 
 def test_label_map_and_chest_without_lung_are_refused(mild: Phantom) -> None:
@@ -259,7 +289,7 @@ def test_lungs_cut_by_the_field_of_view_are_partial_and_have_no_involvement(mild
     assert lung.measure_involvement(lungs, mild.lesion_mask[8:18], volume.voxel_ml).involvement is None
 
 
-def test_airway_and_bowel_gas_are_no_lung(mild_volume: Volume, mild: Phantom) -> None:
+def test_airway_is_no_lung(mild_volume: Volume, mild: Phantom) -> None:
     lungs = lung.find_lungs(mild_volume)
     trachea = (mild.hu < -950) & ~mild.lung_mask
     inside = trachea[:, 40:90, 55:75]
@@ -279,18 +309,64 @@ def test_phantoms_follow_from_their_seed() -> None:
     assert one.involvement == pytest.approx(0.2, abs=0.01)
 
 
-def test_error_of_a_reader_says_nothing_of_the_input(mild: Phantom) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_error_of_a_reader_says_nothing_of_the_input(
+    mild: Phantom, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """pydicom quotes a value that it cannot convert, in its error, its log and its warnings."""
     objects = []
     for data in dicom_objects(mild, 5):
-        dataset = pydicom.dcmread(BytesIO(data))
-        dataset.PatientName, dataset.SeriesDescription = "CANARY^NAME", "CANARY"
-        del dataset.RescaleSlope
-        buffer = BytesIO()
-        dataset.save_as(buffer)
-        objects.append(buffer.getvalue())
-    with pytest.raises(StudyError) as error:
+        place = data.index(b"\x28\x00\x52\x10DS")
+        objects.append(data[: place + 6] + b"\x08\x00CANARYXX" + data[place + 8 + data[place + 6] :])
+    with pytest.raises(StudyError, match="RescaleIntercept of an object is no number") as error:
         dicom.read_series(objects)
-    assert "CANARY" not in repr(error.value) + str(error.value.__cause__)
+    output = capfd.readouterr()
+    assert "CANARY" not in str(error.value) + caplog.text + output.out + output.err
+
+
+def test_a_uid_that_names_somebody_is_replaced(mild: Phantom) -> None:
+    dataset = pydicom.dcmread(BytesIO(dicom_objects(mild, 5)[0]))
+    buffer = BytesIO()
+    dataset.save_as(buffer)
+    data = buffer.getvalue().replace(str(dataset.SeriesInstanceUID).encode()[:8], b"DOE^JOHN")
+    identity = dicom.read_identity(data, is_whole=True)
+    assert identity is not None
+    assert identity.series_uid.startswith("invalid-")
+    assert "DOE" not in repr(identity)
+
+
+def test_a_uid_that_the_head_cuts_is_no_identity(mild: Phantom) -> None:
+    data = dicom_objects(mild, 5)[0]
+    whole = dicom.read_identity(data)
+    assert whole is not None
+    place = data.rindex(whole.series_uid.encode())
+    for cut in range(place, place + len(whole.series_uid) + 1):
+        assert dicom.read_identity(data[:cut]) is None
+
+
+@pytest.mark.parametrize(("degrees", "is_refused"), [(0.3, False), (1.0, True), (16.5, True)])
+def test_tilt_is_refused_above_half_a_degree(mild: Phantom, degrees: float, is_refused: bool) -> None:
+    affine = mild.affine.copy()
+    affine[1, 0] = np.tan(np.radians(degrees)) * affine[2, 0]
+    objects = dicom.write_series(mild.hu, affine, study_uid="1.2", series_uid="1.2.3")
+    if not is_refused:
+        assert dicom.read_series(objects).hu.shape == mild.hu.shape
+        return
+    with pytest.raises(StudyError, match="off their normal") as error:
+        dicom.read_series(objects)
+    assert error.value.reason == "gantry_tilt"
+
+
+def test_gzip_of_several_members_is_read_and_nan_is_not_hu(mild: Phantom) -> None:
+    plain = as_nifti(mild)
+    half = len(plain) // 2
+    both = nifti.isal_gzip(plain[:half]) + nifti.isal_gzip(plain[half:])
+    np.testing.assert_array_equal(nifti.read(both).hu, mild.hu)
+    hu = mild.hu.astype(np.float32)
+    hu[13, 5, 5] = np.nan
+    with pytest.raises(StudyError, match="not numbers") as error:
+        nifti.check_hu(hu)
+    assert error.value.reason == "not_hu"
 
 
 def test_real_series_are_read_where_they_exist() -> None:

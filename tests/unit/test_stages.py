@@ -1,12 +1,15 @@
 """The stages of screening without a cluster: parity of formats, boundaries, measurements."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from conftest import REAL_DATA
 from test_ct import as_nifti
 
 from covtanet.ct.window import WindowConfig
@@ -160,3 +163,68 @@ def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: P
     assert measured.record["lesion_volume_ml"] == pytest.approx(voxels * mild_volume.voxel_ml)
     assert measured.record["involvement"] == pytest.approx(mild.involvement, abs=0.03)
     assert measured.record["severity_by_involvement"] == "mild"
+
+
+EXPECTED_REAL = {
+    "dicom/ricord-1a-001012/": ["screened"],
+    "dicom/lungfcp-01-0001/": ["screened"],
+    "nifti/cip-ct64.nii.gz": ["screened"],
+    "broken/missing-slices/": ["missing_slices"],
+    "broken/missing-rescale/": ["missing_rescale"],
+    "broken/missing-position/": ["missing_position"],
+    "broken/duplicate-slice/": ["duplicate_slice"],
+    "broken/mixed-series/": ["too_few_slices", "too_few_slices"],
+    "broken/truncated/": ["truncated"],
+    "broken/truncated/1-136.dcm": ["unreadable"],
+    "broken/not-dicom/empty.dcm": ["unreadable"],
+    "broken/not-dicom/text.dcm": ["unreadable"],
+    "broken/gantry-tilt-head-phantom/": ["gantry_tilt"],
+    "broken/transfer-syntaxes/": ["duplicate_slice", "too_few_slices"],
+    "broken/enhanced-multiframe/": ["unsupported_syntax"],
+    "broken/odd-headers/": ["too_few_slices", "too_few_slices"],
+    "broken/odd-headers/no_meta.dcm": ["unreadable"],
+    "broken/seg-objects/": ["not_ct"],
+}
+
+
+def test_real_and_damaged_input_gives_its_64_rows() -> None:
+    """44 NIfTI objects and 20 DICOM series, each with its verdict."""
+    if not REAL_DATA.exists():
+        pytest.skip("the real CT is not on this machine")
+    found: dict[str, list[str]] = {}
+    flags: dict[str, list[str]] = {}
+    for row in manifest_rows(REAL_DATA):
+        prepared = stages.decode_and_prepare(row, archive=str(REAL_DATA), window=WINDOW, config=CONFIG)
+        record = json.loads(prepared["record"])
+        found.setdefault(row["source_path"], []).append(record.get("reason") or record["status"])
+        flags[row["source_path"]] = record["qc_flags"]
+    for path in (REAL_DATA / "nifti").glob("covidseg-*"):
+        assert found.pop(f"nifti/{path.name}") == ["not_hu"]
+    masks = [path for path in found if path.startswith("nifti-masks/")]
+    assert len(masks) == 35
+    assert all(found.pop(path) == ["label_map"] for path in masks)
+    assert {path: sorted(verdicts) for path, verdicts in found.items()} == EXPECTED_REAL
+    assert flags["dicom/lungfcp-01-0001/"] == ["partial_lungs"]
+    assert flags["dicom/ricord-1a-001012/"] == []
+
+
+def test_archive_with_links_to_nowhere_and_pipes_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.nii").write_bytes(b"x")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.dcm")
+    rows = {row["source_path"]: row for row in manifest_rows(tmp_path)}
+    assert set(rows) == {"gone.dcm", "linked/a.nii"}
+    prepared = stages.decode_and_prepare(rows["gone.dcm"], archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    record = json.loads(prepared["record"])
+    assert (record["status"], record["reason"]) == ("failed", "storage")
+
+
+def test_an_answer_that_is_no_number_is_no_diagnosis(model_folder: Path) -> None:
+    predictor = Predictor(load_model(model_folder), engine="eager")
+    with torch.no_grad():
+        next(predictor.network.classifier.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="is no number"):
+        predictor.predict(np.zeros((3, 128, 128), np.uint16))
