@@ -8,6 +8,7 @@ import argparse
 import copy
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -217,10 +218,7 @@ class PeakMemory:
 
 
 def run_job(folder: Path) -> tuple[float, float]:
-    """Seconds from the start of the pipeline to the commit, and peak bytes of all processes of the job.
-
-    The pipeline's start comes before that of its first series: its workers start and load the model in between.
-    """
+    """Seconds from the first series started to the commit, and peak bytes of all processes of the job."""
     with tempfile.TemporaryDirectory() as ledger:
         process = subprocess.Popen(
             [
@@ -232,10 +230,12 @@ def run_job(folder: Path) -> tuple[float, float]:
         )  # fmt: skip
         assert process.stdout is not None
         started, output = 0.0, []
+        since_first = re.compile(r"series in ([\d.]+) s since work on the first began")
         with PeakMemory(process.pid) as memory:
             for line in process.stdout:
                 output.append(line)
-                started = time.time() if ": screening " in line else started
+                if found := since_first.search(line):
+                    started = time.time() - float(found[1])
         if process.wait():
             raise SystemExit("".join(output))
         (committed,) = Path(ledger).glob("date=*/*.parquet")

@@ -297,6 +297,7 @@ def _follow(rows: ray.data.Dataset, remaining: int) -> None:
             left_s = (remaining - done) / rate
             logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s)
             reported = now
+    logger.info("%d series in %.1f s since work on the first began", remaining, time.time() - started)
 
 
 def _configure(preserve_order: bool) -> None:
