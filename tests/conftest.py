@@ -38,6 +38,12 @@ def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytes
     monkeypatch.setattr(time, "sleep", refuse)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random weights, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def mild() -> Phantom:
     """A phantom with a tenth of its lung affected."""
