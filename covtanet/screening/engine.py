@@ -19,7 +19,6 @@ from covtanet.errors import ConfigError
 from covtanet.model.covtanet import CovTANet
 
 ENGINES = ("eager", "channels_last", "compiled", "openvino")
-TOLERANCE = 1e-4
 
 # (B, 1, H, W) float32 intensity -> lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), float32.
 Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]

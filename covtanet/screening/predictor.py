@@ -32,7 +32,6 @@ class Predictor:
         self, model: SavedModel, *, engine: str = "auto", num_threads: int = 1, max_batch_slices: int = 16
     ) -> None:
         self.window = window_of(model)
-        self.digest = model.digest
         self.max_batch_slices = max_batch_slices
         self.network = model.network
         self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
