@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen train test check bench clean
+.PHONY: help install demo screen test check bench faults clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py
+
+faults: .venv/.installed ## real kills against real jobs: make faults SUITE=training (10 minutes)
+	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),training)
 
 clean: ## remove what the demo and the benchmark left
 	rm -rf .demo .bench

@@ -8,13 +8,22 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from covtanet.errors import ConfigError
 from covtanet.screening.stages import ScreeningConfig
-from covtanet.training.distributed import TrainingConfig
+from covtanet.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are, as paths or s3:// URIs; flags of the jobs win. Empty for what the flags give."""
+
+    data: str = ""
+    storage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a job's TOML file may set, one table per part."""
 
+    places: Places = field(default_factory=Places)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 

@@ -3,6 +3,7 @@
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
 ├── CheckpointError  a saved model is missing, damaged or not what its digest says
+├── TrainingError    a training cannot go on; what it has done so far is kept
 └── StudyError       one series cannot be screened, by its own fault
 
 Trouble with storage is an ``OSError``, as everywhere in Python.
@@ -19,6 +20,10 @@ class ConfigError(CovtanetError):
 
 class CheckpointError(CovtanetError):
     """A saved model is missing, damaged, or differs from its digest."""
+
+
+class TrainingError(CovtanetError):
+    """A training cannot go on; what it has done so far is kept."""
 
 
 class StudyError(CovtanetError):

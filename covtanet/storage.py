@@ -46,6 +46,11 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
 
 
+def resolve(root: str, path: str) -> str:
+    """A path of a data set: as it stands where it is absolute, else below the root."""
+    return path if is_s3(path) or path.startswith("/") else join(root, path)
+
+
 def absolute(uri: str) -> str:
     """The URI with an absolute local path and no trailing slash."""
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())

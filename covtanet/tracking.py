@@ -5,10 +5,13 @@ version's tags, and loading them ourselves: MLflow's own loaders run code that c
 """
 
 import json
+import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -17,16 +20,23 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import mlflow
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from covtanet import storage
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.model.checkpoint import model_digest
 
+logger = logging.getLogger(__name__)
+
 MODEL_NAME = "covtanet"
 DIGEST_TAG = "covtanet.model_digest"
+RUN_KEY_TAG = "covtanet.run_key"
 ARTIFACT = "model"
+PYFUNC_CODE = Path(__file__).parent / "screening" / "pyfunc.py"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -77,37 +87,135 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     return ModelRef(folder=found, name=registered.name, version=str(registered.version), digest=digest)
 
 
-@contextmanager
-def training_run(experiment: str, name: str, artifacts: str, parameters: Mapping[str, Any]) -> Iterator[str]:
-    """A tracked run with the resolved configuration; yields its id. artifacts: where a new experiment's files go."""
-    if mlflow.get_experiment_by_name(experiment) is None:
-        MlflowClient().create_experiment(experiment, artifact_location=artifacts or None)
-    mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_name=name) as run:
-        mlflow.log_params({key: str(value)[:500] for key, value in flatten(parameters).items()})
-        mlflow.log_text(json.dumps(parameters, indent=2, sort_keys=True, default=str), "config.json")
-        mlflow.set_tag("covtanet.software_version", software_version())
-        yield run.info.run_id
+@dataclass(frozen=True, kw_only=True)
+class RunAddress:
+    """Where a run is logged. uri: the tracking store. key: its identity, by which a restart finds it again.
+
+    artifacts: where a new experiment keeps its files; empty for the store's default.
+    """
+
+    uri: str
+    experiment: str
+    name: str
+    key: str
+    artifacts: str = ""
+    parent: "RunAddress | None" = None
 
 
-def log_metrics(run_id: str, metrics: Mapping[str, float], step: int, uri: str) -> None:
-    """Log one epoch's metrics to a run from any process; uri: the tracking store, which a worker does not inherit."""
+def open_run(address: RunAddress) -> str:
+    """The id of a run, found by its key or created, under its parent."""
+    client = MlflowClient(tracking_uri=address.uri)
+    experiment_id = _experiment(client, address)
+    wanted = f"tags.`{RUN_KEY_TAG}` = '{address.key}'"
+    if found := client.search_runs([experiment_id], wanted, max_results=1):
+        return str(found[0].info.run_id)
+    tags = {RUN_KEY_TAG: address.key, "covtanet.software_version": software_version()}
+    if address.parent is not None:
+        tags[MLFLOW_PARENT_RUN_ID] = open_run(address.parent)
+    return str(client.create_run(experiment_id, run_name=address.name, tags=tags).info.run_id)
+
+
+def _experiment(client: MlflowClient, address: RunAddress) -> str:
+    found = client.get_experiment_by_name(address.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(address.experiment, artifact_location=address.artifacts or None))
+
+
+def log_history(run_id: str, history: Sequence[Mapping[str, float]], uri: str) -> None:
+    """Log the epochs that the run does not have yet, each in one call, from any process."""
     client = MlflowClient(tracking_uri=uri)
-    for name, value in metrics.items():
-        client.log_metric(run_id, name, float(value), step=step)
+    logged = {metric.step for metric in client.get_metric_history(run_id, "epoch")}
+    now = int(time.time() * 1000)
+    for metrics in history:
+        step = int(metrics["epoch"])
+        if step not in logged:
+            client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
 
-def register_model(run_id: str, folder: Path, tags: Mapping[str, str]) -> str:
-    """Store a saved model with its run and register it; returns the version."""
-    client = MlflowClient()
-    client.log_artifacts(run_id, str(folder), ARTIFACT)
+def describe_run(
+    address: RunAddress,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    tags: Mapping[str, str] | None = None,
+    is_finished: bool = False,
+) -> str:
+    """Complete a run: parameters, final metrics, artifacts by path, tags. Saying the same twice changes nothing."""
+    client, run_id = MlflowClient(tracking_uri=address.uri), open_run(address)
+    known = client.get_run(run_id).data
+    missing = {key: str(value)[:500] for key, value in flatten(parameters or {}).items() if key not in known.params}
+    client.log_batch(run_id, params=[Param(key, value) for key, value in missing.items()])
+    now = int(time.time() * 1000)
+    finite = {name: value for name, value in (metrics or {}).items() if name not in known.metrics}
+    client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in finite.items()])
+    for name, value in (tags or {}).items():
+        client.set_tag(run_id, name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        for path, data in (files or {}).items():
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        if files:
+            client.log_artifacts(run_id, folder)
+    if is_finished:
+        client.set_terminated(run_id)
+    return run_id
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Go on where the tracking store does not answer, with a warning; what was not logged has to be logged later."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        logger.warning("the tracking store does not take %s (%s); goes on without", what, type(error).__name__)
+
+
+@contextmanager
+def system_metrics(address: RunAddress) -> Iterator[None]:
+    """Log processor, memory, disk, network and GPU of the driver's machine to a run, as far as the store answers."""
+    monitor = None
+    with tolerated("system metrics"):
+        monitor = SystemMetricsMonitor(open_run(address), resume_logging=True, tracking_uri=address.uri)
+        monitor.start()
+    try:
+        yield
+    finally:
+        if monitor is not None:
+            monitor.finish()
+
+
+def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str]) -> str:
+    """Store a saved model with its run and register it, once per run and digest; returns the version.
+
+    Beside our files the version holds MLflow's pyfunc flavour, code included, for those who trust their registry.
+    """
+    client, run_id, digest = MlflowClient(tracking_uri=address.uri), open_run(address), model_digest(folder)
+    for known in client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'"):
+        if known.tags.get(DIGEST_TAG) == digest:
+            return str(known.version)
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / ARTIFACT
+        mlflow.pyfunc.save_model(
+            target,
+            python_model=PYFUNC_CODE,
+            artifacts={"model": str(folder)},
+            pip_requirements=[f"covtanet=={version('covtanet')}"],
+        )
+        client.log_artifacts(run_id, str(target), ARTIFACT)
     if not client.search_registered_models(f"name='{MODEL_NAME}'"):
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
-    registered = client.create_model_version(
-        MODEL_NAME, source, run_id, tags={DIGEST_TAG: model_digest(folder), **tags}
-    )
+    registered = client.create_model_version(MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags})
     return str(registered.version)
+
+
+def set_version_tags(model_version: str, tags: Mapping[str, str]) -> None:
+    """Write tags on a registered version."""
+    for name, value in tags.items():
+        MlflowClient().set_model_version_tag(MODEL_NAME, model_version, name, value)
 
 
 def set_alias(model_version: str, alias: str) -> None:
@@ -115,16 +223,16 @@ def set_alias(model_version: str, alias: str) -> None:
     MlflowClient().set_registered_model_alias(MODEL_NAME, alias, model_version)
 
 
-def champion_version() -> str:
-    """The version that the alias champion points at.
+def version_of(alias: str) -> str:
+    """The version that an alias points at.
 
     Raises:
         CheckpointError: where there is none.
     """
     try:
-        return str(MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion").version)
+        return str(MlflowClient().get_model_version_by_alias(MODEL_NAME, alias).version)
     except MlflowException as error:
-        raise CheckpointError(f"no champion of {MODEL_NAME} in the registry") from error
+        raise CheckpointError(f"no {alias} of {MODEL_NAME} in the registry") from error
 
 
 def tracking_uri() -> str:

@@ -19,6 +19,9 @@ RETURN_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
+# A tracker that is down must not hold a training up for the minutes that MLflow would go on asking.
+ASK_TRACKER_BRIEFLY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+WORKER_ENVIRONMENT = {**RETURN_MEMORY, **ASK_TRACKER_BRIEFLY}
 QUIET = ("ray", "ray.data", "botocore", "s3fs", "aiobotocore", "mlflow", "alembic", "openvino")
 SILENT = ("ray._private.authentication", "ray.data._internal.progress")
 
@@ -39,8 +42,10 @@ def connect() -> None:
 
     A small machine gets more logical CPUs than it has cores: decoding, prediction and measuring each hold one.
     """
+    for name, value in ASK_TRACKER_BRIEFLY.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": RETURN_MEMORY})
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": WORKER_ENVIRONMENT})
         return
     _keep_token_private()
     num_cpus = max(MIN_LOGICAL_CPUS, len(os.sched_getaffinity(0)))
@@ -50,7 +55,7 @@ def connect() -> None:
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": RETURN_MEMORY},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
 
 

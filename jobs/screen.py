@@ -28,7 +28,7 @@ from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.screening import ledger, pipeline
 from covtanet.screening.predictor import window_of
-from covtanet.screening.stages import config_values
+from covtanet.screening.stages import config_values, for_model
 
 logger = logging.getLogger("covtanet.screen")
 
@@ -84,7 +84,10 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
         config = replace(config, group_by=arguments.group_by)
     is_path = not arguments.model.startswith("models:")
     model = tracking.resolve_model(place(arguments.model, "--model") if is_path else arguments.model, folder)
-    window = window_of(load_model(model.folder, model.digest))
+    loaded = load_model(model.folder, model.digest)
+    window, config = window_of(loaded), for_model(config, loaded.preprocessing)
+    if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
+        logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
     if ledger.is_committed(run):

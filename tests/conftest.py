@@ -2,15 +2,14 @@
 
 import os
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,9 +19,12 @@ from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
 
+if TYPE_CHECKING:
+    from services import Job
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "infra" / "local"))
+sys.path[:0] = [str(ROOT / "infra" / "local"), str(ROOT / "tests")]
 
 
 @pytest.fixture(autouse=True)
@@ -100,33 +102,18 @@ class Cluster:
 
     environment: dict[str, str]
 
-    def start_job(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+    def start_job(self, script: str, *arguments: str) -> "Job":
         """Start a job as its own process group."""
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / script), *arguments],
-            env=self.environment,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        from services import start_job
 
-    def kill_job(self, process: subprocess.Popen[str]) -> None:
-        """Kill a job as a crash would, without warning."""
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        return start_job(self.environment, script, *arguments)
 
     def run_job(self, script: str, *arguments: str, expect: int = 0) -> str:
         """Run a job to its end and return what it printed."""
-        process = self.start_job(script, *arguments)
-        try:
-            output, _ = process.communicate(timeout=280)
-        except subprocess.TimeoutExpired:
-            self.kill_job(process)
-            raise
-        assert process.returncode == expect, output
-        return output
+        job = self.start_job(script, *arguments)
+        code = job.finish()
+        assert code == expect, job.output
+        return job.output
 
 
 @pytest.fixture(scope="session")

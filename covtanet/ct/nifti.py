@@ -54,6 +54,26 @@ def read_labels(data: bytes) -> NDArray[np.uint16]:
     return canonical_volume(array.astype(np.uint16), _affine(header)).hu
 
 
+def read_grey8(data: bytes) -> Volume:
+    """Read a volume of grey values 0..255, windowed at its source, as if they were HU.
+
+    Raises:
+        StudyError: ``not_grey8`` for values outside 0..255, else as ``read``.
+    """
+    array, header = _stored_array(data)
+    values = _to_hu(array, header)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255 and high > 1):
+        raise StudyError("not_grey8", f"values {low:.0f}..{high:.0f}, expected grey values 0..255")
+    return canonical_volume(values, _affine(header))
+
+
+def has_spacing(data: bytes) -> bool:
+    """Whether the header gives its lengths a unit; without one, spacing is nominal."""
+    head = _inflate(data, HEADER_BYTES, to_end=False) if data[:2] == GZIP_MAGIC else data[:HEADER_BYTES]
+    return bool(_header(head).get_xyzt_units()[0] != "unknown")
+
+
 def write(array: NDArray[Any], grid: SourceGrid) -> bytes:
     """Return a (z, y, x) mask or volume as .nii.gz in the grid of its source, axis order included."""
     stored = grid.from_canonical(array)

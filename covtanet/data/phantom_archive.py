@@ -20,10 +20,11 @@ from pydicom.uid import generate_uid
 from covtanet import storage
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import SourceGrid
+from covtanet.data import labels
 from covtanet.data.labels import LabelledVolume, write_labels
 from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 
-SEVERE_INVOLVEMENT = 0.25
+GRADE_OF_SEVERITY = {None: 0, "mild": 1, "severe": 2}
 TRUTH_SCHEMA = pa.schema([
     pa.field("source_path", pa.string(), nullable=False),
     pa.field("status", pa.string(), nullable=False),
@@ -66,8 +67,8 @@ def configs(count: int, seed: int, size_px: int = 256, num_slices: int = 36) -> 
 
 
 def severity_of(involvement: float) -> str | None:
-    """The paper's rule: severe above a quarter of the lung; null for a normal one."""
-    return ("severe" if involvement > SEVERE_INVOLVEMENT else "mild") if involvement else None
+    """The paper's rule; null for a normal phantom."""
+    return labels.severity_of(involvement) if involvement else None
 
 
 def write_training_set(uri: str, phantoms: Iterable[PhantomConfig], num_processes: int = 1) -> list[LabelledVolume]:
@@ -91,6 +92,24 @@ def _write_labelled(uri: str, config: PhantomConfig) -> LabelledVolume:
     storage.write_bytes(storage.join(uri, volume.volume_path), nifti.write(phantom.hu, grid))
     storage.write_bytes(storage.join(uri, str(volume.lesion_mask_path)), nifti.write(phantom.lesion_mask, grid))
     return volume
+
+
+def write_mosmed(uri: str, phantoms: Iterable[PhantomConfig], num_processes: int = 1) -> int:
+    """Write phantoms in MosMedData's own layout, lesion masks of grade CT-1 alone; returns how many."""
+    numbered = list(enumerate(phantoms, start=1))
+    with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+        return sum(pool.map(partial(_write_study, uri), numbered))
+
+
+def _write_study(uri: str, numbered: tuple[int, PhantomConfig]) -> int:
+    number, config = numbered
+    phantom, name = make_phantom(config), f"study_{number:04d}"
+    grid, grade = nifti_grid(phantom), GRADE_OF_SEVERITY[severity_of(config.involvement)]
+    storage.write_bytes(storage.join(uri, f"studies/CT-{grade}/{name}.nii.gz"), nifti.write(phantom.hu, grid))
+    if grade == 1:
+        mask = nifti.write(phantom.lesion_mask, grid)
+        storage.write_bytes(storage.join(uri, f"masks/{name}_mask.nii.gz"), mask)
+    return 1
 
 
 @dataclass(frozen=True, kw_only=True)

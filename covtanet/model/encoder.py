@@ -1,10 +1,19 @@
-"""The encoder of TA-SegNet: feature maps E_1..E_N, halving in size from level to level. No downloads."""
+"""The encoder of TA-SegNet: feature maps E_1..E_N, halving in size from level to level.
+
+Plain, or an EfficientNet by timm (an optional extra) with one input channel. Which weights the latter starts from is
+the caller's business.
+"""
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from covtanet.errors import ConfigError
 
 
 def conv_block(channels_in: int, channels: int) -> nn.Sequential:
@@ -30,3 +39,76 @@ class PlainEncoder(nn.Module):
             slices = block(F.max_pool2d(slices, 2) if level else slices)
             features.append(slices)
         return features
+
+
+# Channels of E_1 .. E_5, which have 1/2 to 1/32 of the slice's size: EfficientNets have no level of the full size.
+EFFICIENTNETS = {
+    "efficientnet_b0": (16, 24, 40, 112, 320),
+    "efficientnet_b1": (16, 24, 40, 112, 320),
+    "efficientnet_b2": (16, 24, 48, 120, 352),
+    "efficientnet_b3": (24, 32, 48, 136, 384),
+    "efficientnet_b4": (24, 32, 56, 160, 448),
+}
+HOW_TO_GET_WEIGHTS = (
+    "fetch them where there is internet, by python -c \"import timm; timm.create_model('NAME', pretrained=True)\", or "
+    "name a local .safetensors of timm's weights by --encoder-weights"
+)
+
+
+class EfficientNetEncoder(nn.Module):
+    """An EfficientNet without its head (Table I, V8); random weights until others are loaded."""
+
+    def __init__(self, name: str, in_channels: int) -> None:
+        super().__init__()
+        self.net = _timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=False)
+
+    def forward(self, slices: Tensor) -> list[Tensor]:
+        """Map slices (B, C, H, W) to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
+        features: list[Tensor] = self.net(slices)
+        return features
+
+
+def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[str, Tensor]:
+    """ImageNet weights of an EfficientNetEncoder: from a local .safetensors, or fetched by timm.
+
+    Choice: the RGB stem is summed into the slice's channel, which equals feeding the slice three times.
+
+    Raises:
+        ConfigError: where there is neither file nor internet; says how to get them.
+    """
+    source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
+    if weights is not None and (weights.suffix != ".safetensors" or not weights.is_file()):
+        raise ConfigError(f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}")
+    try:
+        net = _timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
+    return {f"net.{key}": value for key, value in net.state_dict().items()}
+
+
+def _timm() -> Any:
+    """timm, which imports torchvision.
+
+    A torchvision that was built for CUDA does not load on a CPU torch for the lack of two operators' schemas
+    (pytorch/vision#9085); they are declared, and the import is tried again. Only detection would need the operators.
+    """
+    try:
+        import torchvision
+    except ModuleNotFoundError as error:
+        raise ConfigError("EfficientNet encoders need timm: pip install 'covtanet[efficientnet]'") from error
+    except RuntimeError:
+        if not _DECLARED:
+            library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+            for operator in ("nms", "qnms"):
+                schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                library.define(schema)  # type: ignore[no-untyped-call]
+            _DECLARED.append(library)
+        import torchvision  # noqa: F401
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ConfigError("EfficientNet encoders need timm: pip install 'covtanet[efficientnet]'") from error
+    return timm
+
+
+_DECLARED: list[Any] = []  # a library lives as long as it is referenced

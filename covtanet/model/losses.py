@@ -1,21 +1,14 @@
 """The losses of both phases: focal Tversky (Section II-E) and the joint loss (Eq. 8).
 
-Both are ratios of sums. A ratio does not average over data-parallel ranks, so the sums come first, as functions of
-their own, and ``reduce`` (identity by default) adds them up over ranks before the division.
+Both are ratios of sums. A ratio does not average over micro-batches or data-parallel ranks, so each comes in two
+functions: the sums of one micro-batch, and the loss of sums that were added up over all of them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-Reduce = Callable[[Tensor], Tensor]
-
-
-def _identity(sums: Tensor) -> Tensor:
-    return sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +23,14 @@ class FocalTverskyConfig:
     smooth: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class JointLossConfig:
+    """Weights of the positive class in Eq. 8. Choice: 1, since the paper names no balance of classes."""
+
+    infected_weight: float = 1.0
+    severe_weight: float = 1.0
+
+
 def overlap_sums(logits: Tensor, lesion_mask: Tensor) -> Tensor:
     """(TP, FN, FP) as sums of probabilities over the batch, shape (3,). logits, lesion_mask: (B, 1, H, W)."""
     p, truth = torch.sigmoid(logits.float()), lesion_mask.float()
@@ -37,38 +38,53 @@ def overlap_sums(logits: Tensor, lesion_mask: Tensor) -> Tensor:
     return torch.stack([tp, truth.sum() - tp, p.sum() - tp])
 
 
-def focal_tversky_loss(
-    logits: Tensor,
-    lesion_mask: Tensor,
-    config: FocalTverskyConfig | None = None,
-    reduce: Reduce = _identity,
-) -> Tensor:
-    """(1 - TI)^exponent with the Tversky index TI over the whole batch, a scalar.
+def focal_tversky(sums: Tensor, config: FocalTverskyConfig | None = None) -> Tensor:
+    """(1 - TI)^exponent with the Tversky index TI, a scalar. sums: (TP, FN, FP) over the whole batch.
 
     Choice: summed over the batch, since a slice without lesion would read 0.996 at p = 0.0025. 1 - TI is held above
     1e-6: with an exponent below 1 a perfect slice would give a NaN gradient.
     """
     config = config or FocalTverskyConfig()
-    tp, fn, fp = reduce(overlap_sums(logits, lesion_mask)).unbind()
+    tp, fn, fp = sums.unbind()
     weighted = config.false_negative_weight * fn + config.false_positive_weight * fp
     index = (tp + config.smooth) / (tp + weighted + config.smooth)
     return (1 - index).clamp(min=1e-6) ** config.exponent
 
 
-def joint_loss(
+def focal_tversky_loss(logits: Tensor, lesion_mask: Tensor, config: FocalTverskyConfig | None = None) -> Tensor:
+    """Focal Tversky loss of one batch, a scalar. logits, lesion_mask: (B, 1, H, W)."""
+    return focal_tversky(overlap_sums(logits, lesion_mask), config)
+
+
+def joint_sums(
     infected_logits: Tensor,
     severe_logits: Tensor,
     is_infected: Tensor,
     is_severe: Tensor,
-    reduce: Reduce = _identity,
+    config: JointLossConfig | None = None,
 ) -> Tensor:
-    """Diagnosis loss over all volumes plus severity loss over the infected ones (Eq. 8), a scalar. All inputs: (B,).
+    """(diagnosis loss, M, severity loss of the infected, M_I) summed over the batch, shape (4,). All inputs: (B,)."""
+    config = config or JointLossConfig()
+    infected, severe = is_infected.float(), is_severe.float()
+    diagnosis = _cross_entropy(infected_logits, infected, config.infected_weight)
+    severity = _cross_entropy(severe_logits, severe, config.severe_weight)
+    return torch.stack([diagnosis.sum(), torch.ones_like(diagnosis).sum(), (infected * severity).sum(), infected.sum()])
+
+
+def joint(sums: Tensor) -> Tensor:
+    """Mean diagnosis loss over all volumes plus mean severity loss over the infected ones (Eq. 8), a scalar.
 
     A batch without infected volumes contributes 0 to the severity term and keeps it in the graph.
     """
-    infected, severe = is_infected.float(), is_severe.float()
-    diagnosis = F.binary_cross_entropy_with_logits(infected_logits.float(), infected, reduction="none")
-    severity = F.binary_cross_entropy_with_logits(severe_logits.float(), severe, reduction="none")
-    sums = torch.stack([diagnosis.sum(), torch.ones_like(diagnosis).sum(), (infected * severity).sum(), infected.sum()])
-    diagnosis_sum, num_volumes, severity_sum, num_infected = reduce(sums).unbind()
+    diagnosis_sum, num_volumes, severity_sum, num_infected = sums.unbind()
     return diagnosis_sum / num_volumes + severity_sum / num_infected.clamp(min=1)
+
+
+def joint_loss(infected_logits: Tensor, severe_logits: Tensor, is_infected: Tensor, is_severe: Tensor) -> Tensor:
+    """The joint loss of one batch, a scalar. All inputs: (B,)."""
+    return joint(joint_sums(infected_logits, severe_logits, is_infected, is_severe))
+
+
+def _cross_entropy(logits: Tensor, truth: Tensor, positive_weight: float) -> Tensor:
+    weight = torch.full_like(truth, positive_weight)
+    return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none", pos_weight=weight)

@@ -10,7 +10,7 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from covtanet.model.attention import TriLevelAttention
-from covtanet.model.encoder import PlainEncoder, conv_block
+from covtanet.model.encoder import EFFICIENTNETS, EfficientNetEncoder, PlainEncoder, conv_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class SegNetConfig:
     """
 
     in_channels: int = 1
+    encoder: str = "plain"
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
     fusion_channels: int = 32
     encoder_tau: bool = True
@@ -32,12 +33,29 @@ class SegNetConfig:
         object.__setattr__(self, "widths", tuple(self.widths))
         if len(self.widths) < 2:
             raise ValueError(f"widths has {len(self.widths)} level, expected at least 2")
+        if self.encoder != "plain" and EFFICIENTNETS.get(self.encoder) != self.widths:
+            raise ValueError(f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}")
 
     def row_of_table_i(self, row: str) -> "SegNetConfig":
-        """The same size with the switches of one row of Table I."""
+        """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
+        name, widths = (V8_ENCODER, EFFICIENTNETS[V8_ENCODER]) if row == "V8" else ("plain", self.widths)
         return SegNetConfig(
-            in_channels=self.in_channels, widths=self.widths, fusion_channels=self.fusion_channels, **TABLE_I[row]
+            in_channels=self.in_channels,
+            encoder=name,
+            widths=widths,
+            fusion_channels=self.fusion_channels,
+            **TABLE_I[row],
         )
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the slice per pixel of the first level."""
+        return 1 if self.encoder == "plain" else 2
+
+    @property
+    def multiple(self) -> int:
+        """What a slice's sides must be a multiple of."""
+        return int(self.stride * 2 ** (len(self.widths) - 1))
 
     @property
     def has_fusion(self) -> bool:
@@ -54,6 +72,8 @@ class SegNetConfig:
         return range(len(self.widths) if self.encoder_in_fusion else len(self.widths) - 1)
 
 
+# Choice: the paper names no size of its EfficientNet.
+V8_ENCODER = "efficientnet_b0"
 TABLE_I: dict[str, dict[str, bool]] = {
     "V1": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
     "V2": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": True},
@@ -63,6 +83,7 @@ TABLE_I: dict[str, dict[str, bool]] = {
     "V5": {"encoder_tau": False, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
     "V6": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
     "V7": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": True, "decoder_in_fusion": True},
+    "V8": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": True, "decoder_in_fusion": True},
 }
 
 
@@ -77,7 +98,11 @@ class TASegNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.widths
-        self.encoder = PlainEncoder(config.in_channels, widths)
+        self.encoder = (
+            PlainEncoder(config.in_channels, widths)
+            if config.encoder == "plain"
+            else EfficientNetEncoder(config.encoder, config.in_channels)
+        )
         self.encoder_taus = _units(widths, config.encoder_tau)
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(deep, width, 2, stride=2) for width, deep in itertools.pairwise(widths)
@@ -102,12 +127,12 @@ class TASegNet(nn.Module):
         return width * (int(self.config.encoder_in_fusion) + int(self.config.decoder_in_fusion and not is_bottom))
 
     def forward(self, slices: Tensor) -> Tensor:
-        """Map slices (B, C, H, W) to lesion logits (B, 1, H, W); H and W multiples of 2^(N-1)."""
+        """Map slices (B, C, H, W) to lesion logits (B, 1, H, W); H and W multiples of ``config.multiple``."""
         return self.segment(slices)[0]
 
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
-        """Lesion logits (B, 1, H, W) and the fusion vector F_fus (B, fused_channels, H, W)."""
-        multiple = 2 ** (len(self.config.widths) - 1)
+        """Lesion logits (B, 1, H, W) and the fusion vector F_fus (B, fused_channels, H / stride, W / stride)."""
+        multiple = self.config.multiple
         if not is_tracing() and (  # type: ignore[no-untyped-call]
             slices.shape[2] % multiple or slices.shape[3] % multiple
         ):
@@ -115,7 +140,10 @@ class TASegNet(nn.Module):
         encoded = [tau(level) for tau, level in zip(self.encoder_taus, self.encoder(slices), strict=True)]
         decoded = self._decode(encoded)
         fused = self._fuse(encoded, decoded)
-        return self.filter(fused), fused
+        logits: Tensor = self.filter(fused)
+        if self.config.stride > 1:
+            logits = F.interpolate(logits, size=slices.shape[2:], mode="bilinear", align_corners=False)
+        return logits, fused
 
     def _decode(self, encoded: list[Tensor]) -> list[Tensor]:
         """T(D_1) .. T(D_N-1) from T(E_1) .. T(E_N). Choice: the refined map is what goes up."""

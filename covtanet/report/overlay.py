@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from covtanet.screening.stages import StoredMasks
 
 LESION_RGB, LUNG_RGB = (255, 112, 67), (79, 195, 247)
-LESION_OPACITY = 0.35
+FOUND_RGB, ALARM_RGB, MISSED_RGB = (60, 190, 90), (66, 120, 245), (230, 60, 60)
+LESION_OPACITY, ERROR_OPACITY = 0.35, 0.5
 PREVIEW_SLICES, PREVIEW_COLUMNS, PREVIEW_PX = 12, 6, 256
 
 
@@ -60,6 +61,24 @@ def draw(picture: NDArray[np.uint8], lesion_mask: NDArray[np.bool_], lung_mask: 
     rgb[_outline(lung_mask)] = LUNG_RGB
     rgb[_outline(lesion_mask)] = LESION_RGB
     return rgb.astype(np.uint8)
+
+
+def errors(levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Up to six slices, those with the most true lesion, in the colours of Fig. 8, (height, width, 3).
+
+    Green is found, blue is a false alarm, red is missed. All inputs: (S, H, W).
+    """
+    most = np.argsort(-truth.sum(axis=(1, 2), dtype=np.int64), kind="stable")[:PREVIEW_COLUMNS]
+    tiles = []
+    for index in np.sort(most):
+        rgb = np.repeat((levels[index] * (255 / INTENSITY_STEPS))[:, :, None], 3, axis=2)
+        found, wanted = lesion_mask[index], truth[index]
+        for where, colour in ((found & wanted, FOUND_RGB), (found & ~wanted, ALARM_RGB), (~found & wanted, MISSED_RGB)):
+            rgb[where] = (1 - ERROR_OPACITY) * rgb[where] + ERROR_OPACITY * np.array(colour)
+        grey = Image.fromarray(rgb.astype(np.uint8)).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR)
+        tiles.append(np.asarray(grey))
+    tiles += [np.zeros_like(tiles[0])] * (PREVIEW_COLUMNS - len(tiles))
+    return np.concatenate(tiles, axis=1)
 
 
 def _square_around(mask: NDArray[np.bool_]) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ import traceback
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,11 @@ class ScreeningConfig:
             raise ValueError(f"group_by is {self.group_by}, expected folder or uid")
         if self.slice_step_mm < 0 or self.max_batch_slices < 1:
             raise ValueError("slice_step_mm must be at least 0 and max_batch_slices at least 1")
+
+
+def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> ScreeningConfig:
+    """The configuration with the distance of slices that a model was trained with, where the model says."""
+    return replace(config, slice_step_mm=preprocessing.get("slice_step_mm", config.slice_step_mm))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,229 +1,352 @@
-"""Both phases on Ray: Ray Data decodes and prepares volumes from storage, Ray Train optimizes.
+"""Both phases on Ray: Ray Data decodes and prepares volumes from storage and feeds Ray Train, which optimizes.
 
-Phase 1 trains TA-SegNet on slices. Phase 2 takes its weights frozen: an actor turns every volume into pooled fusion
-features once, and the workers train the joint classifier on those.
+Volumes are prepared once into storage (``data.prepared``). Phase 1 trains TA-SegNet on their slices. Phase 2 takes its
+weights frozen: an actor turns every volume into pooled fusion features once, and the workers train the joint
+classifier on those; or, without that cache, the workers compute them every epoch.
 """
 
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.data
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file
 
 from covtanet import storage, tracking
-from covtanet.ct import nifti
-from covtanet.ct.window import INTENSITY_STEPS, WindowConfig
-from covtanet.data.labels import LabelledVolume, split_validation
-from covtanet.data.slices import phase1_samples, phase2_sample
-from covtanet.errors import ConfigError
-from covtanet.model.checkpoint import SavedModel
-from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet, CovTANetConfig
-from covtanet.model.losses import FocalTverskyConfig
-from covtanet.model.segnet import TABLE_I
+from covtanet.ct.window import WindowConfig
+from covtanet.data import prepared
+from covtanet.data.folds import Split
+from covtanet.data.labels import LabelledVolume
+from covtanet.data.prepared import PreparedVolume
+from covtanet.errors import TrainingError
+from covtanet.model.covtanet import CovTANet
+from covtanet.model.encoder import pretrained_state
 from covtanet.training import worker
-from covtanet.training.loop import PhaseConfig
+from covtanet.training.config import TrainingConfig
+from covtanet.training.feed import assign_lanes
+from covtanet.training.loop import Progress, State
+from covtanet.training.phase2 import frozen_features
+from covtanet.training.state import STATE, load_progress
+from covtanet.training.worker import Assignment, LaneSpec, slice_name
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-SLICES_AT_ONCE = 4
+REPORT_EVERY = 50
+NUM_CHECKPOINTS = 2  # the newest and, should it be damaged, the one before
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """A training. size: a key of SIZES; ablation: a row of Table I; the window is that of the size."""
+class Place:
+    """Where one phase of one fold keeps its checkpoints, and how it is logged."""
 
-    size: str = "paper"
-    ablation: str = "V7"
-    low_hu: float = -1000.0
-    high_hu: float = 400.0
-    slice_step_mm: float = 2.5
-    validation_share: float = 0.2
-    num_workers: int = 2
-    seed: int = 0
-    phase1: PhaseConfig = field(default_factory=PhaseConfig)
-    phase2: PhaseConfig = field(default_factory=PhaseConfig)
-    loss: FocalTverskyConfig = field(default_factory=FocalTverskyConfig)
-
-    def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"size is {self.size}, expected one of {', '.join(SIZES)}")
-        if self.ablation not in TABLE_I:
-            raise ValueError(f"ablation is {self.ablation}, expected one of {', '.join(TABLE_I)}")
-
-    @property
-    def network(self) -> CovTANetConfig:
-        """The network that is trained."""
-        size = SIZES[self.size]
-        return replace(size, segnet=size.segnet.row_of_table_i(self.ablation))
-
-    @property
-    def window(self) -> WindowConfig:
-        """Its preprocessing."""
-        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=INPUT_PX[self.size])
+    storage_uri: str
+    name: str
+    run: tracking.RunAddress
 
 
 class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
-    """Logs every epoch of a phase to the run; lives in the train controller, so that workers may restart."""
+    """Logs every epoch; lives in the train controller, so that workers may restart.
 
-    def __init__(self, run_id: str, tracking_uri: str, phase: str) -> None:
-        self.run_id, self.tracking_uri, self.phase = run_id, tracking_uri, phase
+    What cannot be logged now is logged with a later epoch, or when the phase ends: checkpoints hold the whole history.
+    """
+
+    def __init__(self, run: tracking.RunAddress, label: str) -> None:
+        self.run, self.label = run, label
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Log rank 0's metrics, which are reduced over ranks."""
-        epoch = int(metrics[0]["epoch"])
-        named = {f"{self.phase}/{name}": value for name, value in metrics[0].items() if name != "epoch"}
-        tracking.log_metrics(self.run_id, named, epoch, self.tracking_uri)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics[0].items() if name != "epoch")
-        print(f"{self.phase} epoch {epoch + 1}: {shown}", flush=True)  # noqa: T201 - the controller's log
+        """Log the checkpoint's history, which is reduced over ranks."""
+        with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
+            history = json.loads(file.read())["history"]
+        shown = ", ".join(
+            f"{name} {value:.4g}" for name, value in history[-1].items() if name.startswith(("train_", "val_"))
+        )
+        print(f"{self.label} epoch {len(history)}: {shown}", flush=True)  # noqa: T201 - the controller's log
+        with tracking.tolerated("an epoch's metrics"):
+            tracking.log_history(tracking.open_run(self.run), history, self.run.uri)
 
 
-def train(
-    config: TrainingConfig, volumes: Sequence[LabelledVolume], data_uri: str, storage_uri: str, run_id: str
-) -> SavedModel:
-    """Run both phases and return the network. data_uri: what the volumes' paths are relative to."""
-    training, validation = split_validation(volumes, config.validation_share, config.seed)
-    masked = [[volume for volume in part if volume.lesion_mask_path] for part in (training, validation)]
-    if not all(masked):
-        raise ConfigError("phase 1 needs volumes with lesion masks in training and in validation")
-    logger.info("%d volumes to train, %d to validate; %d with masks", len(training), len(validation), len(masked[0]))
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    slices = {name: _slices(part, data_uri, config) for name, part in zip(("train", "validation"), masked, strict=True)}
-    logger.info("phase 1: %d slices to train, %d to validate", slices["train"].count(), slices["validation"].count())
-    segnet_state = _run_phase(config, "phase1", _phase1_loop, slices, storage_uri, run_id)
-    del slices
-    volumes_by_part = {
-        name: _features(part, data_uri, config, segnet_state)
-        for name, part in (("train", training), ("validation", validation))
-    }
-    logger.info("phase 2: %d volumes to train", volumes_by_part["train"].count())
-    classifier_state = _run_phase(config, "phase2", _phase2_loop, volumes_by_part, storage_uri, run_id)
-    network = CovTANet(config.network)
-    network.segnet.load_state_dict(segnet_state)
-    network.classifier.load_state_dict(classifier_state)
-    return SavedModel(network=network.eval(), preprocessing={"window": asdict(config.window)})
-
-
-def _slices(volumes: Sequence[LabelledVolume], data_uri: str, config: TrainingConfig) -> ray.data.Dataset:
-    rows = ray.data.from_items([vars(volume) for volume in volumes])
-    prepare = partial(_slice_rows, data_uri=data_uri, window=config.window, slice_step_mm=config.slice_step_mm)
-    # Epochs read the prepared samples; Ray keeps them in its object store and spills what does not fit.
-    return rows.repartition(target_num_rows_per_block=1).flat_map(prepare, num_cpus=1).materialize()
-
-
-def _slice_rows(row: Row, data_uri: str, window: WindowConfig, slice_step_mm: float) -> list[Row]:
-    volume = nifti.read(storage.read_bytes(storage.join(data_uri, row["volume_path"])))
-    lesion = nifti.read_labels(storage.read_bytes(storage.join(data_uri, row["lesion_mask_path"])))
-    samples = phase1_samples(volume, lesion > 0, window, slice_step_mm)
-    return [{"levels": level, "lesion": mask} for level, mask in zip(samples.levels, samples.lesion, strict=True)]
-
-
-def _features(
-    volumes: Sequence[LabelledVolume], data_uri: str, config: TrainingConfig, segnet_state: dict[str, torch.Tensor]
-) -> ray.data.Dataset:
-    rows = ray.data.from_items([vars(volume) for volume in volumes]).repartition(target_num_rows_per_block=1)
+def prepare_volumes(
+    volumes: Sequence[LabelledVolume], data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float
+) -> list[PreparedVolume]:
+    """Read every volume and its masks, write what the networks read, return what was found; those done are kept."""
+    keys = volume_keys(volumes, data_uri, window, slice_step_mm)
+    done = set(storage.list_names(prepared_uri))
+    rows = [
+        {"key": key, "is_done": f"{key}.parquet" in done, **vars(volume)}
+        for key, volume in zip(keys, volumes, strict=True)
+    ]
+    todo = sum(not row["is_done"] for row in rows)
+    logger.info("preparing %d volumes, %d are done already", todo, len(rows) - todo)
     prepare = partial(
-        _volume_row,
-        data_uri=data_uri,
-        window=config.window,
-        slice_step_mm=config.slice_step_mm,
-        num_slices=config.network.num_slices,
+        _prepare_row, data_uri=data_uri, prepared_uri=prepared_uri, window=window, slice_step_mm=slice_step_mm
     )
-    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    frozen = {"network": config.network, "segnet_state": segnet_state}
-    return (
-        rows.map(prepare, num_cpus=1)
-        .map(
+    found = []
+    dataset = _items(rows).map(prepare, num_cpus=1)
+    for row in dataset.iter_rows():
+        found.append(prepared.from_json(row["found"]))
+        if len(found) % REPORT_EVERY == 0:
+            logger.info("prepared %d of %d volumes", len(found), len(rows))
+    return sorted(found, key=lambda each: each.key)
+
+
+def volume_keys(
+    volumes: Sequence[LabelledVolume], data_uri: str, window: WindowConfig, slice_step_mm: float
+) -> list[str]:
+    """Keys of the prepared volumes, from the listing alone."""
+    roots = {_folder(path, data_uri) for volume in volumes for path in _paths(volume)}
+    versions = {
+        storage.join(root, item.path): f"{item.num_bytes} {item.version}"
+        for root in roots
+        for _, objects in storage.walk(root)
+        for item in objects
+    }
+    return [
+        prepared.volume_key(
+            volume,
+            [versions.get(storage.resolve(data_uri, path), "missing") for path in _paths(volume)],
+            window,
+            slice_step_mm,
+        )
+        for volume in volumes
+    ]
+
+
+def _folder(path: str, data_uri: str) -> str:
+    """What to list for a path's version: the data set, or the folder of an absolute path."""
+    resolved = storage.resolve(data_uri, path)
+    return resolved.rpartition("/")[0] if resolved == path else data_uri
+
+
+def _paths(volume: LabelledVolume) -> list[str]:
+    return [path for path in (volume.volume_path, volume.lesion_mask_path, volume.lung_mask_path) if path]
+
+
+def _prepare_row(row: Row, data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float) -> Row:
+    key, target = row["key"], prepared_uri_of(prepared_uri, row["key"])
+    if row["is_done"]:
+        return {"found": prepared.to_json(prepared.describe(storage.read_bytes(target)))}
+    volume = LabelledVolume(**{name: row[name] for name in LabelledVolume.__dataclass_fields__})
+    contents = {}
+    try:
+        for path in _paths(volume):
+            contents[path] = storage.read_bytes(storage.resolve(data_uri, path))
+    except FileNotFoundError:
+        found = prepared.missing(volume, key, window)
+        return {"found": prepared.to_json(found)}
+    found, samples = prepared.prepare(volume, key, contents, window, slice_step_mm)
+    storage.write_bytes(target, prepared.to_parquet(found, samples))
+    return {"found": prepared.to_json(found)}
+
+
+def prepared_uri_of(prepared_uri: str, key: str) -> str:
+    """Where a prepared volume lies."""
+    return storage.join(prepared_uri, f"{key}.parquet")
+
+
+def train_phase1(
+    config: TrainingConfig,
+    volumes: Mapping[str, PreparedVolume],
+    split: Split,
+    prepared_uri: str,
+    place: Place,
+    encoder_weights: Path | None = None,
+) -> Progress:
+    """Train TA-SegNet on the slices of the split's volumes that have a lesion mask.
+
+    encoder_weights: a local file that a pretrained encoder starts from; without one its library fetches them.
+    """
+    datasets: dict[str, ray.data.Dataset] = {}
+    specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
+    filesystem, _ = storage.filesystem(prepared_uri)
+    for part, keys in (("train", split.train), ("validation", split.validation)):
+        masked = {key: len(volumes[key].slices) for key in keys if volumes[key].lesion_px is not None}
+        for number, lane in enumerate(assign_lanes(masked, config.phase1.micro_batches)):
+            samples = [
+                (slice_name(key, index), pixels > 0)
+                for key in lane
+                for index, pixels in zip(volumes[key].slices, volumes[key].lesion_px or (), strict=True)
+            ]
+            spec = _spec(f"{part}-{number}", samples, 3 * config.window.size_px**2, holds_volumes=False)
+            specs[part].append(spec)
+            if lane:
+                paths = [storage.filesystem(prepared_uri_of(prepared_uri, key))[1] for key in lane]
+                datasets[spec.shard] = ray.data.read_parquet(paths, filesystem=filesystem)
+    _refuse_empty(specs["train"], "phase 1", "volumes with lesion masks")
+    segnet = config.network.segnet
+    encoder = None
+    if segnet.encoder != "plain":
+        encoder = pretrained_state(segnet.encoder, segnet.in_channels, encoder_weights)
+    return _run(config, 1, specs, datasets, place, encoder_state=encoder)
+
+
+def train_phase2(
+    config: TrainingConfig,
+    volumes: Mapping[str, PreparedVolume],
+    split: Split,
+    prepared_uri: str,
+    place: Place,
+    segnet_state: State,
+) -> Progress:
+    """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
+    network = config.network
+    pixels = (
+        network.num_slices * network.segnet.fused_channels * network.pooled_px**2
+        if config.cache_features
+        else network.num_slices * config.window.size_px**2
+    )
+    specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
+    rows: list[Row] = []
+    ends: dict[str, int] = {}
+    for part, keys in (("train", split.train), ("validation", split.validation)):
+        graded = {key: 1 for key in keys if volumes[key].grade}
+        for number, lane in enumerate(assign_lanes(graded, config.phase2.micro_batches)):
+            spec = _spec(f"{part}-{number}", [(key, True) for key in lane], 2 * pixels, holds_volumes=True)
+            specs[part].append(spec)
+            rows += [_volume_item(volumes[key], prepared_uri) for key in lane]
+            ends[spec.shard] = len(rows)
+    _refuse_empty(specs["train"], "phase 2", "volumes with a grade")
+    dataset = _items(rows).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
+    if config.cache_features:
+        frozen = {"config": config, "segnet_state": segnet_state}
+        dataset = dataset.map(
             _FrozenSegNet,
             fn_constructor_kwargs=frozen,
             compute=ray.data.ActorPoolStrategy(size=1),
             num_cpus=1,
-            num_gpus=num_gpus,
+            num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
         )
-        .materialize()
-    )
-
-
-def _volume_row(row: Row, data_uri: str, window: WindowConfig, slice_step_mm: float, num_slices: int) -> Row:
-    volume = nifti.read(storage.read_bytes(storage.join(data_uri, row["volume_path"])))
-    return {
-        "slices": phase2_sample(volume, window, slice_step_mm, num_slices),
-        "is_infected": np.float32(row["diagnosis"] == "infected"),
-        "is_severe": np.float32(row["severity"] == "severe"),
+        dataset = dataset.materialize()  # Ray keeps it in its object store and spills what does not fit
+        parts = dataset.split_at_indices([end for end in ends.values() if 0 < end < len(rows)])
+        datasets = dict(zip(_distinct(ends), parts, strict=True))
+        return _run(config, 2, specs, datasets, place)
+    starts = dict(zip(ends, [0, *ends.values()], strict=False))
+    datasets = {
+        shard: _items(rows[starts[shard] : end]).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
+        for shard, end in ends.items()
+        if end > starts[shard]
     }
+    return _run(config, 2, specs, datasets, place, segnet_state)
+
+
+def _distinct(ends: Mapping[str, int]) -> list[str]:
+    """Shards that are not empty, given where each ends."""
+    starts = dict(zip(ends, [0, *ends.values()], strict=False))
+    return [shard for shard, end in ends.items() if end > starts[shard]]
+
+
+def _volume_item(volume: PreparedVolume, prepared_uri: str) -> Row:
+    return {
+        "name": volume.key,
+        "uri": prepared_uri_of(prepared_uri, volume.key),
+        "has_lesion": True,
+        "is_infected": volume.diagnosis == "infected",
+        "is_severe": volume.severity == "severe",
+    }
+
+
+def _load_volume(row: Row, num_slices: int) -> Row:
+    samples = prepared.read_samples(storage.read_bytes(row.pop("uri")))
+    return {**row, "levels": prepared.diagnosis_slices(samples, num_slices)}
 
 
 class _FrozenSegNet:
     """TA-SegNet in eval mode: a volume's slices to its pooled fusion vectors."""
 
-    def __init__(self, network: CovTANetConfig, segnet_state: dict[str, torch.Tensor]) -> None:
+    def __init__(self, config: TrainingConfig, segnet_state: State) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.network = CovTANet(network)
-        self.network.segnet.load_state_dict(segnet_state)
-        self.network.eval().requires_grad_(False).to(self.device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = CovTANet(config.network)
+        network.segnet.load_state_dict(segnet_state)
+        network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.features = frozen_features(network.segment, device, config.phase2)
 
     def __call__(self, row: Row) -> Row:
-        intensity = row.pop("slices").astype(np.float32)[:, None] / INTENSITY_STEPS
-        pooled = []
-        with torch.inference_mode():
-            for start in range(0, len(intensity), SLICES_AT_ONCE):  # a whole volume's F_fus would take gigabytes
-                batch = torch.from_numpy(intensity[start : start + SLICES_AT_ONCE]).to(self.device)
-                pooled.append(self.network.segment(batch)[1].half().cpu())
-        return {**row, "pooled": torch.cat(pooled).numpy()}
+        levels = row.pop("levels")
+        return {**row, "pooled": self.features(levels[None])[0].cpu().numpy()}
 
 
-def _phase1_loop(config: Row) -> None:
-    settings: TrainingConfig = config["training"]
-    worker.train_phase1(settings.network, settings.phase1, settings.loss, settings.seed, config["num_threads"])
+def _items(rows: list[Row]) -> ray.data.Dataset:
+    """A dataset of small rows, one per block, that keeps its order: reruns then see the same."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    return ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
 
 
-def _phase2_loop(config: Row) -> None:
-    settings: TrainingConfig = config["training"]
-    worker.train_phase2(settings.network, settings.phase2, settings.seed, config["num_threads"])
+def _spec(shard: str, samples: list[tuple[str, bool]], num_bytes: int, *, holds_volumes: bool) -> LaneSpec:
+    names, has_lesion = (tuple(column) for column in zip(*samples, strict=True)) if samples else ((), ())
+    return LaneSpec(
+        shard=shard, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes, holds_volumes=holds_volumes
+    )
 
 
-def _run_phase(
+def _refuse_empty(lanes: Sequence[LaneSpec], phase: str, wanted: str) -> None:
+    if not all(lane.names for lane in lanes):
+        raise TrainingError(f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}")
+
+
+def _run(
     config: TrainingConfig,
-    phase: str,
-    loop: Callable[[Row], None],
+    phase: int,
+    specs: Mapping[str, Sequence[LaneSpec]],
     datasets: dict[str, ray.data.Dataset],
-    storage_uri: str,
-    run_id: str,
-) -> dict[str, torch.Tensor]:
-    """Train one phase; returns the best epoch's weights."""
-    filesystem, path = storage.filesystem(storage_uri)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    place: Place,
+    segnet_state: State | None = None,
+    encoder_state: State | None = None,
+) -> Progress:
+    """Train one phase under its own name, under which a killed one goes on; returns its newest state."""
+    filesystem, path = storage.filesystem(place.storage_uri)
+    options = ray.data.ExecutionOptions(preserve_order=True)
     trainer = ray.train.torch.TorchTrainer(
-        loop,
+        worker.train,
         train_loop_config={
-            "training": config,
-            "num_threads": max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+            "assignment": Assignment(
+                config=config,
+                phase=phase,
+                train=tuple(specs["train"]),
+                validation=tuple(specs["validation"]),
+                num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+                segnet_state=segnet_state,
+                encoder_state=encoder_state,
+            )
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}
+            num_workers=config.num_workers,
+            use_gpu=ray.cluster_resources().get("GPU", 0) >= config.num_workers,
+            resources_per_worker={"CPU": 1},
         ),
+        dataset_config=ray.train.DataConfig(datasets_to_split=[], execution_options=options),
         run_config=ray.train.RunConfig(
-            name=f"{run_id}-{phase}",
+            name=place.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[MetricsToMlflow(run_id, tracking.tracking_uri(), phase)],
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_CHECKPOINTS),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[MetricsToMlflow(place.run, place.run.name)],
         ),
         datasets=datasets,
     )
-    result = trainer.fit()
+    with tracking.system_metrics(place.run):
+        result = _fit(trainer, place)
+    if message := (result.return_value or {}).get("not_finite"):
+        raise FloatingPointError(f"{place.run.name}: {message}")
     if result.checkpoint is None:
-        raise ConfigError(f"{phase} ended without one epoch whose validation gave a number")
+        raise TrainingError(f"{place.run.name} ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
-        return dict(load_file(Path(folder) / worker.WEIGHTS))
+        return load_progress(Path(folder))
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, place: Place) -> ray.train.Result:
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"{place.run.name} failed too often; its last checkpoint is kept") from error

@@ -1,64 +1,209 @@
-"""Epochs, learning rate, validation and the best weights; still no cluster, no disk."""
+"""Epochs, learning rate, validation, early stop and the best weights; no cluster, no tracker, no disk: torch alone."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch import Tensor, nn
 
-EpochReport = Callable[[int, dict[str, float], bool], None]
+from covtanet.training.feed import Lane, Rows, seed_of, steps
+from covtanet.training.ranks import LaneStatistics, Ranks
+from covtanet.training.step import Named, backward, check_gradients
+
+B = TypeVar("B", bound=Named)
+State = dict[str, Tensor]
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One phase's optimization. The defaults are the paper's: Adam, 1e-5, decayed by 0.99 every 10 epochs.
 
-    Choice: number of epochs and batch size, which the paper does not give.
+    batch_size: samples of a micro-batch, over which batch norm takes its statistics. micro_batches: how many make an
+    optimizer step, shared out over the workers; more than one for each is gradient accumulation.
+    stop_after_epochs: without a better validation, the phase ends. precision: ``auto`` is bfloat16 on a GPU with it.
+
+    Choice: number of epochs, batch size and early stop, which the paper does not give.
     """
 
     num_epochs: int = 100
-    batch_size: int = 8
+    batch_size: int = 4
+    micro_batches: int = 2
     learning_rate: float = 1e-5
     decay: float = 0.99
     decay_epochs: int = 10
+    stop_after_epochs: int = 20
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError("num_epochs and batch_size must be at least 1 and learning_rate above 0")
+        counts = (self.num_epochs, self.batch_size, self.micro_batches, self.decay_epochs, self.stop_after_epochs)
+        if min(counts) < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1 and "
+                "learning_rate above 0"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}")
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate of an epoch (Section III-B)."""
+        return self.learning_rate * self.decay ** (epoch // self.decay_epochs)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of every forward pass."""
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        enabled = self.precision == "bfloat16" or (self.precision == "auto" and has_bf16)
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def optimizer_of(parameters: list[nn.Parameter], config: PhaseConfig) -> tuple[torch.optim.Adam, StepLR]:
-    """Adam and its step decay (Section III-B)."""
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
-    return optimizer, StepLR(optimizer, config.decay_epochs, config.decay)
+@dataclass(frozen=True, kw_only=True)
+class Phase(Generic[B]):
+    """What a phase optimizes and how it is judged.
+
+    module: the network; model: the same, wrapped where there are several ranks. batch_of: rows and a seed to a
+    micro-batch on the device. sums, loss: see ``step.backward``. score: of validated metrics, the larger the better.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    batch_of: Callable[[Rows, int], B]
+    sums: Callable[[B], Tensor]
+    loss: Callable[[Tensor], Tensor]
+    validate: Callable[[], dict[str, float]]
+    score: Callable[[dict[str, float]], float]
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """All that a training needs to go on. history: metrics of every epoch so far."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    weights: State = field(default_factory=dict)
+    best: State = field(default_factory=dict)
+    optimizer: State = field(default_factory=dict)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights count."""
+        return int(self.history[-1]["best_epoch"]) if self.history else -1
 
 
 def fit(
     config: PhaseConfig,
-    module: nn.Module,
-    train: Callable[[torch.optim.Optimizer, int], dict[str, float]],
-    validate: Callable[[], dict[str, float]],
-    score: Callable[[dict[str, float]], float],
-    report: EpochReport,
-) -> None:
-    """Train for all epochs and report each: (epoch, metrics, is the best so far).
+    phase: Phase[B],
+    lanes: dict[int, Lane],
+    ranks: Ranks,
+    seed: int,
+    progress: Progress,
+    report: Callable[[Progress], None],
+) -> Progress:
+    """Train from where ``progress`` stands to the last epoch or the early stop; reports after every epoch.
 
-    score: the larger the better; a nan never is the best.
+    lanes: this rank's, by number.
 
     Raises:
-        FloatingPointError: where the loss is not finite.
+        FloatingPointError: for a loss or gradient that is not finite; the epoch is not reported.
+        ValueError: where a lane has less than one micro-batch.
     """
-    optimizer, schedule = optimizer_of([p for p in module.parameters() if p.requires_grad], config)
-    best = -math.inf
-    for epoch in range(config.num_epochs):
-        rate = float(schedule.get_last_lr()[0])
-        metrics = {"epoch": float(epoch), "learning_rate": rate, **train(optimizer, epoch)}
-        if not math.isfinite(metrics["train_loss"]):
-            raise FloatingPointError(f"training loss is {metrics['train_loss']} in epoch {epoch}, expected a number")
-        schedule.step()
-        metrics |= validate()
-        is_best = score(metrics) > best
-        best = max(best, score(metrics)) if is_best else best
-        report(epoch, metrics, is_best)
+    named = {name: value for name, value in phase.module.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.Adam(named.values(), lr=config.learning_rate)
+    if progress.history:
+        phase.module.load_state_dict(progress.weights)
+        _load_optimizer(optimizer, named, progress.optimizer)
+    statistics = LaneStatistics(phase.module, len(lanes), ranks)
+    while not is_finished(config, progress):
+        epoch = len(progress.history)
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(epoch)
+        metrics = {"epoch": float(epoch), "learning_rate": config.rate(epoch)}
+        metrics |= _train_epoch(phase, lanes, optimizer, statistics, seed, epoch)
+        statistics.average()
+        metrics |= phase.validate() | attention_weights(phase.module)
+        best = progress.history[progress.best_epoch] if progress.history else None
+        # Without any number to compare, as where nothing is held back to validate, the last epoch counts.
+        is_better = best is None or math.isnan(phase.score(best)) or phase.score(metrics) > phase.score(best)
+        metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
+        weights = _copy(phase.module.state_dict())
+        progress = Progress(
+            history=[*progress.history, metrics],
+            weights=weights,
+            best=weights if is_better else progress.best,
+            optimizer=_optimizer_state(optimizer, named),
+        )
+        report(progress)
+    return progress
+
+
+def is_finished(config: PhaseConfig, progress: Progress) -> bool:
+    """Whether all epochs are done, or too many went by without a better validation."""
+    done = len(progress.history)
+    return done >= config.num_epochs or done - 1 - progress.best_epoch >= config.stop_after_epochs
+
+
+def _train_epoch(
+    phase: Phase[B],
+    lanes: dict[int, Lane],
+    optimizer: torch.optim.Optimizer,
+    statistics: LaneStatistics,
+    seed: int,
+    epoch: int,
+) -> dict[str, float]:
+    """One pass; mean loss, steps, and the share of the time that went into waiting for data."""
+    phase.module.train()
+    started, waited, losses = time.perf_counter(), 0.0, []
+    num_steps = statistics.ranks.lowest(min(lane.num_batches(epoch) for lane in lanes.values()))
+    if not num_steps:
+        raise ValueError("a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches")
+    feed = steps(list(lanes.values()), epoch, num_steps)
+    for number in range(num_steps):
+        asked = time.perf_counter()
+        rows = next(feed)
+        waited += time.perf_counter() - asked
+        seeds = [seed_of(seed, epoch, number, lane) for lane in lanes]
+        batches = [phase.batch_of(each, one) for each, one in zip(rows, seeds, strict=True)]
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds))
+        check_gradients(phase.module, batches, statistics.ranks)
+        optimizer.step()
+    spent = time.perf_counter() - started
+    return {
+        "train_loss": sum(losses) / num_steps,
+        "num_steps": float(num_steps),
+        "data_wait_share": waited / spent,
+        "step_s": spent / num_steps,
+    }
+
+
+def in_order(lanes: Sequence[Lane], batch_of: Callable[[Rows, int], B]) -> Any:
+    """Every sample of this rank's validation lanes once."""
+    return (batch_of(rows, 0) for lane in lanes for rows in lane.in_order())
+
+
+def attention_weights(module: nn.Module) -> dict[str, float]:
+    """The learned alpha of every tri-level attention unit (Eq. 6)."""
+    return {
+        f"alpha/{name.removesuffix('.alpha')}": float(value.detach())
+        for name, value in module.named_parameters()
+        if name.endswith(".alpha")
+    }
+
+
+def _copy(state: State) -> State:
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> State:
+    """Adam's moments and steps as flat names."""
+    entries = ((name, optimizer.state[parameter].items()) for name, parameter in named.items())
+    return _copy({f"{name}/{entry}": value for name, items in entries for entry, value in items})
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State) -> None:
+    for key, value in state.items():
+        name, _, entry = key.rpartition("/")
+        parameter = named[name]
+        # Adam keeps its count of steps on the CPU.
+        optimizer.state[parameter][entry] = value.clone() if entry == "step" else value.to(parameter.device)

@@ -1,52 +1,87 @@
-"""Phase 1: TA-SegNet on slices (Alg. 1, first loop). One epoch as a function; no cluster, no disk."""
+"""Phase 1: TA-SegNet on slices (Alg. 1, first loop)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from covtanet.model.losses import FocalTverskyConfig, Reduce, focal_tversky_loss
+from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
+from covtanet.training.augment import Augmenter
+from covtanet.training.feed import Lane, Rows
+from covtanet.training.loop import Phase, PhaseConfig, in_order
 from covtanet.training.metrics import count, counts_of
+from covtanet.training.ranks import Ranks
 
-SliceBatch = tuple[Tensor, Tensor]
+
+class SliceBatch(NamedTuple):
+    """Slices (B, 1, H, W) in [0, 1] and lesion masks alike, with the names of their series."""
+
+    slices: Tensor
+    lesion_mask: Tensor
+    names: list[str]
 
 
-def train_epoch(
+def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
+    """Stored levels and masks (B, H, W) to a micro-batch on the device."""
+    levels, lesion = rows["levels"], rows["lesion"]
+    scale = np.float32(np.iinfo(levels.dtype).max)
+    slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
+    mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
+    layout = torch.channels_last
+    return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), series_of(rows))
+
+
+def series_of(rows: Rows) -> list[str]:
+    """Which series the rows come from; a name is SERIES or SERIES:SLICE."""
+    return sorted({str(name).partition(":")[0] for name in rows["name"]})
+
+
+def phase1(
     segnet: nn.Module,
-    batches: Iterable[SliceBatch],
-    optimizer: Optimizer,
+    model: nn.Module,
+    config: PhaseConfig,
     loss_config: FocalTverskyConfig,
-    reduce: Reduce,
-    num_ranks: int,
-) -> dict[str, float]:
-    """Run one epoch; returns its mean loss.
+    validation: Sequence[Lane],
+    ranks: Ranks,
+    augmenter: Augmenter | None = None,
+) -> Phase[SliceBatch]:
+    """Segmentation by the focal Tversky loss, judged by pooled Dice. model: segnet, wrapped where there are ranks."""
+    device = next(segnet.parameters()).device
 
-    batches: slices (B, 1, H, W) in [0, 1] and lesion masks alike. Data-parallel gradients are averaged over ranks,
-    while the loss of summed counts wants their sum, hence the factor ``num_ranks``.
-    """
-    segnet.train()
-    losses = []
-    for slices, lesion_mask in batches:
-        loss = focal_tversky_loss(segnet(slices), lesion_mask, loss_config, reduce)
-        optimizer.zero_grad(set_to_none=True)
-        (loss * num_ranks).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return {"train_loss": sum(losses) / len(losses) if losses else float("nan")}
+    def batch_of(rows: Rows, seed: int) -> SliceBatch:
+        batch = slice_batch(rows, device)
+        if augmenter is None:
+            return batch
+        slices, lesion_mask = augmenter(batch.slices, batch.lesion_mask, seed)
+        return SliceBatch(slices, lesion_mask, batch.names)
 
+    def sums(batch: SliceBatch) -> Tensor:
+        with config.autocast(device):
+            logits = model(batch.slices)
+        return overlap_sums(logits, batch.lesion_mask)
 
-def evaluate(segnet: nn.Module, batches: Iterable[SliceBatch], reduce: Reduce) -> dict[str, float]:
-    """Pooled Dice, IoU, sensitivity and specificity over all pixels at threshold one half."""
-    segnet.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    with torch.inference_mode():
-        for slices, lesion_mask in batches:
-            sums += count(segnet(slices) > 0, lesion_mask > 0).cpu()
-    found = counts_of(reduce(sums))
-    return {
-        "val_dice": found.dice,
-        "val_iou": found.iou,
-        "val_sensitivity": found.sensitivity,
-        "val_specificity": found.specificity,
-    }
+    def validate() -> dict[str, float]:
+        segnet.eval()
+        pixels = torch.zeros(4, dtype=torch.float64)
+        with torch.inference_mode(), config.autocast(device):
+            for batch in in_order(validation, lambda rows, _: slice_batch(rows, device)):
+                pixels += count(segnet(batch.slices) > 0, batch.lesion_mask > 0).cpu()
+        found = counts_of(ranks.sum(pixels))
+        return {
+            "val_dice": found.dice,
+            "val_iou": found.iou,
+            "val_sensitivity": found.sensitivity,
+            "val_specificity": found.specificity,
+        }
+
+    return Phase(
+        module=segnet,
+        model=model,
+        batch_of=batch_of,
+        sums=sums,
+        loss=lambda total: focal_tversky(total, loss_config),
+        validate=validate,
+        score=lambda metrics: metrics["val_dice"],
+    )

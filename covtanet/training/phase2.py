@@ -1,55 +1,111 @@
-"""Phase 2: diagnosis and severity on the frozen TA-SegNet's features (Alg. 1, second loop). No cluster, no disk."""
+"""Phase 2: diagnosis and severity on the frozen TA-SegNet's features (Alg. 1, second loop)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from covtanet.model.losses import Reduce, joint_loss
+from covtanet.model.losses import JointLossConfig, joint, joint_sums
+from covtanet.training.feed import Lane, Rows
+from covtanet.training.loop import Phase, PhaseConfig, in_order
 from covtanet.training.metrics import count, counts_of
+from covtanet.training.phase1 import series_of
+from covtanet.training.ranks import Ranks
 
-VolumeBatch = tuple[Tensor, Tensor, Tensor]
+SLICES_AT_ONCE = 8
+
+# Levels of whole volumes (B, S, H, W) to pooled fusion vectors (B, S, C, P, P).
+Features = Callable[[np.ndarray], Tensor]
 
 
-def train_epoch(
-    classifier: nn.Module, batches: Iterable[VolumeBatch], optimizer: Optimizer, reduce: Reduce, num_ranks: int
-) -> dict[str, float]:
-    """Run one epoch; returns its mean loss.
+class VolumeBatch(NamedTuple):
+    """Pooled fusion vectors (B, S, C, P, P), is_infected and is_severe (B,), with the names of their series."""
 
-    batches: pooled fusion vectors (B, S, C, P, P), is_infected (B,), is_severe (B,). On ``num_ranks`` see phase 1.
+    pooled: Tensor
+    is_infected: Tensor
+    is_severe: Tensor
+    names: list[str]
+
+
+def frozen_features(
+    segment: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device, config: PhaseConfig
+) -> Features:
+    """TA-SegNet's pooled features of whole volumes, without gradient. segment: a network's, in eval mode.
+
+    A few slices at a time: a whole volume's F_fus would take gigabytes.
     """
-    classifier.train()
-    losses = []
-    for pooled, is_infected, is_severe in batches:
-        infected_logits, severe_logits = classifier(pooled)
-        loss = joint_loss(infected_logits, severe_logits, is_infected, is_severe, reduce)
-        optimizer.zero_grad(set_to_none=True)
-        (loss * num_ranks).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return {"train_loss": sum(losses) / len(losses) if losses else float("nan")}
+
+    def features(levels: np.ndarray) -> Tensor:
+        scale = np.float32(np.iinfo(levels.dtype).max)
+        flat = levels.reshape(-1, 1, *levels.shape[2:])
+        pooled = []
+        with torch.no_grad(), config.autocast(device):
+            for start in range(0, len(flat), SLICES_AT_ONCE):
+                slices = torch.from_numpy(flat[start : start + SLICES_AT_ONCE].astype(np.float32) / scale)
+                pooled.append(segment(slices.to(device, memory_format=torch.channels_last))[1].half())
+        joined = torch.cat(pooled)
+        return joined.reshape(*levels.shape[:2], *joined.shape[1:])
+
+    return features
 
 
-def evaluate(classifier: nn.Module, batches: Iterable[VolumeBatch], reduce: Reduce) -> dict[str, float]:
-    """Joint loss, and accuracy of diagnosis over all and of severity over the infected volumes."""
-    classifier.eval()
-    sums = torch.zeros(3, 4, dtype=torch.float64)
-    with torch.inference_mode():
-        for pooled, is_infected, is_severe in batches:
-            infected_logits, severe_logits = classifier(pooled)
-            infected, severe = is_infected > 0, is_severe > 0
-            sums[0] += count(infected_logits > 0, infected).cpu()
-            sums[1] += count(severe_logits > 0, severe, where=infected).cpu()
-            loss = joint_loss(infected_logits, severe_logits, is_infected, is_severe)
-            sums[2, :2] += torch.tensor([float(loss) * len(pooled), len(pooled)], dtype=torch.float64)
-    sums = reduce(sums)
-    diagnosis, severity = counts_of(sums[0]), counts_of(sums[1])
-    loss_sum, num_volumes = sums[2, :2].tolist()
-    return {
-        "val_loss": loss_sum / num_volumes if num_volumes else float("nan"),
-        "val_diagnosis_accuracy": diagnosis.accuracy,
-        "val_diagnosis_sensitivity": diagnosis.sensitivity,
-        "val_diagnosis_specificity": diagnosis.specificity,
-        "val_severity_accuracy": severity.accuracy,
-    }
+def volume_batch(rows: Rows, device: torch.device, features: Features | None) -> VolumeBatch:
+    """Rows to a micro-batch on the device; ``features`` where the rows hold slices rather than pooled features."""
+    pooled = torch.from_numpy(rows["pooled"]) if features is None else features(rows["levels"])
+    is_infected, is_severe = (
+        torch.from_numpy(rows[name].astype(np.float32)).to(device) for name in ("is_infected", "is_severe")
+    )
+    return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, series_of(rows))
+
+
+def phase2(
+    classifier: nn.Module,
+    model: nn.Module,
+    config: PhaseConfig,
+    loss_config: JointLossConfig,
+    validation: Sequence[Lane],
+    ranks: Ranks,
+    features: Features | None = None,
+) -> Phase[VolumeBatch]:
+    """Diagnosis and severity by the joint loss (Eq. 8), judged by it on the validation part."""
+    device = next(classifier.parameters()).device
+
+    def batch_of(rows: Rows, seed: int) -> VolumeBatch:
+        return volume_batch(rows, device, features)
+
+    def sums_of(batch: VolumeBatch) -> Tensor:
+        with config.autocast(device):
+            infected_logits, severe_logits = model(batch.pooled)
+        return joint_sums(infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config)
+
+    def validate() -> dict[str, float]:
+        classifier.eval()
+        found, losses = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        with torch.inference_mode(), config.autocast(device):
+            for batch in in_order(validation, batch_of):
+                infected_logits, severe_logits = classifier(batch.pooled)
+                infected, severe = batch.is_infected > 0, batch.is_severe > 0
+                found[0] += count(infected_logits > 0, infected).cpu()
+                found[1] += count(severe_logits > 0, severe, where=infected).cpu()
+                sums = joint_sums(infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config)
+                losses += sums.double().cpu()
+        diagnosis, severity = (counts_of(each) for each in ranks.sum(found))
+        return {
+            "val_loss": float(joint(ranks.sum(losses))),
+            "val_diagnosis_accuracy": diagnosis.accuracy,
+            "val_diagnosis_sensitivity": diagnosis.sensitivity,
+            "val_diagnosis_specificity": diagnosis.specificity,
+            "val_severity_accuracy": severity.accuracy,
+        }
+
+    return Phase(
+        module=classifier,
+        model=model,
+        batch_of=batch_of,
+        sums=sums_of,
+        loss=joint,
+        validate=validate,
+        score=lambda metrics: -metrics["val_loss"],
+    )

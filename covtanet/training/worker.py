@@ -1,139 +1,244 @@
-"""What a Ray Train worker does: its shard of the data, its rank of the model, its report after every epoch."""
+"""What a Ray Train worker does: its lanes of the data, its rank of the model, a checkpoint after every epoch."""
 
+import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from covtanet.ct.window import INTENSITY_STEPS
-from covtanet.model.covtanet import CovTANetConfig, JointClassifier
-from covtanet.model.losses import FocalTverskyConfig
+from covtanet.data.prepared import samples_of
+from covtanet.errors import CheckpointError
+from covtanet.model.covtanet import CovTANet, JointClassifier
 from covtanet.model.segnet import TASegNet
-from covtanet.training import phase1, phase2
-from covtanet.training.loop import PhaseConfig, fit
+from covtanet.training.augment import Augmenter
+from covtanet.training.config import TrainingConfig
+from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling, seed_of
+from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.phase1 import phase1
+from covtanet.training.phase2 import frozen_features, phase2
+from covtanet.training.ranks import Ranks
+from covtanet.training.state import load_progress, save_progress
 
-WEIGHTS = "weights.safetensors"
-SHUFFLE_ROWS = 1024
+logger = logging.getLogger(__name__)
+
+SHUFFLE_ROWS = 512
+READ_SLICES, READ_VOLUMES = 32, 2
 
 
-def train_phase1(
-    network: CovTANetConfig, phase: PhaseConfig, loss: FocalTverskyConfig, seed: int, num_threads: int
-) -> None:
-    """Train TA-SegNet on this rank's slices."""
-    _start(seed, num_threads)
-    segnet = TASegNet(network.segnet)
-    segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = ray.train.torch.prepare_model(segnet, parallel_strategy_kwargs={"broadcast_buffers": False})
-    num_ranks = ray.train.get_context().get_world_size()
+@dataclass(frozen=True, kw_only=True)
+class LaneSpec:
+    """A lane as the driver describes it. shard: name of its Ray dataset. names, has_lesion: of all its samples.
 
-    def train(optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, float]:
-        batches = _batches("train", phase.batch_size, seed + epoch)
-        metrics = phase1.train_epoch(model, map(slice_batch, batches), optimizer, loss, sum_over_ranks, num_ranks)
-        average_statistics(segnet)
-        return metrics
+    holds_volumes: rows are whole volumes, as in phase 2, rather than slices.
+    """
 
-    fit(
-        phase,
-        model,
-        train,
-        lambda: phase1.evaluate(segnet, map(slice_batch, _batches("validation", phase.batch_size)), sum_over_ranks),
-        lambda metrics: metrics["val_dice"],
-        lambda epoch, metrics, is_best: _report(segnet, metrics, is_best),
+    shard: str
+    names: tuple[str, ...]
+    has_lesion: tuple[bool, ...]
+    bytes_per_sample: int
+    holds_volumes: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a worker is told.
+
+    segnet_state: the frozen TA-SegNet of phase 2 where features are not cached. encoder_state: what phase 1's encoder
+    starts from where it is pretrained.
+    """
+
+    config: TrainingConfig
+    phase: int
+    train: tuple[LaneSpec, ...]
+    validation: tuple[LaneSpec, ...]
+    num_threads: int
+    segnet_state: dict[str, torch.Tensor] | None = None
+    encoder_state: dict[str, torch.Tensor] | None = None
+
+    @property
+    def phase_config(self) -> PhaseConfig:
+        """Settings of the phase at hand."""
+        return self.config.phase1 if self.phase == 1 else self.config.phase2
+
+
+def train(loop_config: dict[str, Any]) -> dict[str, str]:
+    """The training function of both phases.
+
+    Returns the message of a loss that is no number rather than raising it: Ray would start the same epoch again.
+    """
+    told: Assignment = loop_config["assignment"]
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat every report
+    torch.set_num_threads(told.num_threads)
+    torch.manual_seed(seed_of(told.config.seed, told.phase))  # the same initial weights on every rank
+    context = ray.train.get_context()
+    device = torch.device(ray.train.torch.get_device())
+    ranks = Ranks(index=context.get_world_rank(), count=context.get_world_size(), device=device)
+    lanes = {number: _lane(told, number, told.train) for number in _own(told.train, ranks)}
+    validation = [_lane(told, number, told.validation) for number in _own(told.validation, ranks)]
+    network = told.config.network
+    module: nn.Module = TASegNet(network.segnet) if told.phase == 1 else JointClassifier(network)
+    if told.encoder_state is not None and isinstance(module, TASegNet):
+        module.encoder.load_state_dict(told.encoder_state)
+    if told.phase == 1:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"forward_sync_buffers": False})
+    phase = _phase(told, module, model, validation, ranks)
+    settings, seed = told.phase_config, told.config.seed
+    try:
+        fit(settings, phase, lanes, ranks, seed, _resume(), lambda progress: _report(progress, ranks))
+    except FloatingPointError as error:
+        logger.error("phase %d stops: %s", told.phase, error)
+        return {"not_finite": str(error)}
+    return {}
+
+
+def _own(lanes: tuple[LaneSpec, ...], ranks: Ranks) -> range:
+    return range(ranks.index, len(lanes), ranks.count)
+
+
+def _phase(told: Assignment, module: nn.Module, model: nn.Module, validation: list[Lane], ranks: Ranks) -> Phase[Any]:
+    config = told.config
+    if told.phase == 1:
+        augmenter = Augmenter(config.augment) if config.augment.is_on else None
+        return phase1(module, model, config.phase1, config.loss, validation, ranks, augmenter)
+    features = None
+    if told.segnet_state is not None:
+        network = CovTANet(config.network)
+        network.segnet.load_state_dict(told.segnet_state)
+        network.eval().requires_grad_(False).to(ranks.device)
+        features = frozen_features(network.segment, ranks.device, config.phase2)
+    return phase2(module, model, config.phase2, config.joint_loss, validation, ranks, features)
+
+
+def _lane(told: Assignment, number: int, specs: tuple[LaneSpec, ...]) -> Lane:
+    """A lane in memory where all of this worker's fit, else streamed anew every epoch."""
+    spec, config = specs[number], told.config
+    sampling = Sampling(
+        batch_size=told.phase_config.batch_size, seed=config.seed, lesion_free_share=config.lesion_free_share
     )
+    own = ray.train.get_context().get_world_size()
+    needed = sum(len(each.names) * each.bytes_per_sample for each in (*told.train, *told.validation)) // own
+    if needed <= config.cache_bytes:
+        return MemoryLane(_load(spec, config.window.size_px), sampling, number)
+    return StreamLane(spec, sampling, number, config.window.size_px)
 
 
-def train_phase2(network: CovTANetConfig, phase: PhaseConfig, seed: int, num_threads: int) -> None:
-    """Train the joint classifier on this rank's volumes, which come as the frozen TA-SegNet's pooled features."""
-    _start(seed, num_threads)
-    classifier = JointClassifier(network)
-    model = ray.train.torch.prepare_model(classifier, parallel_strategy_kwargs={"broadcast_buffers": False})
-    num_ranks = ray.train.get_context().get_world_size()
-
-    def train(optimizer: torch.optim.Optimizer, epoch: int) -> dict[str, float]:
-        batches = _batches("train", phase.batch_size, seed + epoch)
-        metrics = phase2.train_epoch(model, map(volume_batch, batches), optimizer, sum_over_ranks, num_ranks)
-        average_statistics(classifier)
-        return metrics
-
-    fit(
-        phase,
-        model,
-        train,
-        lambda: phase2.evaluate(classifier, map(volume_batch, _batches("validation", 8)), sum_over_ranks),
-        lambda metrics: -metrics["val_loss"],
-        lambda epoch, metrics, is_best: _report(classifier, metrics, is_best),
-    )
-
-
-def _start(seed: int, num_threads: int) -> None:
-    torch.manual_seed(seed)
-    torch.set_num_threads(num_threads)
-
-
-def _batches(shard: str, batch_size: int, shuffle_seed: int | None = None) -> Iterable[dict[str, NDArray[Any]]]:
-    shuffle = {} if shuffle_seed is None else {
-        "local_shuffle_buffer_size": SHUFFLE_ROWS, "local_shuffle_seed": shuffle_seed
-    }  # fmt: skip
-    batches: Iterable[dict[str, NDArray[Any]]] = ray.train.get_dataset_shard(shard).iter_batches(
-        batch_size=batch_size, batch_format="numpy", prefetch_batches=1, **shuffle
-    )
-    return batches
-
-
-def slice_batch(batch: dict[str, NDArray[Any]]) -> tuple[Tensor, Tensor]:
-    """Rows of phase 1 to intensities and lesion masks, (B, 1, H, W) float32."""
-    levels, lesion = (torch.from_numpy(np.ascontiguousarray(batch[name], np.float32)) for name in ("levels", "lesion"))
-    slices = (levels / INTENSITY_STEPS)[:, None].to(_device(), memory_format=torch.channels_last)
-    return slices, lesion[:, None].to(_device())
-
-
-def volume_batch(batch: dict[str, NDArray[Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of phase 2 to pooled features (B, S, C, P, P) and both labels (B,), float32."""
-    names = ("pooled", "is_infected", "is_severe")
-    pooled, is_infected, is_severe = (
-        torch.from_numpy(np.ascontiguousarray(batch[name], np.float32)).to(_device()) for name in names
-    )
-    return pooled, is_infected, is_severe
-
-
-def _device() -> torch.device:
-    return torch.device(ray.train.torch.get_device())
-
-
-def sum_over_ranks(sums: Tensor) -> Tensor:
-    """Add up sums over ranks; the gradient stays that of this rank's part."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return sums
-    total = sums.detach().clone().to(_device())
-    dist.all_reduce(total)
-    return sums + (total.to(sums.device) - sums.detach())
-
-
-def average_statistics(module: nn.Module) -> None:
-    """Average the running statistics of batch norm over ranks, so that every rank validates the same network."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def _read(spec: LaneSpec, size_px: int, **shuffle: int) -> Iterator[Rows]:
+    """A lane's rows from its Ray dataset, some at a time; none where there are too few volumes for every lane."""
+    if not spec.names:
         return
-    for name, buffer in module.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
+    shard = ray.train.get_dataset_shard(spec.shard)
+    if shard is None:
+        raise RuntimeError("Ray Train has no such dataset")
+    if spec.holds_volumes:
+        for batch in shard.iter_batches(batch_size=READ_VOLUMES, batch_format="numpy", **shuffle):
+            yield {**batch, "name": batch["name"].astype(str)}
+        return
+    for table in shard.iter_batches(batch_size=READ_SLICES, batch_format="pyarrow", **shuffle):
+        yield slice_rows(table, size_px)
 
 
-def _report(module: nn.Module, metrics: dict[str, float], is_best: bool) -> None:
-    """Report to the controller; rank 0 hands over the weights where they are the best so far."""
+def slice_rows(table: pa.Table, size_px: int) -> Rows:
+    """A block of prepared slices to the columns of a lane."""
+    samples = samples_of(table, size_px)
+    if samples.lesion is None:
+        raise RuntimeError("phase 1 got slices without lesion masks")
+    pairs = zip(table["volume"].to_pylist(), table["slice"].to_pylist(), strict=True)
+    return {
+        "name": np.array([slice_name(volume, index) for volume, index in pairs]),
+        "has_lesion": np.asarray(table["lesion_px"]) > 0,
+        "levels": samples.levels,
+        "lesion": samples.lesion,
+    }
+
+
+def slice_name(volume: str, index: int) -> str:
+    """A sample of phase 1; those of phase 2 bear their volume's name."""
+    return f"{volume}:{index:05d}"
+
+
+def _load(spec: LaneSpec, size_px: int) -> Rows:
+    parts = list(_read(spec, size_px))
+    if not parts:
+        return {"name": np.array([], dtype=str), "has_lesion": np.array([], dtype=bool)}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class StreamLane:
+    """A lane that is read from its Ray dataset every epoch, through a shuffle buffer.
+
+    Choice: the buffer mixes the slices of neighbouring files only; which those are follows from the volumes' digests.
+    """
+
+    def __init__(self, spec: LaneSpec, sampling: Sampling, lane: int, size_px: int) -> None:
+        self.spec, self.sampling, self.lane, self.size_px = spec, sampling, lane, size_px
+
+    def num_batches(self, epoch: int) -> int:
+        """Whole micro-batches that the epoch has."""
+        pairs = zip(self.spec.names, self.spec.has_lesion, strict=True)
+        drawn = sum(self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs)
+        return drawn // self.sampling.batch_size
+
+    def batches(self, epoch: int) -> Iterator[Rows]:
+        """The epoch's micro-batches in the buffer's order."""
+        seed = seed_of(self.sampling.seed, epoch, self.lane)
+        rows = _read(self.spec, self.size_px, local_shuffle_buffer_size=SHUFFLE_ROWS, local_shuffle_seed=seed)
+        yield from regroup((self._drawn(part, epoch) for part in rows), self.sampling.batch_size)
+
+    def _drawn(self, rows: Rows, epoch: int) -> Rows:
+        pairs = zip(rows["name"].tolist(), rows["has_lesion"].tolist(), strict=True)
+        kept = np.array([self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs], bool)
+        return {name: values[kept] for name, values in rows.items()}
+
+    def in_order(self) -> Iterator[Rows]:
+        """All samples in the files' order."""
+        for rows in _read(self.spec, self.size_px):
+            for start in range(0, len(rows["name"]), self.sampling.batch_size):
+                yield {name: values[start : start + self.sampling.batch_size] for name, values in rows.items()}
+
+
+def regroup(parts: Iterator[Rows], batch_size: int) -> Iterator[Rows]:
+    """Cut a stream of rows into whole batches; the rest is dropped."""
+    pending: Rows = {}
+    for part in parts:
+        pending = {name: np.concatenate([pending[name], values]) for name, values in part.items()} if pending else part
+        while len(pending["name"]) >= batch_size:
+            yield {name: values[:batch_size] for name, values in pending.items()}
+            pending = {name: values[batch_size:] for name, values in pending.items()}
+
+
+def _resume() -> Progress:
+    """The newest checkpoint that is whole; an empty progress where there is none."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return Progress()
+    earlier = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
+    for checkpoint in [newest, *reversed(earlier)]:
+        try:
+            with checkpoint.as_directory() as folder:
+                progress = load_progress(Path(folder))
+        except (CheckpointError, OSError) as error:
+            logger.warning("a checkpoint is left out: %s", error)
+        else:
+            logger.warning("continues after epoch %d", len(progress.history))
+            return progress
+    logger.warning("no checkpoint is whole; the phase starts over")
+    return Progress()
+
+
+def _report(progress: Progress, ranks: Ranks) -> None:
+    """Report to the controller; rank 0 hands over the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if is_best and ray.train.get_context().get_world_rank() == 0:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-            save_file(state, Path(folder) / WEIGHTS)
+        if ranks.index == 0:
+            save_progress(Path(folder), progress)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report({"num_epochs": len(progress.history)}, checkpoint=checkpoint)

@@ -23,7 +23,7 @@ def main() -> int:
         return 3
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
     try:
-        tracking.champion_version()
+        tracking.version_of("champion")
     except CheckpointError:
         print("the demo's registry has no champion; run make demo first", file=sys.stderr)
         return 3

@@ -1,10 +1,12 @@
 """Services on loopback for the demo and the tests: an S3 server and a Ray head, on free ports, stopped as groups."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 15
@@ -123,6 +126,98 @@ def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: 
     service = Service(process, own, log)
     _wait_for(service, lambda: _jobs_ready(dashboard, token))
     return service
+
+
+@dataclass
+class Job:
+    """A job of this project as its own process group, its output read as it comes."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return "".join(self.lines)
+
+    def wait_for(self, is_there: Callable[[], bool], timeout_s: float = 240) -> None:
+        """Wait until something is so while the job runs.
+
+        Raises:
+            RuntimeError: where the job ends, or the time, before that.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not is_there():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"the job did not come this far:\n{self.output[-4000:]}")
+            time.sleep(0.1)
+
+    def says(self, text: str, timeout_s: float = 240) -> None:
+        """Wait until it prints something."""
+        self.wait_for(lambda: text in self.output, timeout_s)
+
+    def kill(self) -> None:
+        """Kill it as a crash would, without warning."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self, timeout_s: float = 280) -> int:
+        """Wait for its end; returns the exit code."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        self._reader.join(10)
+        return code
+
+
+def start_job(environment: dict[str, str], script: str, *arguments: str) -> Job:
+    """Start a job of ``jobs/`` on the cluster that the environment names."""
+    command = [sys.executable, str(ROOT / "jobs" / script), *arguments]
+    return Job(
+        subprocess.Popen(
+            command,
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    )
+
+
+def start_mlflow(folder: Path, port: int) -> Service:
+    """An MLflow server on loopback with its database and artifacts in a folder."""
+    log = folder / "mlflow.log"
+    command = [
+        Path(sys.executable).with_name("mlflow"), "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ})
+    service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{port}"}, log)
+    _wait_for(service, lambda: _healthy(f"http://{LOOPBACK}:{port}/health"))
+    return service
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _wait_for(service: Service, is_ready: Callable[[], bool]) -> None:

@@ -104,11 +104,11 @@ def test_a_killed_job_continues_to_an_equal_ledger(
         "after the first series": lambda: finished(s3, name) >= 1,
         "before the commit": lambda: finished(s3, name) >= len(archive.truth) - 1,
     }[moment]
-    process = cluster.start_job("screen.py", *arguments(archive.uri, name, model_folder))
+    job = cluster.start_job("screen.py", *arguments(archive.uri, name, model_folder))
     deadline = time.monotonic() + 120
-    while not wanted() and process.poll() is None and time.monotonic() < deadline:
+    while not wanted() and job.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    cluster.kill_job(process)
+    job.kill()
     assert not list((s3.folder / name).glob("date=*/*.parquet")), "a run that died may leave no ledger"
     assert has_manifest(s3, name) == (moment != "before the manifest")
     time.sleep(2)  # whatever a worker still had in hand is stored by now

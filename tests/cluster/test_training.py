@@ -1,74 +1,132 @@
-"""Both phases on a real Ray cluster, to a registered model that screens."""
+"""Training on a real Ray cluster: folds to a registered model that is promoted, screens, and answers as pyfunc."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from conftest import S3, Cluster
+from conftest import ROOT, S3, Cluster
 from mlflow.tracking import MlflowClient
 
 from covtanet import tracking
-from covtanet.data.phantom_archive import configs, write_training_set
+from covtanet.ct import nifti
+from covtanet.data.phantom import make_phantom
+from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_mosmed
 from covtanet.errors import CheckpointError
-from covtanet.model.checkpoint import load_model
+from covtanet.model.checkpoint import load_model, save_model
 
 RECIPE = """
 [training]
+dataset = "mosmed"
 size = "small"
-validation_share = 0.34
+num_folds = 3
+folds = [0, 1]
+validation_share = 0.3
 [training.phase1]
 num_epochs = 2
-batch_size = 4
+batch_size = 2
 learning_rate = 4e-3
 [training.phase2]
 num_epochs = 3
-batch_size = 2
+batch_size = 1
 learning_rate = 1e-3
 """
+PHASES = {f"V7 fold {fold} phase {phase}": list(range(1 + phase)) for fold in (0, 1) for phase in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def registered(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Train on nine tiny phantoms in S3; returns the tracking URI."""
+def registered(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Train two of three folds on tiny phantoms in MosMedData's layout in S3; returns the command's arguments."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "tiny.toml").write_text(RECIPE)
-    write_training_set("s3://bucket/training", configs(9, 31, size_px=64, num_slices=10), 2)
-    output = cluster.run_job(
-        "train.py", "--config", str(folder / "tiny.toml"), "--data", "s3://bucket/training",
-        "--storage", "s3://bucket/checkpoints", "--experiment", "test", "--artifacts", str(folder / "artifacts"),
-        "--alias", "champion",
-    )  # fmt: skip
-    assert "registered covtanet version 1 as champion" in output
-    return cluster.environment["MLFLOW_TRACKING_URI"]
+    write_mosmed("s3://bucket/mosmed", configs(12, 31, size_px=64, num_slices=12), 2)
+    arguments = [
+        "--config", str(folder / "tiny.toml"), "--data", "s3://bucket/mosmed", "--storage", "s3://bucket/training",
+        "--experiment", "test", "--artifacts", str(folder / "artifacts"),
+    ]  # fmt: skip
+    output = cluster.run_job("train.py", *arguments)
+    assert "registered covtanet version 1 as challenger" in output
+    assert "every lesion mask is of grade CT-1" in output
+    return arguments
 
 
 @pytest.fixture(autouse=True)
-def _tracking(registered: str) -> None:
-    mlflow.set_tracking_uri(registered)
+def _tracking(registered: list[str], cluster: Cluster) -> None:
+    mlflow.set_tracking_uri(cluster.environment["MLFLOW_TRACKING_URI"])
 
 
-def test_both_phases_log_every_epoch_once(registered: str) -> None:
+def runs() -> dict[str, Any]:
     client = MlflowClient()
-    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "phase1/val_dice")] == [0, 1]
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "phase2/val_loss")] == [0, 1, 2]
-    assert run.data.params["phase1.learning_rate"] == "0.004"
-    assert run.data.params["size"] == "small"
+    experiment = client.get_experiment_by_name("test")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
-def test_registered_version_holds_weights_network_and_preprocessing(registered: str, tmp_path: Path) -> None:
-    resolved = tracking.resolve_model("models:/covtanet@champion", tmp_path)
+def artifacts(run: Any, path: str = "") -> list[str]:
+    found = []
+    for item in MlflowClient().list_artifacts(run.info.run_id, path):
+        found += artifacts(run, item.path) if item.is_dir else [item.path]
+    return found
+
+
+def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> None:
+    client, found = MlflowClient(), runs()
+    children = {name: run for name, run in found.items() if "phase" in name}
+    (parent,) = [run for name, run in found.items() if "phase" not in name]
+    assert {
+        name: [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")]
+        for name, run in children.items()
+    } == PHASES
+    for run in children.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == "FINISHED"
+        assert any(name.startswith("alpha/") for name in run.data.metrics)
+    assert any(name.startswith("system/") for run in children.values() for name in run.data.metrics)
+    assert parent.data.params["phase1.learning_rate"] == "0.004"
+    assert "data_digest" in parent.data.params
+
+
+def test_artifacts_hold_configuration_folds_and_pictures() -> None:
+    found = runs()
+    (parent,) = [run for name, run in found.items() if "phase" not in name]
+    assert {"config.json", "folds.json", "roc.png", "confusion.png", "reliability.png"} <= set(artifacts(parent))
+    first = artifacts(found["V7 fold 0 phase 1"])
+    assert "curves.png" in first
+    assert sum(path.startswith("overlays/") for path in first) == 2
+
+
+def test_folds_split_by_patient_and_stand_with_the_run(s3: S3) -> None:
+    (path,) = (s3.folder / "training").glob("test-*/folds.json")
+    folds = json.loads(path.read_text())
+    assert sorted(folds.values()) == sorted([0, 1, 2] * 4)
+
+
+def test_the_same_command_finds_all_done_and_registers_nothing_twice(registered: list[str], cluster: Cluster) -> None:
+    output = cluster.run_job("train.py", *registered)
+    assert "phase 1 epoch" not in output
+    assert "registered covtanet version 1 as challenger" in output
+    test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once()
+
+
+def test_registered_version_holds_weights_network_and_preprocessing(registered: list[str], tmp_path: Path) -> None:
+    resolved = tracking.resolve_model("models:/covtanet@challenger", tmp_path)
     assert sorted(path.name for path in resolved.folder.iterdir()) == ["model.json", "weights.safetensors"]
     model = load_model(resolved.folder, resolved.digest)
-    assert resolved.version == "1"
     assert model.preprocessing["window"] == {"low_hu": -1000.0, "high_hu": 400.0, "size_px": 128}
-    assert model.provenance["num_volumes"] == 9
+    assert model.preprocessing["slice_step_mm"] == 2.5
     assert model.provenance["recipe"]["phase2"]["num_epochs"] == 3
+    assert len(model.provenance["seen_sources"]) == model.provenance["num_volumes"] == 8
+    tags = MlflowClient().get_model_version("covtanet", "1").tags
+    assert tags["covtanet.model_digest"] == resolved.digest
+    assert "covtanet.normal_vs_severe_auc" in tags
 
 
-def test_changed_artifact_is_refused(registered: str, tmp_path: Path) -> None:
-    source = MlflowClient().get_model_version("covtanet", "1").source
-    description = Path(source.removeprefix("file://")) / "model.json"
+def test_changed_artifact_is_refused(registered: list[str], tmp_path: Path) -> None:
+    source = Path(MlflowClient().get_model_version("covtanet", "1").source.removeprefix("file://"))
+    (description,) = source.rglob("model.json")
     original = description.read_text()
     description.write_text(original.replace("-1000.0", "-900.0"))
     try:
@@ -78,24 +136,108 @@ def test_changed_artifact_is_refused(registered: str, tmp_path: Path) -> None:
         description.write_text(original)
 
 
-def test_registered_model_screens_by_its_alias(registered: str, s3: S3, cluster: Cluster) -> None:
+def test_ablation_rows_share_the_folds_and_fill_table_i(
+    registered: list[str], s3: S3, cluster: Cluster, tmp_path: Path
+) -> None:
+    output = cluster.run_job("train.py", *registered, "--ablation", "V1", "--fold", "0")
+    (trained,) = (s3.folder / "training").glob("test-*")
+    assert f"s3://bucket/training/{trained.name}" in output
+    output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/training/{trained.name}", "--out", str(tmp_path))
+    for row in ("| V1 | ours |", "| V7 | ours |", "| Unet | ours |", "| TA-SegNet | ours |", "| CovTANet | ours |"):
+        assert re.search(re.escape(row) + r" \d", output), row
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["networks"]["V7"]["folds"]) == {"0", "1"}
+    assert metrics["networks"]["V1"]["classification"] == {"num_volumes": 0}
+    assert {"table-i.csv", "table-ii.png", "table-iv.csv", "V7-roc.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_first_champion_needs_a_reason_and_then_screens_by_its_alias(
+    registered: list[str], s3: S3, cluster: Cluster
+) -> None:
+    output = cluster.run_job("promote.py", "--dataset", "mosmed", "--data", "s3://bucket/mosmed", expect=3)
+    assert "there is no champion to compare with" in output
+    output = cluster.run_job("promote.py", "--force", "the first one")
+    assert "champion is version 1, was none" in output
+    assert MlflowClient().get_model_version("covtanet", "1").tags["covtanet.promoted_by_force"] == "the first one"
     cluster.run_job(
-        "screen.py", "--archive", "s3://bucket/training/volumes", "--ledger", "s3://bucket/by-alias",
+        "screen.py", "--archive", "s3://bucket/mosmed/studies/CT-2", "--ledger", "s3://bucket/by-alias",
         "--model", "models:/covtanet@champion", "--limit", "2", "--results", "s3://bucket/by-alias-results",
     )  # fmt: skip
-    import pyarrow.parquet as pq
-
     (committed,) = (s3.folder / "by-alias").glob("date=*/*.parquet")
     rows = pq.read_table(committed).to_pylist()
     assert [(row["status"], row["model_name"], row["model_version"]) for row in rows] == [
         ("screened", "covtanet", "1")
     ] * 2
     kept = sorted(path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file())
-    assert kept == [
-        "lesion_mask.nii.gz",
-        "lesion_mask.nii.gz",
-        "lung_mask.nii.gz",
-        "lung_mask.nii.gz",
-        "preview.png",
-        "preview.png",
-    ]
+    assert kept == sorted(["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png"] * 2)
+
+
+VALUES = (
+    "status", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement", "lesion_volume_ml",
+    "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "num_slices_segmented", "spacing_z_mm",
+    "source_digest", "series_uid", "source_format", "model_digest",
+)  # fmt: skip
+
+
+def test_pyfunc_gives_the_jobs_values_on_a_file_and_on_a_folder(
+    registered: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """The flavour for those who trust their registry, loaded as they would."""
+    cluster.run_job("promote.py", "--force", "for this test")
+    (config,) = configs(1, 63, size_px=96, num_slices=20)
+    phantom, archive = make_phantom(config), tmp_path / "archive"
+    (archive / "study").mkdir(parents=True)
+    (archive / "a.nii.gz").write_bytes(nifti.write(phantom.hu, nifti_grid(phantom)))
+    for index, data in enumerate(dicom_objects(phantom, 63)):
+        (archive / "study" / f"{index:03d}").write_bytes(data)
+    cluster.run_job(
+        "screen.py", "--archive", str(archive), "--ledger", str(tmp_path / "ledger"),
+        "--model", "models:/covtanet@champion",
+    )  # fmt: skip
+    expected = {row["source_format"]: row for row in pq.read_table(tmp_path / "ledger").to_pylist()}
+    loaded = mlflow.pyfunc.load_model("models:/covtanet@champion")
+    found = loaded.predict([str(archive / "a.nii.gz"), str(archive / "study")])
+    assert list(found["source_format"]) == ["nifti", "dicom"]
+    for _, row in found.iterrows():
+        job = expected[row["source_format"]]
+        for name in VALUES:
+            same = row[name] == job[name] or (job[name] is None and row[name] is None)
+            both = isinstance(job[name], float) and np.isclose(row[name], job[name], rtol=1e-6)
+            assert same or both, (name, row[name], job[name])
+
+
+def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
+    """Register the trained model with another bias of its lesion head; returns the version."""
+    resolved = tracking.resolve_model("models:/covtanet/1", folder / f"source{bias}")
+    model = load_model(resolved.folder)
+    model.network.segnet.filter[-1].bias.fill_(bias)
+    save_model(folder / f"model{bias}", model)
+    address = tracking.RunAddress(
+        uri=cluster.environment["MLFLOW_TRACKING_URI"], experiment="altered", name=f"bias {bias}", key=f"bias {bias}",
+        artifacts=str(folder / "artifacts"),
+    )  # fmt: skip
+    return tracking.register_model(address, folder / f"model{bias}", {})
+
+
+def test_promotion_refuses_a_worse_challenger_and_takes_a_better_one(
+    registered: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """One that calls every pixel a lesion has some Dice, one that calls none has none; all else of them is equal."""
+    everything, nothing = (register_with_bias(bias, cluster, tmp_path) for bias in (100.0, -100.0))
+    write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=12), 2)
+    data = ("--dataset", "mosmed", "--data", str(tmp_path / "others"), "--storage", str(tmp_path / "storage"))
+    cluster.run_job("promote.py", "--version", everything, "--force", "a start")
+    output = cluster.run_job("promote.py", "--version", nothing, *data, expect=4)
+    assert f"version {nothing} is worse in dice; champion stays {everything}" in output
+    assert tracking.version_of("champion") == everything
+    cluster.run_job("promote.py", "--version", nothing, "--force", "to be replaced")
+    output = cluster.run_job("promote.py", "--version", everything, *data)
+    assert f"champion is version {everything}, was {nothing}" in output
+    assert tracking.version_of("champion") == everything
+
+
+def test_recipes_are_read() -> None:
+    from covtanet.config import load_config
+
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        assert load_config(path).training.num_folds > 1

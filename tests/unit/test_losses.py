@@ -6,7 +6,15 @@ import pytest
 import torch
 from monai.losses import TverskyLoss
 
-from covtanet.model.losses import FocalTverskyConfig, focal_tversky_loss, joint_loss, overlap_sums
+from covtanet.model.losses import (
+    FocalTverskyConfig,
+    JointLossConfig,
+    focal_tversky,
+    focal_tversky_loss,
+    joint_loss,
+    joint_sums,
+    overlap_sums,
+)
 
 NORMAL, INFECTED = 0.0, 1.0
 
@@ -80,11 +88,17 @@ def test_batch_without_infected_volumes_is_finite_and_keeps_severity_in_the_grap
     assert severe.grad.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_sums_reduced_over_two_ranks_equal_one_rank_with_both_batches() -> None:
+def test_loss_of_added_sums_is_that_of_the_joined_batch() -> None:
+    """What micro-batches and ranks rely on."""
     generator = torch.Generator().manual_seed(1)
     logits, mask = torch.randn(4, 1, 8, 8, generator=generator), torch.rand(4, 1, 8, 8, generator=generator) > 0.5
-    other = overlap_sums(logits[2:], mask[2:])
-    both = focal_tversky_loss(logits, mask)
-    assert float(focal_tversky_loss(logits[:2], mask[:2], reduce=lambda sums: sums + other)) == pytest.approx(
-        float(both)
-    )
+    added = overlap_sums(logits[:2], mask[:2]) + overlap_sums(logits[2:], mask[2:])
+    assert float(focal_tversky(added)) == pytest.approx(float(focal_tversky_loss(logits, mask)))
+
+
+def test_weight_of_the_positive_class_counts_for_positives_alone() -> None:
+    weighted = JointLossConfig(infected_weight=3.0)
+    logits, zeros = logits_of(0.8, 0.3), torch.zeros(2)
+    truth = torch.tensor([INFECTED, NORMAL])
+    found = joint_sums(logits, zeros, truth, zeros, weighted)
+    assert found[:2].tolist() == pytest.approx([-3 * math.log(0.8) - math.log(0.7), 2.0], rel=1e-5)

@@ -1,16 +1,17 @@
 """TA-SegNet, the joint classifier and the saved model."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_model
+from safetensors.torch import save_file
 
-from covtanet.errors import CheckpointError
+from covtanet.errors import CheckpointError, ConfigError
 from covtanet.model.checkpoint import load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier
+from covtanet.model.encoder import EfficientNetEncoder, pretrained_state
 from covtanet.model.losses import focal_tversky_loss, joint_loss
 from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
 
@@ -23,10 +24,10 @@ def millions(module: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize(
     ("row", "expected"),
-    [("V1", 7.76), ("V2", 7.81), ("V3", 7.86), ("V4", 10.74), ("V5", 8.51), ("V6", 11.49), ("V7", 11.58)],
+    [("V1", 7.76), ("V2", 7.81), ("V3", 7.86), ("V4", 10.74), ("V5", 8.51), ("V6", 11.49), ("V7", 11.58), ("V8", 5.37)],
 )
 def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: float) -> None:
-    assert millions(TASegNet(SegNetConfig(**TABLE_I[row]))) == pytest.approx(expected, abs=0.006)
+    assert millions(TASegNet(SegNetConfig().row_of_table_i(row))) == pytest.approx(expected, abs=0.006)
 
 
 def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
@@ -38,7 +39,7 @@ def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
 @pytest.mark.parametrize("row", TABLE_I)
 def test_every_segnet_parameter_gets_a_gradient(row: str) -> None:
     torch.manual_seed(0)
-    net = TASegNet(replace(SMALL.segnet, **TABLE_I[row]))
+    net = TASegNet(SMALL.segnet.row_of_table_i(row))
     focal_tversky_loss(net(torch.randn(2, 1, 64, 64)), torch.rand(2, 1, 64, 64) > 0.5).backward()
     assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
 
@@ -53,10 +54,30 @@ def test_every_classifier_parameter_gets_a_gradient_even_without_infected_volume
 
 @pytest.mark.parametrize("row", TABLE_I)
 def test_logits_have_the_input_size_and_fusion_the_stated_channels(row: str) -> None:
-    config = replace(SMALL.segnet, **TABLE_I[row])
+    config = SMALL.segnet.row_of_table_i(row)
     logits, fused = TASegNet(config).eval().segment(torch.zeros(3, 1, 64, 96))
     assert logits.shape == (3, 1, 64, 96)
-    assert fused.shape == (3, config.fused_channels, 64, 96)
+    assert fused.shape == (3, config.fused_channels, 64 // config.stride, 96 // config.stride)
+
+
+def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None:
+    """V8's encoder from a local file of RGB weights: one channel in gives what the slice three times would."""
+    torch.manual_seed(1)
+    rgb = EfficientNetEncoder("efficientnet_b0", 3).net
+    torch.nn.init.normal_(rgb.conv_stem.weight)
+    save_file({name: value.contiguous() for name, value in rgb.state_dict().items()}, tmp_path / "rgb.safetensors")
+    grey = EfficientNetEncoder("efficientnet_b0", 1)
+    grey.load_state_dict(pretrained_state("efficientnet_b0", 1, tmp_path / "rgb.safetensors"))
+    slices = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        ours, theirs = grey.eval()(slices), rgb.eval()(slices.expand(1, 3, 64, 64))
+    for one, three in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-3)
+
+
+def test_missing_imagenet_weights_say_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"timm.create_model\('NAME', pretrained=True\).*--encoder-weights"):
+        pretrained_state("efficientnet_b0", 1, tmp_path / "none.safetensors")
 
 
 def test_size_that_does_not_fit_says_so() -> None:

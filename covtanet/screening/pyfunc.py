@@ -1,0 +1,37 @@
+"""MLflow's pyfunc flavour of a registered model, for those who trust their registry; our own jobs never load it.
+
+MLflow stores this file with the model and runs it on ``mlflow.pyfunc.load_model``. It is no module to import.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from covtanet.model.checkpoint import load_model
+from covtanet.screening.predictor import Predictor
+from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.screening.single import screen_one
+from covtanet.screening.stages import ScreeningConfig
+
+
+class LedgerModel(PythonModel):  # type: ignore[misc]
+    """Paths or URIs of studies to the ledger's columns, one row per series."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the model once, its digest checked against its own description."""
+        self.model = load_model(Path(context.artifacts["model"]))
+        self.predictor = Predictor(self.model, num_threads=len(os.sched_getaffinity(0)))
+
+    def predict(self, context: Any, model_input: list[str], params: Any = None) -> pd.DataFrame:
+        """Screen NIfTI files and DICOM folders. Columns that belong to a run of the job are null."""
+        found = [
+            row for place in model_input for row in screen_one(place, self.model, self.predictor, ScreeningConfig())
+        ]
+        return pd.DataFrame(found, columns=LEDGER_SCHEMA.names)
+
+
+mlflow.models.set_model(LedgerModel())

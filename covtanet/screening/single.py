@@ -1,0 +1,55 @@
+"""One study screened in this process, by the same stages as an archive: a file or a folder to rows of the ledger."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from covtanet import storage
+from covtanet.data import manifest
+from covtanet.errors import ConfigError
+from covtanet.model.checkpoint import SavedModel
+from covtanet.screening import stages
+from covtanet.screening.predictor import Predictor, window_of
+from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
+from covtanet.screening.stages import ScreeningConfig
+
+
+def screen_one(
+    place: str, model: SavedModel, predictor: Predictor, config: ScreeningConfig
+) -> Iterator[dict[str, Any]]:
+    """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
+
+    What belongs to a run of the screening job (run, registry version, software) is null.
+
+    Raises:
+        ConfigError: where there is no series.
+    """
+    root, objects = _listing(storage.absolute(place))
+    config = stages.for_model(config, model.preprocessing)
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        return storage.read_bytes(storage.join(root, path), num_bytes)
+
+    found = [series for folder, items in objects for series in manifest.scan_folder(folder, items, read_head)[0]]
+    if not found:
+        raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
+    for series in found:
+        row = stages.decode_and_prepare(series.to_row(), archive=root, window=window_of(model), config=config)
+        record = stages.measure(stages.predict(row, predictor), config).record
+        known = {
+            "schema_version": SCHEMA_VERSION,
+            "screened_at": datetime.now(UTC),
+            "model_digest": model.digest,
+        }
+        yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
+
+
+def _listing(place: str) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
+    """Root and objects: a file with its folder as the root, or a folder with all below it."""
+    if not storage.exists(place):
+        return place, list(storage.walk(place))
+    root, _, name = place.rpartition("/")
+    for folder, items in storage.walk(root):
+        if not folder:
+            return root, [("", [item for item in items if item.path == name])]
+    return root, []

@@ -1,0 +1,64 @@
+"""Augmentation of slices and their masks by MONAI's transforms; off by default, as in the paper."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a slice; each but the intensity's hits the mask alike.
+
+    Choice: all of it; the paper uses none.
+    """
+
+    is_on: bool = False
+    flip_probability: float = 0.5
+    rotation_deg: float = 10.0
+    scale: float = 0.1
+    gamma: float = 0.2
+    noise: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip_probability <= 1 or not 0 <= self.scale < 1 or not 0 <= self.gamma < 1:
+            raise ValueError("flip_probability must be in 0..1, scale and gamma in 0..1 without 1")
+
+
+class Augmenter:
+    """Changes micro-batches; the same seed gives the same changes."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        from monai.transforms import (  # costs seconds, and only where it is used
+            Compose,
+            RandAdjustContrastd,
+            RandAffined,
+            RandFlipd,
+            RandGaussianNoised,
+        )
+
+        both = ("slice", "lesion")
+        self.transforms: Any = Compose([
+            RandFlipd(both, prob=config.flip_probability, spatial_axis=1),
+            RandAffined(
+                both,
+                prob=1.0,
+                rotate_range=config.rotation_deg * torch.pi / 180,
+                scale_range=config.scale,
+                mode=("bilinear", "nearest"),
+                padding_mode="zeros",
+            ),
+            RandAdjustContrastd(("slice",), prob=1.0, gamma=(1 - config.gamma, 1 / (1 - config.gamma))),
+            RandGaussianNoised(("slice",), prob=1.0, std=config.noise),
+        ])  # fmt: skip
+
+    def __call__(self, slices: Tensor, lesion_mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: alike, of 0 and 1."""
+        self.transforms.set_random_state(seed=seed)
+        changed = [
+            self.transforms({"slice": one, "lesion": mask}) for one, mask in zip(slices, lesion_mask, strict=True)
+        ]
+        images = torch.stack([torch.as_tensor(each["slice"]) for each in changed]).clamp(0, 1)
+        masks = torch.stack([torch.as_tensor(each["lesion"]) for each in changed])
+        return images.as_subclass(Tensor), masks.as_subclass(Tensor)

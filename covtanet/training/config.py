@@ -1,0 +1,88 @@
+"""What steers a training; the defaults are the paper's values or our documented choices."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from covtanet.ct.window import WindowConfig
+from covtanet.data.datasets import DATASETS
+from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig
+from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
+from covtanet.model.segnet import TABLE_I
+from covtanet.training.augment import AugmentConfig
+from covtanet.training.loop import PhaseConfig
+
+# What may differ between two starts of one experiment: which part of it runs, and on what.
+NOT_IDENTITY = ("ablation", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """An experiment.
+
+    dataset: a name of DATASETS. size: a key of SIZES. ablation: a row of Table I. folds: those that this start trains,
+    of ``num_folds``. phases: 1 alone trains the segmentation. exclude_rejected: go on without volumes that cannot be
+    read; the data report lists them. lesion_free_share: of the slices without lesion, how many an epoch of phase 1
+    uses. cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: what a worker may
+    keep of its samples in memory; beyond it every epoch is streamed. num_workers must divide micro_batches.
+    """
+
+    dataset: str = "manifest"
+    size: str = "paper"
+    ablation: str = "V7"
+    low_hu: float = -1000.0
+    high_hu: float = 400.0
+    slice_step_mm: float = 2.5
+    num_folds: int = 5
+    folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    phases: tuple[int, ...] = (1, 2)
+    validation_share: float = 0.15
+    exclude_rejected: bool = False
+    lesion_free_share: float = 1.0
+    cache_features: bool = True
+    cache_bytes: int = 4 << 30
+    num_workers: int = 2
+    max_failures: int = 3
+    seed: int = 0
+    phase1: PhaseConfig = field(default_factory=PhaseConfig)
+    phase2: PhaseConfig = field(default_factory=PhaseConfig)
+    loss: FocalTverskyConfig = field(default_factory=FocalTverskyConfig)
+    joint_loss: JointLossConfig = field(default_factory=JointLossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("dataset", self.dataset, DATASETS)
+        _one_of("size", self.size, SIZES)
+        _one_of("ablation", self.ablation, TABLE_I)
+        if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(range(self.num_folds)):
+            raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")
+        if self.phases not in ((1,), (1, 2)):
+            raise ValueError(f"phases are {list(self.phases)}, expected [1] or [1, 2]")
+        for name in ("phase1", "phase2"):
+            micro_batches = getattr(self, name).micro_batches
+            if self.num_workers < 1 or micro_batches % self.num_workers:
+                raise ValueError(
+                    f"{name}.micro_batches is {micro_batches}, expected a multiple of {self.num_workers} workers"
+                )
+
+    @property
+    def network(self) -> CovTANetConfig:
+        """The network that is trained."""
+        size = SIZES[self.size]
+        return replace(size, segnet=size.segnet.row_of_table_i(self.ablation))
+
+    @property
+    def window(self) -> WindowConfig:
+        """Its preprocessing."""
+        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=INPUT_PX[self.size])
+
+    def key(self, data: Sequence[str]) -> str:
+        """The experiment's identity, twelve hex digits. data: keys of all its volumes."""
+        values = {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
+        return hashlib.sha256(json.dumps([values, sorted(data)], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _one_of(name: str, value: str, names: Iterable[str]) -> None:
+    if value not in names:
+        raise ValueError(f"{name} is {value}, expected one of {', '.join(names)}")

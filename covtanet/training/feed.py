@@ -1,0 +1,107 @@
+"""Lanes: streams of samples that make the micro-batches of a step. numpy only.
+
+An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so the number of ranks
+changes who computes a micro-batch and never what is in it. Which samples an epoch uses, and in what order, follows
+from seed, epoch and lane alone, so that a training that was interrupted goes on as if it had not been.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = dict[str, NDArray[Any]]
+
+
+class Lane(Protocol):
+    """One stream. Every micro-batch is a dict of columns, ``name`` among them."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Whole micro-batches that the epoch has."""
+        ...
+
+    def batches(self, epoch: int) -> Iterator[Rows]:
+        """The epoch's micro-batches, shuffled."""
+        ...
+
+    def in_order(self) -> Iterator[Rows]:
+        """All samples in a fixed order, for validation; the last batch may be smaller."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an epoch draws from a lane.
+
+    lesion_free_share: the share of slices without lesion that an epoch uses, others every epoch.
+    Choice: 1, since precision needs negatives; the paper names no sampling.
+    """
+
+    batch_size: int
+    seed: int = 0
+    lesion_free_share: float = 1.0
+
+    def is_drawn(self, name: str, has_lesion: bool, epoch: int) -> bool:
+        """Whether an epoch uses a sample."""
+        if has_lesion or self.lesion_free_share >= 1:
+            return True
+        return zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) < self.lesion_free_share * 2**32
+
+
+class MemoryLane:
+    """A lane whose samples lie in memory: an exact permutation every epoch.
+
+    rows: columns of equal length, with ``name`` (text) and ``has_lesion`` (bool) among them.
+    """
+
+    def __init__(self, rows: Rows, sampling: Sampling, lane: int) -> None:
+        order = np.argsort(rows["name"], kind="stable")  # whatever order they arrived in
+        self.rows, self.sampling, self.lane = {name: values[order] for name, values in rows.items()}, sampling, lane
+
+    def _drawn(self, epoch: int) -> NDArray[np.intp]:
+        pairs = zip(self.rows["name"].tolist(), self.rows["has_lesion"].tolist(), strict=True)
+        return np.flatnonzero([self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs])
+
+    def num_batches(self, epoch: int) -> int:
+        """Whole micro-batches that the epoch has."""
+        return len(self._drawn(epoch)) // self.sampling.batch_size
+
+    def batches(self, epoch: int) -> Iterator[Rows]:
+        """The epoch's micro-batches, shuffled."""
+        rng = np.random.default_rng([self.sampling.seed, epoch, self.lane])
+        order = rng.permutation(self._drawn(epoch))
+        size = self.sampling.batch_size
+        for start in range(0, len(order) - size + 1, size):
+            yield {name: values[order[start : start + size]] for name, values in self.rows.items()}
+
+    def in_order(self) -> Iterator[Rows]:
+        """All samples by name."""
+        size = self.sampling.batch_size
+        for start in range(0, len(self.rows["name"]), size):
+            yield {name: values[start : start + size] for name, values in self.rows.items()}
+
+
+def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
+    """Deal volumes out over lanes, the largest first to the lane with the fewest samples."""
+    lanes: list[list[str]] = [[] for _ in range(num_lanes)]
+    load = [0] * num_lanes
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        lightest = load.index(min(load))
+        lanes[lightest].append(key)
+        load[lightest] += sizes[key]
+    return [sorted(lane) for lane in lanes]
+
+
+def steps(lanes: Sequence[Lane], epoch: int, num_steps: int) -> Iterator[list[Rows]]:
+    """The epoch's steps: one micro-batch of every lane each."""
+    streams = [lane.batches(epoch) for lane in lanes]
+    for _ in range(num_steps):
+        yield [next(stream) for stream in streams]
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, alike on every machine."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])

@@ -1,0 +1,79 @@
+"""The data-parallel ranks: sums, averages and messages over all of them by torch.distributed."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """A process among ``count``. device: where tensors must lie to be exchanged."""
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up over ranks; without gradient."""
+        total = values.detach().clone()
+        if self.count > 1:
+            moved = total.to(self.device)
+            dist.all_reduce(moved)
+            total = moved.to(values.device)
+        return total
+
+    def lowest(self, value: int) -> int:
+        """The smallest of the ranks' numbers."""
+        found = torch.tensor(value, device=self.device)
+        if self.count > 1:
+            dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+    def gather(self, names: list[str]) -> list[str]:
+        """The ranks' names in the order of ranks."""
+        if self.count == 1:
+            return names
+        parts: list[list[str]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(parts, names)
+        return [name for part in parts for name in part]
+
+
+class LaneStatistics:
+    """Running statistics of batch norm, kept apart for each lane and averaged over all lanes before validation.
+
+    A rank that accumulates several micro-batches a step then holds the same statistics as several ranks with one each.
+    """
+
+    def __init__(self, module: nn.Module, num_lanes: int, ranks: Ranks) -> None:
+        self.buffers = [
+            buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
+        self.ranks, self.num_lanes = ranks, num_lanes
+        self.lanes = [[buffer.clone() for buffer in self.buffers] for _ in range(num_lanes)] if num_lanes > 1 else []
+
+    def enter(self, lane: int) -> None:
+        """Put a lane's statistics into the module."""
+        if self.lanes:
+            _copy(self.lanes[lane], self.buffers)
+
+    def leave(self, lane: int) -> None:
+        """Keep what the module has as the lane's."""
+        if self.lanes:
+            _copy(self.buffers, self.lanes[lane])
+
+    def average(self) -> None:
+        """Give the module, and every lane, the mean over all lanes of all ranks."""
+        with torch.no_grad():
+            for position, buffer in enumerate(self.buffers):
+                own = torch.stack([lane[position] for lane in self.lanes]).sum(0) if self.lanes else buffer
+                buffer.copy_(self.ranks.sum(own) / (self.num_lanes * self.ranks.count))
+            for lane in self.lanes:
+                _copy(self.buffers, lane)
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    with torch.no_grad():
+        for value, place in zip(source, target, strict=True):
+            place.copy_(value)

@@ -1,0 +1,53 @@
+"""A training's checkpoint as a folder of plain files: weights, best weights, optimizer state, history.
+
+Tensors are safetensors; ``state.json`` comes last and holds the digest of each, so that a torn or cut checkpoint is
+known as such. Nothing is unpickled. Where checkpoints are kept, and how many, is Ray Train's business.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from covtanet.errors import CheckpointError
+from covtanet.training.loop import Progress
+
+STATE = "state.json"
+PARTS = ("weights", "best", "optimizer")
+
+
+def save_progress(folder: Path, progress: Progress) -> None:
+    """Write a checkpoint into an empty folder."""
+    digests = {}
+    for part in PARTS:
+        path = folder / f"{part}.safetensors"
+        save_file(getattr(progress, part), path)
+        digests[part] = _sha256(path)
+    state = {"history": progress.history, "sha256": digests}
+    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
+
+
+def load_progress(folder: Path) -> Progress:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: where a file is missing, cut or changed.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        parts = {}
+        for part in PARTS:
+            path = folder / f"{part}.safetensors"
+            if _sha256(path) != state["sha256"][part]:
+                raise CheckpointError(f"{path.name} differs from the digest in {STATE}")
+            parts[part] = dict(load_file(path))
+        return Progress(history=state["history"], **parts)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint cannot be read: {type(error).__name__}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,355 @@
+"""make faults: real kills against real jobs, each told as fault, outcome required, outcome seen.
+
+``--suite training`` trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a
+checkpoint, and compares what the continued training ends with to that of one that nobody disturbed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+from services import Job, Service, free_ports, start_job, start_mlflow, start_ray
+
+from covtanet.data.phantom_archive import configs, write_mosmed
+
+# Both runs are the same sums in the same order; what differs at most is how a thread pool adds them up.
+TOLERANCE = 1e-4
+EPOCHS = (5, 8)
+RECIPE = """
+[training]
+dataset = "mosmed"
+size = "small"
+num_folds = 3
+folds = [0]
+validation_share = 0.3
+{more}
+[training.phase1]
+num_epochs = 5
+batch_size = 2
+learning_rate = 4e-3
+decay = {decay}
+decay_epochs = 1
+[training.phase2]
+num_epochs = 8
+batch_size = 1
+learning_rate = 1e-3
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every scenario shares: where Ray is, the phantoms, a folder, and the undisturbed training."""
+
+    environment: dict[str, str]
+    folder: Path
+    data: Path
+    tolerance: float = TOLERANCE
+
+    def training(self, name: str, more: str = "", decay: float = 1.0) -> "Training":
+        """A training of its own storage and tracker."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = folder / "recipe.toml"
+        recipe.write_text(RECIPE.format(more=more, decay=decay))
+        environment = {**self.environment, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        return Training(environment=environment, folder=folder, recipe=recipe, data=self.data)
+
+
+@dataclass
+class Training:
+    """One training command, which may be started again."""
+
+    environment: dict[str, str]
+    folder: Path
+    recipe: Path
+    data: Path
+    output: list[str] = field(default_factory=list)
+
+    def start(self, *more: str) -> Job:
+        """Start the command."""
+        return start_job(
+            self.environment, "train.py", "--config", str(self.recipe), "--data", str(self.data),
+            "--storage", str(self.folder / "storage"), "--artifacts", str(self.folder / "artifacts"), *more,
+        )  # fmt: skip
+
+    def run(self, expect: int = 0) -> str:
+        """Run the command to its end and return what it printed."""
+        job = self.start()
+        code = job.finish()
+        if code != expect:
+            raise AssertionError(f"exit code {code}, expected {expect}:\n{job.output[-4000:]}")
+        return job.output
+
+    @property
+    def fold(self) -> Path:
+        """The fold's folder in storage."""
+        (found,) = (self.folder / "storage").glob("covtanet-*/V7/fold0")
+        return found
+
+    def checkpoints(self, phase: int) -> list[Path]:
+        """Complete checkpoints of a phase, the newest last."""
+        found = (self.folder / "storage").glob(f"covtanet-*/V7/fold0/checkpoints/*phase{phase}/checkpoint_*/state.json")
+        return sorted(path.parent for path in found)
+
+    def has_epochs(self, phase: int, count: int) -> Callable[[], bool]:
+        """Whether a phase has a checkpoint of this many epochs."""
+
+        def is_there() -> bool:
+            try:
+                newest = self.checkpoints(phase)[-1:]
+                return any(len(json.loads((each / "state.json").read_text())["history"]) >= count for each in newest)
+            except (OSError, ValueError):  # it is being written, or cleaned up
+                return False
+
+        return is_there
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The finished model's weights."""
+        return dict(load_file(self.fold / "model" / "weights.safetensors"))
+
+    def logged(self) -> dict[str, list[int]]:
+        """Epochs logged by each run of the tracker, in order."""
+        client = MlflowClient(tracking_uri=self.environment["MLFLOW_TRACKING_URI"])
+        ids = [each.experiment_id for each in client.search_experiments()]
+        runs = client.search_runs(ids)
+        names = [run.info.run_name for run in runs]
+        assert len(set(names)) == len(names), f"runs appear twice: {names}"
+        return {
+            run.info.run_name: sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "epoch"))
+            for run in runs
+        }
+
+
+def difference(one: Training, other: Training) -> float:
+    """The largest difference of any weight."""
+    first, second = one.weights(), other.weights()
+    assert first.keys() == second.keys()
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def check_like(training: Training, clean: Training, tolerance: float = TOLERANCE) -> str:
+    """Same weights as the undisturbed training, one run per fold and phase, every epoch once; says what was seen."""
+    found = difference(training, clean)
+    assert found <= tolerance, f"weights differ by {found:g}, expected at most {tolerance:g}"
+    logged = training.logged()
+    expected = {f"V7 fold 0 phase {phase}": list(range(count)) for phase, count in enumerate(EPOCHS, start=1)}
+    assert {name: epochs for name, epochs in logged.items() if "phase" in name} == expected, logged
+    assert len(logged) == 3, f"{len(logged)} runs, expected a parent and two children"
+    return f"weights differ by at most {found:.1g}; 3 runs, every epoch once"
+
+
+def kill_worker(setting: Setting) -> None:
+    """Kill one of this Ray's training workers as the kernel would."""
+    token = setting.environment["RAY_AUTH_TOKEN_PATH"]
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()):
+                found += [process] if process.environ().get("RAY_AUTH_TOKEN_PATH") == token else []
+    max(found, key=lambda process: process.pid).send_signal(signal.SIGKILL)
+
+
+def kill_workers_in(setting: Setting, clean: Training, phases: tuple[int, ...], name: str) -> str:
+    """A worker killed in each of these phases: Ray restarts the group from the last checkpoint."""
+    training = setting.training(name)
+    job = training.start()
+    for phase in phases:
+        job.wait_for(training.has_epochs(phase, 2))
+        kill_worker(setting)
+        job.wait_for(lambda phase=phase: (training.fold / f"phase{phase}" / "phase.json").exists())  # type: ignore[misc]
+    assert job.finish() == 0, job.output[-4000:]
+    assert job.output.count("continues after epoch") >= len(phases), "no worker group continued"
+    return check_like(training, clean, setting.tolerance)
+
+
+def worker_in_phase_1(setting: Setting, clean: Training) -> str:
+    """A worker killed while TA-SegNet is trained."""
+    return kill_workers_in(setting, clean, (1,), "worker-1")
+
+
+def worker_in_phase_2(setting: Setting, clean: Training) -> str:
+    """A worker killed while the classifier is trained."""
+    return kill_workers_in(setting, clean, (2,), "worker-2")
+
+
+def driver(setting: Setting, clean: Training) -> str:
+    """The driver killed in phase 1."""
+    training = setting.training("driver")
+    job = training.start()
+    job.wait_for(training.has_epochs(1, 2))
+    job.kill()
+    output = training.run()
+    assert "continues after epoch" in output, "phase 1 started over"
+    return check_like(training, clean, setting.tolerance)
+
+
+def between_phases(setting: Setting, clean: Training) -> str:
+    """The driver killed when phase 1 is finished and phase 2 has not begun."""
+    training = setting.training("between")
+    job = training.start()
+    job.wait_for(lambda: any((training.folder / "storage").glob("covtanet-*/V7/fold0/phase1/phase.json")))
+    job.kill()
+    output = training.run()
+    assert "phase 1 epoch" not in output, "phase 1 was trained again"
+    described = json.loads((training.fold / "phase2" / "phase.json").read_text())
+    first = json.loads((training.fold / "phase1" / "phase.json").read_text())
+    assert described["phase1_sha256"] == first["sha256"]
+    return check_like(training, clean, setting.tolerance)
+
+
+def cut_checkpoint(setting: Setting, clean: Training) -> str:
+    """The newest checkpoint cut: the one before it is taken."""
+    training = setting.training("cut")
+    job = training.start()
+    job.wait_for(training.has_epochs(1, 3))
+    job.kill()
+    weights = training.checkpoints(1)[-1] / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    output = training.run()
+    assert "a checkpoint is left out" in output, "the cut checkpoint was taken"
+    assert "continues after epoch" in output, "phase 1 started over"
+    return check_like(training, clean, setting.tolerance)
+
+
+def not_finite(setting: Setting, clean: Training) -> str:
+    """A learning rate that leaps in the second epoch makes the loss no number."""
+    training = setting.training("not-finite", decay=1e35)
+    output = training.run(expect=4)
+    found = re.search(r"V7 fold 0 phase 1: (the loss|a gradient) is no number; the batch holds ([0-9a-f]{16})", output)
+    assert found, "the message names no series"
+    for checkpoint in training.checkpoints(1):
+        for value in load_file(checkpoint / "weights.safetensors").values():
+            assert torch.isfinite(value).all(), "a checkpoint holds a number that is none"
+    assert not (training.fold / "phase1" / "phase.json").exists()
+    return f"exit code 4, names series {found[2]}; {len(training.checkpoints(1))} checkpoint, finite; no outcome"
+
+
+def tracker(setting: Setting, clean: Training) -> str:
+    """MLflow's server killed half-way: the training ends, and started again publishes what the server missed."""
+    training = setting.training("tracker")
+    (port,) = free_ports(1)
+    server = start_mlflow(training.folder, port)
+    training.environment = {**training.environment, **server.environment}
+    try:
+        job = training.start()
+        job.wait_for(training.has_epochs(1, 2))
+        os.killpg(server.process.pid, signal.SIGKILL)
+        assert job.finish(600) == 5, job.output[-4000:]
+        server = start_mlflow(training.folder, port)
+        output = training.run()
+        assert "phase 1 epoch" not in output, "phase 1 was trained again"
+        assert "as challenger" in output, "nothing was registered"
+        return check_like(training, clean, setting.tolerance)
+    finally:
+        server.stop()
+
+
+def bad_volume(setting: Setting, clean: Training) -> str:
+    """A volume that is none: refused by name of its reason, never trained around in silence."""
+    training = setting.training("bad-volume")
+    data = training.folder / "data"
+    for path in setting.data.rglob("*.nii.gz"):
+        target = data / path.relative_to(setting.data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    (data / "studies/CT-0/study_0999.nii.gz").write_bytes(b"no volume")
+    training.data = data
+    output = training.run(expect=3)
+    assert "1 of 13 volumes are refused, see data_report.parquet" in output, output[-2000:]
+    return "exit code 3; 1 of 13 volumes refused, in the data report"
+
+
+def fewer_workers(setting: Setting, clean: Training) -> str:
+    """The driver killed, then one worker instead of two: the same global batch."""
+    training = setting.training("fewer")
+    job = training.start()
+    job.wait_for(training.has_epochs(1, 2))
+    job.kill()
+    training.recipe.write_text(training.recipe.read_text().replace("num_folds", "num_workers = 1\nnum_folds"))
+    training.run()
+    return check_like(training, clean, max(setting.tolerance, 2e-3))
+
+
+Scenario = Callable[[Setting, Training], str]
+TRAINING: dict[str, tuple[Scenario, str]] = {
+    "worker killed in phase 1": (worker_in_phase_1, "same weights; no epoch twice"),
+    "worker killed in phase 2": (worker_in_phase_2, "same weights; no epoch twice"),
+    "driver killed, started again": (driver, "goes on; same weights; runs continued"),
+    "killed between the phases": (between_phases, "phase 2 from the frozen phase 1, by digest"),
+    "newest checkpoint cut": (cut_checkpoint, "the one before is taken; same weights"),
+    "two workers, then one": (fewer_workers, "same global batch; weights within 2e-3"),
+    "loss is no number": (not_finite, "stops, names the series, saves nothing of it"),
+    "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
+    "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
+}
+SUITES = {"training": TRAINING}
+
+
+def make_setting(environment: dict[str, str], folder: Path) -> Setting:
+    """Phantoms in MosMedData's layout, twelve of them, for all scenarios."""
+    write_mosmed(str(folder / "data"), configs(12, 31, size_px=64, num_slices=12), 2)
+    return Setting(environment=environment, folder=folder, data=folder / "data")
+
+
+def run_suite(suite: str, setting: Setting) -> list[tuple[str, str, str, bool]]:
+    """All scenarios of a suite: fault, required, seen, whether it is as required."""
+    clean = setting.training("clean")
+    print("undisturbed ...", flush=True)
+    clean.run()
+    rows = []
+    for fault, (scenario, required) in SUITES[suite].items():
+        print(f"{fault} ...", flush=True)
+        started = time.monotonic()
+        try:
+            seen, is_good = scenario(setting, clean), True
+        except (AssertionError, RuntimeError) as error:
+            seen, is_good = str(error).splitlines()[0], False
+            (setting.folder / f"{fault.replace(' ', '-')}.txt").write_text(str(error))
+        print(
+            f"  {'as required' if is_good else 'NOT as required'}, {time.monotonic() - started:.0f} s: {seen}",
+            flush=True,
+        )
+        rows.append((fault, required, seen, is_good))
+    return rows
+
+
+def main() -> int:
+    """Run a suite on a Ray of its own and print its table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--suite", choices=SUITES, default="training")
+    suite = options.parse_args().suite
+    services: list[Service] = []
+    with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory() as folder:
+        token = Path(folder) / "token"
+        with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            ray = start_ray(Path(folder) / "ray.log", environment, token, Path(short))
+            services.append(ray)
+            rows = run_suite(suite, make_setting({**os.environ, **ray.environment}, Path(folder)))
+        finally:
+            for service in services:
+                service.stop()
+    print("\n| fault | required | seen | |\n|---|---|---|---|")
+    for fault, required, seen, is_good in rows:
+        print(f"| {fault} | {required} | {seen} | {'as required' if is_good else 'NOT as required'} |")
+    return 0 if all(is_good for *_, is_good in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
