@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import SimpleITK
 import torch
+import training
 
 from covtanet import storage
 from covtanet.ct import dicom, nifti
@@ -262,7 +263,15 @@ def bench_job() -> list[Figure]:
     ]
 
 
-PARTS = {"network": bench_network, "decode": bench_decode, "job": bench_job}
+def bench_training() -> list[Figure]:
+    """Ray's training step, its data, and the feature cache; on a GPU its rate too."""
+    rows = training.measure(WORK / "training", lambda text: print(f"  {text}", flush=True))
+    rows += training.measure_device() if torch.cuda.is_available() else []
+    return [Figure("t", *row) for row in rows]
+
+
+PARTS = {"network": bench_network, "decode": bench_decode, "job": bench_job, "training": bench_training}
+THEMES = {"screening": ("network", "decode", "job"), "training": ("training",)}
 
 
 def main() -> int:
@@ -270,23 +279,30 @@ def main() -> int:
     options.add_argument("--part", choices=PARTS, action="append")
     chosen = options.parse_args().part or list(PARTS)
     WORK.mkdir(exist_ok=True)
-    figures: list[Figure] = []
+    found: dict[str, list[Figure]] = {}
     for name in chosen:
         print(f"{name} ...", flush=True)
-        figures += PARTS[name]()
-    lines = ["| | what | measured | wanted |", "|---|---|---|---|"]
-    lines += [f"| {each.part} | {each.what} | {each.value} | {each.wanted} |" for each in figures]
-    print("\n".join(["", *lines]))
-    if chosen == list(PARTS):
-        now = datetime.now(UTC)
-        hardware = f"{CORES}cpu" + ("-gpu" if torch.cuda.is_available() else "")
-        target = ROOT / "benchmarks" / f"screening_{hardware}_{now:%Y%m}.md"
-        head = (
-            f"# Screening, {CORES} cores, {platform.machine()}, {now:%Y-%m}\n\n`make bench`; ratios within one run.\n\n"
-        )
-        target.write_text(head + "\n".join(lines) + "\n")
-        print(f"\nkept in {target.relative_to(ROOT)}")
+        found[name] = PARTS[name]()
+    print("\n".join(["", *table(figure for figures in found.values() for figure in figures)]))
+    for theme, parts in THEMES.items():
+        if set(parts) <= set(found):
+            keep(theme, [figure for part in parts for figure in found[part]])
     return 0
+
+
+def table(figures: Iterable[Figure]) -> list[str]:
+    lines = ["| | what | measured | wanted |", "|---|---|---|---|"]
+    return lines + [f"| {each.part} | {each.what} | {each.value} | {each.wanted} |" for each in figures]
+
+
+def keep(theme: str, figures: list[Figure]) -> None:
+    """Write a theme's figures under benchmarks/."""
+    now = datetime.now(UTC)
+    hardware = f"{CORES}cpu" + ("-gpu" if torch.cuda.is_available() else "")
+    target = ROOT / "benchmarks" / f"{theme}_{hardware}_{now:%Y%m}.md"
+    title = f"# {theme.capitalize()}, {CORES} cores, {platform.machine()}, {now:%Y-%m}"
+    target.write_text("\n".join([title, "", "`make bench`; ratios within one run.", "", *table(figures), ""]))
+    print(f"kept in {target.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

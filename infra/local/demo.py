@@ -78,9 +78,9 @@ def run(services: list[Service], ray_folder: Path, started: float) -> int:
     say("training in two phases, on phantoms of its own")
     job(
         submit, "train.py", "--config", "recipes/demo.toml", "--data", "s3://demo/training",
-        "--storage", "s3://demo/checkpoints", "--experiment", "demo", "--artifacts", str(DEMO / "artifacts"),
-        "--alias", "champion",
+        "--storage", "s3://demo/training-runs", "--experiment", "demo", "--artifacts", str(DEMO / "artifacts"),
     )  # fmt: skip
+    job(submit, "promote.py", "--force", "the demo's only model")
     say("screening the archive with the registered model")
     job(
         submit, "screen.py", "--archive", "s3://demo/archive", "--ledger", "s3://demo/ledger",
@@ -106,7 +106,9 @@ def job(environment: dict[str, str], script: str, *arguments: str) -> None:
         raise SystemExit(f"jobs/{script} failed; its log is {DEMO / 'jobs.log'}")
 
 
-NEWS = re.compile(r"(\d\d:){2}\d\d \w+ covtanet|\(TrainController[^)]*\) phase\d epoch|registered |ignored|\w*Error")
+NEWS = re.compile(
+    r"(\d\d:){2}\d\d \w+ covtanet|\(TrainController[^)]*\) V\d fold|registered |champion is|ignored|\w*Error"
+)
 TABLE = re.compile(r"[a-z_() ]* {2,}\S")
 
 
