@@ -48,7 +48,9 @@ def join(root: str, *parts: str) -> str:
 
 def resolve(root: str, path: str) -> str:
     """A path of a data set: as it stands where it is absolute, else below the root."""
-    return path if is_s3(path) or path.startswith("/") else join(root, path)
+    if is_s3(path) or is_s3(root):
+        return path if is_s3(path) else join(root, path)
+    return os.path.normpath(path if path.startswith("/") else join(root, path))
 
 
 def absolute(uri: str) -> str:

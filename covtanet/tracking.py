@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "covtanet"
 DIGEST_TAG = "covtanet.model_digest"
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that was never set
 RUN_KEY_TAG = "covtanet.run_key"
 ARTIFACT = "model"
 PYFUNC_CODE = Path(__file__).parent / "screening" / "pyfunc.py"
@@ -166,10 +167,13 @@ def describe_run(
 
 @contextmanager
 def tolerated(what: str) -> Iterator[None]:
-    """Go on where the tracking store does not answer, with a warning; what was not logged has to be logged later."""
+    """Go on where the tracking store does not answer, with a warning; what was not logged has to be logged later.
+
+    Any error: what a dead store raises depends on the store (databases, object stores and HTTP each have their own).
+    """
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except Exception as error:
         logger.warning("the tracking store does not take %s (%s); goes on without", what, type(error).__name__)
 
 
@@ -187,8 +191,10 @@ def system_metrics(address: RunAddress) -> Iterator[None]:
             monitor.finish()
 
 
-def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str]) -> str:
+def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], alias: str = "") -> str:
     """Store a saved model with its run and register it, once per run and digest; returns the version.
+
+    alias: moved to a version that is new, never back to an older one.
 
     Beside our files the version holds MLflow's pyfunc flavour, code included, for those who trust their registry.
     """
@@ -209,18 +215,22 @@ def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str]) -
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
     registered = client.create_model_version(MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags})
+    if alias:
+        client.set_registered_model_alias(MODEL_NAME, alias, registered.version)
     return str(registered.version)
 
 
-def set_version_tags(model_version: str, tags: Mapping[str, str]) -> None:
-    """Write tags on a registered version."""
-    for name, value in tags.items():
-        MlflowClient().set_model_version_tag(MODEL_NAME, model_version, name, value)
+def promote(model_version: str, tags: Mapping[str, str]) -> None:
+    """Write tags on a registered version and point champion at it.
 
-
-def set_alias(model_version: str, alias: str) -> None:
-    """Point an alias at a version."""
-    MlflowClient().set_registered_model_alias(MODEL_NAME, alias, model_version)
+    Raises:
+        OSError: where the registry does not answer.
+    """
+    with _as_os_error():
+        client = MlflowClient()
+        for name, value in tags.items():
+            client.set_model_version_tag(MODEL_NAME, model_version, name, value)
+        client.set_registered_model_alias(MODEL_NAME, "champion", model_version)
 
 
 def version_of(alias: str) -> str:
@@ -228,11 +238,23 @@ def version_of(alias: str) -> str:
 
     Raises:
         CheckpointError: where there is none.
+        OSError: where the registry does not answer.
     """
+    with _as_os_error():
+        try:
+            return str(MlflowClient().get_model_version_by_alias(MODEL_NAME, alias).version)
+        except MlflowException as error:
+            if error.error_code in UNKNOWN:
+                raise CheckpointError(f"no {alias} of {MODEL_NAME} in the registry") from error
+            raise
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
     try:
-        return str(MlflowClient().get_model_version_by_alias(MODEL_NAME, alias).version)
+        yield
     except MlflowException as error:
-        raise CheckpointError(f"no {alias} of {MODEL_NAME} in the registry") from error
+        raise OSError(f"the tracking store does not answer: {error.error_code}") from error
 
 
 def tracking_uri() -> str:

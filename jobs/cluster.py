@@ -37,9 +37,10 @@ def start_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def connect() -> None:
+def connect(*, with_dashboard: bool = False) -> None:
     """Join the cluster of this job or of RAY_ADDRESS; without one, start Ray on this machine for the job's time.
 
+    with_dashboard: of a Ray of its own; Ray Train asks its state, and says so every second where there is none.
     A small machine gets more logical CPUs than it has cores: decoding, prediction and measuring each hold one.
     """
     for name, value in ASK_TRACKER_BRIEFLY.items():
@@ -52,7 +53,7 @@ def connect() -> None:
     ray.init(
         address="local",
         num_cpus=num_cpus,
-        include_dashboard=False,
+        include_dashboard=with_dashboard,
         _node_ip_address="127.0.0.1",
         logging_level=logging.WARNING,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},

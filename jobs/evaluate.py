@@ -6,11 +6,14 @@ python jobs/evaluate.py --model STORAGE/EXPERIMENT-KEY --out DIR
 
 REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a saved model; of a training it is the folder
 that jobs/train.py names at its end, whose folds were evaluated on their own test parts. A mask is the image's name with
-_lung-infection (0 background, 1 lung, 2 lesion) or _mask (lesion). Writes metrics.json, tables.md, a CSV per table,
-plots, rows.parquet, and pictures of the cases. Exit codes: 0 done, 2 usage, 3 refused to start, 1 anything else.
+_lung-infection (0 background, 1 lung, 2 lesion) or _mask (lesion). Writes metrics.json and metrics.csv, tables.md, a
+CSV and a plot per table, rows.parquet, and pictures of the cases (a training's lie with its folds). Exit codes: 0 done,
+2 usage, 3 refused to start, 1 anything else.
 """
 
 import argparse
+import csv
+import io
 import json
 import logging
 import re
@@ -49,7 +52,7 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--data", help="folder or s3:// prefix of the data set")
     options.add_argument("--images", help="folder of NIfTI images, instead of --dataset and --data")
     options.add_argument("--masks", help="folder of their masks")
-    options.add_argument("--storage", help="where prepared volumes are kept; default: beside the output")
+    options.add_argument("--storage", help="where prepared volumes are kept, as for training")
 
 
 def parse() -> argparse.Namespace:
@@ -94,15 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
             resolved = tracking.resolve_model(ref, Path(folder))
             model = load_model(resolved.folder, resolved.digest)
         connect()
-        prepared_uri = place(arguments.storage, "--storage") if arguments.storage else storage.join(out, "prepared")
+        prepared_uri = storage.join(place(arguments.storage, "--storage") if arguments.storage else out, "prepared")
         volumes = prepare(model, labelled, root, prepared_uri)
         found = predict(model, volumes, prepared_uri, storage.join(out, "pictures"))
-        seen = len(seen_volumes(model, volumes))
-        about = {"model_digest": resolved.digest, "model_version": resolved.version, "num_volumes_trained_on": seen}
-        where = arguments.data or arguments.images
-        measured_on = f"{where} ({dataset}), {len(found)} volumes, {seen} of them trained on"
-        if seen:
-            logger.warning("the model was trained on %d of %d volumes: these figures flatter it", seen, len(found))
+        seen = seen_volumes(model, volumes)
+        known = None if seen is None else len(seen)
+        about = {"model_digest": resolved.digest, "model_version": resolved.version, "num_volumes_trained_on": known}
+        told = "unknown how many of them trained on" if known is None else f"{known} of them trained on"
+        measured_on = f"{arguments.data or arguments.images} ({dataset}), {len(found)} volumes, {told}"
+        if known != 0:
+            logger.warning("%s: these figures may flatter the model", told)
     if not found:
         raise ConfigError("there is nothing to evaluate: no finished fold, or no volume with a mask or a grade")
     write(out, found, about, measured_on, is_second_data_set=dataset in SECOND_DATA_SET)
@@ -144,10 +148,12 @@ def predict(
     return evaluate(task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None])
 
 
-def seen_volumes(model: SavedModel, volumes: list[PreparedVolume]) -> set[str]:
-    """Keys of the volumes that the model was trained or validated on, by the digest of their source."""
-    seen = set(model.provenance.get("seen_sources", ()))
-    return {volume.key for volume in volumes if str(volume.source_digest)[:16] in seen}
+def seen_volumes(model: SavedModel, volumes: list[PreparedVolume]) -> set[str] | None:
+    """Source digests of the volumes that the model was trained or validated on; null where the model does not say."""
+    if "seen_sources" not in model.provenance:
+        return None
+    seen = set(model.provenance["seen_sources"])
+    return {str(volume.source_digest) for volume in volumes if str(volume.source_digest)[:16] in seen}
 
 
 def write(
@@ -161,6 +167,7 @@ def write(
     files = {
         "metrics.json": (json.dumps(metrics, indent=1, sort_keys=True) + "\n").encode(),
         "tables.md": f"{text}\n{by_size(summary)}".encode(),
+        "metrics.csv": flat_csv(summary).encode(),
         "rows.parquet": rows.to_parquet(found),
     }
     for table in tables:
@@ -181,6 +188,25 @@ def table_files(table: Table) -> dict[str, bytes]:
     """A table as CSV and as a picture, named after its number."""
     name = re.sub(r"\W+", "-", table.title.partition(",")[0].lower())
     return {f"{name}.csv": table.as_csv().encode(), f"{name}.png": plots.bars(table)}
+
+
+def flat_csv(summary: dict[str, Any]) -> str:
+    """Every figure on a line of its own: network, its path in metrics.json, value; null as an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["network", "figure", "value"])
+
+    def write_all(network: str, path: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for name, inner in items:
+                write_all(network, f"{path}/{name}" if path else str(name), inner)
+        else:
+            writer.writerow([network, path, value])
+
+    for network, figures_of_it in summary.items():
+        write_all(network, "", figures_of_it)
+    return out.getvalue()
 
 
 def by_size(summary: dict[str, Any]) -> str:

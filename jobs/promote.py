@@ -10,6 +10,7 @@ champion needs it. Exit codes: 0 promoted or champion already, 2 usage, 3 refuse
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,8 @@ import ray
 from cluster import check_tracking, connect, parser, place, start_logging
 from evaluate import add_data_options, predict, prepare, seen_volumes, volumes_of
 
-from covtanet import tracking
+from covtanet import storage, tracking
+from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation import figures
 from covtanet.evaluation.promotion import Comparison, Margins, compare
@@ -26,6 +28,9 @@ from covtanet.model.checkpoint import SavedModel, load_model
 from covtanet.report.summary import table
 
 logger = logging.getLogger("covtanet.promote")
+
+# Without these a comparison says too little.
+NEEDED = ("dice", *(f"{pair}_auc" for pair in figures.PAIRS))
 
 
 def parse() -> argparse.Namespace:
@@ -63,11 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     if version == champion:
         print(f"version {version} is the champion already")
         return 0
+    models = {version: _load(version)}  # what cannot be loaded is no champion, whatever the reason
     if arguments.force:
         return promote(version, champion, {"covtanet.promoted_by_force": arguments.force})
     if not champion:
         raise ConfigError("there is no champion to compare with; give a reason by --force for the first one")
-    compared = evaluate_both(arguments, version, champion)
+    models[champion] = _load(champion)
+    compared = evaluate_both(arguments, models)
     lines = [(each.figure, _line(each)) for each in compared]
     print(table(f"Version {version} against champion {champion}", lines))
     worse = [each.figure for each in compared if not each.is_no_worse]
@@ -87,35 +94,52 @@ def champion_version() -> str:
 
 def promote(version: str, champion: str, tags: dict[str, str]) -> int:
     """Move the alias and write down why."""
-    tracking.set_version_tags(version, {**tags, "covtanet.champion_before": champion})
-    tracking.set_alias(version, "champion")
+    tracking.promote(version, {**tags, "covtanet.champion_before": champion})
     print(f"champion is version {version}, was {champion or 'none'}")
     return 0
 
 
-def evaluate_both(arguments: argparse.Namespace, version: str, champion: str) -> list[Comparison]:
-    """Headline figures of both on the same volumes, each prepared as its model asks."""
+def evaluate_both(arguments: argparse.Namespace, models: dict[str, SavedModel]) -> list[Comparison]:
+    """Headline figures of challenger and champion on the same volumes, each prepared as its model asks.
+
+    Raises:
+        ConfigError: where that would be no fair comparison, or too thin a one.
+    """
+    if os.environ.get("RAY_ADDRESS") and not arguments.storage:
+        raise ConfigError("on a cluster --storage is needed, where every node finds the prepared volumes")
     _, labelled, root = volumes_of(arguments)
-    models = {each: _load(each) for each in (version, champion)}
+    windows = {str(model.preprocessing) for model in models.values()}
+    if len(windows) > 1:
+        logger.warning("the two models read slices differently: each is measured on its own grid")
     connect()
     with tempfile.TemporaryDirectory() as folder:
-        prepared_uri = place(arguments.storage, "--storage") if arguments.storage else folder
+        kept = place(arguments.storage, "--storage") if arguments.storage else folder
+        prepared_uri = storage.join(kept, "prepared")
         volumes = {each: prepare(model, labelled, root, prepared_uri) for each, model in models.items()}
-        sources = [
-            {str(v.source_digest) for v in volumes[each]}
-            - {str(v.source_digest) for v in volumes[each] if v.key in seen_volumes(models[each], volumes[each])}
-            for each in models
-        ]
-        fair = sources[0] & sources[1]
+        fair = set.intersection(*(unseen(each, model, volumes[each]) for each, model in models.items()))
+        logger.info("comparing on %d of %d volumes, which neither model was trained on", len(fair), len(labelled))
         if not fair:
             raise ConfigError("no volume is left that neither model was trained on; evaluate on other data")
-        logger.info("comparing on %d of %d volumes, which neither model was trained on", len(fair), len(labelled))
-        found = {}
+        found = []
         for each, model in models.items():
             chosen = [volume for volume in volumes[each] if str(volume.source_digest) in fair]
-            found[each] = figures.headline(predict(model, chosen, prepared_uri, ""))
+            found.append(figures.headline(predict(model, chosen, prepared_uri, "")))
+    if missing := [name for name in NEEDED if name not in found[1]]:
+        raise ConfigError(f"the evaluation set gives the champion no {', '.join(missing)}; take one with every grade")
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
-    return compare(found[version], found[champion], margins)
+    return compare(found[0], found[1], margins)
+
+
+def unseen(version: str, model: SavedModel, volumes: list[PreparedVolume]) -> set[str]:
+    """Source digests of the volumes that a model was not trained on.
+
+    Raises:
+        ConfigError: where the model does not say what it was trained on.
+    """
+    seen = seen_volumes(model, volumes)
+    if seen is None:
+        raise ConfigError(f"version {version} does not say what it was trained on; promote by --force, with a reason")
+    return {str(volume.source_digest) for volume in volumes} - seen
 
 
 def _load(version: str) -> SavedModel:

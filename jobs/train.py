@@ -84,16 +84,18 @@ def run(arguments: argparse.Namespace) -> int:
         key="",
         artifacts=place(arguments.artifacts, "--artifacts") if arguments.artifacts else "",
     )
-    connect()
+    connect(with_dashboard=True)
     opened = experiment.open_experiment(config, place(data, "--data"), place(storage_uri, "--storage"), address)
+    is_published = True
     for variant in variants(config, arguments.ablation):
         current = replace(opened, config=variant)
         for fold in variant.folds:
             experiment.train_fold(current, fold, arguments.encoder_weights)
             with tracking.tolerated("the finished fold"):
                 experiment.publish(current)
-        if not finish(current):
-            return 5
+        is_published = finish(current) and is_published
+    if not is_published:
+        return 5
     print(f"trained  {opened.uri}\nnext     python jobs/evaluate.py --model {opened.uri} --out FOLDER")
     return 0
 

@@ -42,8 +42,11 @@ def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytes
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random weights, whatever ran before it."""
+    """Every test starts from the same random weights, and on one thread: two that wait for each other crawl on a
+    machine that does other work too.
+    """
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

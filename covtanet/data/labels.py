@@ -114,6 +114,7 @@ def read_labels(uri: str) -> list[LabelledVolume]:
     if unknown := set(table.column_names) - set(names):
         raise ConfigError(f"the manifest has a column {sorted(unknown)[0]}, expected {', '.join(names)}")
     defaults = {field.name: field.default for field in fields(LabelledVolume) if field.name not in REQUIRED}
+    table = table.cast(pa.schema([pa.field(name, pa.string()) for name in table.column_names]))
     rows = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in REQUIRED if name not in row]:

@@ -29,7 +29,15 @@ KEY_DIGITS = 16
 GREY8 = (0.0, 255.0)
 DESCRIPTION = b"covtanet.prepared"
 # Why a volume or its mask is refused, beside the reasons of screening.
-REASONS = ("missing", "mask_unreadable", "mask_mismatch", "not_grey8", "empty_lung_mask", "unlabelled")
+REASONS = (
+    "missing",
+    "internal_error",
+    "mask_unreadable",
+    "mask_mismatch",
+    "not_grey8",
+    "empty_lung_mask",
+    "unlabelled",
+)
 
 SLICE_SCHEMA = pa.schema([
     pa.field("volume", pa.string(), nullable=False),
@@ -111,8 +119,8 @@ def prepare(
         return replace(found, reason=error.reason, reason_detail=str(error)), None
 
 
-def missing(volume: LabelledVolume, key: str, window: WindowConfig) -> PreparedVolume:
-    """The report row of a volume that is not where its data set says; nothing is kept of it."""
+def refused(volume: LabelledVolume, key: str, window: WindowConfig, reason: str, detail: str) -> PreparedVolume:
+    """The report row of a volume that could not be read at all; nothing is kept of it."""
     return PreparedVolume(
         key=key,
         volume_path=volume.volume_path,
@@ -120,8 +128,8 @@ def missing(volume: LabelledVolume, key: str, window: WindowConfig) -> PreparedV
         intensity=volume.intensity,
         diagnosis=volume.diagnosis,
         severity=volume.severity,
-        reason="missing",
-        reason_detail="the volume or a mask of it is not where the data set says",
+        reason=reason,
+        reason_detail=detail,
         size_px=window.size_px,
     )
 
@@ -138,7 +146,9 @@ def _prepare(
     lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
     lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
     shown, involvement = _lung_slices(ct, lesion, lung, intensity)
-    chosen = thin_slices(shown, ct.spacing_mm[0], slice_step_mm)[0]
+    has_spacing = nifti.has_spacing(data)
+    # Nominal millimetres are none to thin slices by.
+    chosen = thin_slices(shown, ct.spacing_mm[0], slice_step_mm if has_spacing else 0.0)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
     low, high = GREY8 if intensity == "grey8" else (window.low_hu, window.high_hu)
     levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high))
@@ -149,7 +159,7 @@ def _prepare(
         diagnosis=diagnosis,
         severity=severity,
         num_slices=len(ct.hu),
-        spacing_mm=ct.spacing_mm if nifti.has_spacing(data) else None,
+        spacing_mm=ct.spacing_mm if has_spacing else None,
         slices=tuple(int(index) for index in chosen),
         lesion_px=None if masks is None else tuple(int(mask.sum()) for mask in masks),
         involvement=involvement,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,13 +78,25 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
         ConfigError: where there is neither file nor internet; says how to get them.
     """
     source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
-    if weights is not None and (weights.suffix != ".safetensors" or not weights.is_file()):
-        raise ConfigError(f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}")
+    if weights is not None:
+        _check_weights(name, in_channels, weights)
     try:
         net = _timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
     return {f"net.{key}": value for key, value in net.state_dict().items()}
+
+
+def _check_weights(name: str, in_channels: int, weights: Path) -> None:
+    """Refuse a file that does not hold the encoder: timm would keep random weights where a name is missing."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}") from error
+    wanted = set(EfficientNetEncoder(name, in_channels).net.state_dict())
+    if missing := {each for each in wanted - found if not each.endswith("num_batches_tracked")}:
+        raise ConfigError(f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}")
 
 
 def _timm() -> Any:

@@ -40,7 +40,7 @@ def curves(title: str, history: Sequence[Mapping[str, float]]) -> bytes:
         panel.axvline(history[-1]["best_epoch"] + 1, color=INK, linewidth=0.8, linestyle=":")
         panel.set(xlabel="epoch", title=label)
         if names:
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
 
 
@@ -121,5 +121,6 @@ def bars(table: Table) -> bytes:
         panel.legend(unique.values(), unique.keys(), fontsize=7)
     panels[-1].set_xticks(range(len(names)), names, rotation=30, ha="right")
     panels[0].set_title(table.title, fontsize=11)
+    figure.supxlabel(table.note, fontsize=7, wrap=True)  # what ours was measured on goes with the picture
     figure.tight_layout()
     return _png(figure)

@@ -6,7 +6,7 @@ All of the paper's figures are from its Tables I-IV, in percent, mean and standa
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,12 @@ OVERLAP_COLUMNS = {"Sensitivity": "sensitivity", "Precision": "precision", "Spec
 TABLE_I = {
     "V1": (50.5, 0.26), "V2": (52.4, 0.17), "V3": (54.9, 0.14), "V4": (54.6, 0.14),
     "V5": (53.4, 0.19), "V6": (57.1, 0.33), "V7": (60.2, 0.26), "V8": (62.3, 0.18),
+}  # fmt: skip
+SWITCHES = ("EfficientNet", "Encoder TAU", "Decoder TAU", "Encoder in fusion", "Decoder in fusion")
+# As the text has V3; its printed row repeats V4's.
+TICKS = {
+    "V1": (0, 0, 0, 0, 0), "V2": (0, 0, 0, 0, 1), "V3": (0, 0, 0, 1, 1), "V4": (0, 1, 0, 0, 0),
+    "V5": (0, 0, 1, 0, 0), "V6": (0, 1, 1, 0, 0), "V7": (0, 1, 1, 1, 1), "V8": (1, 1, 1, 1, 1),
 }  # fmt: skip
 TABLE_II_COLUMNS = ("Sensitivity", "Precision", "Dice", "IoU")
 TABLE_II = {
@@ -66,34 +72,42 @@ TABLE_IV = {
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with two lines per network: the paper's and ours. A cell is null where there is none."""
+    """A table with two lines per network: the paper's and ours. A cell is null where there is none.
+
+    about, details: further columns, and their text for each network. measured: folds and volumes of ours.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, str, tuple[Cell | None, ...]], ...]
     note: str
+    about: tuple[str, ...] = ()
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+
+    def _ours(self, name: str, whose: str) -> str:
+        return f"ours, {self.measured[name]}" if whose == "ours" and name in self.measured else whose
 
     def as_markdown(self) -> str:
         """The table for people."""
-        lines = [f"### {self.title}", "", f"| Network | | {' | '.join(self.columns)} |"]
-        lines.append("|---|---|" + "---|" * len(self.columns))
-        # A network that we have not trained has a line of the paper's alone.
-        lines += [
-            f"| {name} | {whose} | {' | '.join(_text(cell) for cell in cells)} |"
-            for name, whose, cells in self.rows
-            if any(cells)
-        ]
+        columns = (*self.about, *self.columns)
+        lines = [f"### {self.title}", "", f"| Network | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+        for name, whose, cells in self.rows:
+            if any(cells):  # a network that we have not trained has a line of the paper's alone
+                texts = (*self.details.get(name, ()), *(_text(cell) for cell in cells))
+                lines.append(f"| {name} | {self._ours(name, whose)} | {' | '.join(texts)} |")
         return "\n".join([*lines, "", self.note, ""])
 
     def as_csv(self) -> str:
         """The table for programs: one line per figure, null as an empty field."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["table", "network", "whose", "column", "mean_percent", "sd_percent"])
+        writer.writerow(["table", "network", "whose", "column", "mean_percent", "sd_percent", "measured_on"])
         for name, whose, cells in self.rows:
             for column, cell in zip(self.columns, cells, strict=True):
                 mean, sd = cell or ("", "")
-                writer.writerow([self.title, name, whose, column, mean, "" if sd is None else sd])
+                measured = self.measured.get(name, "") if whose == "ours" else ""
+                writer.writerow([self.title, name, whose, column, mean, "" if sd is None else sd, measured])
         return out.getvalue()
 
 
@@ -110,7 +124,7 @@ def paper_tables(summary: Figures, measured_on: str, *, is_second_data_set: bool
     Choice: per volume, since the paper's own figures cannot be pooled ones, and F1 weighted by class.
     """
     names = ours_by_name(summary)
-    note = f"Ours: {measured_on}; mean per test volume, mean ± standard deviation over folds."
+    note = f"Ours: {measured_on}; mean over test volumes of the prepared slices, ± standard deviation over folds."
     if is_second_data_set:
         return [_overlap("Table III", TABLE_III_COLUMNS, TABLE_III, names, note)]
     table_i = Table(
@@ -125,6 +139,9 @@ def paper_tables(summary: Figures, measured_on: str, *, is_second_data_set: bool
             )
         ),
         note=note,
+        about=SWITCHES,
+        details={name: tuple("x" if on else "" for on in ticks) for name, ticks in TICKS.items()},
+        measured={name: _measured(network) for name, network in summary.items()},
     )
     table_iv = Table(
         title="Table IV, diagnosis and severity",
@@ -135,6 +152,7 @@ def paper_tables(summary: Figures, measured_on: str, *, is_second_data_set: bool
             for row in ((name, "paper", cells), (name, "ours", _pairs(names.get(name))))
         ),
         note=f"{note} F1 is weighted by class; metrics.json holds the positive class's and the macro one too.",
+        measured={name: _measured(network, "classification") for name, network in names.items()},
     )
     return [table_i, _overlap("Table II, lesion segmentation", TABLE_II_COLUMNS, TABLE_II, names, note), table_iv]
 
@@ -163,7 +181,15 @@ def _overlap(
     for name, cells in paper.items():
         ours = tuple(_over_folds(names.get(name), OVERLAP_COLUMNS[column]) for column in columns)
         rows += [(name, "paper", cells), (name, "ours", ours)]
-    return Table(title=title, columns=tuple(columns), rows=tuple(rows), note=note)
+    measured = {name: _measured(network) for name, network in names.items()}
+    return Table(title=title, columns=tuple(columns), rows=tuple(rows), note=note, measured=measured)
+
+
+def _measured(network: Any, part: str = "segmentation") -> str:
+    """Folds and number of test volumes behind a network's line."""
+    counts = {fold: figures[part]["num_volumes"] for fold, figures in network["folds"].items()}
+    known = [fold for fold, count in counts.items() if count]
+    return f"fold {', '.join(known)}: {sum(counts.values())} volumes"
 
 
 def _over_folds(network: Any, figure: str) -> Cell | None:

@@ -129,7 +129,8 @@ def decode_and_prepare(row: Row, *, archive: str, window: WindowConfig, config: 
         if series.reason:
             raise StudyError(series.reason, DETAILS[series.reason])
         contents = fetch(series, archive)
-        record["source_digest"] = storage.content_digest(contents)
+        folder = series.source_path[: series.source_path.rfind("/") + 1]
+        record["source_digest"] = storage.content_digest([(p.removeprefix(folder), data) for p, data in contents])
         volume = decode(series, [data for _, data in contents])
         del contents
         _describe(record, volume)

@@ -24,6 +24,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.flip_probability <= 1 or not 0 <= self.scale < 1 or not 0 <= self.gamma < 1:
             raise ValueError("flip_probability must be in 0..1, scale and gamma in 0..1 without 1")
+        if self.noise < 0:
+            raise ValueError("noise must be at least 0")
 
 
 class Augmenter:
@@ -45,7 +47,7 @@ class Augmenter:
                 both,
                 prob=1.0,
                 rotate_range=config.rotation_deg * torch.pi / 180,
-                scale_range=config.scale,
+                scale_range=(config.scale, config.scale),
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),

@@ -11,6 +11,7 @@ from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.segnet import TABLE_I
 from covtanet.training.augment import AugmentConfig
+from covtanet.training.feed import Sampling
 from covtanet.training.loop import PhaseConfig
 
 # What may differ between two starts of one experiment: which part of it runs, and on what.
@@ -24,8 +25,9 @@ class TrainingConfig:
     dataset: a name of DATASETS. size: a key of SIZES. ablation: a row of Table I. folds: those that this start trains,
     of ``num_folds``. phases: 1 alone trains the segmentation. exclude_rejected: go on without volumes that cannot be
     read; the data report lists them. lesion_free_share: of the slices without lesion, how many an epoch of phase 1
-    uses. cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: what a worker may
-    keep of its samples in memory; beyond it every epoch is streamed. num_workers must divide micro_batches.
+    uses. cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: up to here the
+    workers together keep a phase's samples in memory; beyond it every epoch is streamed. num_workers must divide
+    micro_batches.
     """
 
     dataset: str = "manifest"
@@ -59,12 +61,21 @@ class TrainingConfig:
             raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")
         if self.phases not in ((1,), (1, 2)):
             raise ValueError(f"phases are {list(self.phases)}, expected [1] or [1, 2]")
+        for name, low, high in (("validation_share", 0, 0.9), ("lesion_free_share", 0, 1), ("slice_step_mm", 0, 100)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
+        if min(self.seed, self.max_failures, self.cache_bytes) < 0:
+            raise ValueError("seed, max_failures and cache_bytes must be at least 0")
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
             if self.num_workers < 1 or micro_batches % self.num_workers:
                 raise ValueError(
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of {self.num_workers} workers"
                 )
+
+    def sampling(self, phase: PhaseConfig) -> Sampling:
+        """How an epoch of a phase draws its samples."""
+        return Sampling(batch_size=phase.batch_size, seed=self.seed, lesion_free_share=self.lesion_free_share)
 
     @property
     def network(self) -> CovTANetConfig:

@@ -8,6 +8,7 @@ classifier on those; or, without that cache, the workers compute them every epoc
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,12 @@ from covtanet.data import prepared
 from covtanet.data.folds import Split
 from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
-from covtanet.errors import TrainingError
+from covtanet.errors import ConfigError, TrainingError
 from covtanet.model.covtanet import CovTANet
 from covtanet.model.encoder import pretrained_state
 from covtanet.training import worker
 from covtanet.training.config import TrainingConfig
-from covtanet.training.feed import assign_lanes
+from covtanet.training.feed import Sampling, assign_lanes
 from covtanet.training.loop import Progress, State
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.state import STATE, load_progress
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 REPORT_EVERY = 50
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+SILENT_S = 300.0
 NUM_CHECKPOINTS = 2  # the newest and, should it be damaged, the one before
 
 
@@ -60,18 +63,23 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
     """
 
     def __init__(self, run: tracking.RunAddress, label: str) -> None:
-        self.run, self.label = run, label
+        self.run, self.label, self.silent_until = run, label, 0.0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Log the checkpoint's history, which is reduced over ranks."""
-        with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
-            history = json.loads(file.read())["history"]
-        shown = ", ".join(
-            f"{name} {value:.4g}" for name, value in history[-1].items() if name.startswith(("train_", "val_"))
-        )
-        print(f"{self.label} epoch {len(history)}: {shown}", flush=True)  # noqa: T201 - the controller's log
+        """Log the checkpoint's history, which is reduced over ranks. Nothing that goes wrong here ends a training."""
         with tracking.tolerated("an epoch's metrics"):
+            with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
+                history = json.loads(file.read())["history"]
+            shown = ", ".join(
+                f"{name} {value:.4g}" for name, value in history[-1].items() if name.startswith(("train_", "val_"))
+            )
+            print(f"{self.label} epoch {len(history)}: {shown}", flush=True)  # noqa: T201 - the controller's log
+            if time.monotonic() < self.silent_until:
+                return
+            # The workers wait meanwhile, so a store that does not answer is left alone for a while.
+            self.silent_until = time.monotonic() + SILENT_S
             tracking.log_history(tracking.open_run(self.run), history, self.run.uri)
+            self.silent_until = 0.0
 
 
 def prepare_volumes(
@@ -131,19 +139,26 @@ def _paths(volume: LabelledVolume) -> list[str]:
 
 
 def _prepare_row(row: Row, data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float) -> Row:
+    """Prepare one volume. Whatever its bytes do to us, it becomes a row, and no text of theirs an error's.
+
+    Raises:
+        OSError: where storage fails; its text, which may name a study, is left out.
+    """
     key, target = row["key"], prepared_uri_of(prepared_uri, row["key"])
-    if row["is_done"]:
-        return {"found": prepared.to_json(prepared.describe(storage.read_bytes(target)))}
     volume = LabelledVolume(**{name: row[name] for name in LabelledVolume.__dataclass_fields__})
-    contents = {}
     try:
-        for path in _paths(volume):
-            contents[path] = storage.read_bytes(storage.resolve(data_uri, path))
+        if row["is_done"]:
+            return {"found": prepared.to_json(prepared.describe(storage.read_bytes(target)))}
+        contents = {path: storage.read_bytes(storage.resolve(data_uri, path)) for path in _paths(volume)}
+        found, samples = prepared.prepare(volume, key, contents, window, slice_step_mm)
+        storage.write_bytes(target, prepared.to_parquet(found, samples))
     except FileNotFoundError:
-        found = prepared.missing(volume, key, window)
-        return {"found": prepared.to_json(found)}
-    found, samples = prepared.prepare(volume, key, contents, window, slice_step_mm)
-    storage.write_bytes(target, prepared.to_parquet(found, samples))
+        found = prepared.refused(volume, key, window, "missing", "not where the data set says")
+    except OSError as error:
+        raise OSError(f"volume {key}: storage: {type(error).__name__}") from None
+    except Exception as error:
+        logger.error("volume %s: internal error, %s", key, type(error).__name__)
+        found = prepared.refused(volume, key, window, "internal_error", type(error).__name__)
     return {"found": prepared.to_json(found)}
 
 
@@ -180,7 +195,7 @@ def train_phase1(
             if lane:
                 paths = [storage.filesystem(prepared_uri_of(prepared_uri, key))[1] for key in lane]
                 datasets[spec.shard] = ray.data.read_parquet(paths, filesystem=filesystem)
-    _refuse_empty(specs["train"], "phase 1", "volumes with lesion masks")
+    _refuse_small(specs["train"], "phase 1", "volumes with lesion masks", config.sampling(config.phase1))
     segnet = config.network.segnet
     encoder = None
     if segnet.encoder != "plain":
@@ -213,7 +228,7 @@ def train_phase2(
             specs[part].append(spec)
             rows += [_volume_item(volumes[key], prepared_uri) for key in lane]
             ends[spec.shard] = len(rows)
-    _refuse_empty(specs["train"], "phase 2", "volumes with a grade")
+    _refuse_small(specs["train"], "phase 2", "volumes with a grade", config.sampling(config.phase2))
     dataset = _items(rows).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
     if config.cache_features:
         frozen = {"config": config, "segnet_state": segnet_state}
@@ -289,9 +304,17 @@ def _spec(shard: str, samples: list[tuple[str, bool]], num_bytes: int, *, holds_
     )
 
 
-def _refuse_empty(lanes: Sequence[LaneSpec], phase: str, wanted: str) -> None:
+def _refuse_small(lanes: Sequence[LaneSpec], phase: str, wanted: str, sampling: Sampling) -> None:
+    """Refuse lanes without one whole micro-batch, before any worker is started."""
     if not all(lane.names for lane in lanes):
-        raise TrainingError(f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}")
+        raise ConfigError(f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}")
+    for lane in lanes:
+        pairs = zip(lane.names, lane.has_lesion, strict=True)
+        if (drawn := sum(sampling.is_drawn(name, has, 0) for name, has in pairs)) < sampling.batch_size:
+            raise ConfigError(
+                f"{phase}: a lane of the {len(lanes)} micro_batches has {drawn} samples, "
+                f"expected at least batch_size, {sampling.batch_size}"
+            )
 
 
 def _run(
@@ -305,6 +328,10 @@ def _run(
 ) -> Progress:
     """Train one phase under its own name, under which a killed one goes on; returns its newest state."""
     filesystem, path = storage.filesystem(place.storage_uri)
+    checkpoints_uri = storage.join(place.storage_uri, place.name)
+    # Ray's list of checkpoints is rewritten in place, and torn by a crash it could not be read again. The checkpoints
+    # themselves say what they are.
+    storage.delete(storage.join(checkpoints_uri, SNAPSHOT))
     options = ray.data.ExecutionOptions(preserve_order=True)
     trainer = ray.train.torch.TorchTrainer(
         worker.train,
@@ -315,13 +342,14 @@ def _run(
                 train=tuple(specs["train"]),
                 validation=tuple(specs["validation"]),
                 num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+                checkpoints_uri=checkpoints_uri,
                 segnet_state=segnet_state,
                 encoder_state=encoder_state,
             )
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
-            use_gpu=ray.cluster_resources().get("GPU", 0) >= config.num_workers,
+            use_gpu=_check_resources(config),
             resources_per_worker={"CPU": 1},
         ),
         dataset_config=ray.train.DataConfig(datasets_to_split=[], execution_options=options),
@@ -343,6 +371,26 @@ def _run(
         raise TrainingError(f"{place.run.name} ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return load_progress(Path(folder))
+
+
+def _check_resources(config: TrainingConfig) -> bool:
+    """Whether workers get a GPU each.
+
+    Raises:
+        ConfigError: where the cluster cannot hold the workers and feed them.
+    """
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if num_cpus <= config.num_workers:
+        raise ConfigError(
+            f"the cluster has {num_cpus} CPUs, expected more than num_workers, {config.num_workers}: each worker holds "
+            "one, and their data needs one too (ray start --num-cpus)"
+        )
+    if 0 < num_gpus < config.num_workers:
+        raise ConfigError(
+            f"the cluster has {num_gpus} GPUs, expected one for each of num_workers, {config.num_workers}"
+        )
+    return num_gpus > 0
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, place: Place) -> ray.train.Result:

@@ -74,11 +74,12 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished phase: the best epoch's weights, every epoch's metrics, digest of the weights."""
+    """A finished phase: the best epoch's weights, every epoch's metrics, digest of the weights, and of phase 1's."""
 
     weights: State
     history: list[dict[str, float]]
     digest: str
+    phase1_digest: str | None = None
 
 
 def open_experiment(config: TrainingConfig, data_uri: str, storage_uri: str, run: tracking.RunAddress) -> Experiment:
@@ -137,6 +138,12 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
         )
         segnet = _keep_outcome(experiment, fold, 1, progress)
     classifier = read_outcome(experiment, fold, 2) if 2 in config.phases else None
+    if classifier is not None and classifier.phase1_digest != segnet.digest:
+        logger.warning(
+            "%s fold %d: phase 2 was trained on another phase 1, and is trained again", config.ablation, fold
+        )
+        storage.delete(_evaluation_uri(experiment, fold))
+        classifier = None
     if classifier is None and 2 in config.phases:
         place = _place(experiment, fold, 2)
         progress = distributed.train_phase2(
@@ -167,7 +174,7 @@ def _keep_outcome(
     _write_json(storage.join(uri, OUTCOME), described)
     place = _place(experiment, fold, phase)
     storage.delete_folder(storage.join(place.storage_uri, place.name))
-    return Outcome(weights=progress.best, history=progress.history, digest=digest)
+    return Outcome(weights=progress.best, history=progress.history, digest=digest, phase1_digest=segnet_digest or None)
 
 
 def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | None:
@@ -187,7 +194,12 @@ def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | Non
         path = Path(folder) / WEIGHTS
         path.write_bytes(data)
         weights = dict(load_file(path))
-    return Outcome(weights=weights, history=described["history"], digest=described["sha256"])
+    return Outcome(
+        weights=weights,
+        history=described["history"],
+        digest=described["sha256"],
+        phase1_digest=described["phase1_sha256"],
+    )
 
 
 def _model(experiment: Experiment, fold: int, segnet: Outcome, classifier: Outcome | None) -> SavedModel:
@@ -226,13 +238,12 @@ def _evaluation_uri(experiment: Experiment, fold: int) -> str:
 
 
 def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None:
-    """Predict the fold's test volumes; the model is saved first, where both phases are trained."""
+    """Save the fold's model and predict its test volumes."""
     uri, diagnoses = experiment.fold_uri(fold), 2 in experiment.config.phases
-    if diagnoses:
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(Path(folder) / "model", model)
-            for path in sorted((Path(folder) / "model").iterdir()):
-                storage.upload(path, storage.join(uri, "model", path.name))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder) / "model", model)
+        for path in sorted((Path(folder) / "model").iterdir(), reverse=True):  # the description, which counts, last
+            storage.upload(path, storage.join(uri, "model" if diagnoses else "phase1-model", path.name))
     task = Task(
         model=model,
         network=experiment.config.ablation,
@@ -338,31 +349,26 @@ def _best_and_worst(experiment: Experiment, fold: int, found: Sequence[dict[str,
 
 
 def register(experiment: Experiment) -> tuple[str, str]:
-    """Register the training's model; returns version and digest.
+    """Register the training's model as challenger, once; returns version and digest.
 
-    Choice: of the trained folds the one whose phase 2 validated best; its own test part had no say in that.
+    Choice: that of the lowest fold whose phase 2 is finished. Trainings on the same data then leave the same patients
+    unseen, on whom one can be compared with the other; the best fold's model would be the luckiest split's.
     """
-    losses = {}
-    for fold in experiment.config.folds:
-        outcome = read_outcome(experiment, fold, 2)
-        if outcome is not None:
-            losses[fold] = outcome.history[int(outcome.history[-1]["best_epoch"])]["val_loss"]
-    best = min(losses, key=lambda fold: losses[fold])
+    config = experiment.config
+    fold = next(each for each in range(config.num_folds) if read_outcome(experiment, each, 2) is not None)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model"
-        storage.download_folder(storage.join(experiment.fold_uri(best), "model"), target)
+        storage.download_folder(storage.join(experiment.fold_uri(fold), "model"), target)
         digest = load_model(target).digest
-        test = rows.from_parquet(storage.read_bytes(_evaluation_uri(experiment, best)))
+        test = rows.from_parquet(storage.read_bytes(_evaluation_uri(experiment, fold)))
         tags = {
             "covtanet.data_digest": experiment.data_digest,
             "covtanet.experiment": experiment.key,
             "covtanet.network": experiment.config.ablation,
-            "covtanet.fold": str(best),
+            "covtanet.fold": str(fold),
             **{f"covtanet.{name}": f"{value:.4f}" for name, value in figures.headline(test).items()},
         }
-        version = tracking.register_model(experiment.run, target, tags)
-    tracking.set_alias(version, "challenger")
-    return version, digest
+        return tracking.register_model(experiment.run, target, tags, alias="challenger"), digest
 
 
 def _write_json(uri: str, values: Any) -> None:

@@ -40,10 +40,10 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         counts = (self.num_epochs, self.batch_size, self.micro_batches, self.decay_epochs, self.stop_after_epochs)
-        if min(counts) < 1 or self.learning_rate <= 0:
+        if min(counts) < 1 or not self.learning_rate > 0 or not self.decay > 0:
             raise ValueError(
-                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1 and "
-                "learning_rate above 0"
+                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1, "
+                "learning_rate and decay above 0"
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}")
@@ -54,7 +54,7 @@ class PhaseConfig:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context of every forward pass."""
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         enabled = self.precision == "bfloat16" or (self.precision == "auto" and has_bf16)
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

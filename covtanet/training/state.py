@@ -44,7 +44,7 @@ def load_progress(folder: Path) -> Progress:
                 raise CheckpointError(f"{path.name} differs from the digest in {STATE}")
             parts[part] = dict(load_file(path))
         return Progress(history=state["history"], **parts)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {type(error).__name__}") from error
 
 

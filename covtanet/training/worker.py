@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
+from covtanet import storage
 from covtanet.data.prepared import samples_of
 from covtanet.errors import CheckpointError
 from covtanet.model.covtanet import CovTANet, JointClassifier
@@ -29,7 +30,7 @@ from covtanet.training.state import load_progress, save_progress
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_ROWS = 512
+SHUFFLE_ROWS, SHUFFLE_BYTES = 512, 1 << 30
 READ_SLICES, READ_VOLUMES = 32, 2
 
 
@@ -51,8 +52,8 @@ class LaneSpec:
 class Assignment:
     """What a worker is told.
 
-    segnet_state: the frozen TA-SegNet of phase 2 where features are not cached. encoder_state: what phase 1's encoder
-    starts from where it is pretrained.
+    checkpoints_uri: where Ray Train keeps this phase's checkpoints. segnet_state: the frozen TA-SegNet of phase 2 where
+    features are not cached. encoder_state: what phase 1's encoder starts from where it is pretrained.
     """
 
     config: TrainingConfig
@@ -60,6 +61,7 @@ class Assignment:
     train: tuple[LaneSpec, ...]
     validation: tuple[LaneSpec, ...]
     num_threads: int
+    checkpoints_uri: str
     segnet_state: dict[str, torch.Tensor] | None = None
     encoder_state: dict[str, torch.Tensor] | None = None
 
@@ -93,7 +95,7 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     phase = _phase(told, module, model, validation, ranks)
     settings, seed = told.phase_config, told.config.seed
     try:
-        fit(settings, phase, lanes, ranks, seed, _resume(), lambda progress: _report(progress, ranks))
+        fit(settings, phase, lanes, ranks, seed, _resume(told, ranks), lambda progress: _report(progress, ranks))
     except FloatingPointError as error:
         logger.error("phase %d stops: %s", told.phase, error)
         return {"not_finite": str(error)}
@@ -119,13 +121,10 @@ def _phase(told: Assignment, module: nn.Module, model: nn.Module, validation: li
 
 
 def _lane(told: Assignment, number: int, specs: tuple[LaneSpec, ...]) -> Lane:
-    """A lane in memory where all of this worker's fit, else streamed anew every epoch."""
+    """A lane in memory where all of the phase fit there, else streamed anew every epoch."""
     spec, config = specs[number], told.config
-    sampling = Sampling(
-        batch_size=told.phase_config.batch_size, seed=config.seed, lesion_free_share=config.lesion_free_share
-    )
-    own = ray.train.get_context().get_world_size()
-    needed = sum(len(each.names) * each.bytes_per_sample for each in (*told.train, *told.validation)) // own
+    sampling = config.sampling(told.phase_config)
+    needed = sum(len(each.names) * each.bytes_per_sample for each in (*told.train, *told.validation))
     if needed <= config.cache_bytes:
         return MemoryLane(_load(spec, config.window.size_px), sampling, number)
     return StreamLane(spec, sampling, number, config.window.size_px)
@@ -190,7 +189,8 @@ class StreamLane:
     def batches(self, epoch: int) -> Iterator[Rows]:
         """The epoch's micro-batches in the buffer's order."""
         seed = seed_of(self.sampling.seed, epoch, self.lane)
-        rows = _read(self.spec, self.size_px, local_shuffle_buffer_size=SHUFFLE_ROWS, local_shuffle_seed=seed)
+        buffer = max(1, min(SHUFFLE_ROWS, SHUFFLE_BYTES // self.spec.bytes_per_sample))
+        rows = _read(self.spec, self.size_px, local_shuffle_buffer_size=buffer, local_shuffle_seed=seed)
         yield from regroup((self._drawn(part, epoch) for part in rows), self.sampling.batch_size)
 
     def _drawn(self, rows: Rows, epoch: int) -> Rows:
@@ -215,23 +215,29 @@ def regroup(parts: Iterator[Rows], batch_size: int) -> Iterator[Rows]:
             pending = {name: values[batch_size:] for name, values in pending.items()}
 
 
-def _resume() -> Progress:
-    """The newest checkpoint that is whole; an empty progress where there is none."""
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return Progress()
-    earlier = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
-    for checkpoint in [newest, *reversed(earlier)]:
-        try:
-            with checkpoint.as_directory() as folder:
+def _resume(told: Assignment, ranks: Ranks) -> Progress:
+    """The newest checkpoint that is whole; an empty progress where there is none.
+
+    Taken from the listing rather than from Ray's own snapshot of it, which a crash may leave torn.
+
+    Raises:
+        OSError: where storage does not answer; Ray then starts the workers again.
+    """
+    progress = Progress()
+    names = [name for name in storage.list_names(told.checkpoints_uri) if name.startswith("checkpoint_")]
+    for name in reversed(names):  # they are named by time
+        with tempfile.TemporaryDirectory() as folder:
+            storage.download_folder(storage.join(told.checkpoints_uri, name), Path(folder))
+            try:
                 progress = load_progress(Path(folder))
-        except (CheckpointError, OSError) as error:
-            logger.warning("a checkpoint is left out: %s", error)
-        else:
-            logger.warning("continues after epoch %d", len(progress.history))
-            return progress
-    logger.warning("no checkpoint is whole; the phase starts over")
-    return Progress()
+            except CheckpointError as error:
+                logger.warning("phase %d: a checkpoint is left out: %s", told.phase, error)
+                continue
+        logger.warning("phase %d continues after epoch %d", told.phase, len(progress.history))
+        break
+    if ranks.lowest(len(progress.history)) != len(progress.history):
+        raise OSError("the workers found different checkpoints")
+    return progress
 
 
 def _report(progress: Progress, ranks: Ranks) -> None:

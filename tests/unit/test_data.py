@@ -59,9 +59,15 @@ def test_covid20_without_a_mask_is_refused(tmp_path: Path) -> None:
         read_volumes("covid20", str(tmp_path))
 
 
-@pytest.mark.parametrize("dataset", ["mosmed", "covid20", "stacks", "manifest"])
-def test_another_layout_is_refused(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("mosmed", "no studies/CT-0 .. CT-4"), ("covid20", "no COVID-19-CT-Seg_20cases"), ("stacks", "no image has a mask"),
+        ("manifest", "neither labels.parquet nor labels.csv"),
+    ],
+)  # fmt: skip
+def test_another_layout_is_refused(dataset: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         read_volumes(dataset, str(tmp_path))
 
 
@@ -252,7 +258,7 @@ def test_key_changes_with_source_label_and_preprocessing() -> None:
 
 def test_report_counts_grades_and_reasons_and_names_nobody(mild: Phantom) -> None:
     sound, _ = prepared.prepare(PHANTOM, "k1", contents_of(mild, PHANTOM), WINDOW, 0)
-    lost = prepared.missing(replace(PHANTOM, patient="Mueller"), "k2", WINDOW)
+    lost = prepared.refused(replace(PHANTOM, patient="Mueller"), "k2", WINDOW, "missing", "not there")
     text = data_report.as_text([sound, lost], ["a trap"])
     assert "volumes" in text
     assert "2 of 2 patients" in text
