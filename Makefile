@@ -14,7 +14,7 @@ install: .venv/.installed ## make .venv and install everything into it
 .venv/.installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (some minutes, about 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)

@@ -20,6 +20,7 @@ from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
 
 if TYPE_CHECKING:
+    from faults import Setting, Training
     from services import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,3 +138,29 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         ray = start_ray(folder / "ray.log", environment, folder / "token", Path(short))
         yield Cluster({**os.environ, **ray.environment, "RAY_TMP": short})
         ray.stop()
+
+
+@pytest.fixture(scope="session")
+def setting(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> "Setting":
+    """Tiny phantoms in MosMedData's layout in S3, and where trainings of them go."""
+    import faults
+
+    from covtanet.data.phantom_archive import write_mosmed
+
+    write_mosmed("s3://bucket/mosmed", faults.PHANTOMS, 2)
+    return faults.Setting(
+        environment=cluster.environment, folder=tmp_path_factory.mktemp("trainings"), data="s3://bucket/mosmed"
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(setting: "Setting", s3: S3, cluster: Cluster) -> "Training":
+    """One of three folds through both phases, undisturbed, in S3 and in the registry that all tests share."""
+    training = setting.training("clean")
+    training.storage, training.stored = "s3://bucket/training", s3.folder / "training"
+    training.environment = cluster.environment
+    output = training.run()
+    print(output)
+    assert "registered covtanet version 1 as challenger" in output
+    assert "every lesion mask is of grade CT-1" in output
+    return training

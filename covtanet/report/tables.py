@@ -189,7 +189,7 @@ def _measured(network: Any, part: str = "segmentation") -> str:
     """Folds and number of test volumes behind a network's line."""
     counts = {fold: figures[part]["num_volumes"] for fold, figures in network["folds"].items()}
     known = [fold for fold, count in counts.items() if count]
-    return f"fold {', '.join(known)}: {sum(counts.values())} volumes"
+    return f"fold {'+'.join(known)}: {sum(counts.values())} volumes"
 
 
 def _over_folds(network: Any, figure: str) -> Cell | None:

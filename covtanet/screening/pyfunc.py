@@ -5,7 +5,6 @@ MLflow stores this file with the model and runs it on ``mlflow.pyfunc.load_model
 
 import os
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pandas as pd
@@ -26,12 +25,14 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
         self.model = load_model(Path(context.artifacts["model"]))
         self.predictor = Predictor(self.model, num_threads=len(os.sched_getaffinity(0)))
 
-    def predict(self, context: Any, model_input: list[str], params: Any = None) -> pd.DataFrame:
+    def predict(self, model_input: list[str]) -> pd.DataFrame:
         """Screen NIfTI files and DICOM folders. Columns that belong to a run of the job are null."""
-        found = [
-            row for place in model_input for row in screen_one(place, self.model, self.predictor, ScreeningConfig())
-        ]
-        return pd.DataFrame(found, columns=LEDGER_SCHEMA.names)
+        config = ScreeningConfig()
+        found = [row for place in model_input for row in screen_one(place, self.model, self.predictor, config)]
+        # As objects, so that what is null stays null.
+        return pd.DataFrame(
+            {name: pd.Series([row[name] for row in found], dtype=object) for name in LEDGER_SCHEMA.names}
+        )
 
 
 mlflow.models.set_model(LedgerModel())

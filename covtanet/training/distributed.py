@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 REPORT_EVERY = 50
+NUM_FETCH_THREADS = 16
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SILENT_S = 300.0
 NUM_CHECKPOINTS = 2  # the newest and, should it be damaged, the one before
@@ -88,21 +90,21 @@ def prepare_volumes(
     """Read every volume and its masks, write what the networks read, return what was found; those done are kept."""
     keys = volume_keys(volumes, data_uri, window, slice_step_mm)
     done = set(storage.list_names(prepared_uri))
-    rows = [
-        {"key": key, "is_done": f"{key}.parquet" in done, **vars(volume)}
-        for key, volume in zip(keys, volumes, strict=True)
-    ]
-    todo = sum(not row["is_done"] for row in rows)
-    logger.info("preparing %d volumes, %d are done already", todo, len(rows) - todo)
-    prepare = partial(
-        _prepare_row, data_uri=data_uri, prepared_uri=prepared_uri, window=window, slice_step_mm=slice_step_mm
-    )
-    found = []
-    dataset = _items(rows).map(prepare, num_cpus=1)
-    for row in dataset.iter_rows():
-        found.append(prepared.from_json(row["found"]))
-        if len(found) % REPORT_EVERY == 0:
-            logger.info("prepared %d of %d volumes", len(found), len(rows))
+    pairs = list(zip(keys, volumes, strict=True))
+    known = [key for key in keys if f"{key}.json" in done]
+    with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:  # a restart reads what is known, not the pixels
+        texts = pool.map(lambda key: storage.read_bytes(storage.join(prepared_uri, f"{key}.json")), known)
+        found = [prepared.from_json(text) for text in texts]
+    rows = [{"key": key, **vars(volume)} for key, volume in pairs if f"{key}.json" not in done]
+    logger.info("preparing %d volumes, %d are done already", len(rows), len(known))
+    if rows:
+        prepare = partial(
+            _prepare_row, data_uri=data_uri, prepared_uri=prepared_uri, window=window, slice_step_mm=slice_step_mm
+        )
+        for number, row in enumerate(_items(rows).map(prepare, num_cpus=1).iter_rows(), start=1):
+            found.append(prepared.from_json(row["found"]))
+            if number % REPORT_EVERY == 0:
+                logger.info("prepared %d of %d volumes", number, len(rows))
     return sorted(found, key=lambda each: each.key)
 
 
@@ -147,11 +149,10 @@ def _prepare_row(row: Row, data_uri: str, prepared_uri: str, window: WindowConfi
     key, target = row["key"], prepared_uri_of(prepared_uri, row["key"])
     volume = LabelledVolume(**{name: row[name] for name in LabelledVolume.__dataclass_fields__})
     try:
-        if row["is_done"]:
-            return {"found": prepared.to_json(prepared.describe(storage.read_bytes(target)))}
         contents = {path: storage.read_bytes(storage.resolve(data_uri, path)) for path in _paths(volume)}
         found, samples = prepared.prepare(volume, key, contents, window, slice_step_mm)
         storage.write_bytes(target, prepared.to_parquet(found, samples))
+        storage.write_bytes(storage.join(prepared_uri, f"{key}.json"), prepared.to_json(found).encode())
     except FileNotFoundError:
         found = prepared.refused(volume, key, window, "missing", "not where the data set says")
     except OSError as error:
@@ -190,10 +191,12 @@ def train_phase1(
                 for key in lane
                 for index, pixels in zip(volumes[key].slices, volumes[key].lesion_px or (), strict=True)
             ]
-            spec = _spec(f"{part}-{number}", samples, 3 * config.window.size_px**2, holds_volumes=False)
-            specs[part].append(spec)
-            if lane:
-                paths = [storage.filesystem(prepared_uri_of(prepared_uri, key))[1] for key in lane]
+            uris = tuple(prepared_uri_of(prepared_uri, key) for key in lane)
+            specs[part].append(_spec(f"{part}-{number}", samples, 3 * config.window.size_px**2, uris))
+    if not worker.fit_in_memory(config, [*specs["train"], *specs["validation"]]):
+        for spec in (*specs["train"], *specs["validation"]):
+            if spec.uris:
+                paths = [storage.filesystem(uri)[1] for uri in spec.uris]
                 datasets[spec.shard] = ray.data.read_parquet(paths, filesystem=filesystem)
     _refuse_small(specs["train"], "phase 1", "volumes with lesion masks", config.sampling(config.phase1))
     segnet = config.network.segnet
@@ -224,7 +227,7 @@ def train_phase2(
     for part, keys in (("train", split.train), ("validation", split.validation)):
         graded = {key: 1 for key in keys if volumes[key].grade}
         for number, lane in enumerate(assign_lanes(graded, config.phase2.micro_batches)):
-            spec = _spec(f"{part}-{number}", [(key, True) for key in lane], 2 * pixels, holds_volumes=True)
+            spec = _spec(f"{part}-{number}", [(key, True) for key in lane], 2 * pixels)
             specs[part].append(spec)
             rows += [_volume_item(volumes[key], prepared_uri) for key in lane]
             ends[spec.shard] = len(rows)
@@ -297,11 +300,9 @@ def _items(rows: list[Row]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
 
 
-def _spec(shard: str, samples: list[tuple[str, bool]], num_bytes: int, *, holds_volumes: bool) -> LaneSpec:
+def _spec(shard: str, samples: list[tuple[str, bool]], num_bytes: int, uris: tuple[str, ...] = ()) -> LaneSpec:
     names, has_lesion = (tuple(column) for column in zip(*samples, strict=True)) if samples else ((), ())
-    return LaneSpec(
-        shard=shard, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes, holds_volumes=holds_volumes
-    )
+    return LaneSpec(shard=shard, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes, uris=uris)
 
 
 def _refuse_small(lanes: Sequence[LaneSpec], phase: str, wanted: str, sampling: Sampling) -> None:

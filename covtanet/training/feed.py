@@ -1,8 +1,8 @@
 """Lanes: streams of samples that make the micro-batches of a step. numpy only.
 
 An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so the number of ranks
-changes who computes a micro-batch and never what is in it. Which samples an epoch uses, and in what order, follows
-from seed, epoch and lane alone, so that a training that was interrupted goes on as if it had not been.
+changes who computes a micro-batch and never what is in it. Which samples an epoch uses, and in memory in what
+order, follows from seed, epoch and lane alone, so that a training that was interrupted goes on as if it had not been.
 """
 
 import zlib

@@ -1,14 +1,19 @@
 """What a Ray Train worker does: its lanes of the data, its rank of the model, a checkpoint after every epoch."""
 
+import contextlib
 import logging
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -30,22 +35,24 @@ from covtanet.training.state import load_progress, save_progress
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = re.compile(r"checkpoint_[\d_.-]+")
 SHUFFLE_ROWS, SHUFFLE_BYTES = 512, 1 << 30
 READ_SLICES, READ_VOLUMES = 32, 2
+NUM_FETCH_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaneSpec:
     """A lane as the driver describes it. shard: name of its Ray dataset. names, has_lesion: of all its samples.
 
-    holds_volumes: rows are whole volumes, as in phase 2, rather than slices.
+    uris: in phase 1 the prepared volumes whose slices these are; in phase 2 rows are whole volumes.
     """
 
     shard: str
     names: tuple[str, ...]
     has_lesion: tuple[bool, ...]
     bytes_per_sample: int
-    holds_volumes: bool
+    uris: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +131,22 @@ def _lane(told: Assignment, number: int, specs: tuple[LaneSpec, ...]) -> Lane:
     """A lane in memory where all of the phase fit there, else streamed anew every epoch."""
     spec, config = specs[number], told.config
     sampling = config.sampling(told.phase_config)
-    needed = sum(len(each.names) * each.bytes_per_sample for each in (*told.train, *told.validation))
-    if needed <= config.cache_bytes:
-        return MemoryLane(_load(spec, config.window.size_px), sampling, number)
-    return StreamLane(spec, sampling, number, config.window.size_px)
+    if not fit_in_memory(config, (*told.train, *told.validation)):
+        return StreamLane(spec, sampling, number, config.window.size_px)
+    # Prepared slices that fit are read once, without a plan of Ray Data whose start costs more than the reading.
+    rows = _fetch(spec, config.window.size_px) if told.phase == 1 else _load(spec, config.window.size_px)
+    return MemoryLane(rows, sampling, number)
+
+
+def fit_in_memory(config: TrainingConfig, lanes: Sequence[LaneSpec]) -> bool:
+    """Whether the workers together may keep all samples of a phase."""
+    return sum(len(each.names) * each.bytes_per_sample for each in lanes) <= config.cache_bytes
+
+
+def _fetch(spec: LaneSpec, size_px: int) -> Rows:
+    with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
+        tables = pool.map(lambda uri: pq.read_table(BytesIO(storage.read_bytes(uri))), spec.uris)
+        return _joined([slice_rows(table, size_px) for table in tables])
 
 
 def _read(spec: LaneSpec, size_px: int, **shuffle: int) -> Iterator[Rows]:
@@ -137,7 +156,7 @@ def _read(spec: LaneSpec, size_px: int, **shuffle: int) -> Iterator[Rows]:
     shard = ray.train.get_dataset_shard(spec.shard)
     if shard is None:
         raise RuntimeError("Ray Train has no such dataset")
-    if spec.holds_volumes:
+    if not spec.uris:
         for batch in shard.iter_batches(batch_size=READ_VOLUMES, batch_format="numpy", **shuffle):
             yield {**batch, "name": batch["name"].astype(str)}
         return
@@ -165,7 +184,10 @@ def slice_name(volume: str, index: int) -> str:
 
 
 def _load(spec: LaneSpec, size_px: int) -> Rows:
-    parts = list(_read(spec, size_px))
+    return _joined(list(_read(spec, size_px)))
+
+
+def _joined(parts: list[Rows]) -> Rows:
     if not parts:
         return {"name": np.array([], dtype=str), "has_lesion": np.array([], dtype=bool)}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -224,10 +246,11 @@ def _resume(told: Assignment, ranks: Ranks) -> Progress:
         OSError: where storage does not answer; Ray then starts the workers again.
     """
     progress = Progress()
-    names = [name for name in storage.list_names(told.checkpoints_uri) if name.startswith("checkpoint_")]
+    names = [name for name in storage.list_names(told.checkpoints_uri) if CHECKPOINT.fullmatch(name)]
     for name in reversed(names):  # they are named by time
         with tempfile.TemporaryDirectory() as folder:
-            storage.download_folder(storage.join(told.checkpoints_uri, name), Path(folder))
+            with contextlib.suppress(FileNotFoundError):  # one that was being deleted
+                storage.download_folder(storage.join(told.checkpoints_uri, name), Path(folder))
             try:
                 progress = load_progress(Path(folder))
             except CheckpointError as error:

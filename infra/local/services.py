@@ -141,7 +141,9 @@ class Job:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        self.lines.extend(iter(self.process.stdout.readline, ""))
+        with self.process.stdout as output:
+            for line in output:
+                self.lines.append(line)
 
     @property
     def output(self) -> str:
@@ -170,6 +172,7 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._reader.join(10)
 
     def finish(self, timeout_s: float = 280) -> int:
         """Wait for its end; returns the exit code."""

@@ -5,36 +5,23 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import Cluster
 from faults import Setting, Training
 
 
-@pytest.fixture(scope="module")
-def setting(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return faults.make_setting(cluster.environment, tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
-def clean(setting: Setting) -> Training:
-    training = setting.training("clean")
-    training.run()
-    return training
-
-
 @pytest.mark.timeout(240)
-def test_workers_killed_in_both_phases_leave_no_trace(setting: Setting, clean: Training) -> None:
-    assert faults.kill_workers_in(setting, clean, (1, 2), "both")
+def test_workers_killed_in_both_phases_leave_no_trace(setting: Setting, trained: Training) -> None:
+    assert faults.kill_workers_in(setting, trained, (1, 2), "both")
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "scenario", [faults.cut_checkpoint, faults.between_phases, faults.tracker, faults.not_finite],
-    ids=["driver killed, newest checkpoint cut", "killed between phases", "tracker killed", "loss is no number"],
+    "scenario", [faults.cut_then_between, faults.tracker],
+    ids=["driver killed, checkpoint cut, killed between phases", "tracker killed"],
 )  # fmt: skip
 def test_fault_ends_as_required(
-    scenario: Callable[[Setting, Training], str], setting: Setting, clean: Training
+    scenario: Callable[[Setting, Training], str], setting: Setting, trained: Training
 ) -> None:
-    assert scenario(setting, clean)
+    assert scenario(setting, trained)
 
 
 def test_two_ranks_train_as_one_that_accumulates(tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_covid20_without_a_mask_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("mosmed", "no studies/CT-0 .. CT-4"), ("covid20", "no COVID-19-CT-Seg_20cases"), ("stacks", "no image has a mask"),
+        ("mosmed", "no studies/CT-0 .. CT-4"),
+        ("covid20", "no COVID-19-CT-Seg_20cases"),
+        ("stacks", "no image has a mask"),
         ("manifest", "neither labels.parquet nor labels.csv"),
     ],
 )  # fmt: skip

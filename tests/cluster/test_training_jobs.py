@@ -11,48 +11,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, S3, Cluster
+from faults import EPOCHS, Training
 from mlflow.tracking import MlflowClient
 
-from covtanet import tracking
+from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.data.phantom import make_phantom
 from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_mosmed
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import load_model, save_model
 
-RECIPE = """
-[training]
-dataset = "mosmed"
-size = "small"
-num_folds = 3
-folds = [0]
-validation_share = 0.3
-[training.phase1]
-num_epochs = 2
-batch_size = 2
-learning_rate = 4e-3
-[training.phase2]
-num_epochs = 3
-batch_size = 1
-learning_rate = 1e-3
-"""
-PHASES = {f"V7 fold 0 phase {phase}": list(range(1 + phase)) for phase in (1, 2)}
-
 
 @pytest.fixture(scope="module")
-def registered(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Train one of three folds on tiny phantoms in MosMedData's layout in S3; returns the command's arguments."""
-    folder = tmp_path_factory.mktemp("training")
-    (folder / "tiny.toml").write_text(RECIPE)
-    write_mosmed("s3://bucket/mosmed", configs(15, 31, size_px=64, num_slices=12), 2)
-    arguments = [
-        "--config", str(folder / "tiny.toml"), "--data", "s3://bucket/mosmed", "--storage", "s3://bucket/training",
-        "--experiment", "test", "--artifacts", str(folder / "artifacts"),
-    ]  # fmt: skip
-    output = cluster.run_job("train.py", *arguments)
-    assert "registered covtanet version 1 as challenger" in output
-    assert "every lesion mask is of grade CT-1" in output
-    return arguments
+def registered(trained: Training) -> list[str]:
+    """The registry holds a trained model; returns the arguments of the command that trained it."""
+    return trained.arguments
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +35,7 @@ def _tracking(registered: list[str], cluster: Cluster) -> None:
 
 def runs() -> dict[str, Any]:
     client = MlflowClient()
-    experiment = client.get_experiment_by_name("test")
+    experiment = client.get_experiment_by_name("covtanet")
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
@@ -80,7 +53,7 @@ def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> 
     assert {
         name: [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")]
         for name, run in children.items()
-    } == PHASES
+    } == {f"V7 fold 0 phase {phase}": list(range(EPOCHS[phase - 1])) for phase in (1, 2)}
     for run in children.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == "FINISHED"
@@ -100,7 +73,7 @@ def test_artifacts_hold_configuration_folds_and_pictures() -> None:
 
 
 def test_folds_split_by_patient_and_stand_with_the_run(s3: S3) -> None:
-    (path,) = (s3.folder / "training").glob("test-*/folds.json")
+    (path,) = (s3.folder / "training").glob("covtanet-*/folds.json")
     folds = json.loads(path.read_text())
     assert sorted(folds.values()) == sorted([0, 1, 2] * 5)
 
@@ -118,7 +91,7 @@ def test_registered_version_holds_weights_network_and_preprocessing(registered: 
     model = load_model(resolved.folder, resolved.digest)
     assert model.preprocessing["window"] == {"low_hu": -1000.0, "high_hu": 400.0, "size_px": 128}
     assert model.preprocessing["slice_step_mm"] == 2.5
-    assert model.provenance["recipe"]["phase2"]["num_epochs"] == 3
+    assert model.provenance["recipe"]["phase2"]["num_epochs"] == EPOCHS[1]
     assert len(model.provenance["seen_sources"]) == model.provenance["num_volumes"] == 10
     tags = MlflowClient().get_model_version("covtanet", "1").tags
     assert tags["covtanet.model_digest"] == resolved.digest
@@ -141,7 +114,7 @@ def test_ablation_rows_share_the_folds_and_fill_table_i(
     registered: list[str], s3: S3, cluster: Cluster, tmp_path: Path
 ) -> None:
     output = cluster.run_job("train.py", *registered, "--ablation", "V1", "--fold", "1")
-    (trained,) = (s3.folder / "training").glob("test-*")
+    (trained,) = (s3.folder / "training").glob("covtanet-*")
     assert f"s3://bucket/training/{trained.name}" in output
     output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/training/{trained.name}", "--out", str(tmp_path))
     for row in ("V1 | ours, fold 1", "V7 | ours, fold 0", "Unet | ours, fold 1", "TA-SegNet | ours", "CovTANet | ours"):
@@ -153,21 +126,29 @@ def test_ablation_rows_share_the_folds_and_fill_table_i(
     assert {"table-i.csv", "table-ii.png", "table-iv.csv", "V7-roc.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_first_champion_needs_a_reason_and_then_screens_by_its_alias(
-    registered: list[str], s3: S3, cluster: Cluster
-) -> None:
+@pytest.fixture(scope="module")
+def screened(registered: list[str], cluster: Cluster, s3: S3) -> list[dict[str, Any]]:
+    """The first champion, made by force, screens a phantom as a NIfTI file and as a DICOM folder by its alias."""
     output = cluster.run_job("promote.py", "--dataset", "mosmed", "--data", "s3://bucket/mosmed", expect=3)
     assert "there is no champion to compare with" in output
     output = cluster.run_job("promote.py", "--force", "the first one")
     assert "champion is version 1, was none" in output
-    assert MlflowClient().get_model_version("covtanet", "1").tags["covtanet.promoted_by_force"] == "the first one"
+    (config,) = configs(1, 63, size_px=96, num_slices=20)
+    phantom = make_phantom(config)
+    storage.write_bytes("s3://bucket/both/a.nii.gz", nifti.write(phantom.hu, nifti_grid(phantom)))
+    for index, data in enumerate(dicom_objects(phantom, 63)):
+        storage.write_bytes(f"s3://bucket/both/study/{index:03d}", data)
     cluster.run_job(
-        "screen.py", "--archive", "s3://bucket/mosmed/studies/CT-2", "--ledger", "s3://bucket/by-alias",
-        "--model", "models:/covtanet@champion", "--limit", "2", "--results", "s3://bucket/by-alias-results",
+        "screen.py", "--archive", "s3://bucket/both", "--ledger", "s3://bucket/by-alias",
+        "--model", "models:/covtanet@champion", "--results", "s3://bucket/by-alias-results",
     )  # fmt: skip
-    (committed,) = (s3.folder / "by-alias").glob("date=*/*.parquet")
-    rows = pq.read_table(committed).to_pylist()
-    assert [(row["status"], row["model_name"], row["model_version"]) for row in rows] == [
+    rows: list[dict[str, Any]] = pq.read_table(s3.folder / "by-alias").to_pylist()
+    return rows
+
+
+def test_champion_screens_by_its_alias(screened: list[dict[str, Any]], s3: S3) -> None:
+    assert MlflowClient().get_model_version("covtanet", "1").tags["covtanet.promoted_by_force"] == "the first one"
+    assert [(row["status"], row["model_name"], row["model_version"]) for row in screened] == [
         ("screened", "covtanet", "1")
     ] * 2
     kept = sorted(path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file())
@@ -181,31 +162,20 @@ VALUES = (
 )  # fmt: skip
 
 
-def test_pyfunc_gives_the_jobs_values_on_a_file_and_on_a_folder(
-    registered: list[str], cluster: Cluster, tmp_path: Path
-) -> None:
+def test_pyfunc_gives_the_jobs_values_on_a_file_and_on_a_folder(screened: list[dict[str, Any]], s3: S3) -> None:
     """The flavour for those who trust their registry, loaded as they would."""
-    cluster.run_job("promote.py", "--force", "for this test")
-    (config,) = configs(1, 63, size_px=96, num_slices=20)
-    phantom, archive = make_phantom(config), tmp_path / "archive"
-    (archive / "study").mkdir(parents=True)
-    (archive / "a.nii.gz").write_bytes(nifti.write(phantom.hu, nifti_grid(phantom)))
-    for index, data in enumerate(dicom_objects(phantom, 63)):
-        (archive / "study" / f"{index:03d}").write_bytes(data)
-    cluster.run_job(
-        "screen.py", "--archive", str(archive), "--ledger", str(tmp_path / "ledger"),
-        "--model", "models:/covtanet@champion",
-    )  # fmt: skip
-    expected = {row["source_format"]: row for row in pq.read_table(tmp_path / "ledger").to_pylist()}
+    expected = {row["source_format"]: row for row in screened}
     loaded = mlflow.pyfunc.load_model("models:/covtanet@champion")
-    found = loaded.predict([str(archive / "a.nii.gz"), str(archive / "study")])
+    found = loaded.predict(["s3://bucket/both/a.nii.gz", str(s3.folder / "both" / "study")])
     assert list(found["source_format"]) == ["nifti", "dicom"]
+    assert list(found["run_id"]) == [None, None]
     for _, row in found.iterrows():
         job = expected[row["source_format"]]
         for name in VALUES:
-            same = row[name] == job[name] or (job[name] is None and row[name] is None)
-            both = isinstance(job[name], float) and np.isclose(row[name], job[name], rtol=1e-6)
-            assert same or both, (name, row[name], job[name])
+            if isinstance(job[name], float):
+                assert row[name] == pytest.approx(job[name], rel=1e-6), name
+            else:
+                assert row[name] == job[name], name
 
 
 def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
