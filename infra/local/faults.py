@@ -240,22 +240,30 @@ def cut_checkpoint(setting: Setting, clean: Training) -> str:
     return check_like(training, clean, setting.tolerance)
 
 
-def cut_then_between(setting: Setting, clean: Training) -> str:
-    """One training: driver killed and the newest checkpoint cut, then killed between the phases."""
-    training = setting.training("cut-between")
-    job = training.start()
-    job.wait_for(training.has_epochs(1, 3))
-    job.kill()
-    weights = training.checkpoints(1)[-1] / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    job = training.start()
-    job.wait_for(lambda: (training.fold / "phase1" / "phase.json").exists())
-    job.kill()
-    assert "a checkpoint is left out" in job.output, "the cut checkpoint was taken"
-    assert "phase 1 continues after epoch" in job.output, "phase 1 started over"
-    output = training.run()
-    assert "phase 1 epoch" not in output, "phase 1 was trained again"
-    return check_like(training, clean, setting.tolerance)
+def cut_with_tracker_gone(setting: Setting, clean: Training) -> str:
+    """One training: driver killed and the newest checkpoint cut; started again, MLflow's server is killed under it."""
+    training = setting.training("cut-tracker", more="phases = [1]")
+    (port,) = free_ports(1)
+    server = start_mlflow(training.folder, port)
+    training.environment = {**training.environment, **server.environment}
+    try:
+        job = training.start()
+        job.wait_for(training.has_epochs(1, 3))
+        job.kill()
+        weights = training.checkpoints(1)[-1] / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        job = training.start()
+        job.says("phase 1 continues after epoch")
+        os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        assert job.finish() == 5, job.output[-4000:]
+        assert "a checkpoint is left out" in job.output, "the cut checkpoint was taken"
+        server = start_mlflow(training.folder, port)
+        output = training.run()
+        assert "phase 1 epoch" not in output, "phase 1 was trained again"
+        return check_like(training, clean, setting.tolerance, phases=(1,))
+    finally:
+        server.stop()
 
 
 def not_finite(setting: Setting, clean: Training) -> str:

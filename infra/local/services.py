@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
-STOP_TIMEOUT_S = 15
+STOP_TIMEOUT_S = 5
 # More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one.
 NUM_LOGICAL_CPUS = 4
 OBJECT_STORE_BYTES = 1 << 30

@@ -135,7 +135,7 @@ def test_tables_are_in_the_papers_form_with_its_figures_beside_ours() -> None:
     assert cells(table_iv, "CovTANet", "ours")["Normal vs. Severe Acc."] == (pytest.approx(100), pytest.approx(0))
     assert cells(table_iv, "VGG-19", "ours")["Normal vs. Severe Acc."] is None
     text = table_ii.as_markdown()
-    assert re.search(r"\| TA-SegNet \| ours, fold 0\\+1: 2 volumes \| .*70.0±14.14 \|", text)
+    assert re.search(r"\| TA-SegNet \| ours, fold 0\+1: 2 volumes \| .*70.0±14.14 \|", text)
     assert "phantoms" in text
     assert "FCN | ours" not in text  # not trained, not shown
     assert '"Table I, ablation of TA-SegNet",V2,ours,Dice,,,' in table_i.as_csv()  # null, not 0
