@@ -160,7 +160,6 @@ def trained(setting: "Setting", s3: S3, cluster: Cluster) -> "Training":
     training.storage, training.stored = "s3://bucket/training", s3.folder / "training"
     training.environment = cluster.environment
     output = training.run()
-    print(output)
     assert "registered covtanet version 1 as challenger" in output
     assert "every lesion mask is of grade CT-1" in output
     return training
