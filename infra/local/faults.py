@@ -146,10 +146,11 @@ class Training:
 
 
 def difference(one: Training, other: Training, phases: tuple[int, ...]) -> float:
-    """The largest difference of any weight."""
+    """The largest difference of any weight; how many batches one worker saw is no weight."""
     first, second = one.weights(phases), other.weights(phases)
     assert first.keys() == second.keys()
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+    names = [name for name in first if not name.endswith("num_batches_tracked")]
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in names)
 
 
 def check_like(
