@@ -23,8 +23,9 @@ demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledge
 screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri
 	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)"
 
-test: .venv/.installed ## the test suite (12 minutes)
-	@$(BIN)/python -m pytest tests
+test: .venv/.installed ## the test suite (15 minutes)
+	@$(BIN)/python -m pytest tests/unit -n 2
+	@$(BIN)/python -m pytest tests/cluster
 
 check: .venv/.installed ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
@@ -34,8 +35,8 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py
 
-faults: .venv/.installed ## real kills against real jobs: make faults SUITE=training (10 minutes)
-	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),training)
+faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, all; 30 minutes)
+	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
 
 clean: ## remove what the demo and the benchmark left
 	rm -rf .demo .bench

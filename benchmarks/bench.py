@@ -177,13 +177,15 @@ def plain_loop(folder: Path) -> None:
     config = ScreeningConfig()
     model = load_model(model_folder())
     window = WindowConfig(**model.preprocessing["window"])
-    predictor = Predictor(model, num_threads=CORES)
+    predictor, decoder = Predictor(model, num_threads=CORES), stages.in_process(window, config)
     for prefix, objects in storage.walk(str(folder)):
         series, _ = manifest.scan_folder(
             prefix, objects, lambda path, size: storage.read_bytes(f"{folder}/{path}", size)
         )
         for each in series:
-            row = stages.decode_and_prepare(each.to_row(), archive=str(folder), window=window, config=config)
+            row = stages.decode_and_prepare(
+                each.to_row(), archive=str(folder), window=window, config=config, decoder=decoder
+            )
             stages.measure(stages.predict(row, predictor), config)
 
 

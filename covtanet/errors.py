@@ -2,11 +2,15 @@
 
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
+├── AlreadyCommittedError  another driver of the run was first
 ├── CheckpointError  a saved model is missing, damaged or not what its digest says
 ├── TrainingError    a training cannot go on; what it has done so far is kept
-└── StudyError       one series cannot be screened, by its own fault
+├── StudyError       one series cannot be screened, by its own fault
+├── StudyTimeoutError  one series takes longer than it may
+└── DecoderError     a fault of this software, found in the decoder's child process
 
-Trouble with storage is an ``OSError``, as everywhere in Python.
+Trouble with storage is an ``OSError``, as everywhere in Python; what makes every object fail is not one object's
+trouble and ends a job: ``covtanet.storage.AccessError``.
 """
 
 
@@ -16,6 +20,10 @@ class CovtanetError(Exception):
 
 class ConfigError(CovtanetError):
     """The run cannot start as asked; the message says found, expected and where."""
+
+
+class AlreadyCommittedError(CovtanetError):
+    """Another driver of the same run committed first; its ledger stands."""
 
 
 class CheckpointError(CovtanetError):
@@ -45,3 +53,11 @@ class StudyError(CovtanetError):
 
 def _study_error(reason: str, message: str, series_uid: str) -> StudyError:
     return StudyError(reason, message, series_uid=series_uid)
+
+
+class StudyTimeoutError(CovtanetError):
+    """One series takes longer than it may."""
+
+
+class DecoderError(CovtanetError):
+    """A fault of this software in the decoder's child process; the message is type and place."""

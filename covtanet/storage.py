@@ -1,16 +1,20 @@
 """Where bytes live: a local path or an s3:// URI to listings, reads and whole-object writes.
 
 Nobody else knows which it is. Endpoint and credentials of S3 come from the standard AWS variables. Keys are opaque:
-they are never unquoted, normalised or joined with anything but ``/``. Trouble is always an ``OSError``.
+they are never unquoted, normalised or joined with anything but ``/``. A file name on a disk that is no UTF-8 is listed
+with each such byte as a character of a private range, and found again by it. Trouble is always an ``OSError``.
 """
 
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,10 +25,27 @@ import boto3
 import pyarrow.fs as pafs
 import s3fs
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
+from urllib3.exceptions import HTTPError
+
+from covtanet.errors import ConfigError
 
 S3 = "s3://"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, MAX_ATTEMPTS = 10, 60, 5
+CHUNK_BYTES = 1 << 20
+NO_ACCESS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+# A byte that is no UTF-8 stands in a listed path as one of these characters.
+ODD_BYTE_AT = 0xF700
+
+
+class AccessError(OSError):
+    """The store refuses our credentials, so that no object can be read or written."""
+
+
+class ObjectChangedError(OSError):
+    """An object is not what the listing said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +75,18 @@ def resolve(root: str, path: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The URI with an absolute local path and no trailing slash."""
+    """The URI with an absolute local path and no trailing slash.
+
+    Raises:
+        ConfigError: for another scheme than s3:// and file://, and for an s3:// URI that is more than bucket and key.
+    """
+    scheme = SCHEME.match(uri)
+    if scheme and scheme[0].lower() not in (S3, "file://"):
+        raise ConfigError(f"{scheme[0]} is no storage of ours, expected a path or s3://BUCKET/PREFIX")
+    if is_s3(uri):
+        bucket, _, key = uri.removeprefix(S3).partition("/")
+        if not BUCKET.fullmatch(bucket) or ".." in key.split("/"):
+            raise ConfigError("expected s3://BUCKET/PREFIX without user, port, query or '..'")
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
 
 
@@ -77,11 +109,11 @@ def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
             continue
         seen.add((status.st_dev, status.st_ino))
         subfolders.sort()
-        relative = Path(folder).relative_to(root).as_posix()
+        relative = _listed(Path(folder).relative_to(root).as_posix())
         prefix = "" if relative == "." else f"{relative}/"
         found = []
         for name in sorted(names):
-            info = _file_info(Path(folder) / name, f"{prefix}{name}")
+            info = _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
             if info is not None:
                 found.append(info)
         if found:
@@ -95,6 +127,18 @@ def _file_info(path: Path, relative: str) -> ObjectInfo | None:
     except OSError:
         return ObjectInfo(relative, 0, "unreadable")
     return ObjectInfo(relative, status.st_size, str(status.st_mtime_ns)) if S_ISREG(status.st_mode) else None
+
+
+def _listed(name: str) -> str:
+    """A name from the disk as valid Unicode."""
+    return "".join(chr(ODD_BYTE_AT + ord(c) - 0xDC00) if "\udc80" <= c <= "\udcff" else c for c in name)
+
+
+def _on_disk(path: str) -> Path:
+    """The inverse of ``_listed``, where no file has the name as it stands."""
+    if not any(ODD_BYTE_AT + 0x80 <= ord(c) <= ODD_BYTE_AT + 0xFF for c in path) or Path(path).exists():
+        return Path(path)
+    return Path("".join(chr(ord(c) - ODD_BYTE_AT + 0xDC00) if 0xF780 <= ord(c) <= 0xF7FF else c for c in path))
 
 
 def _raise(error: OSError) -> None:
@@ -145,20 +189,17 @@ def exists(uri: str) -> bool:
         return Path(uri).is_file()
     bucket, key = _split(uri)
     try:
-        _client().head_object(Bucket=bucket, Key=key)
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            return False
-        raise OSError(f"storage answered {error.response['ResponseMetadata']['HTTPStatusCode']}") from error
-    except BotoCoreError as error:
-        raise OSError(f"storage: {type(error).__name__}") from error
+        with _as_os_error():
+            _client().head_object(Bucket=bucket, Key=key)
+    except FileNotFoundError:
+        return False
     return True
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """Read an object, or only its first bytes."""
     if not is_s3(uri):
-        with Path(uri).open("rb") as file:
+        with _on_disk(uri).open("rb") as file:
             return file.read() if max_bytes is None else file.read(max_bytes)
     bucket, key = _split(uri)
     extra = {} if max_bytes is None else {"Range": f"bytes=0-{max_bytes - 1}"}
@@ -169,6 +210,54 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # an empty object has no first byte
                 return b""
             raise
+
+
+def read_chunks(uri: str, expected: ObjectInfo) -> Iterator[bytes]:
+    """Read an object in chunks, as long as it is the one that was listed.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        ObjectChangedError: size, ETag or time of change is another, or another number of bytes comes.
+    """
+    num_bytes = 0
+    for chunk in _chunks_of_object(uri, expected) if is_s3(uri) else _chunks_of_file(_on_disk(uri), expected):
+        num_bytes += len(chunk)
+        yield chunk
+    if num_bytes != expected.num_bytes:
+        raise ObjectChangedError("an object has another size than it was listed with")
+
+
+def _chunks_of_file(path: Path, expected: ObjectInfo) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if (status.st_size, str(status.st_mtime_ns)) != (expected.num_bytes, expected.version):
+            raise ObjectChangedError("a file is another than was listed")
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _chunks_of_object(uri: str, expected: ObjectInfo) -> Iterator[bytes]:
+    """A stream that breaks is taken up where it broke, a few times."""
+    bucket, key = _split(uri)
+    done = 0
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            with _as_os_error():
+                extra = {"Range": f"bytes={done}-"} if done else {}
+                answer = _client().get_object(Bucket=bucket, Key=key, **extra)
+                length = int(answer["ContentLength"]) + done
+                if (length, str(answer.get("ETag", "")).strip('"')) != (expected.num_bytes, expected.version):
+                    raise ObjectChangedError("an object is another than was listed")
+                for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
+                    done += len(chunk)
+                    yield chunk
+            return
+        except (FileNotFoundError, ObjectChangedError, AccessError):
+            raise
+        except OSError:
+            if attempt == MAX_ATTEMPTS - 1 or done >= expected.num_bytes:
+                raise
+            time.sleep(2**attempt / 4)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -182,12 +271,34 @@ def upload(path: Path, uri: str) -> None:
         _put(uri, file)
 
 
-def _put(uri: str, file: IO[bytes]) -> None:
+def create(path: Path, uri: str) -> bool:
+    """Publish a local file as ``upload`` does, but only where there is no such object yet; returns whether it did."""
+    with path.open("rb") as file:
+        return _put(uri, file, only_new=True)
+
+
+def honours_create(folder: str) -> bool:
+    """Whether the store under this folder keeps ``create`` from replacing an object; some S3 servers do not."""
+    if not is_s3(folder):
+        return True
+    uri = join(folder, f"_probe-{uuid.uuid4().hex}")
+    try:
+        return _put(uri, io.BytesIO(b"1"), only_new=True) and not _put(uri, io.BytesIO(b"2"), only_new=True)
+    finally:
+        delete(uri)
+
+
+def _put(uri: str, file: IO[bytes], *, only_new: bool = False) -> bool:
     if is_s3(uri):
         bucket, key = _split(uri)
         with _as_os_error():
-            _client().put_object(Bucket=bucket, Key=key, Body=file)
-        return
+            try:
+                _client().put_object(Bucket=bucket, Key=key, Body=file, **({"IfNoneMatch": "*"} if only_new else {}))
+            except ClientError as error:
+                if only_new and error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                    return False
+                raise
+        return True
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix="._", dir=target.parent)
@@ -197,10 +308,15 @@ def _put(uri: str, file: IO[bytes]) -> None:
             out.flush()
             os.fsync(out.fileno())
         Path(partial).chmod(0o644)
+        if only_new:
+            with suppress(FileExistsError):
+                os.link(partial, target)
+                return True
+            return False
         Path(partial).replace(target)
-    except BaseException:
+    finally:
         Path(partial).unlink(missing_ok=True)
-        raise
+    return True
 
 
 def download_folder(uri: str, target: Path) -> None:
@@ -254,13 +370,30 @@ def version_digest(objects: list[ObjectInfo]) -> str:
     return digest.hexdigest()
 
 
-def content_digest(contents: list[tuple[str, bytes]]) -> str:
-    """SHA-256 over name, size and SHA-256 of each object's bytes, by name."""
-    digest = hashlib.sha256()
-    for path, data in sorted(contents):
-        line = f"{path}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+class ContentDigest:
+    """SHA-256 over name, size and SHA-256 of each object's bytes, by name, taken as the bytes pass."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    @property
+    def num_objects(self) -> int:
+        """Objects that have passed to their end."""
+        return len(self._lines)
+
+    def passing(self, path: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The same chunks, noted."""
+        digest, num_bytes = hashlib.sha256(), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            num_bytes += len(chunk)
+            yield chunk
+        self._lines[path] = f"{path}\0{num_bytes}\0{digest.hexdigest()}\n"
+
+    def hexdigest(self) -> str:
+        """The digest of all that has passed."""
+        lines = "".join(line for _, line in sorted(self._lines.items()))
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -293,6 +426,10 @@ def _as_os_error() -> Iterator[None]:
         status = int(error.response["ResponseMetadata"]["HTTPStatusCode"])
         if status == 404:
             raise FileNotFoundError("no such object or bucket in the object store") from None
+        if error.response["Error"].get("Code") in NO_ACCESS:
+            raise AccessError(f"the object store refuses the credentials: {error.response['Error']['Code']}") from None
         raise OSError(f"the object store answered {status} {error.response['Error'].get('Code', '')}") from None
-    except BotoCoreError as error:
+    except (NoCredentialsError, CredentialRetrievalError) as error:
+        raise AccessError(f"no credentials for the object store: {type(error).__name__}") from None
+    except (BotoCoreError, HTTPError) as error:
         raise OSError(f"the object store does not answer: {type(error).__name__}") from None

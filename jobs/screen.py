@@ -4,8 +4,16 @@ python jobs/screen.py --archive URI --ledger URI --model REF
 ray job submit --working-dir . -- python jobs/screen.py --archive URI --ledger URI --model REF
 
 URIs are local paths or s3://BUCKET/PREFIX. REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a
-saved model. Exit codes: 0 committed now or before, 2 usage, 3 refused to start, 1 anything else: the same command
-continues, but where the log speaks of a fault of this software. Research use only, not a medical device.
+saved model. The last line of the log says how it ended:
+
+0  committed, now or before, or nothing new
+2  usage
+3  refused to start
+4  committed, but more series were rejected or failed than --max-rejected and --max-failed allow, or all were rejected
+5  another driver of this run committed first
+1  anything else; the same command continues, but where the log speaks of a fault of this software
+
+Research use only, not a medical device.
 """
 
 import argparse
@@ -21,9 +29,9 @@ from typing import Any
 import ray
 from cluster import check_tracking, connect, parser, place, start_logging
 
-from covtanet import tracking
+from covtanet import storage, tracking
 from covtanet.config import load_config
-from covtanet.errors import CheckpointError, ConfigError
+from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError
 from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.screening import ledger, pipeline
@@ -31,6 +39,15 @@ from covtanet.screening.predictor import window_of
 from covtanet.screening.stages import config_values, for_model
 
 logger = logging.getLogger("covtanet.screen")
+
+ENDINGS = {
+    0: "committed, or nothing to do",
+    1: "not committed; the same command continues",
+    3: "refused to start",
+    4: "committed, with more rejected or failed series than allowed",
+    5: "another driver committed this run",
+}
+MIN_SITE_KEY_BYTES = 16
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +63,19 @@ def parse() -> argparse.Namespace:
     options.add_argument("--limit", type=int, default=0, help="screen only the first N series; default: all")
     options.add_argument("--group-by", choices=("folder", "uid"), help="what makes DICOM objects a series")
     options.add_argument("--config", type=Path, help="TOML file with a [screening] table")
+    options.add_argument(
+        "--since", choices=("last",), help="last: only series that are new, changed or failed since earlier runs"
+    )
+    options.add_argument(
+        "--max-rejected", type=share, default=1.0, help="largest share of rejected series for exit code 0; default 1.0"
+    )
+    options.add_argument(
+        "--max-failed", type=share, default=0.05, help="largest share of failed series for exit code 0; default 0.05"
+    )
+    options.add_argument("--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)")
+    options.add_argument(
+        "--linkage", default="", help="folder or s3:// prefix for what names a study (deidentify = true)"
+    )
     options.add_argument("--plan", action="store_true", help="freeze the manifest, print what would be done, stop")
     arguments = options.parse_args()
     if arguments.limit < 0:
@@ -53,21 +83,42 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def share(text: str) -> float:
+    """A share between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError("expected a share between 0 and 1")
+    return value
+
+
 def main() -> int:
-    """Run the job; what refuses to start is told in one line."""
+    """Run the job; how it ended is told in one line."""
     arguments = parse()
     start_logging()
+    code = 1
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return screen(arguments, Path(folder))
+            code = screen(arguments, Path(folder))
     except (ConfigError, CheckpointError) as error:
         logger.error("%s", error)
-        return 3
+        code = 3
+    except AlreadyCommittedError as error:
+        logger.error("%s", error)
+        code = 5
     except OSError as error:  # its text may name a study
         logger.error("storage: %s; the same command continues", type(error).__name__)
-        return 1
+    except ray.exceptions.RayError as error:  # as may that of a worker's error
+        logger.error("Ray: %s; the same command continues", cause_of(error))
     finally:
         ray.shutdown()
+        logger.info("exit code %d: %s", code, ENDINGS[code])
+    return code
+
+
+def cause_of(error: BaseException) -> str:
+    """The type of an error of Ray's and of the error of ours within it."""
+    cause = getattr(error, "cause", None)
+    return f"{type(error).__name__} of {type(cause).__name__}" if cause is not None else type(error).__name__
 
 
 def screen(arguments: argparse.Namespace, folder: Path) -> int:
@@ -91,32 +142,76 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
         logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
+    run = hide_identities(run, arguments) if config.deidentify else run
+    run = replace(run, run_date=arguments.run_date or ledger.choose_date(run))
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
     if ledger.is_committed(run):
         ledger.clean_up(run)
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)
         return 0
+    is_exclusive = storage.honours_create(run.ledger)
+    if not is_exclusive:
+        logger.warning("this store lets a PUT replace a file; two drivers of one run are found out, not kept apart")
     connect()
     ledger.begin(run)
-    pipeline.make_manifest(run, config)
-    if arguments.plan:
-        print(plan_table(run, pipeline.plan(run), ledger.read_manifest(run)))
-        return 0
-    pipeline.screen(run, config, window, model.folder, results)
-    accounting = ledger.commit(run)
+    try:
+        pipeline.make_manifest(run, config)
+        if arguments.plan:
+            print(plan_table(run, pipeline.plan(run), ledger.read_manifest(run)))
+            return 0
+        pipeline.screen(run, config, window, model.folder, results)
+        accounting = ledger.commit(run, is_exclusive=is_exclusive)
+    except Exception as error:
+        if not isinstance(error, AlreadyCommittedError) and ledger.is_committed(run):
+            raise AlreadyCommittedError("another driver of this run committed while this one worked") from error
+        raise
     print(screening_table(run, accounting, time.monotonic() - started))
     print(ignored_line(ledger.read_ignored(run)))
+    return judge(accounting, arguments.max_rejected, arguments.max_failed)
+
+
+def judge(accounting: ledger.Accounting, max_rejected: float, max_failed: float) -> int:
+    """The exit code of a committed run."""
+    num_rejected, num_series = accounting.rejected.total(), accounting.series
     if accounting.failures["internal_error"]:
         logger.error("%d series met a fault of this software", accounting.failures["internal_error"])
         return 1
+    if num_series and (
+        num_rejected > max_rejected * num_series
+        or accounting.failed > max_failed * num_series
+        or num_rejected == num_series
+    ):
+        logger.error("%d rejected and %d failed of %d series", num_rejected, accounting.failed, num_series)
+        return 4
     return 0
+
+
+def hide_identities(run: ledger.Run, arguments: argparse.Namespace) -> ledger.Run:
+    """The run with the site's key and the place of its linkage table.
+
+    Raises:
+        ConfigError: without either, or with a key that others can read.
+    """
+    if arguments.site_key is None or not arguments.linkage:
+        raise ConfigError("deidentify = true needs --site-key FILE and --linkage URI")
+    try:
+        key = arguments.site_key.read_bytes().strip()
+        mode = arguments.site_key.stat().st_mode
+    except OSError as error:
+        raise ConfigError("the site key cannot be read") from error
+    if len(key) < MIN_SITE_KEY_BYTES or mode & 0o077:
+        raise ConfigError(f"the site key needs {MIN_SITE_KEY_BYTES} bytes and mode 0600")
+    linkage = place(arguments.linkage, "--linkage")
+    for other in (run.archive, run.ledger):
+        ledger.check_places(other, linkage)
+    return replace(run, site_key=key, linkage=linkage)
 
 
 def make_run(
     arguments: argparse.Namespace, archive: str, ledger_uri: str, model: tracking.ModelRef, values: dict[str, Any]
 ) -> ledger.Run:
-    """The run's identity; without a date the newest unfinished one of the same kind, else today's."""
-    run = ledger.Run(
+    """The run's identity, but for its date."""
+    return ledger.Run(
         archive=archive,
         ledger=ledger_uri,
         run_date=date.min,
@@ -126,8 +221,8 @@ def make_run(
         config_digest=ledger.digest_of(values),
         software_version=tracking.software_version(),
         limit=arguments.limit,
+        since_last=arguments.since == "last",
     )
-    return replace(run, run_date=arguments.run_date or ledger.choose_date(ledger_uri, run.key))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from covtanet.model.covtanet import SIZES, CovTANet
 
 if TYPE_CHECKING:
     from faults import Setting, Training
+    from faults_screening import Screening
     from services import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,3 +164,18 @@ def trained(setting: "Setting", s3: S3, cluster: Cluster) -> "Training":
     assert "registered covtanet version 1 as challenger" in output
     assert "every lesion mask is of grade CT-1" in output
     return training
+
+
+@pytest.fixture(scope="session")
+def screening(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> "Screening":
+    """An archive in S3 with damaged series, a model, and the ledger of an undisturbed run."""
+    from faults_screening import Screening, fill
+
+    folder = tmp_path_factory.mktemp("screening")
+    found = Screening(folder=folder, bucket=s3.folder, s3=None, environment=cluster.environment)
+    fill(found)
+    output = found.run("clean")
+    assert "ignored, no series: 1 .txt" in output
+    assert "this store lets a PUT replace a file" in output  # rclone does
+    found.clean = found.table("clean")
+    return found

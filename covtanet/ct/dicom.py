@@ -1,17 +1,18 @@
 """A DICOM CT series to a Volume in HU, and a volume to a DICOM series.
 
 Slices are ordered by their position in the patient and rescaled one by one; the geometry's arithmetic is highdicom's.
-Not covered: Enhanced multi-frame objects, lossy JPEG, colour.
+Not covered: lossy JPEG, deflated objects, colour.
 """
 
 import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
@@ -21,31 +22,31 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     JPEG2000,
+    UID,
     CTImageStorage,
-    EnhancedCTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
-    LegacyConvertedEnhancedCTImageStorage,
     RLELossless,
 )
 
 from covtanet.ct import nifti
+from covtanet.ct.frames import ENHANCED_CLASSES, PLAIN_SYNTAXES, Frame, frames_of
 from covtanet.ct.volume import MAX_SHEAR, Volume, canonical_volume
 from covtanet.errors import StudyError
 
 MAGIC_AT, MAGIC = 128, b"DICM"
-PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
+META_GROUP, SYNTAX_ELEMENT, LONG_VRS = b"\x02\x00", b"\x10\x00", (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR")
+MAX_INFLATED_HEAD_BYTES = 4 << 20
 DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     JPEGLossless: imagecodecs.jpegsof3_decode,
     JPEGLosslessSV1: imagecodecs.jpegsof3_decode,
@@ -55,7 +56,11 @@ DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     JPEG2000Lossless: imagecodecs.jpeg2k_decode,
 }
 SYNTAXES = {*PLAIN_SYNTAXES, *DECODERS, RLELossless}
-ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
+RLE_HEADER_BYTES, MAX_RLE_SEGMENTS = 64, 15
+_decode_rle = imagecodecs.dicomrle_decode  # loaded now: the sandbox opens no file later
+GREY = {"", "MONOCHROME1", "MONOCHROME2"}
+HU_TYPES = {"", "HU", "HU_MOD", "US"}
+AIR_PADDING_HU = -1024
 SPACING_RTOL = 0.05
 ORIENTATION_ATOL = 1e-3
 PIXEL_SPACING_ATOL_MM = 1e-3
@@ -63,12 +68,13 @@ PIXEL_SPACING_ATOL_MM = 1e-3
 PERPENDICULAR_TOL = 1 - (1 - MAX_SHEAR**2) ** 0.5
 HEAD_TAGS: list[BaseTag | int] = [Tag("StudyInstanceUID"), Tag("SeriesInstanceUID")]
 SERIES_UID_TAG = BaseTag(0x0020000E)
-UID = re.compile(r"[0-9.]{1,64}")
+UID_TEXT = re.compile(r"[0-9.]{1,64}")
 READ_TAGS = [
     "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
     "RescaleSlope", "RescaleIntercept", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "PixelData",
+    "PixelRepresentation", "PixelData", "PatientID", "PhotometricInterpretation", "PixelPaddingValue", "RescaleType",
+    "ContrastBolusAgent", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
 
@@ -117,9 +123,18 @@ def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | No
 
     with _quiet():
         try:
-            dataset = pydicom.filereader.read_partial(
-                BytesIO(head), stop_when=after_series_uid, specific_tags=HEAD_TAGS
-            )
+            syntax, start = transfer_syntax(head)
+            if syntax == DeflatedExplicitVRLittleEndian:
+                stream = zlib.decompressobj(-zlib.MAX_WBITS)
+                plain = stream.decompress(head[start:], MAX_INFLATED_HEAD_BYTES)
+                is_whole = is_whole and stream.eof
+                dataset = pydicom.filereader.read_dataset(
+                    BytesIO(plain), False, True, stop_when=after_series_uid, specific_tags=HEAD_TAGS
+                )
+            else:
+                dataset = pydicom.filereader.read_partial(
+                    BytesIO(head), stop_when=after_series_uid, specific_tags=HEAD_TAGS
+                )
             series_uid, study_uid = dataset.get("SeriesInstanceUID"), dataset.get("StudyInstanceUID")
         except Exception:  # any parser error on foreign bytes means the same: no identity
             return None
@@ -131,19 +146,24 @@ def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | No
 def _clean_uid(value: object) -> str:
     """A UID as it is, or a digest of what stands in its place: free text may name a patient."""
     text = str(value)
-    return text if UID.fullmatch(text) else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text if UID_TEXT.fullmatch(text) else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def read_series(objects: Sequence[bytes], *, num_threads: int = 1) -> Volume:
+def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
     """Read one series.
 
-    objects: the bytes of its DICOM objects, in any order. num_threads: how many slices are decoded at a time.
+    objects: the bytes of its DICOM objects, in any order; each is let go once it is parsed. num_threads: how many
+    slices are decoded at a time.
 
     Raises:
         StudyError: with the first reason that holds, in the order of ``covtanet.screening.records.REASONS``.
     """
     with _quiet():
-        datasets = [_parse(data) for data in objects]
+        datasets: list[FileDataset] = []
+        for data in objects:
+            if len(datasets) == nifti.MAX_SLICES:
+                raise StudyError("too_large", f"more than {nifti.MAX_SLICES} objects")
+            datasets.append(_parse(data))
         for dataset in datasets:
             _check_numbers(dataset)
         return _read(datasets, num_threads)
@@ -151,26 +171,32 @@ def read_series(objects: Sequence[bytes], *, num_threads: int = 1) -> Volume:
 
 def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
     _check_class(datasets)
-    for dataset in datasets:
-        _check_complete(dataset)
-    shapes = {(int(dataset.Rows), int(dataset.Columns)) for dataset in datasets}
-    num_voxels = sum(int(dataset.Rows) * int(dataset.Columns) for dataset in datasets)
+    _check_one_patient(datasets)
+    frames = frames_of(datasets)
+    if len(frames) > nifti.MAX_SLICES:
+        raise StudyError("too_large", f"{len(frames)} slices, expected at most {nifti.MAX_SLICES}")
+    for frame in frames:
+        _check_numbers(frame.dataset)
+        _check_complete(frame)
+    headers = [frame.dataset for frame in frames]
+    shapes = {(int(header.Rows), int(header.Columns)) for header in headers}
+    num_voxels = sum(int(header.Rows) * int(header.Columns) for header in headers)
     is_large = num_voxels > nifti.MAX_VOXELS
     decoded: list[NDArray[Any]] = []
     if not is_large:
         with ThreadPoolExecutor(num_threads) as pool:
-            decoded = list(pool.map(_decode, datasets))
-    _check_position_and_rescale(datasets)
-    spacing_mm, order = _slice_order(datasets, shapes)
+            decoded = list(pool.map(_decode, frames))
+    _check_position_and_rescale(headers)
+    spacing_mm, order = _slice_order(headers, shapes)
     if is_large:
         raise StudyError("too_large", f"{num_voxels} voxels, expected at most {nifti.MAX_VOXELS}")
-    stored = [decoded[index] for index in order]
-    slopes = [(float(datasets[i].RescaleSlope), float(datasets[i].RescaleIntercept)) for i in order]
-    hu = _stack_hu(stored, slopes)
+    slopes = [(float(headers[i].RescaleSlope), float(headers[i].RescaleIntercept)) for i in order]
+    hu = _stack_hu([decoded[index] for index in order], slopes)
+    is_padded = _replace_padding(hu, [decoded[index] for index in order], [headers[index] for index in order])
     nifti.check_hu(hu)
     if len(hu) < nifti.MIN_SLICES:
         raise StudyError("too_few_slices", f"{len(hu)} slices, expected at least {nifti.MIN_SLICES}")
-    bottom = datasets[order[0]]
+    bottom = headers[order[0]]
     affine = spatial.create_affine_matrix_from_attributes(
         image_position=bottom.ImagePositionPatient,
         image_orientation=bottom.ImageOrientationPatient,
@@ -179,7 +205,33 @@ def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
         index_convention="DR",
         slices_first=True,
     )
-    return canonical_volume(hu, np.asarray(affine, np.float64))
+    volume = canonical_volume(hu, np.asarray(affine, np.float64))
+    has_contrast = any(_text(dataset, "ContrastBolusAgent") for dataset in datasets)
+    flags = [name for name, holds in (("contrast", has_contrast), ("padding", is_padded)) if holds]
+    return replace(volume, qc_flags=(*volume.qc_flags, *flags))
+
+
+def _check_one_patient(datasets: Sequence[FileDataset]) -> None:
+    for name in ("PatientID", "StudyInstanceUID"):
+        if len({_text(dataset, name) for dataset in datasets} - {""}) > 1:
+            raise StudyError("mixed_patients", f"objects of one series differ in their {name}")
+
+
+def _replace_padding(hu: NDArray[Any], stored: Sequence[NDArray[Any]], headers: Sequence[Dataset]) -> bool:
+    """Put air where the scanner padded with a value below it; returns whether there was such padding."""
+    found = False
+    for slice_hu, pixels, header in zip(hu, stored, headers, strict=True):
+        value = header.get("PixelPaddingValue")
+        if not isinstance(value, int):
+            continue
+        value = int(np.array(value).astype(pixels.dtype)) if pixels.dtype.kind == "i" else value
+        if value * float(header.RescaleSlope) + float(header.RescaleIntercept) >= AIR_PADDING_HU:
+            continue
+        padded = pixels == value
+        if padded.any():
+            slice_hu[padded] = AIR_PADDING_HU
+            found = True
+    return found
 
 
 @contextmanager
@@ -191,7 +243,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def transfer_syntax(data: bytes) -> tuple[str | None, int]:
+    """The transfer syntax of an object and where its dataset begins, from the file meta alone.
+
+    Nothing is inflated for it, as a parser would do with a deflated object before anybody could ask.
+    """
+    at, syntax = MAGIC_AT + len(MAGIC), None
+    while data[at : at + 2] == META_GROUP and at + 12 <= len(data):
+        is_long = data[at + 4 : at + 6] in LONG_VRS
+        start = at + (12 if is_long else 8)
+        length = int.from_bytes(data[at + 8 : at + 12] if is_long else data[at + 6 : at + 8], "little")
+        if data[at + 2 : at + 4] == SYNTAX_ELEMENT:
+            syntax = data[start : start + length].decode("ascii", "replace").strip("\0 ")
+        at = start + length
+    return syntax, at
+
+
 def _parse(data: bytes) -> FileDataset:
+    if has_magic(data) and transfer_syntax(data)[0] == DeflatedExplicitVRLittleEndian:
+        raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
         return pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
     except (InvalidDicomError, EOFError) as error:
@@ -200,7 +270,7 @@ def _parse(data: bytes) -> FileDataset:
         raise StudyError("unreadable", "an object of the series cannot be parsed as DICOM") from error
 
 
-def _check_numbers(dataset: FileDataset) -> None:
+def _check_numbers(dataset: Dataset) -> None:
     """Every number that is read later is one, and as many as there should be. Missing ones are judged in their turn."""
     for name, length in NUMBERS.items():
         try:
@@ -224,51 +294,58 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
             raise StudyError("not_ct", "the class or modality of an object is not CT")
         if "LOCALIZER" in (dataset.get("ImageType") or []):
             raise StudyError("not_ct", "an object is a localizer, expected axial slices")
-        if int(dataset.get("SamplesPerPixel") or 1) != 1:
-            raise StudyError("not_ct", "pixels are colours, expected one value each")
+        if int(dataset.get("SamplesPerPixel") or 1) != 1 or _text(dataset, "PhotometricInterpretation") not in GREY:
+            raise StudyError("not_ct", "pixels are colours, expected one grey value each")
     for dataset in datasets:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
         if syntax not in SYNTAXES:
             name = syntax.name if syntax is not None and syntax.is_transfer_syntax else "none"
             raise StudyError("unsupported_syntax", f"transfer syntax {name}, expected uncompressed or lossless CT")
-        if _text(dataset, "SOPClassUID") in ENHANCED_CLASSES:
-            raise StudyError("unsupported_syntax", "Enhanced CT, expected one object per slice")
-        if int(dataset.get("NumberOfFrames") or 1) != 1:
+        is_enhanced = _text(dataset, "SOPClassUID") in ENHANCED_CLASSES
+        if int(dataset.get("NumberOfFrames") or 1) != 1 and not is_enhanced:
             raise StudyError("unsupported_syntax", f"{int(dataset.NumberOfFrames)} frames in an object, expected one")
 
 
-def _check_complete(dataset: FileDataset) -> None:
+def _check_complete(frame: Frame) -> None:
     """Every slice has all its pixels, before anything is allocated for them."""
-    for name in ("PixelData", "Rows", "Columns", "BitsAllocated"):
+    dataset, syntax = frame.dataset, frame.syntax
+    for name in ("Rows", "Columns", "BitsAllocated"):
         if not dataset.get(name):
             raise StudyError("truncated", f"an object ends before its {name}")
+    if not frame.source.get("PixelData"):
+        raise StudyError("truncated", "an object ends before its PixelData")
     if dataset.BitsAllocated not in (8, 16, 32):
         raise StudyError("undecodable", f"{int(dataset.BitsAllocated)} bits per pixel, expected 8, 16 or 32")
-    expected = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
-    if dataset.file_meta.TransferSyntaxUID in PLAIN_SYNTAXES and len(dataset.PixelData) < expected:
-        raise StudyError("truncated", f"{len(dataset.PixelData)} bytes of pixels in a slice, expected {expected}")
+    if not 0 < int(dataset.get("BitsStored") or dataset.BitsAllocated) <= dataset.BitsAllocated:
+        raise StudyError("undecodable", f"{int(dataset.BitsStored)} of {int(dataset.BitsAllocated)} bits are stored")
+    expected, present = frame.num_bytes * frame.count, len(frame.source.PixelData)
+    if syntax in PLAIN_SYNTAXES and present < expected:
+        raise StudyError("truncated", f"{present} bytes of pixels in an object, expected {expected}")
+    if syntax in PLAIN_SYNTAXES and present > expected + 1:
+        raise StudyError("undecodable", f"{present} bytes of pixels in an object, expected {expected}")
 
 
-def _decode(dataset: FileDataset) -> NDArray[Any]:
+def _decode(frame: Frame) -> NDArray[Any]:
     """The stored values of one slice, (rows, columns), signed where the header says so."""
-    syntax = dataset.file_meta.TransferSyntaxUID
+    dataset, syntax = frame.dataset, frame.syntax
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     bits, stored_bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
     is_signed = bool(dataset.get("PixelRepresentation"))
     dtype = np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}")
     if syntax in PLAIN_SYNTAXES:
         stored = dtype.newbyteorder(">") if syntax == ExplicitVRBigEndian else dtype
-        pixels = np.frombuffer(dataset.PixelData, stored, rows * columns).reshape(rows, columns)
+        pixels = np.frombuffer(frame.stream(), stored, rows * columns).reshape(rows, columns)
     else:
         try:
-            frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
             if syntax == RLELossless:
-                plain = imagecodecs.dicomrle_decode(frame, dtype)
+                plain = decode_rle(bytes(frame.stream()), dtype)
                 pixels = np.frombuffer(plain, dtype, rows * columns).reshape(rows, columns)
             else:
-                pixels = DECODERS[syntax](frame)
+                pixels = DECODERS[syntax](bytes(frame.stream()))
+        except MemoryError:
+            raise
         except Exception as error:  # each codec has its own errors
-            raise StudyError("undecodable", f"a slice's {syntax.name} stream is damaged") from error
+            raise StudyError("undecodable", f"a slice's {UID(syntax).name} stream is damaged") from error
     if pixels.shape != (rows, columns):
         raise StudyError("undecodable", f"a slice decodes to {pixels.shape} pixels, expected {(rows, columns)}")
     # A codec gives the bits as it finds them, often unsigned: the header says what they mean.
@@ -280,7 +357,21 @@ def _decode(dataset: FileDataset) -> NDArray[Any]:
     return pixels
 
 
-def _check_position_and_rescale(datasets: Sequence[FileDataset]) -> None:
+def decode_rle(frame: bytes, dtype: np.dtype[Any]) -> bytes:
+    """The bytes of an RLE frame (PS3.5 annex G), its header checked: the codec believes what it says.
+
+    Raises:
+        ValueError: as many segments as bytes in a pixel are expected, one behind the other within the frame.
+    """
+    header = np.frombuffer(frame, "<u4", RLE_HEADER_BYTES // 4)
+    count, offsets = int(header[0]), header[1:].astype(np.int64)
+    used = offsets[: min(count, MAX_RLE_SEGMENTS)]
+    if count != dtype.itemsize or used[0] != RLE_HEADER_BYTES or (np.diff([*used, len(frame)]) <= 0).any():
+        raise ValueError("the RLE header contradicts itself")
+    return bytes(_decode_rle(frame, dtype))
+
+
+def _check_position_and_rescale(datasets: Sequence[Dataset]) -> None:
     for dataset in datasets:
         for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
             values = dataset.get(name)
@@ -293,9 +384,11 @@ def _check_position_and_rescale(datasets: Sequence[FileDataset]) -> None:
             value = dataset.get(name)
             if value is None or not np.isfinite(float(value)) or (name == "RescaleSlope" and not float(value)):
                 raise StudyError("missing_rescale", f"a slice has no {name}, so its values are not HU")
+        if _text(dataset, "RescaleType").upper() not in HU_TYPES:
+            raise StudyError("not_hu", "a slice's RescaleType is not HU, as of a dual-energy image")
 
 
-def _slice_order(datasets: Sequence[FileDataset], shapes: set[tuple[int, int]]) -> tuple[float, list[int]]:
+def _slice_order(datasets: Sequence[Dataset], shapes: set[tuple[int, int]]) -> tuple[float, list[int]]:
     """Distance between slices in mm and the indices of the datasets along the stack."""
     orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
     spacings = np.array([dataset.PixelSpacing for dataset in datasets], float)
@@ -322,7 +415,7 @@ def _slice_order(datasets: Sequence[FileDataset], shapes: set[tuple[int, int]]) 
     return float(spacing_mm), [int(index) for index in np.argsort(places)]
 
 
-def _refuse_stack(datasets: Sequence[FileDataset], positions: Any) -> None:
+def _refuse_stack(datasets: Sequence[Dataset], positions: Any) -> None:
     """Say why the slices are no regular stack; returns where no more than their distances are irregular."""
     normal = np.cross(*np.array(datasets[0].ImageOrientationPatient, float).reshape(2, 3))
     places = np.array([dataset.ImagePositionPatient for dataset in datasets], float)
@@ -339,11 +432,15 @@ def _refuse_stack(datasets: Sequence[FileDataset], positions: Any) -> None:
         raise StudyError("missing_slices", f"a gap of {gaps.max():.2f} mm, expected {gaps.min():.2f} mm throughout")
 
 
-def _stack_hu(stored: Sequence[NDArray[Any]], rescales: Sequence[tuple[float, float]]) -> NDArray[Any]:
-    """Rescale slice by slice; int16 where every slice stays in whole numbers that fit."""
-    slices = [nifti.rescale(pixels, *rescale) for pixels, rescale in zip(stored, rescales, strict=True)]
-    dtype = np.int16 if all(slice_hu.dtype == np.int16 for slice_hu in slices) else np.float32
-    return np.stack(slices, dtype=dtype, casting="unsafe")
+def _stack_hu(stored: list[NDArray[Any]], rescales: Sequence[tuple[float, float]]) -> NDArray[Any]:
+    """Rescale slice by slice; int16 where every slice stays in whole numbers that fit, else float32."""
+    out: NDArray[Any] = np.empty((len(stored), *stored[0].shape), np.int16)
+    for index, (pixels, rescale) in enumerate(zip(stored, rescales, strict=True)):
+        slice_hu = nifti.rescale(pixels, *rescale)
+        if slice_hu.dtype != np.int16 and out.dtype == np.int16:
+            out = out.astype(np.float32)
+        out[index] = slice_hu
+    return out
 
 
 def write_series(

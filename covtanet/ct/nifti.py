@@ -3,12 +3,14 @@
 The RAS frame of NIfTI exists only here. Not covered: images in pairs (.hdr/.img), more than three dimensions.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
+from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -17,8 +19,13 @@ from covtanet.errors import StudyError
 
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WBITS = 31
-HEADER_BYTES = 544
-MAX_VOXELS = 1 << 30
+HEADER_BYTES, EXTENSION_BYTES = 544, 4
+SINGLE_FILE_MAGIC = (b"n+1", b"n+2\0\r\n\x1a\n", b"n+2")
+MAX_VOXELS = 1 << 29
+MAX_SLICES = 4096
+# Deflate cannot do better; a header that asks for more than that of a gzipped file asks for what is not there.
+MAX_INFLATION = 1032
+SPACING_RTOL, AXIS_TOL = 0.01, 0.02
 MIN_SLICES = 8
 MAX_LABELS = 64
 AIR_BELOW_HU = -500
@@ -34,14 +41,15 @@ def read(data: bytes) -> Volume:
 
     Raises:
         StudyError: ``unreadable``, ``label_map``, ``not_ct``, ``truncated``, ``undecodable``, ``missing_position``,
-            ``gantry_tilt``, ``not_hu``, ``too_few_slices`` or ``too_large``.
+            ``orientation_conflict``, ``gantry_tilt``, ``not_hu``, ``too_few_slices`` or ``too_large``.
     """
     array, header = _stored_array(data)
     if _is_label_map(array):
         raise StudyError("label_map", f"at most {MAX_LABELS} different values, none below 0: a label map, expected HU")
-    affine = _affine(header)
+    affine, flags = _affine(header)
     hu = _to_hu(array, header)
     volume = canonical_volume(hu, affine)
+    volume = replace(volume, qc_flags=(*volume.qc_flags, *flags))
     check_hu(volume.hu)
     if len(volume.hu) < MIN_SLICES:
         raise StudyError("too_few_slices", f"{len(volume.hu)} axial slices, expected at least {MIN_SLICES}")
@@ -51,7 +59,7 @@ def read(data: bytes) -> Volume:
 def read_labels(data: bytes) -> NDArray[np.uint16]:
     """Read a label map or mask as (z, y, x), in the frame of ``read``. Raises StudyError as ``read`` does."""
     array, header = _stored_array(data)
-    return canonical_volume(array.astype(np.uint16), _affine(header)).hu
+    return canonical_volume(array.astype(np.uint16), _affine(header)[0]).hu
 
 
 def read_grey8(data: bytes) -> Volume:
@@ -65,7 +73,7 @@ def read_grey8(data: bytes) -> Volume:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255 and high > 1):
         raise StudyError("not_grey8", f"values {low:.0f}..{high:.0f}, expected grey values 0..255")
-    return canonical_volume(values, _affine(header))
+    return canonical_volume(values, _affine(header)[0])
 
 
 def has_spacing(data: bytes) -> bool:
@@ -106,10 +114,16 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
         start = int(header.get_data_offset())
     except (ValueError, OverflowError) as error:
         raise StudyError("unreadable", "the header's offset of the voxels is no number") from error
+    if 0 <= start < header.template_dtype.itemsize + EXTENSION_BYTES:
+        raise StudyError("unreadable", f"the voxels begin at byte {start}, within the header")
     num_voxels = shape[0] * shape[1] * shape[2]
     if num_voxels > MAX_VOXELS or start > MAX_VOXELS or start < 0:
         raise StudyError("too_large", f"{num_voxels} voxels from byte {start}, expected at most {MAX_VOXELS}")
     num_bytes = num_voxels * dtype.itemsize
+    if is_gzip and start + num_bytes > MAX_INFLATION * len(data):
+        raise StudyError("truncated", f"{len(data)} compressed bytes, the header asks for {start + num_bytes}")
+    if max(shape) > MAX_SLICES:
+        raise StudyError("too_large", f"{max(shape)} voxels along an axis, expected at most {MAX_SLICES}")
     plain = _inflate(data, start + num_bytes, to_end=True) if is_gzip else data
     if len(plain) < start + num_bytes:
         raise StudyError("truncated", f"{len(plain)} bytes, the header asks for {start + num_bytes}")
@@ -122,7 +136,10 @@ def _header(head: bytes) -> Any:
         size = kind.template_dtype.itemsize
         if len(head) >= size and kind.may_contain_header(head[:size]):
             try:
-                return kind(head[:size], check=True)
+                header = kind(head[:size], check=True)
+                if header["magic"].item() not in SINGLE_FILE_MAGIC:
+                    raise StudyError("unreadable", "the header of a pair of files, expected a single file")
+                return header
             except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
                 raise StudyError("unreadable", "the NIfTI header contradicts itself") from error
     raise StudyError("unreadable", "the file does not begin with a NIfTI header")
@@ -144,7 +161,7 @@ def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
             room = num_bytes - len(kept)
             kept += more[:room]
             surplus += max(0, len(more) - room)
-            if surplus > num_bytes:
+            if to_end and surplus > num_bytes:
                 raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
             if not more and not stream.unconsumed_tail and not stream.eof:
                 if not to_end:
@@ -155,11 +172,14 @@ def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
     return bytes(kept)
 
 
-def _affine(header: Any) -> NDArray[np.float64]:
-    """Index -> LPS mm from the header; only declared orientations count.
+def _affine(header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Index -> LPS mm from the header, and flags; only declared orientations count.
+
+    Where sform and qform both stand and turn the patient differently by little, the sform counts and is flagged.
 
     Raises:
-        StudyError: ``missing_position`` where neither sform nor qform is set, or they make no space.
+        StudyError: ``missing_position`` where neither sform nor qform is set, or they make no space;
+            ``orientation_conflict`` where they name other axes or other lengths.
     """
     if not int(header["sform_code"]) and not int(header["qform_code"]):
         raise StudyError("missing_position", "neither sform nor qform is set, expected an orientation")
@@ -171,11 +191,31 @@ def _affine(header: Any) -> NDArray[np.float64]:
         raise StudyError("missing_position", "lengths are not in millimetres")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise StudyError("missing_position", "the affine does not span a space, expected three axes in mm")
-    return LPS_TO_RAS @ affine
+    return LPS_TO_RAS @ affine, _compare_forms(header, affine)
+
+
+def _compare_forms(header: Any, affine: NDArray[np.float64]) -> tuple[str, ...]:
+    """Flags for what the header says a second time; refuses where it says something else."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    nominal = np.abs(np.asarray(header["pixdim"][1:4], float))
+    if not np.allclose(lengths, nominal, rtol=SPACING_RTOL):
+        raise StudyError("orientation_conflict", "the voxel size and the orientation of the header differ in length")
+    if not (int(header["sform_code"]) and int(header["qform_code"])):
+        return ()
+    try:
+        other = np.asarray(header.get_qform(), np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise StudyError("orientation_conflict", "the qform beside the sform is none") from error
+    if (io_orientation(other) != io_orientation(affine)).any():
+        raise StudyError("orientation_conflict", "sform and qform name different axes of the patient")
+    turned = np.abs(other[:3, :3] / np.linalg.norm(other[:3, :3], axis=0) - affine[:3, :3] / lengths).max() > AXIS_TOL
+    return ("two_orientations",) if turned else ()
 
 
 def _to_hu(array: NDArray[Any], header: Any) -> NDArray[Any]:
     try:
+        if np.isinf(float(header["scl_slope"])) or np.isinf(float(header["scl_inter"])):
+            raise StudyError("missing_rescale", "slope or intercept is no number")
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
         raise StudyError("missing_rescale", "slope or intercept is no number") from error

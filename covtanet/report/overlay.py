@@ -14,7 +14,7 @@ from covtanet.ct.lung import Involvement
 from covtanet.ct.window import INTENSITY_STEPS
 
 if TYPE_CHECKING:
-    from covtanet.screening.stages import StoredMasks
+    from covtanet.screening.decode import StoredMasks
 
 LESION_RGB, LUNG_RGB = (255, 112, 67), (79, 195, 247)
 FOUND_RGB, ALARM_RGB, MISSED_RGB = (60, 190, 90), (66, 120, 245), (230, 60, 60)

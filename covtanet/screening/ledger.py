@@ -4,16 +4,22 @@ LEDGER/date=YYYY-MM-DD/<run_id>.parquet   the run, published by one PUT
 LEDGER/_work/<run_id>/run.json            what the run is
 LEDGER/_work/<run_id>/manifest.parquet    its series, frozen
 LEDGER/_work/<run_id>/ignored.parquet     objects that are no series
-LEDGER/_work/<run_id>/listing.parquet, todo.parquet, model/   what workers read; gone after the commit
+LEDGER/_work/<run_id>/folders.parquet     every folder as it was listed, so that the next night reads only what changed
+LEDGER/_work/<run_id>/drivers/, model/    what workers read; gone after the commit
+LEDGER/_work/<run_id>/attempts/<series_key>.json  how often each stage was tried; gone after the commit
 LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series; gone after the commit
+
+A run that hides identities has its ``_work`` under the linkage prefix instead, where they may stand.
 
 A finished row is one object named by its series, written whole; so a series that is screened twice leaves one row,
 and what is left to do is the manifest less the names under ``rows/``. Readers of Parquet skip ``_work``.
 """
 
 import hashlib
+import hmac
 import json
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +35,7 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.data.manifest import IGNORED_SCHEMA, MANIFEST_SCHEMA
-from covtanet.errors import ConfigError
+from covtanet.errors import AlreadyCommittedError, ConfigError
 from covtanet.screening.records import FAILED, LEDGER_SCHEMA, REJECTED, SCHEMA_VERSION, SCREENED
 
 WORK = "_work"
@@ -37,11 +43,27 @@ RUN_ID_DIGITS = 16
 ROWS_PER_GROUP = 1024
 SERIES_PER_GROUP = 64
 NUM_READ_THREADS = 16
+MAX_ATTEMPTS = 3
+PSEUDONYM_DIGITS = 32
+DRIVER = b"covtanet.driver"
+IDENTITIES = ("source_uri", "study_uid", "series_uid")
+FOLDERS_SCHEMA = pa.schema([
+    pa.field("folder", pa.string(), nullable=False),
+    pa.field("version", pa.string(), nullable=False),
+    pa.field("series_keys", pa.list_(pa.string()), nullable=False),
+])  # fmt: skip
+LINKAGE_SCHEMA = pa.schema([
+    pa.field("series_key", pa.string(), nullable=False), *(pa.field(name, pa.string()) for name in IDENTITIES)
+])  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One screening of one archive with one model on one date. limit: 0 screens all."""
+    """One screening of one archive with one model on one date.
+
+    limit: 0 screens all. since_last: only what is new or changed. site_key, linkage: where identities are hidden, the
+    key of their pseudonyms and the place that may hold them.
+    """
 
     archive: str
     ledger: str
@@ -52,6 +74,9 @@ class Run:
     config_digest: str
     software_version: str
     limit: int = 0
+    since_last: bool = False
+    site_key: bytes = field(default=b"", repr=False)
+    linkage: str = ""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -61,6 +86,7 @@ class Run:
             "model_digest": self.model_digest,
             "config_digest": self.config_digest,
             "limit": self.limit,
+            "since_last": self.since_last,
         }
 
     @property
@@ -73,9 +99,20 @@ class Run:
         """Where the finished ledger of this run lies."""
         return storage.join(self.ledger, f"date={self.run_date.isoformat()}", f"{self.run_id}.parquet")
 
+    @property
+    def work_root(self) -> str:
+        """Where work in progress of all runs lies."""
+        return storage.join(self.linkage or self.ledger, WORK)
+
     def work_uri(self, *parts: str) -> str:
         """A place under this run's work in progress."""
-        return storage.join(self.ledger, WORK, self.run_id, *parts)
+        return storage.join(self.work_root, self.run_id, *parts)
+
+    def pseudonym(self, text: str) -> str:
+        """A keyed digest in place of an identity; the text itself where identities are not hidden."""
+        if not self.site_key:
+            return text
+        return hmac.new(self.site_key, text.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:PSEUDONYM_DIGITS]
 
     def row_uri(self, series_key: str) -> str:
         """Where one finished series lies."""
@@ -112,25 +149,55 @@ def digest_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def choose_date(ledger: str, key: dict[str, Any]) -> date:
-    """The date of the newest unfinished run with this key, else today in UTC."""
-    unfinished = []
-    for run_id in storage.list_names(storage.join(ledger, WORK)):
-        uri = storage.join(ledger, WORK, run_id, "run.json")
-        if not storage.exists(uri):
+@dataclass(frozen=True, kw_only=True)
+class KnownRun:
+    """A run that has begun, as its ``run.json`` tells. begun_at: in UTC, to order runs of one date."""
+
+    run_id: str
+    description: dict[str, Any]
+    is_committed: bool
+
+    @property
+    def order(self) -> tuple[str, str]:
+        """By date, then by when it began."""
+        return str(self.description["run_date"]), str(self.description.get("begun_at", ""))
+
+
+def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
+    """All runs with this ledger, oldest first."""
+    found = []
+    for run_id in storage.list_names(work_root):
+        try:
+            description = json.loads(storage.read_bytes(storage.join(work_root, run_id, "run.json")))
+        except FileNotFoundError:
             continue
-        description = json.loads(storage.read_bytes(uri))
-        is_same = all(description.get(name) == value for name, value in key.items())
         committed = storage.join(ledger, f"date={description['run_date']}", f"{run_id}.parquet")
-        if is_same and not storage.exists(committed):
-            unfinished.append(date.fromisoformat(description["run_date"]))
-    return max(unfinished, default=datetime.now(UTC).date())
+        is_committed = storage.exists(committed)
+        found.append(KnownRun(run_id=run_id, description=description, is_committed=is_committed))
+    return sorted(found, key=lambda run: run.order)
+
+
+def choose_date(run: Run) -> date:
+    """The date of the newest unfinished run that is this one but for its date, else today in UTC."""
+    for known in reversed(known_runs(run.ledger, run.work_root)):
+        is_same = all(known.description.get(name) == value for name, value in run.key.items())
+        if is_same and not known.is_committed:
+            return date.fromisoformat(known.description["run_date"])
+    return datetime.now(UTC).date()
 
 
 def begin(run: Run) -> None:
     """Note that the run has begun, so that it is continued if it dies."""
-    description = {**run.key, "run_date": run.run_date.isoformat(), "model": f"{run.model_name}/{run.model_version}"}
-    storage.write_bytes(run.work_uri("run.json"), json.dumps(description, indent=2).encode())
+    uri = run.work_uri("run.json")
+    if storage.exists(uri):
+        return
+    description = {
+        **run.key,
+        "run_date": run.run_date.isoformat(),
+        "begun_at": datetime.now(UTC).isoformat(),
+        "model": f"{run.model_name}/{run.model_version}",
+    }
+    storage.write_bytes(uri, json.dumps(description, indent=2).encode())
 
 
 def check_places(archive: str, ledger: str) -> None:
@@ -144,14 +211,41 @@ def check_places(archive: str, ledger: str) -> None:
             raise ConfigError(f"{inner} lies in {outer}; the archive and what is written must be apart")
 
 
-def write_manifest(run: Run, rows: Iterable[dict[str, Any]], ignored: Path) -> int:
-    """Publish the frozen manifest and the list of ignored objects; returns the number of series."""
+def write_manifest(run: Run, rows: Iterable[dict[str, Any]], ignored: Path, folders: Path | None = None) -> None:
+    """Publish the frozen manifest, last, after the ignored objects and the folders; the first driver's counts."""
     storage.upload(ignored, run.work_uri("ignored.parquet"))
+    if folders is not None:
+        storage.upload(folders, run.work_uri("folders.parquet"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.parquet"
-        count = write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
-        storage.upload(path, run.work_uri("manifest.parquet"))
-    return count
+        write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
+        storage.create(path, run.work_uri("manifest.parquet"))
+
+
+def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]]:
+    """Version and series of each folder as a run listed them; empty where it noted none."""
+    uri = storage.join(work_root, run_id, "folders.parquet")
+    if not storage.exists(uri):
+        return {}
+    rows = pq.read_table(BytesIO(storage.read_bytes(uri)), schema=FOLDERS_SCHEMA).to_pylist()
+    return {row["folder"]: (row["version"], row["series_keys"]) for row in rows}
+
+
+def may_try(run: Run, series_key: str, stage: str) -> bool:
+    """Count one more attempt of a stage at a series; returns whether it may be made.
+
+    A series that kills its worker comes back with the next worker, without end; this is what ends it.
+    """
+    uri = run.work_uri("attempts", f"{series_key}.json")
+    try:
+        counts = json.loads(storage.read_bytes(uri))
+    except FileNotFoundError:
+        counts = {}
+    if counts.get(stage, 0) >= MAX_ATTEMPTS:
+        return False
+    counts[stage] = counts.get(stage, 0) + 1
+    storage.write_bytes(uri, json.dumps(counts).encode())
+    return True
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], rows_per_group: int) -> int:
@@ -217,12 +311,16 @@ def store_row(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def commit(run: Run) -> Accounting:
-    """Check that every series of the manifest has its row, and publish the run by one PUT.
+def commit(run: Run, *, is_exclusive: bool = True) -> Accounting:
+    """Check that every series of the manifest has its row, and publish the run by one PUT that replaces nothing.
+
+    is_exclusive: the store keeps such a PUT from replacing; if not, the file is compared after the PUT.
 
     Raises:
         RuntimeError: where rows and manifest differ; nothing is published then.
+        AlreadyCommittedError: another driver of this run was first.
     """
+    driver = uuid.uuid4().hex.encode()
     expected = [row["series_key"] for row in read_manifest(run, ["series_key"])]
     if len(set(expected)) != len(expected):
         raise RuntimeError(f"{len(expected) - len(set(expected))} series of the manifest share a key, expected none")
@@ -232,19 +330,47 @@ def commit(run: Run) -> Accounting:
     accounting = Accounting()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.parquet"
-        count = write_rows(path, LEDGER_SCHEMA, _read_rows(run, expected, accounting), ROWS_PER_GROUP)
-        assert count == len(expected), "one row per series"
-        storage.upload(path, run.committed_uri)
+        schema = LEDGER_SCHEMA.with_metadata({**LEDGER_SCHEMA.metadata, DRIVER: driver})
+        hidden = Path(folder) / "linkage.parquet"
+        with pq.ParquetWriter(hidden, LINKAGE_SCHEMA) as linkage:
+            rows = _hide(run, _read_rows(run, expected, accounting), linkage)
+            count = write_rows(path, schema, rows, ROWS_PER_GROUP)
+        accounted = accounting.screened + accounting.rejected.total() + accounting.failed
+        if not count == accounted == len(expected):
+            raise RuntimeError(f"{accounted} of {count} rows have a known status, expected {len(expected)}")
+        if run.site_key:
+            name = f"{run.run_id}.parquet"
+            storage.upload(hidden, storage.join(run.linkage, f"date={run.run_date.isoformat()}", name))
+        is_new = storage.create(path, run.committed_uri)
+    if not (is_new and is_exclusive) and _driver_of(run) != driver:
+        raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
     clean_up(run)
     return accounting
 
 
+def _driver_of(run: Run) -> bytes:
+    """Who wrote the committed file; a PUT whose answer was lost was ours all the same."""
+    filesystem, path = storage.filesystem(run.committed_uri)
+    metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
+    return bytes(metadata.get(DRIVER, b""))
+
+
+def _hide(run: Run, rows: Iterable[dict[str, Any]], linkage: pq.ParquetWriter) -> Iterator[dict[str, Any]]:
+    """Put pseudonyms in place of identities and note which is whose; rows pass as they are where nothing is hidden."""
+    for group in batched(rows, ROWS_PER_GROUP):
+        if run.site_key:
+            linkage.write_table(
+                pa.Table.from_pylist([{name: row[name] for name in LINKAGE_SCHEMA.names} for row in group],
+                                     schema=LINKAGE_SCHEMA)
+            )  # fmt: skip
+        for row in group:
+            yield {**row, **{name: run.pseudonym(row[name]) for name in IDENTITIES if row[name] is not None}}
+
+
 def clean_up(run: Run) -> None:
-    """Remove what a committed run needs no more; run.json, manifest and ignored objects stay."""
-    for name in ("rows", "model"):
+    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay."""
+    for name in ("rows", "model", "drivers", "attempts"):
         storage.delete_folder(run.work_uri(name))
-    for name in ("listing.parquet", "todo.parquet"):
-        storage.delete(run.work_uri(name))
 
 
 def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[dict[str, Any]]:
@@ -262,35 +388,3 @@ def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[di
 def is_committed(run: Run) -> bool:
     """Whether the run's ledger is published."""
     return storage.exists(run.committed_uri)
-
-
-NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")
-PROBABILITIES = ("p_infected", "p_severe")
-MEASUREMENTS = ("lesion_volume_ml", "lung_volume_ml", "involvement")
-PROBABILITY_TOLERANCE, MEASUREMENT_TOLERANCE = 1e-4, 1e-3
-
-
-def differences(one: pa.Table, other: pa.Table) -> list[str]:
-    """Where two ledgers differ, one line per series and column; empty where they are equal.
-
-    Probabilities may differ by 1e-4 and volumes and involvement by 0.1 %; the time of a run is not compared.
-    """
-    left, right = ({row["series_key"]: row for row in table.to_pylist()} for table in (one, other))
-    found = [f"{key}: in one ledger only" for key in sorted(left.keys() ^ right.keys())]
-    if one.num_rows != len(left) or other.num_rows != len(right):
-        found.append("a series has more than one row")
-    for key in sorted(left.keys() & right.keys()):
-        for name in LEDGER_SCHEMA.names:
-            if name not in NOT_COMPARED and not _is_equal(name, left[key][name], right[key][name]):
-                found.append(f"{key}: {name} is {left[key][name]} and {right[key][name]}")
-    return found
-
-
-def _is_equal(name: str, one: Any, other: Any) -> bool:
-    if one is None or other is None:
-        return one is other
-    if name in PROBABILITIES:
-        return bool(abs(one - other) <= PROBABILITY_TOLERANCE)
-    if name in MEASUREMENTS:
-        return bool(abs(one - other) <= MEASUREMENT_TOLERANCE * max(abs(one), abs(other)))
-    return bool(one == other)

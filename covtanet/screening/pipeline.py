@@ -4,13 +4,16 @@
 network's input and packed masks, never a raw volume, and as few series at a time as keep every worker busy.
 """
 
+import faulthandler
 import logging
 import os
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,14 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.errors import ConfigError
 from covtanet.report import overlay
-from covtanet.screening import ledger, stages
+from covtanet.screening import ledger, stages, view
 from covtanet.screening.ledger import Run
+from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger(__name__)
 
+STDERR = 2
 PROGRESS_EVERY_S = 10.0
 FOLDERS_PER_SCAN = 16
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
@@ -61,31 +66,103 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
     if storage.exists(run.work_uri("manifest.parquet")):
         return
     _configure(preserve_order=True)  # so that a limit means the same series each time
+    known = _what_is_known(run) if run.since_last else Before()
     with tempfile.TemporaryDirectory() as folder:
-        listing = Path(folder) / "listing.parquet"
-        rows = (
-            {
-                "folder": prefix,
-                "objects": [{"path": o.path, "num_bytes": o.num_bytes, "version": o.version} for o in found],
-            }
-            for prefix, found in storage.walk(run.archive)
-        )
-        if not ledger.write_rows(listing, LISTING_SCHEMA, rows, FOLDERS_PER_SCAN):
+        listing, folders = Path(folder) / "listing.parquet", Path(folder) / "folders.parquet"
+        skips = known if config.group_by == "folder" else replace(known, folders={})
+        num_folders, num_new = _list(run, listing, folders, skips)
+        if not num_folders:
             raise ConfigError("nothing lies under the archive, expected a folder or prefix with objects")
-        storage.upload(listing, run.work_uri("listing.parquet"))
-        found = _scan(run)
+        listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
+        storage.upload(listing, listing_uri)
         series, ignored = Path(folder) / "series.parquet", Path(folder) / "ignored.parquet"
-        counts = _split_scan(found, series, ignored, run.limit if config.group_by == "folder" else 0)
+        found = _scan(run, listing_uri) if num_new else iter(())
+        counts, keys_by_folder = _split_scan(found, series, ignored, run.limit if config.group_by == "folder" else 0)
+        counts.update(each.series_uid for key, each in known.series.items() if each.series_uid)
         arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
-        arranged = arrange(_read(series), counts)
+        arranged = ({**row, "series_key": run.pseudonym(row["series_key"])} for row in arrange(_read(series), counts))
+        arranged = (row for row in arranged if not known.settles(row, run.software_version))
         if run.limit:
             arranged = (row for row, _ in zip(arranged, range(run.limit), strict=False))
-        ledger.write_manifest(run, arranged, ignored)
+        _note_series(run, folders, keys_by_folder, known)
+        ledger.write_manifest(run, arranged, ignored, None if run.limit else folders)
 
 
-def _scan(run: Run) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What earlier runs of an archive left: each series' newest row, and each folder as the last run listed it."""
+
+    series: dict[str, view.Known] = field(default_factory=dict)
+    folders: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+
+    def settles(self, row: dict[str, Any], software_version: str) -> bool:
+        """Whether a series need not be screened again."""
+        known = self.series.get(row["series_key"])
+        return known is not None and known.is_settled(row["source_version"], software_version)
+
+    def settles_folder(self, folder: str, version: str, software_version: str) -> bool:
+        """Whether a folder is as it was listed, and no series of it waits for another attempt."""
+        before, keys = self.folders.get(folder, ("", []))
+        found = [self.series.get(key) for key in keys]
+        return before == version and all(
+            known is not None and known.is_settled(known.source_version, software_version) for known in found
+        )
+
+
+def _what_is_known(run: Run) -> Before:
+    """The rows of this archive's committed runs, and the folders of the last of them that listed all."""
+    runs = [
+        known
+        for known in ledger.known_runs(run.ledger, run.work_root)
+        if known.is_committed and known.description["archive"] == run.archive
+    ]
+    series = view.known_series(run.ledger, {known.run_id for known in runs})
+    whole = [known.run_id for known in runs if not known.description["limit"]]
+    folders = ledger.read_folders(run.work_root, whole[-1]) if whole else {}
+    logger.info("%d series are known from %d runs", len(series), len(runs))
+    return Before(series=series, folders=folders)
+
+
+def _list(run: Run, listing: Path, folders: Path, known: Before) -> tuple[int, int]:
+    """Write the listing of folders that must be read, and the version of every folder; returns how many of each."""
+    num_folders = num_new = 0
+    with (
+        pq.ParquetWriter(listing, LISTING_SCHEMA, compression="zstd") as to_read,
+        pq.ParquetWriter(folders, ledger.FOLDERS_SCHEMA, compression="zstd") as all_folders,
+    ):
+        for group in ledger.batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
+            versions = [(prefix, storage.version_digest(found)) for prefix, found in group]
+            is_new = [not known.settles_folder(*each, run.software_version) for each in versions]
+            rows = [
+                {
+                    "folder": prefix,
+                    "objects": [{"path": o.path, "num_bytes": o.num_bytes, "version": o.version} for o in found],
+                }
+                for (prefix, found), wanted in zip(group, is_new, strict=True)
+                if wanted
+            ]
+            noted = [{"folder": prefix, "version": version, "series_keys": []} for prefix, version in versions]
+            to_read.write_table(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
+            all_folders.write_table(pa.Table.from_pylist(noted, schema=ledger.FOLDERS_SCHEMA))
+            num_folders, num_new = num_folders + len(group), num_new + len(rows)
+    return num_folders, num_new
+
+
+def _note_series(run: Run, folders: Path, keys_by_folder: dict[str, list[str]], known: Before) -> None:
+    """Add to each folder the keys of its series: those just found, or those of the run before where it was skipped."""
+    table = pq.read_table(folders, schema=ledger.FOLDERS_SCHEMA)
+    keys = [
+        [run.pseudonym(key) for key in keys_by_folder[folder]]
+        if folder in keys_by_folder
+        else known.folders.get(folder, ("", []))[1]
+        for folder in table["folder"].to_pylist()
+    ]
+    pq.write_table(table.set_column(2, ledger.FOLDERS_SCHEMA.field(2), pa.array(keys, pa.list_(pa.string()))), folders)
+
+
+def _scan(run: Run, listing_uri: str) -> Iterator[dict[str, Any]]:
     """Series and ignored objects of the listing, in its order."""
-    filesystem, path = storage.filesystem(run.work_uri("listing.parquet"))
+    filesystem, path = storage.filesystem(listing_uri)
     listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
     found = listing.map_batches(
         _scan_folders, fn_kwargs={"archive": run.archive}, batch_format="pyarrow", batch_size=None
@@ -114,9 +191,15 @@ def _scan_folders(batch: pa.Table, archive: str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
 
 
-def _split_scan(found: Iterator[dict[str, Any]], series: Path, ignored: Path, limit: int) -> Counter[str]:
-    """Spool series and ignored objects to two local files; returns how often each series UID stands in the archive."""
+def _split_scan(
+    found: Iterator[dict[str, Any]], series: Path, ignored: Path, limit: int
+) -> tuple[Counter[str], dict[str, list[str]]]:
+    """Spool series and ignored objects to two local files.
+
+    Returns how often each series UID stands in what was read, and the keys of the series of each folder.
+    """
     counts: Counter[str] = Counter()
+    keys_by_folder: dict[str, list[str]] = {}
     num_series = 0
     with (
         pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
@@ -125,13 +208,16 @@ def _split_scan(found: Iterator[dict[str, Any]], series: Path, ignored: Path, li
         for group in ledger.batched(found, ledger.SERIES_PER_GROUP):
             kept = [row for row in group if not row["is_ignored"]]
             counts.update(row["series_uid"] for row in kept if row["series_uid"])
+            for row in kept:
+                folder = row["source_path"][: row["source_path"].rfind("/") + 1]
+                keys_by_folder.setdefault(folder, []).append(row["series_key"])
             num_series += len(kept)
             rest = [{"path": row["source_path"], "num_bytes": row["num_bytes"]} for row in group if row["is_ignored"]]
             series_file.write_table(pa.Table.from_pylist(kept, schema=manifest.MANIFEST_SCHEMA))
             ignored_file.write_table(pa.Table.from_pylist(rest, schema=manifest.IGNORED_SCHEMA))
             if limit and num_series >= limit:
                 break
-    return counts
+    return counts, keys_by_folder
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -180,11 +266,20 @@ def _num_cores() -> int:
 class _DecoderActor:
     """Decodes and prepares; a process of its own, so that what decoding takes at its peak is taken by few."""
 
-    def __init__(self, archive: str, window: WindowConfig, config: ScreeningConfig) -> None:
-        self.archive, self.window, self.config = archive, window, config
+    def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
+        self.run, self.window, self.config = run, window, config
+        limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
+        self.decoder = (
+            Sandbox(window, config.slice_step_mm, limits) if config.sandbox else stages.in_process(window, config)
+        )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return stages.decode_and_prepare(row, archive=self.archive, window=self.window, config=self.config)
+        if not ledger.may_try(self.run, row["series_key"], "decode"):
+            return stages.gave_up(row, self.window, self.run.archive)
+        with _ended_after(self.config.worker_timeout_s):
+            return stages.decode_and_prepare(
+                row, archive=self.run.archive, window=self.window, config=self.config, decoder=self.decoder
+            )
 
 
 class _PredictorActor:
@@ -200,6 +295,7 @@ class _PredictorActor:
         with tempfile.TemporaryDirectory() as folder:
             storage.download_folder(run.work_uri("model"), Path(folder))
             model = checkpoint.load_model(Path(folder), run.model_digest)
+        self.run, self.config = run, config
         self.predictor = Predictor(
             model,
             engine=config.engine,
@@ -208,10 +304,35 @@ class _PredictorActor:
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return stages.predict(row, self.predictor)
+        if not len(row["slices"]):
+            return stages.predict(row, self.predictor)
+        if not ledger.may_try(self.run, row["series_key"], "predict"):
+            return stages.without_answer(row)
+        with _ended_after(self.config.worker_timeout_s):
+            return stages.predict(row, self.predictor)
+
+
+@contextmanager
+def _ended_after(timeout_s: float) -> Iterator[None]:
+    """End this worker where a series takes it longer; Ray starts another, and the attempts are counted.
+
+    Its log says in which line it hung, without any value.
+    """
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _measure_and_store(row: dict[str, Any], run: Run, config: ScreeningConfig, results: str) -> dict[str, Any]:
+    if len(row["lesion_levels"]) and not ledger.may_try(run, row["series_key"], "measure"):
+        row = stages.without_answer(row)
+    with _ended_after(config.worker_timeout_s):
+        return _measure_in_time(row, run, config, results)
+
+
+def _measure_in_time(row: dict[str, Any], run: Run, config: ScreeningConfig, results: str) -> dict[str, Any]:
     measured = stages.measure(row, config)
     if results and measured.masks is not None and measured.involvement is not None:
         folder = storage.join(results, run.run_id, row["series_key"])
@@ -232,7 +353,7 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
     window: the model's preprocessing. results: where to write masks and previews, or empty.
     """
     _configure(preserve_order=False)
-    todo_uri = run.work_uri("todo.parquet")
+    todo_uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     finished = ledger.finished_keys(run)
     planned = plan(run)
     remaining = planned.num_series - planned.num_finished
@@ -263,7 +384,7 @@ def _pipeline(
     return (
         series.map(
             _DecoderActor,
-            fn_constructor_kwargs={"archive": run.archive, "window": window, "config": config},
+            fn_constructor_kwargs={"run": run, "window": window, "config": config},
             compute=ray.data.ActorPoolStrategy(size=planned.num_decoders),
             num_cpus=1,
         )

@@ -16,8 +16,11 @@ REASONS = (
     "unsupported_syntax",
     "truncated",
     "undecodable",
+    "decode_crash",
+    "mixed_patients",
     "missing_position",
     "missing_rescale",
+    "orientation_conflict",
     "mixed_orientation",
     "gantry_tilt",
     "duplicate_slice",
@@ -29,9 +32,11 @@ REASONS = (
     "no_lung",
 )
 # Why a series failed through no fault of its own.
-FAILURES = ("storage", "internal_error")
+FAILURES = ("storage", "vanished", "changed", "timeout", "worker_died", "internal_error")
 
-QC_FLAGS = ("partial_lungs", "series_uid_repeated", "oblique")
+QC_FLAGS = (
+    "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding",
+)  # fmt: skip
 
 # Lesion probability travels as uint8 in these steps, so that 127 is one half.
 PROBABILITY_STEPS = 254

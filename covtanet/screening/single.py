@@ -11,6 +11,7 @@ from covtanet.model.checkpoint import SavedModel
 from covtanet.screening import stages
 from covtanet.screening.predictor import Predictor, window_of
 from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
+from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
 
 
@@ -25,7 +26,9 @@ def screen_one(
         ConfigError: where there is no series.
     """
     root, objects = _listing(storage.absolute(place))
-    config = stages.for_model(config, model.preprocessing)
+    config, window = stages.for_model(config, model.preprocessing), window_of(model)
+    limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
+    decoder = Sandbox(window, config.slice_step_mm, limits)
 
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(root, path), num_bytes)
@@ -33,15 +36,20 @@ def screen_one(
     found = [series for folder, items in objects for series in manifest.scan_folder(folder, items, read_head)[0]]
     if not found:
         raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
-    for series in found:
-        row = stages.decode_and_prepare(series.to_row(), archive=root, window=window_of(model), config=config)
-        record = stages.measure(stages.predict(row, predictor), config).record
-        known = {
-            "schema_version": SCHEMA_VERSION,
-            "screened_at": datetime.now(UTC),
-            "model_digest": model.digest,
-        }
-        yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
+    try:
+        for series in found:
+            row = stages.decode_and_prepare(
+                series.to_row(), archive=root, window=window, config=config, decoder=decoder
+            )
+            record = stages.measure(stages.predict(row, predictor), config).record
+            known = {
+                "schema_version": SCHEMA_VERSION,
+                "screened_at": datetime.now(UTC),
+                "model_digest": model.digest,
+            }
+            yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
+    finally:
+        decoder.close()
 
 
 def _listing(place: str) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:

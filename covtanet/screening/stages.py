@@ -15,10 +15,11 @@ import json
 import logging
 import time
 import traceback
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet import storage
-from covtanet.ct import dicom, lung, nifti
-from covtanet.ct.volume import SourceGrid, Volume
-from covtanet.ct.window import WindowConfig, from_input, thin_slices, to_input
+from covtanet.ct import lung
+from covtanet.ct.nifti import MAX_SLICES
+from covtanet.ct.window import WindowConfig, from_input
 from covtanet.data.manifest import Series, series_from_row
-from covtanet.errors import StudyError
+from covtanet.errors import DecoderError, StudyError, StudyTimeoutError
+from covtanet.screening import decode
+from covtanet.screening.decode import Prepared, StoredMasks
 from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
 
 if TYPE_CHECKING:  # workers that only decode or measure do without torch, whose import costs them seconds
@@ -39,8 +42,13 @@ if TYPE_CHECKING:  # workers that only decode or measure do without torch, whose
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Decoder = Callable[[str, Iterable[Iterable[bytes]]], Prepared]
 NUM_FETCH_THREADS = 8
+SMALL_OBJECT_BYTES = 8 << 20
 PACKAGE = Path(__file__).parents[1]
+WORKER_DIED = {
+    "status": FAILED, "reason": "worker_died", "reason_detail": "worker_died: as often as a series is tried"
+}  # fmt: skip
 DETAILS = {
     "container": "an archive file, expected its members as objects",
     "unreadable": "no DICOM header that names a series",
@@ -54,6 +62,10 @@ class ScreeningConfig:
     group_by: ``folder``, or ``uid`` for archives that spread a series over folders.
     slice_step_mm: segmented slices lie at least this far apart.
     severe_involvement: the paper's rule, severe above a quarter of the lung.
+    decode_memory_mib, decode_timeout_s: what decoding one series may take, beyond what its size explains.
+    max_series_mib: a series of more bytes is refused unread. sandbox: off decodes in the worker itself, for bytes
+    that are trusted. worker_timeout_s: a worker that a series takes this long is ended.
+    deidentify: the ledger has keyed digests in place of names and UIDs.
     """
 
     group_by: str = "folder"
@@ -64,12 +76,22 @@ class ScreeningConfig:
     severe_threshold: float = 0.5
     severe_involvement: float = 0.25
     engine: str = "auto"
+    decode_memory_mib: int = 2048
+    decode_timeout_s: float = 60.0
+    max_series_mib: int = 1024
+    sandbox: bool = True
+    worker_timeout_s: float = 1800.0
+    deidentify: bool = False
 
     def __post_init__(self) -> None:
         if self.group_by not in ("folder", "uid"):
             raise ValueError(f"group_by is {self.group_by}, expected folder or uid")
         if self.slice_step_mm < 0 or self.max_batch_slices < 1:
             raise ValueError("slice_step_mm must be at least 0 and max_batch_slices at least 1")
+        if self.worker_timeout_s <= 0:
+            raise ValueError("worker_timeout_s must be above 0")
+        if self.decode_memory_mib < 256 or self.decode_timeout_s <= 0 or self.max_series_mib < 1:
+            raise ValueError("decode_memory_mib must be at least 256, decode_timeout_s above 0, max_series_mib above 0")
 
 
 def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> ScreeningConfig:
@@ -77,42 +99,19 @@ def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> Screeni
     return replace(config, slice_step_mm=preprocessing.get("slice_step_mm", config.slice_step_mm))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredMasks:
-    """Lung and cavity of one volume with its grid, small enough to travel."""
+def in_process(window: WindowConfig, config: ScreeningConfig) -> Decoder:
+    """A decoder without a sandbox, for bytes that are trusted, and to compare with."""
 
-    lungs: lung.Lungs
-    source: SourceGrid
-    spacing_mm: tuple[float, float, float]
+    def prepare(source_format: str, objects: Iterable[Iterable[bytes]]) -> Prepared:
+        contents = (b"".join(chunks) for chunks in objects)
+        return decode.prepare(source_format, contents, window, config.slice_step_mm)
 
-    def pack(self) -> bytes:
-        """Compress to a few bytes per slice."""
-        header = {
-            "shape": self.lungs.lung_mask.shape,
-            "is_partial": self.lungs.is_partial,
-            "source_shape": self.source.shape,
-            "source_affine": self.source.affine.tolist(),
-            "spacing_mm": self.spacing_mm,
-        }
-        bits = np.packbits(np.stack([self.lungs.lung_mask, self.lungs.cavity_mask]))
-        return json.dumps(header).encode() + b"\n" + zlib.compress(bits.tobytes(), 1)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> "StoredMasks":
-        """The inverse of ``pack``."""
-        line, _, packed = data.partition(b"\n")
-        header = json.loads(line)
-        shape = tuple(header["shape"])
-        bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-        masks = np.unpackbits(bits, count=2 * int(np.prod(shape))).view(bool).reshape(2, *shape)
-        return cls(
-            lungs=lung.Lungs(lung_mask=masks[0], cavity_mask=masks[1], is_partial=header["is_partial"]),
-            source=SourceGrid(shape=tuple(header["source_shape"]), affine=np.array(header["source_affine"])),
-            spacing_mm=tuple(header["spacing_mm"]),
-        )
+    return prepare
 
 
-def decode_and_prepare(row: Row, *, archive: str, window: WindowConfig, config: ScreeningConfig) -> Row:
+def decode_and_prepare(
+    row: Row, *, archive: str, window: WindowConfig, config: ScreeningConfig, decoder: Decoder
+) -> Row:
     """Fetch one series, decode it, find its lungs and make what the network reads."""
     series = series_from_row(row)
     record = _identity(series, row, archive)
@@ -128,20 +127,51 @@ def decode_and_prepare(row: Row, *, archive: str, window: WindowConfig, config: 
     def prepare() -> Row:
         if series.reason:
             raise StudyError(series.reason, DETAILS[series.reason])
-        contents = fetch(series, archive)
-        folder = series.source_path[: series.source_path.rfind("/") + 1]
-        record["source_digest"] = storage.content_digest([(p.removeprefix(folder), data) for p, data in contents])
-        volume = decode(series, [data for _, data in contents])
-        del contents
-        _describe(record, volume)
-        masks, chosen, slices = prepare_volume(volume, window, config)
-        record["qc_flags"] += ["partial_lungs"] if masks.lungs.is_partial else []
-        record["num_slices_segmented"] = len(chosen)
-        return {"chosen": chosen.astype(np.int64), "slices": slices, "masks": masks.pack()}
+        if row["num_bytes"] > config.max_series_mib << 20:
+            raise StudyError("too_large", f"{row['num_bytes']} bytes, expected at most {config.max_series_mib} MiB")
+        if row["num_objects"] > MAX_SLICES:
+            raise StudyError("too_large", f"{row['num_objects']} objects, expected at most {MAX_SLICES}")
+        digest = storage.ContentDigest()
+        objects = fetch(series, archive, digest)
+        prepared = None
+        try:
+            prepared = decoder(series.source_format, objects)
+        except StudyError as error:
+            if error.reason != "decode_crash":
+                raise
+        finally:
+            for chunks in objects:  # a refusal may come before the end; the digest is of all bytes
+                for _ in chunks:
+                    pass
+            if digest.num_objects == len(series.objects):
+                record["source_digest"] = digest.hexdigest()
+        if prepared is None:  # once more: the machine may have killed the decoder, not the series
+            prepared = decoder(series.source_format, fetch(series, archive, storage.ContentDigest()))
+        record["num_slices"], record["num_slices_segmented"] = prepared.num_slices, len(prepared.chosen)
+        record["spacing_z_mm"], record["spacing_y_mm"], record["spacing_x_mm"] = prepared.spacing_mm
+        record["qc_flags"] += prepared.qc_flags
+        return {"chosen": prepared.chosen, "slices": prepared.slices, "masks": prepared.masks}
 
-    filled = _at_boundary(record, prepare)
+    filled = at_boundary(record, prepare)
     record["decode_s"] = time.perf_counter() - started
     return {**empty, **filled, "record": json.dumps(record)}
+
+
+def gave_up(row: Row, window: WindowConfig, archive: str) -> Row:
+    """The row of a series whose worker died of it as often as is tried, in place of decoding it."""
+    record = _identity(series_from_row(row), row, archive)
+    record.update(started_at=time.time(), **WORKER_DIED)
+    empty = np.empty((0, window.size_px, window.size_px), np.uint16)
+    return {
+        "series_key": row["series_key"], "slices": empty, "chosen": np.empty(0, np.int64), "masks": b"",
+        "record": json.dumps(record),
+    }  # fmt: skip
+
+
+def without_answer(row: Row) -> Row:
+    """The row of a prepared series whose worker died of it as often as is tried, in place of predicting it."""
+    record = {**json.loads(row["record"]), **WORKER_DIED}
+    return {**row, "lesion_levels": np.empty((0, *row["slices"].shape[1:]), np.uint8), "record": json.dumps(record)}
 
 
 def predict(row: Row, predictor: "Predictor") -> Row:
@@ -155,7 +185,7 @@ def predict(row: Row, predictor: "Predictor") -> Row:
         record["p_infected"], record["p_severe"] = prediction.p_infected, prediction.p_severe
         return {"lesion_levels": prediction.lesion_levels}
 
-    filled = _at_boundary(record, answer) if len(row["slices"]) else {}
+    filled = at_boundary(record, answer) if len(row["slices"]) else {}
     record["predict_s"] = time.perf_counter() - started if filled else None
     return {**row, "lesion_levels": lesion_levels, **filled, "record": json.dumps(record)}
 
@@ -191,7 +221,7 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
         kept.append((masks, found))
         return {"status": SCREENED}
 
-    record.update(_at_boundary(record, evaluate))
+    record.update(at_boundary(record, evaluate))
     if not kept:
         return Measured(record=_without_measurements(record))
     return Measured(record=record, masks=kept[0][0], involvement=kept[0][1])
@@ -212,31 +242,34 @@ def conclude(
     }
 
 
-def fetch(series: Series, archive: str) -> list[tuple[str, bytes]]:
-    """Read a series' objects: (path relative to the archive, bytes)."""
-    uris = [storage.join(archive, item.path) for item in series.objects]
-    if len(uris) == 1:
-        return [(series.objects[0].path, storage.read_bytes(uris[0]))]
+def fetch(series: Series, archive: str, digest: storage.ContentDigest) -> Iterator[Iterator[bytes]]:
+    """The bytes of a series' objects, one after the other and each in chunks; adds them to the digest as they pass.
+
+    Small objects are read ahead by a few threads; of a large one there is never more than a chunk.
+    """
+    folder = series.source_path[: series.source_path.rfind("/") + 1]
+
+    def read_whole(item: storage.ObjectInfo) -> list[bytes]:
+        return list(storage.read_chunks(storage.join(archive, item.path), item))
+
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
-        return list(zip((item.path for item in series.objects), pool.map(storage.read_bytes, uris), strict=True))
-
-
-def decode(series: Series, contents: list[bytes]) -> Volume:
-    """Read a series' bytes as one volume. Raises StudyError."""
-    if series.source_format == "nifti":
-        return nifti.read(contents[0])
-    return dicom.read_series(contents)
-
-
-def prepare_volume(
-    volume: Volume, window: WindowConfig, config: ScreeningConfig
-) -> tuple[StoredMasks, NDArray[np.intp], NDArray[np.uint16]]:
-    """Find the lungs, choose the slices to segment and make the network's input. Raises StudyError."""
-    lungs = lung.find_lungs(volume)
-    lung_slices = np.flatnonzero(lungs.lung_mask.any(axis=(1, 2)))
-    chosen, _ = thin_slices(lung_slices, volume.spacing_mm[0], config.slice_step_mm)
-    masks = StoredMasks(lungs=lungs, source=volume.source, spacing_mm=volume.spacing_mm)
-    return masks, chosen, to_input(volume.hu[chosen], window)
+        ahead: deque[tuple[storage.ObjectInfo, Future[list[bytes]] | None]] = deque()
+        waiting = iter(series.objects)
+        try:
+            while True:
+                for item in islice(waiting, NUM_FETCH_THREADS - len(ahead)):
+                    is_small = item.num_bytes <= SMALL_OBJECT_BYTES and len(series.objects) > 1
+                    ahead.append((item, pool.submit(read_whole, item) if is_small else None))
+                if not ahead:
+                    return
+                item, future = ahead.popleft()
+                uri = storage.join(archive, item.path)
+                chunks = storage.read_chunks(uri, item) if future is None else iter(future.result())
+                yield digest.passing(item.path.removeprefix(folder), chunks)
+        finally:
+            for _, future in ahead:
+                if future is not None:
+                    future.cancel()
 
 
 def lesion_in_source(
@@ -277,27 +310,31 @@ def _identity(series: Series, row: Row, archive: str) -> Row:
     }
 
 
-def _describe(record: Row, volume: Volume) -> None:
-    record["num_slices"] = len(volume.hu)
-    record["spacing_z_mm"], record["spacing_y_mm"], record["spacing_x_mm"] = volume.spacing_mm
-    record["qc_flags"] += volume.qc_flags
-
-
-def _at_boundary(record: Row, work: Callable[[], Row]) -> Row:
+def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     """Do one stage's work; turn what goes wrong into the record's status and reason.
 
-    A StudyError is the input's fault. An OSError is the storage's. Anything else is ours: its type and place are
+    A StudyError is the input's fault. An OSError is the storage's; storage that refuses us altogether fails every
+    series alike, so that one is not caught here and ends the job. Anything else is ours: its type and place are
     logged under the series key, never its text, which may quote the input.
     """
     try:
         return work()
     except StudyError as error:
         record.update(status=REJECTED, reason=error.reason, reason_detail=str(error))
+    except StudyTimeoutError as error:
+        record.update(status=FAILED, reason="timeout", reason_detail=str(error))
+    except storage.AccessError:
+        raise
+    except FileNotFoundError:
+        record.update(status=FAILED, reason="vanished", reason_detail="an object is gone since it was listed")
+    except storage.ObjectChangedError:
+        record.update(status=FAILED, reason="changed", reason_detail="an object is another since it was listed")
     except OSError as error:
         record.update(status=FAILED, reason="storage", reason_detail=f"storage: {type(error).__name__}")
     except Exception as error:
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
         where = f"{type(error).__name__} at {Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
+        where = str(error) if isinstance(error, DecoderError) else where
         logger.error("series %s: internal error, %s", record["series_key"], where)
         record.update(status=FAILED, reason="internal_error", reason_detail=where)
     return {}

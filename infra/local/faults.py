@@ -1,6 +1,7 @@
 """make faults: real kills against real jobs, each told as fault, outcome required, outcome seen.
 
-``--suite training`` trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a
+``--suite screening`` screens an archive in an S3 server of its own and kills what takes part. ``--suite training``
+trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a
 checkpoint, and compares what the continued training ends with to that of one that nobody disturbed.
 """
 
@@ -16,13 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
+from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import Job, Service, free_ports, start_job, start_mlflow, start_ray
+from services import Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3
 
 from covtanet.data.phantom_archive import configs, write_mosmed
 
@@ -241,30 +244,22 @@ def cut_checkpoint(setting: Setting, clean: Training) -> str:
     return check_like(training, clean, setting.tolerance)
 
 
-def cut_with_tracker_gone(setting: Setting, clean: Training) -> str:
-    """One training: driver killed and the newest checkpoint cut; started again, MLflow's server is killed under it."""
-    training = setting.training("cut-tracker", more="phases = [1]")
-    (port,) = free_ports(1)
-    server = start_mlflow(training.folder, port)
-    training.environment = {**training.environment, **server.environment}
-    try:
-        job = training.start()
-        job.wait_for(training.has_epochs(1, 3))
-        job.kill()
-        weights = training.checkpoints(1)[-1] / "weights.safetensors"
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-        job = training.start()
-        job.says("phase 1 continues after epoch")
-        os.killpg(server.process.pid, signal.SIGKILL)
-        server.process.wait()
-        assert job.finish() == 5, job.output[-4000:]
-        assert "a checkpoint is left out" in job.output, "the cut checkpoint was taken"
-        server = start_mlflow(training.folder, port)
-        output = training.run()
-        assert "phase 1 epoch" not in output, "phase 1 was trained again"
-        return check_like(training, clean, setting.tolerance, phases=(1,))
-    finally:
-        server.stop()
+def cut_then_worker_in_phase_2(setting: Setting, clean: Training) -> str:
+    """One training: the driver killed in phase 1 and the newest checkpoint cut; then a worker killed in phase 2."""
+    training = setting.training("cut-worker")
+    job = training.start()
+    job.wait_for(training.has_epochs(1, 3))
+    job.kill()
+    weights = training.checkpoints(1)[-1] / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    job = training.start()
+    job.wait_for(training.has_epochs(2, 2))
+    kill_worker(setting)
+    assert job.finish() == 0, job.output[-4000:]
+    assert "a checkpoint is left out" in job.output, "the cut checkpoint was taken"
+    for phase in (1, 2):
+        assert f"phase {phase} continues after epoch" in job.output, f"phase {phase} started over"
+    return check_like(training, clean, setting.tolerance)
 
 
 def not_finite(setting: Setting, clean: Training) -> str:
@@ -336,7 +331,7 @@ TRAINING: dict[str, tuple[Scenario, str]] = {
     "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
     "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
 }
-SUITES = {"training": TRAINING}
+SUITES = {"training": TRAINING, "screening": SCREENING}
 
 
 def make_setting(environment: dict[str, str], folder: Path) -> Setting:
@@ -345,20 +340,36 @@ def make_setting(environment: dict[str, str], folder: Path) -> Setting:
     return Setting(environment=environment, folder=folder, data=str(folder / "data"))
 
 
-def run_suite(suite: str, setting: Setting) -> list[tuple[str, str, str, bool]]:
-    """All scenarios of a suite: fault, required, seen, whether it is as required."""
+Ready = dict[str, tuple[Callable[[], str], str]]
+
+
+def ready_training(environment: dict[str, str], folder: Path) -> Ready:
+    """The training scenarios, each ready to run, after the undisturbed training that they are compared with."""
+    setting = make_setting(environment, folder)
     clean = setting.training("clean")
-    print("undisturbed ...", flush=True)
     clean.run()
+    return {fault: (partial(scenario, setting, clean), required) for fault, (scenario, required) in TRAINING.items()}
+
+
+def ready_screening(screening: Screening) -> Ready:
+    """The screening scenarios, each ready to run, after the undisturbed run that they are compared with."""
+    fill(screening)
+    screening.run("clean")
+    screening.clean = screening.table("clean")
+    return {fault: (partial(scenario, screening), required) for fault, (scenario, required) in SCREENING.items()}
+
+
+def run_suite(scenarios: Ready) -> list[tuple[str, str, str, bool]]:
+    """All scenarios of a suite: fault, required, seen, whether it is as required."""
     rows = []
-    for fault, (scenario, required) in SUITES[suite].items():
+    for fault, (scenario, required) in scenarios.items():
         print(f"{fault} ...", flush=True)
         started = time.monotonic()
         try:
-            seen, is_good = scenario(setting, clean), True
+            seen, is_good = scenario(), True
         except Exception as error:  # one scenario may not end the others
             seen, is_good = f"{type(error).__name__}: {error}".splitlines()[0], False
-            (setting.folder / f"{fault.replace(' ', '-')}.txt").write_text(str(error))
+            print(error, flush=True)
         print(
             f"  {'as required' if is_good else 'NOT as required'}, {time.monotonic() - started:.0f} s: {seen}",
             flush=True,
@@ -370,25 +381,49 @@ def run_suite(suite: str, setting: Setting) -> list[tuple[str, str, str, bool]]:
 def main() -> int:
     """Run a suite on a Ray of its own and print its table."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--suite", choices=SUITES, default="training")
-    suite = options.parse_args().suite
-    services: list[Service] = []
-    with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory() as folder:
-        token = Path(folder) / "token"
-        with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        try:
-            environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            ray = start_ray(Path(folder) / "ray.log", environment, token, Path(short))
-            services.append(ray)
-            rows = run_suite(suite, make_setting({**os.environ, **ray.environment}, Path(folder)))
-        finally:
-            for service in services:
-                service.stop()
+    options.add_argument("--suite", choices=(*SUITES, "all"), default="all")
+    options.add_argument("--only", default="", help="faults with this text in their name")
+    arguments = options.parse_args()
+    suites = tuple(SUITES) if arguments.suite == "all" else (arguments.suite,)
+    rows = [row for suite in suites for row in run_alone(suite, arguments.only)]
     print("\n| fault | required | seen | |\n|---|---|---|---|")
     for fault, required, seen, is_good in rows:
         print(f"| {fault} | {required} | {seen} | {'as required' if is_good else 'NOT as required'} |")
-    return 0 if all(is_good for *_, is_good in rows) else 1
+    num_good = sum(is_good for *_, is_good in rows)
+    print(f"\n{num_good} of {len(rows)} faults ended as required")
+    return 0 if num_good == len(rows) else 1
+
+
+def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
+    """Run a suite on a Ray of its own, and beside an S3 server of its own where it needs one."""
+    services: list[Service] = []
+    with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        token = folder / "token"
+        with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        screening = None
+        try:
+            if suite == "screening":
+                screening = Screening(
+                    folder=folder, bucket=folder / "s3" / "bucket", s3=start_s3(folder / "s3", folder / "s3.log")
+                )
+                assert screening.s3 is not None
+                environment |= screening.s3.environment
+                os.environ.update(screening.s3.environment)
+            services.append(start_ray(folder / "ray.log", environment, token, Path(short)))
+            environment = {**os.environ, **environment, **services[0].environment}
+            print("undisturbed ...", flush=True)
+            if screening is None:
+                ready = ready_training(environment, folder)
+            else:
+                screening.environment = environment
+                ready = ready_screening(screening)
+            return run_suite({fault: each for fault, each in ready.items() if only in fault})
+        finally:
+            for service in [*services, *([screening.s3] if screening and screening.s3 else [])]:
+                service.stop()
 
 
 if __name__ == "__main__":

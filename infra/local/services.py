@@ -72,10 +72,13 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def start_s3(folder: Path, log: Path, key: str = "covtanet", secret: str = "covtanet-on-loopback") -> Service:
-    """Serve a folder as S3: its subfolders are buckets."""
-    (port,) = free_ports(1)
+def start_s3(
+    folder: Path, log: Path, key: str = "covtanet", secret: str = "covtanet-on-loopback", port: int = 0
+) -> Service:
+    """Serve a folder as S3: its subfolders are buckets. port: 0 takes a free one."""
+    port = port or free_ports(1)[0]
     binary = Path(sys.executable).with_name("rclone")
+    folder.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
             [binary, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"{LOOPBACK}:{port}", folder],

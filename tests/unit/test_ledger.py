@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from covtanet.data.manifest import IGNORED_SCHEMA, Series
-from covtanet.errors import ConfigError
-from covtanet.screening import ledger
+from covtanet.errors import AlreadyCommittedError, ConfigError
+from covtanet.screening import ledger, view
 from covtanet.screening.records import LEDGER_SCHEMA, REASONS
 from covtanet.storage import ObjectInfo
 
@@ -93,6 +93,40 @@ def test_a_missing_row_stops_the_commit(run: ledger.Run, tmp_path: Path) -> None
     assert not ledger.is_committed(run)
 
 
+def test_of_two_drivers_one_commits_and_the_other_is_told(run: ledger.Run, tmp_path: Path) -> None:
+    rows = freeze(run, tmp_path, "a")
+    ledger.store_row(run, record(rows[0]))
+    ledger.commit(run)
+    committed = Path(run.committed_uri).read_bytes()
+    ledger.store_row(run, record(rows[0], reason="no_lung"))  # the other was still at it
+    with pytest.raises(AlreadyCommittedError, match="committed first"):
+        ledger.commit(run)
+    assert Path(run.committed_uri).read_bytes() == committed
+
+
+def test_a_series_is_tried_three_times_and_no_more(run: ledger.Run) -> None:
+    assert [ledger.may_try(run, "k", "decode") for _ in range(5)] == [True, True, True, False, False]
+    assert ledger.may_try(run, "k", "predict")
+    assert ledger.may_try(run, "other", "decode")
+
+
+def test_the_newest_row_of_each_series_is_the_view(run: ledger.Run, tmp_path: Path) -> None:
+    for day, names in ((20, "abc"), (21, "b"), (22, "")):
+        night = replace(run, run_date=date(2026, 11, day))
+        for row in freeze(night, tmp_path, *names):
+            ledger.store_row(night, record(row, reason="no_lung" if day == 21 else "not_hu"))
+        ledger.commit(night)
+    found = {row["source_uri"]: row["reason"] for row in view.newest_rows(run.ledger).to_pylist()}
+    assert found == {
+        f"/archive/{name}.nii.gz": reason for name, reason in zip("abc", ("not_hu", "no_lung", "not_hu"), strict=True)
+    }
+    known = view.known_series(run.ledger, {replace(run, run_date=date(2026, 11, 20)).run_id})
+    first, version = known[series("a")["series_key"]], series("a")["source_version"]
+    assert first.is_settled(version, "0.1.0")
+    assert not first.is_settled(version, "0.2.0")  # refused by older software
+    assert not first.is_settled("another", "0.1.0")
+
+
 def test_a_series_screened_twice_leaves_one_row(run: ledger.Run, tmp_path: Path) -> None:
     (row,) = freeze(run, tmp_path, "a")
     ledger.store_row(run, record(row))
@@ -111,16 +145,16 @@ def test_half_written_rows_do_not_count(run: ledger.Run, tmp_path: Path) -> None
 
 def test_the_newest_unfinished_run_is_continued(run: ledger.Run, tmp_path: Path) -> None:
     today = datetime.now(UTC).date()
-    assert ledger.choose_date(run.ledger, run.key) == today
+    assert ledger.choose_date(run) == today
     older = replace(run, run_date=date(2026, 11, 20))
     for each in (run, older):
         freeze(each, tmp_path)
-    assert ledger.choose_date(run.ledger, run.key) == run.run_date
+    assert ledger.choose_date(run) == run.run_date
     ledger.commit(run)
-    assert ledger.choose_date(run.ledger, run.key) == older.run_date
+    assert ledger.choose_date(run) == older.run_date
     ledger.commit(older)
-    assert ledger.choose_date(run.ledger, run.key) == today
-    assert ledger.choose_date(run.ledger, {**run.key, "limit": 3}) == today
+    assert ledger.choose_date(run) == today
+    assert ledger.choose_date(replace(run, limit=3)) == today
 
 
 def test_ledger_and_archive_may_not_lie_in_each_other() -> None:
@@ -142,11 +176,11 @@ def rows_of(run: ledger.Run, **values: Any) -> Any:
 def test_ledgers_are_equal_within_their_tolerances(run: ledger.Run) -> None:
     one = rows_of(run, involvement=0.2, decode_s=1.0)
     later = replace(run, run_date=date(2026, 11, 24))
-    assert ledger.differences(one, rows_of(later, involvement=0.2001, decode_s=2.0)) == []
-    assert len(ledger.differences(one, rows_of(run, involvement=0.21))) == 1
-    assert len(ledger.differences(one, rows_of(run, involvement=None))) == 1
-    assert len(ledger.differences(one, one.slice(0, 0))) == 1
-    assert ledger.differences(one, ledger.pa.concat_tables([one, one])) == ["a series has more than one row"]
+    assert view.differences(one, rows_of(later, involvement=0.2001, decode_s=2.0)) == []
+    assert len(view.differences(one, rows_of(run, involvement=0.21))) == 1
+    assert len(view.differences(one, rows_of(run, involvement=None))) == 1
+    assert len(view.differences(one, one.slice(0, 0))) == 1
+    assert view.differences(one, ledger.pa.concat_tables([one, one])) == ["a series has more than one row"]
 
 
 def test_schema_is_the_promise() -> None:
@@ -162,7 +196,7 @@ config_digest: string|software_version: string|decode_s: double|predict_s: doubl
     assert [f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA] == [
         each for line in expected.splitlines() for each in line.split("|")
     ]
-    assert len(set(REASONS)) == len(REASONS) == 18
+    assert len(set(REASONS)) == len(REASONS) == 21
 
 
 def test_accounting_adds_up() -> None:

@@ -18,7 +18,7 @@ from covtanet.data.phantom import Phantom
 from covtanet.data.phantom_archive import dicom_objects
 from covtanet.model.checkpoint import load_model
 from covtanet.report import overlay
-from covtanet.screening import stages
+from covtanet.screening import decode, stages
 from covtanet.screening.predictor import Predictor
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import read_bytes, walk
@@ -40,10 +40,15 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> dict[str, Any]:
+    decoder = stages.in_process(WINDOW, config)
+    return stages.decode_and_prepare(row, archive=str(archive), window=WINDOW, config=config, decoder=decoder)
+
+
 def screen(archive: Path, predictor: Predictor, config: ScreeningConfig = CONFIG) -> list[dict[str, Any]]:
     records = []
     for row in manifest_rows(archive):
-        prepared = stages.decode_and_prepare(row, archive=str(archive), window=WINDOW, config=config)
+        prepared = prepare(row, archive, config)
         records.append(stages.measure(stages.predict(prepared, predictor), config).record)
     return records
 
@@ -102,9 +107,9 @@ def test_object_that_vanished_is_failed_not_rejected(tmp_path: Path, predictor: 
     path.write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
     path.unlink()
-    prepared = stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    prepared = prepare(row, tmp_path)
     record = stages.measure(stages.predict(prepared, predictor), CONFIG).record
-    assert (record["status"], record["reason"], record["source_digest"]) == ("failed", "storage", None)
+    assert (record["status"], record["reason"], record["source_digest"]) == ("failed", "vanished", None)
 
 
 def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
@@ -112,7 +117,7 @@ def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
 ) -> None:
     (tmp_path / "a.nii").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
-    prepared = stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    prepared = prepare(row, tmp_path)
 
     class Broken:
         def predict(self, slices: object) -> None:
@@ -139,8 +144,8 @@ def test_conclusions(p_infected: float, p_severe: float, involvement: float | No
 
 
 def test_masks_survive_their_packing(mild_volume: Any) -> None:
-    masks, _, _ = stages.prepare_volume(mild_volume, WINDOW, CONFIG)
-    back = stages.StoredMasks.unpack(masks.pack())
+    masks, _, _ = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
+    back = decode.StoredMasks.unpack(masks.pack())
     np.testing.assert_array_equal(back.lungs.lung_mask, masks.lungs.lung_mask)
     np.testing.assert_array_equal(back.lungs.cavity_mask, masks.lungs.cavity_mask)
     np.testing.assert_array_equal(back.source.affine, masks.source.affine)
@@ -149,7 +154,7 @@ def test_masks_survive_their_packing(mild_volume: Any) -> None:
 
 def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: Phantom, tmp_path: Path) -> None:
     """A perfect network: the lesion of the chosen slices, repeated over what they stand for."""
-    masks, chosen, slices = stages.prepare_volume(mild_volume, WINDOW, CONFIG)
+    masks, chosen, slices = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
     levels = (mild.lesion_mask[chosen] * 254).astype(np.uint8)
     record = {"series_key": "k", "p_infected": 0.9, "p_severe": 0.2, "status": "screened", "qc_flags": []}
     row = {"record": json.dumps(record), "lesion_levels": levels, "chosen": chosen, "masks": masks.pack()}
@@ -180,7 +185,7 @@ EXPECTED_REAL = {
     "broken/not-dicom/text.dcm": ["unreadable"],
     "broken/gantry-tilt-head-phantom/": ["gantry_tilt"],
     "broken/transfer-syntaxes/": ["duplicate_slice", "too_few_slices"],
-    "broken/enhanced-multiframe/": ["unsupported_syntax"],
+    "broken/enhanced-multiframe/": ["too_few_slices"],
     "broken/odd-headers/": ["too_few_slices", "too_few_slices"],
     "broken/odd-headers/no_meta.dcm": ["unreadable"],
     "broken/seg-objects/": ["not_ct"],
@@ -194,7 +199,7 @@ def test_real_and_damaged_input_gives_its_64_rows() -> None:
     found: dict[str, list[str]] = {}
     flags: dict[str, list[str]] = {}
     for row in manifest_rows(REAL_DATA):
-        prepared = stages.decode_and_prepare(row, archive=str(REAL_DATA), window=WINDOW, config=CONFIG)
+        prepared = prepare(row, REAL_DATA)
         record = json.loads(prepared["record"])
         found.setdefault(row["source_path"], []).append(record.get("reason") or record["status"])
         flags[row["source_path"]] = record["qc_flags"]
@@ -205,7 +210,7 @@ def test_real_and_damaged_input_gives_its_64_rows() -> None:
     assert all(found.pop(path) == ["label_map"] for path in masks)
     assert {path: sorted(verdicts) for path, verdicts in found.items()} == EXPECTED_REAL
     assert flags["dicom/lungfcp-01-0001/"] == ["partial_lungs"]
-    assert flags["dicom/ricord-1a-001012/"] == []
+    assert flags["dicom/ricord-1a-001012/"] == ["padding"]
 
 
 def test_archive_with_links_to_nowhere_and_pipes_is_listed(tmp_path: Path) -> None:
@@ -217,9 +222,9 @@ def test_archive_with_links_to_nowhere_and_pipes_is_listed(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe.dcm")
     rows = {row["source_path"]: row for row in manifest_rows(tmp_path)}
     assert set(rows) == {"gone.dcm", "linked/a.nii"}
-    prepared = stages.decode_and_prepare(rows["gone.dcm"], archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    prepared = prepare(rows["gone.dcm"], tmp_path)
     record = json.loads(prepared["record"])
-    assert (record["status"], record["reason"]) == ("failed", "storage")
+    assert (record["status"], record["reason"]) == ("failed", "vanished")
 
 
 def test_an_answer_that_is_no_number_is_no_diagnosis(model_folder: Path) -> None:

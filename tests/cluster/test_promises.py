@@ -1,0 +1,190 @@
+"""What the screening promises, each broken for real once: see docs/reliability.md."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import faults_screening
+import pyarrow.compute as pc
+import pydicom
+import pytest
+from conftest import ROOT, S3, Cluster
+from faults_screening import Screening, start_killer
+from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+
+from covtanet import storage
+from covtanet.screening import view
+
+
+@pytest.mark.timeout(240)
+def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> None:
+    """One series' worker is killed every time. All others are as ever."""
+    job, key, killed = start_killer(screening, "hostile")
+    assert job.finish() == 0, job.output[-2000:]  # one of 25 is less than 5 %
+    assert "exit code 0:" in "".join(job.lines[-5:])
+    rows = {row["series_key"]: row for row in screening.table("hostile").to_pylist()}
+    expected = {row["series_key"]: row for row in screening.clean.to_pylist()}
+    assert rows.keys() == expected.keys()
+    assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died")
+    assert killed >= 3
+    others = screening.table("hostile").filter(pc.field("series_key") != key)
+    assert view.differences(screening.clean.filter(pc.field("series_key") != key), others) == []
+
+
+def write(prefix: str, name: str, objects: dict[str, bytes]) -> None:
+    for key, data in objects.items():
+        storage.write_bytes(f"{prefix}/{name.replace(' ', '-').replace(':', '')}/{key}", data)
+
+
+@pytest.mark.timeout(240)
+def test_malformed_input_in_s3_is_refused_and_odd_input_is_screened(screening: Screening) -> None:
+    for name, (_, build) in CATALOGUE.items():
+        write("s3://bucket/malformed", f"bad {name}", build())
+    for name, build in CONTROLS.items():
+        write("s3://bucket/malformed", f"good {name}", build())
+    screening.run("malformed-ledger", archive="s3://bucket/malformed")
+    found: dict[str, set[str]] = {}
+    for row in screening.table("malformed-ledger").to_pylist():
+        folder = row["source_uri"].removeprefix("s3://bucket/malformed/").split("/")[0]
+        found.setdefault(folder, set()).add(row["reason"] or row["status"])
+    for name, (reason, _) in CATALOGUE.items():
+        assert reason in found[f"bad-{name.replace(' ', '-').replace(':', '')}"], name
+        assert "screened" not in found[f"bad-{name.replace(' ', '-').replace(':', '')}"], name
+    for name in CONTROLS:
+        assert found[f"good-{name.replace(' ', '-')}"] == {"screened"}, name
+
+
+def test_each_night_reads_what_is_new_or_changed(screening: Screening) -> None:
+    """New, changed and failed series are screened; a night without any commits no row; the view has all, once."""
+    archive = screening.folder / "nightly"
+    for name in ("a", "b", "c"):
+        (archive / name).mkdir(parents=True)
+        (archive / name / "ct.nii.gz").write_bytes(gz(plain_nifti()))
+    (archive / "gone.nii").symlink_to(screening.folder / "nowhere.nii")
+    ledger = screening.folder / "nightly-ledger"
+    where = {"archive": str(archive), "ledger": str(ledger)}
+
+    def night(date: str, *more: str, expect: int = 0) -> list[tuple[str, str]]:
+        screening.run("", "--since", "last", "--run-date", date, *more, expect=expect, **where)
+        (path,) = ledger.glob(f"date={date}/*.parquet")
+        rows = view.read(str(path)).to_pylist()
+        return sorted((row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"]) for row in rows)
+
+    first = [(f"{name}/ct.nii.gz", "screened") for name in "abc"]
+    assert night("2026-11-20", expect=4) == [*first, ("gone.nii", "vanished")]
+    (archive / "b" / "ct.nii.gz").write_bytes(gz(plain_nifti() + b"later"))
+    (archive / "d").mkdir()
+    (archive / "d" / "ct.nii.gz").write_bytes(b"no volume")
+    (archive / "gone.nii").unlink()
+    (archive / "gone.nii").write_bytes(plain_nifti())
+    assert night("2026-11-21") == [
+        ("b/ct.nii.gz", "screened"), ("d/ct.nii.gz", "unreadable"), ("gone.nii", "screened")
+    ]  # fmt: skip
+    assert night("2026-11-22") == []
+    rows = view.newest_rows(str(ledger)).to_pylist()
+    assert len(rows) == 5
+    assert Counter(row["status"] for row in rows) == {"screened": 4, "rejected": 1}
+    shown = subprocess.run(
+        [sys.executable, "jobs/ledger.py", str(ledger), "runs"], cwd=ROOT, env=screening.environment,
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "4 series: 3 screened, 0 rejected, 1 failed" in shown
+    assert "0 series: 0 screened" in shown
+
+
+CANARY = "CANARY"
+
+
+def with_canaries() -> list[bytes]:
+    """The series with a canary in every text, in private tags and as a padding of the file."""
+    out = []
+    for data in slices():
+        dataset = pydicom.dcmread(BytesIO(data))
+        for name in (
+            "PatientID", "PatientName", "PatientComments", "InstitutionName", "StudyDescription", "SeriesDescription",
+            "AccessionNumber", "ReferringPhysicianName", "OperatorsName", "ProtocolName", "StudyID", "PatientAddress",
+        ):  # fmt: skip
+            setattr(dataset, name, f"{CANARY}^{name}"[:16])
+        dataset.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
+        buffer = BytesIO()
+        dataset.save_as(buffer, enforce_file_format=True)
+        out.append(buffer.getvalue())
+    return out
+
+
+def test_no_identity_leaves_but_in_its_column_and_none_where_it_is_hidden(
+    screening: Screening, cluster: Cluster, s3: S3
+) -> None:
+    objects = with_canaries()
+    archive = f"s3://bucket/{CANARY}-archive"
+    for index, data in enumerate(objects):
+        storage.write_bytes(f"{archive}/{CANARY}-study/{CANARY}{index}", data)
+    storage.write_bytes(f"{archive}/{CANARY}.nii.gz", gz(plain_nifti())[:-900])
+    storage.write_bytes(f"{archive}/{CANARY}-broken/1", objects[0][:-500])
+    storage.write_bytes(f"{archive}/{CANARY}-broken/2.dcm", objects[1][:700])
+
+    output = screening.run("canary-open", "--results", "s3://bucket/canary-results", archive=archive)
+    table = screening.table("canary-open")
+    hidden_columns = [name for name in table.column_names if name != "source_uri"]
+    assert CANARY not in str(table.select(hidden_columns).to_pylist())
+    assert CANARY in str(table["source_uri"].to_pylist())
+    assert CANARY not in output
+    for path in (s3.folder / "canary-results").rglob("*"):
+        assert CANARY not in path.name
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes()
+
+    key = screening.folder / "site.key"
+    key.write_bytes(b"a secret of this hospital")
+    key.chmod(0o600)
+    config = screening.folder / "hidden.toml"
+    config.write_text(faults_screening.CONFIG + "deidentify = true\n")
+    output = screening.run(
+        "canary-hidden", "--config", str(config), "--site-key", str(key), "--linkage", "s3://bucket/linkage",
+        "--results", "s3://bucket/canary-hidden-results", archive=archive,
+    )  # fmt: skip
+    assert CANARY not in output.replace(f"{CANARY}-archive", "")
+    for folder in ("canary-hidden", "canary-hidden-results"):
+        for path in (s3.folder / folder).rglob("*"):
+            assert CANARY not in str(path.relative_to(s3.folder))
+            assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
+    hidden, shown = screening.table("canary-hidden").to_pylist(), table.to_pylist()
+    assert CANARY not in str(hidden)
+    assert not {row["series_key"] for row in hidden} & {row["series_key"] for row in shown}
+    assert not {row["study_uid"] for row in hidden if row["study_uid"]} & {row["study_uid"] for row in shown}
+    assert Counter(row["reason"] for row in hidden) == Counter(row["reason"] for row in shown)
+    (linked,) = (s3.folder / "linkage").glob("date=*/*.parquet")
+    assert CANARY in str(faults_screening.pq.ParquetFile(linked).read().to_pylist())
+
+    logs = [path for path in Path(cluster.environment["RAY_TMP"]).rglob("*") if path.is_file() and "logs" in path.parts]
+    assert logs
+    texts = {path.name: path.read_bytes() for path in logs}
+    assert not [name for name, text in texts.items() if f"{CANARY}-study".encode() in text or b"CANARY^" in text]
+
+
+@pytest.mark.parametrize(("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)])
+def test_ray_answers_nobody_without_its_token(cluster: Cluster, header: dict[str, str], status: int) -> None:
+    request = urllib.request.Request(f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=10)
+    assert error.value.code == status
+
+
+def test_a_pickle_is_no_model(screening: Screening) -> None:
+    import torch
+
+    folder = screening.folder / "pickle"
+    folder.mkdir()
+    torch.save({"weights": torch.zeros(1)}, folder / "weights.safetensors")
+    (folder / "model.json").write_text(json.dumps({}))
+    output = screening.run("pickle", "--model", str(folder), expect=3)
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("uri", ["http://host/archive", "s3://user:secret@host/x", "s3://bucket/../x", "gs://b/x"])
+def test_places_beyond_paths_and_s3_are_refused(screening: Screening, uri: str) -> None:
+    assert "expected" in screening.run("scheme", archive=uri, expect=3)

@@ -1,0 +1,118 @@
+"""The decoder's child process: the same answers, nothing to steal, nothing to open, and an end to everything."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hostile import gz, plain_nifti, slices
+
+from covtanet.ct.window import WindowConfig
+from covtanet.errors import StudyError, StudyTimeoutError
+from covtanet.screening import decode
+from covtanet.screening.sandbox import Limits, Sandbox
+
+WINDOW = WindowConfig(size_px=64)
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CANARY")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "CANARY")
+    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
+    yield found
+    found.close()
+
+
+def child(sandbox: Sandbox) -> psutil.Process:
+    """The warm child."""
+    return psutil.Process(sandbox._warm_child().pid)
+
+
+def test_answers_are_those_of_this_process_and_the_child_stays_warm(sandbox: Sandbox) -> None:
+    pids = set()
+    for source_format, objects in (
+        ("dicom", list(slices())),
+        ("nifti", [gz(plain_nifti())]),
+        ("dicom", list(slices())),
+    ):
+        found = sandbox(source_format, [[data[:1000], data[1000:]] for data in objects])
+        expected = decode.prepare(source_format, objects, WINDOW, 2.5)
+        np.testing.assert_array_equal(found.slices, expected.slices)
+        np.testing.assert_array_equal(found.chosen, expected.chosen)
+        assert (found.masks, found.qc_flags, found.num_slices) == (expected.masks, (), 12)
+        assert found.spacing_mm == expected.spacing_mm
+        pids.add(child(sandbox).pid)
+    assert len(pids) == 1
+
+
+def test_a_refusal_half_way_leaves_the_child_fit_for_the_next(sandbox: Sandbox) -> None:
+    broken = [slices()[0], b"no DICOM", *slices()[2:]]
+    pid = child(sandbox).pid
+    with pytest.raises(StudyError, match="no DICOM header"):
+        sandbox("dicom", [[data] for data in broken])
+    assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+    assert child(sandbox).pid == pid
+
+
+def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sandbox) -> None:
+    process = child(sandbox)
+    assert "CANARY" not in str(process.environ())
+    assert {"LANG", "OMP_NUM_THREADS"} <= set(process.environ()) <= {
+        "LANG", "LC_CTYPE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX",
+        "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
+    }  # fmt: skip
+    limits = {
+        line[:25].strip(): line[26:46].strip() for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+    }
+    highest = max(int(path.name) for path in Path(f"/proc/{process.pid}/fd").iterdir())
+    assert int(limits["Max open files"]) == highest + 1  # the next file or socket is one too many
+    assert (limits["Max file size"], limits["Max core file size"]) == ("0", "0")
+    assert int(limits["Max address space"]) < process.memory_info().vms + (513 << 20)
+
+
+def test_what_needs_more_memory_than_allowed_is_too_large(sandbox: Sandbox) -> None:
+    """A header that keeps its word: 1024 x 1024 x 400 voxels of zeros, less than a megabyte as gzip."""
+    header = bytearray(plain_nifti()[:352])
+    header[40:48] = np.array([3, 1024, 1024, 400], "<i2").tobytes()
+    bomb = gz(bytes(header)) + gz(bytes(1 << 20)) * 800
+    with pytest.raises(StudyError, match="more memory than a series may take") as error:
+        sandbox("nifti", [[bomb]])
+    assert error.value.reason == "too_large"
+    assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected", "message"),
+    [
+        (signal.SIGKILL, StudyError, "died of this input, signal 9"),
+        (signal.SIGSTOP, StudyTimeoutError, "longer than 3 s"),
+    ],
+)  # fmt: skip
+def test_a_child_that_dies_or_hangs_is_an_answer(
+    sandbox: Sandbox, sent: signal.Signals, expected: type[Exception], message: str
+) -> None:
+    """The signal comes when the input is half in."""
+
+    def objects() -> Iterator[list[bytes]]:
+        for index, data in enumerate(slices()):
+            if index == 6:
+                child_process.send_signal(sent)
+            yield [data]
+
+    child_process = child(sandbox)
+    with pytest.raises(expected, match=message):
+        sandbox("dicom", objects())
+    assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+
+
+def test_no_child_is_left_behind() -> None:
+    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
+    process = child(found)
+    before = threading.active_count()
+    found.close()
+    assert not process.is_running()
+    assert threading.active_count() <= before
