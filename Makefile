@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen test check bench faults clean
+.PHONY: help install demo screen test check bench faults fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,5 +38,9 @@ bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, all; 30 minutes)
 	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
 
+fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	@$(BIN)/python tests/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
+
 clean: ## remove what the demo and the benchmark left
-	rm -rf .demo .bench
+	rm -rf .demo .bench .fuzz

@@ -6,24 +6,30 @@ turns. ``--part NAME`` runs one part.
 
 import argparse
 import copy
+import gzip
 import os
 import platform
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import psutil
+import pydicom
 import SimpleITK
 import torch
 import training
@@ -34,12 +40,14 @@ from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.data.phantom import PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects, write_archive
+from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_archive
+from covtanet.errors import CovtanetError
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
-from covtanet.screening import stages
+from covtanet.screening import decode, stages
 from covtanet.screening.engine import ENGINES, build_engine
 from covtanet.screening.predictor import Predictor
+from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +158,97 @@ def bench_decode() -> list[Figure]:
             "d", f"DICOM ({source}), one thread, against SimpleITK", f"{taken['itk'] / taken['dicom']:.2f} x", ">= 1 x"
         ),
     ]
+
+
+def bench_sandbox() -> list[Figure]:
+    """(s) decoding in the sandbox against decoding in the worker itself, and what hostile input takes of memory."""
+    window, step = WindowConfig(size_px=512), ScreeningConfig().slice_step_mm
+    config = ScreeningConfig()
+    sandbox = Sandbox(window, step, Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s))
+    phantom = make_phantom(
+        PhantomConfig(seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9)
+    )
+    objects = dicom_objects(phantom, 1)
+    gzipped = nifti.write(phantom.hu, SourceGrid(shape=phantom.hu.shape, affine=phantom.affine))
+    series: dict[str, tuple[str, list[bytes]]] = {
+        "DICOM, uncompressed": ("dicom", objects),
+        "NIfTI, gzipped": ("nifti", [gzipped]),
+    }
+    if REAL_SERIES.exists():
+        series["DICOM, a real series"] = ("dicom", [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())])
+    figures = []
+    for name, (source_format, contents) in series.items():
+        taken = side_by_side(
+            {
+                "safe": lambda kind=source_format, each=contents: sandbox(kind, [[data] for data in each]),
+                "plain": lambda kind=source_format, each=contents: decode.prepare(kind, each, window, step),
+            }
+        )
+        figures.append(
+            Figure("s", f"safe decode over unsafe, {name}", f"{taken['safe'] / taken['plain']:.2f} x", "<= 1.15 x")
+        )
+    sandbox.close()
+    sound = peak_of_child(window, config, "dicom", [[data] for data in objects])
+    sound = max(sound, peak_of_child(window, config, "nifti", [[gzipped]]))
+    figures.append(Figure("s", "memory of a sound series of 512 x 512 x 300", f"{sound / 2**20:.0f} MiB"))
+    for name, (source_format, hostile) in hostile_input().items():
+        more = peak_of_child(window, config, source_format, hostile) - sound
+        figures.append(Figure("s", f"more memory for {name}", f"{max(0, more) / 2**20:.0f} MiB", "<= 1536 MiB"))
+    return figures
+
+
+def hostile_input() -> dict[str, tuple[str, Iterable[list[bytes]]]]:
+    """A gzip bomb, a header that asks for all that is allowed and keeps its word, a deflated object, 30,000 slices."""
+    phantom = make_phantom(PhantomConfig(seed=9, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=22))
+    plain = gzip.decompress(nifti.write(phantom.hu, nifti_grid(phantom)))
+    header = bytearray(plain[:352])
+    struct.pack_into("<4h", header, 40, 3, 1024, 1024, 500)
+    struct.pack_into("<2h", header, 70, 64, 64)  # float64
+    zeros = gzip.compress(bytes(1 << 30), 9)
+    objects = dicom_objects(phantom, 9)
+    return {
+        "a gzip bomb of 4 GiB": ("nifti", [[gzip.compress(plain) + zeros * 4]]),
+        "a header of 4 GiB that keeps its word": ("nifti", [[gzip.compress(bytes(header)) + zeros * 4]]),
+        "a deflated DICOM of 1 GiB": ("dicom", [[deflated(objects[0], 1 << 30)]]),
+        "a series of 30,000 slices": ("dicom", ([objects[0]] for _ in range(30_000))),
+    }
+
+
+def deflated(data: bytes, num_bytes: int) -> bytes:
+    """An object in the deflated syntax, with zeros behind its end."""
+    dataset = pydicom.dcmread(BytesIO(data))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    buffer = BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    start = dicom.transfer_syntax(buffer.getvalue())[1]
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed = stream.compress(zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS) + bytes(num_bytes))
+    return buffer.getvalue()[:start] + packed + stream.flush()
+
+
+def peak_of_child(
+    window: WindowConfig, config: ScreeningConfig, source_format: str, objects: Iterable[list[bytes]]
+) -> int:
+    """The most memory that a fresh decoder's child takes for one series, in bytes beyond what it starts with."""
+    limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
+    sandbox = Sandbox(window, config.slice_step_mm, limits)
+    child = psutil.Process(sandbox._warm_child().pid)
+    before, peak, is_over = child.memory_info().rss, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_over.wait(0.01):
+            with suppress(psutil.Error):
+                peak = max(peak, child.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with suppress(CovtanetError):
+        sandbox(source_format, objects)
+    is_over.set()
+    watcher.join()
+    sandbox.close()
+    return max(0, peak - before)
 
 
 def model_folder() -> Path:
@@ -272,8 +371,14 @@ def bench_training() -> list[Figure]:
     return [Figure("t", *row) for row in rows]
 
 
-PARTS = {"network": bench_network, "decode": bench_decode, "job": bench_job, "training": bench_training}
-THEMES = {"screening": ("network", "decode", "job"), "training": ("training",)}
+PARTS = {
+    "network": bench_network,
+    "decode": bench_decode,
+    "sandbox": bench_sandbox,
+    "job": bench_job,
+    "training": bench_training,
+}
+THEMES = {"screening": ("network", "decode", "job"), "hostile": ("sandbox",), "training": ("training",)}
 
 
 def main() -> int:

@@ -211,6 +211,21 @@ def declared_4gib() -> Objects:
     return named(out)
 
 
+def unknown_vr() -> Objects:
+    """The element of the pixels with a value representation that is none."""
+    out = []
+    for data in slices():
+        at = data.index(struct.pack("<HH", 0x7FE0, 0x0010))
+        out.append(data[: at + 4] + b"O\xf3" + data[at + 6 :])
+    return named(out)
+
+
+def two_syntaxes() -> Objects:
+    """A transfer syntax with two values."""
+    syntax = b"1.2.840.10008.1.2.1\0"
+    return replaced_text(syntax, b"1.2.840.10008\\1.2.1\0")
+
+
 def enhanced(num_described: int = 12, **values: object) -> Objects:
     """The series as one Enhanced CT object."""
     first = pydicom.dcmread(BytesIO(slices()[0]))
@@ -327,6 +342,8 @@ NIFTI: dict[str, tuple[str, Callable[[], Objects]]] = {
     "a quaternion that is none": (
         "missing_position", lambda: patched((QFORM_CODE, "2h", (1, 0)), (QUATERN, "3f", (3.0, 3.0, 3.0)))
     ),
+    "a unit that is none": ("missing_position", lambda: patched((UNITS, "B", 6))),
+    "a length below nothing": ("unreadable", lambda: patched((PIXDIM + 4, "f", -5.625))),
     "metres": ("missing_position", lambda: patched((UNITS, "B", 1))),
     "left in sform, right in qform": ("orientation_conflict", qform_flipped),
     "voxel size against affine": (
@@ -360,6 +377,8 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "deflated": ("unsupported_syntax", deflated),
     "deflated bomb": ("unsupported_syntax", lambda: deflated(64)),
     "a JPEG of 8 bits": ("unsupported_syntax", lambda: compressed(lambda pixels: b"\xff\xd8", JPEGBaseline8Bit)),
+    "pixels of a kind nobody knows": ("unreadable", unknown_vr),
+    "two syntaxes": ("unsupported_syntax", two_syntaxes),
     "a syntax nobody knows": ("unsupported_syntax", lambda: compressed(bytes, "1.2.3.4.5")),
     "a billion frames": ("unsupported_syntax", lambda: with_values(NumberOfFrames=1_000_000_000)),
     "no rows": ("truncated", lambda: with_values(Rows=0)),

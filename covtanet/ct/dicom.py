@@ -172,7 +172,12 @@ def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
 def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
     _check_class(datasets)
     _check_one_patient(datasets)
-    frames = frames_of(datasets)
+    try:
+        frames = frames_of(datasets)
+    except StudyError:
+        raise
+    except Exception as error:  # the items of a sequence are converted when they are asked for, too
+        raise StudyError("unreadable", "the frames of an object cannot be read") from error
     if len(frames) > nifti.MAX_SLICES:
         raise StudyError("too_large", f"{len(frames)} slices, expected at most {nifti.MAX_SLICES}")
     for frame in frames:
@@ -263,7 +268,11 @@ def _parse(data: bytes) -> FileDataset:
     if has_magic(data) and transfer_syntax(data)[0] == DeflatedExplicitVRLittleEndian:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
-        return pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
+        dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
+        for name in READ_TAGS:  # pydicom converts a value when it is first asked for
+            dataset.get(name)
+        dataset.file_meta.get("TransferSyntaxUID")
+        return dataset
     except (InvalidDicomError, EOFError) as error:
         raise StudyError("unreadable", "an object of the series has no DICOM header") from error
     except Exception as error:  # pydicom raises many kinds on damaged bytes
@@ -298,8 +307,8 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
             raise StudyError("not_ct", "pixels are colours, expected one grey value each")
     for dataset in datasets:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
-        if syntax not in SYNTAXES:
-            name = syntax.name if syntax is not None and syntax.is_transfer_syntax else "none"
+        if not isinstance(syntax, UID) or syntax not in SYNTAXES:
+            name = syntax.name if isinstance(syntax, UID) and syntax.is_transfer_syntax else "none"
             raise StudyError("unsupported_syntax", f"transfer syntax {name}, expected uncompressed or lossless CT")
         is_enhanced = _text(dataset, "SOPClassUID") in ENHANCED_CLASSES
         if int(dataset.get("NumberOfFrames") or 1) != 1 and not is_enhanced:

@@ -3,6 +3,7 @@
 The RAS frame of NIfTI exists only here. Not covered: images in pairs (.hdr/.img), more than three dimensions.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,10 @@ from covtanet.errors import StudyError
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WBITS = 31
 HEADER_BYTES, EXTENSION_BYTES = 544, 4
+# nibabel repairs at this level and above: units, codes, lengths below 0. A missing qfac is below it, and common.
+REPAIRED_LEVEL = 30
+SILENT = logging.getLogger("covtanet.ct.nifti.silent")
+SILENT.disabled = True
 SINGLE_FILE_MAGIC = (b"n+1", b"n+2\0\r\n\x1a\n", b"n+2")
 MAX_VOXELS = 1 << 29
 MAX_SLICES = 4096
@@ -79,7 +84,7 @@ def read_grey8(data: bytes) -> Volume:
 def has_spacing(data: bytes) -> bool:
     """Whether the header gives its lengths a unit; without one, spacing is nominal."""
     head = _inflate(data, HEADER_BYTES, to_end=False) if data[:2] == GZIP_MAGIC else data[:HEADER_BYTES]
-    return bool(_header(head).get_xyzt_units()[0] != "unknown")
+    return _length_unit(_header(head)) != "unknown"
 
 
 def write(array: NDArray[Any], grid: SourceGrid) -> bytes:
@@ -136,7 +141,8 @@ def _header(head: bytes) -> Any:
         size = kind.template_dtype.itemsize
         if len(head) >= size and kind.may_contain_header(head[:size]):
             try:
-                header = kind(head[:size], check=True)
+                header = kind(head[:size], check=False)
+                header.check_fix(logger=SILENT, error_level=REPAIRED_LEVEL)  # what would be repaired is refused
                 if header["magic"].item() not in SINGLE_FILE_MAGIC:
                     raise StudyError("unreadable", "the header of a pair of files, expected a single file")
                 return header
@@ -187,11 +193,18 @@ def _affine(header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
         affine = np.asarray(header.get_best_affine(), np.float64)
     except (HeaderDataError, ValueError) as error:
         raise StudyError("missing_position", "the quaternion of the qform is none") from error
-    if header.get_xyzt_units()[0] not in ("mm", "unknown"):
+    if _length_unit(header) not in ("mm", "unknown"):
         raise StudyError("missing_position", "lengths are not in millimetres")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise StudyError("missing_position", "the affine does not span a space, expected three axes in mm")
     return LPS_TO_RAS @ affine, _compare_forms(header, affine)
+
+
+def _length_unit(header: Any) -> str:
+    try:
+        return str(header.get_xyzt_units()[0])
+    except KeyError as error:
+        raise StudyError("missing_position", "the unit of lengths is none that there is") from error
 
 
 def _compare_forms(header: Any, affine: NDArray[np.float64]) -> tuple[str, ...]:

@@ -1,0 +1,76 @@
+"""make fuzz MINUTES=10: a coverage-guided search for bytes that our readers neither read nor refuse.
+
+Needs the extra ``fuzz`` (atheris). What it finds is written as ``crash-*`` and becomes a case of tests/hostile.py.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import atheris
+
+sys.path[:0] = [str(Path(__file__).parent)]
+with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
+    from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+
+    from covtanet.ct import dicom, nifti
+    from covtanet.errors import StudyError
+
+MEMORY_MIB = 6144
+LONGEST_S = 20
+
+
+def read_nifti(data: bytes) -> None:
+    """One file."""
+    try:
+        nifti.read(data)
+    except (StudyError, MemoryError):  # the sandbox makes a refusal of the second
+        return
+
+
+def read_dicom(data: bytes) -> None:
+    """One object in the place of a sound one, and its head as the listing reads it."""
+    dicom.read_identity(data[:4096])
+    try:
+        dicom.read_series([*slices()[:3], data, *slices()[4:]])
+    except (StudyError, MemoryError):
+        return
+
+
+READERS = {"nifti": read_nifti, "dicom": read_dicom}
+
+
+def seeds(kind: str, folder: Path) -> None:
+    """Sound, odd and malformed input to begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [build() for name, build in CONTROLS.items() if name.startswith(kind)]
+    cases += [build() for name, (_, build) in CATALOGUE.items() if name.startswith(kind) and "bomb" not in name]
+    contents = [max(case.values(), key=len) for case in cases] + ([gz(plain_nifti())] if kind == "nifti" else [])
+    for index, data in enumerate(contents):
+        (folder / f"{index:03d}").write_bytes(data)
+
+
+def main() -> None:
+    """Search for some minutes; ends with an error where something is found."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("reader", choices=READERS)
+    options.add_argument("--minutes", type=float, default=10)
+    options.add_argument("--corpus", type=Path, default=Path(".fuzz"))
+    arguments = options.parse_args()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    corpus = arguments.corpus / arguments.reader
+    seeds(arguments.reader, corpus)
+    command = [
+        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", f"-timeout={LONGEST_S}",
+        f"-rss_limit_mb={MEMORY_MIB}", "-max_len=200000", f"-artifact_prefix={arguments.corpus}/crash-", "-verbosity=0",
+        "-print_final_stats=1",
+    ]  # fmt: skip
+    atheris.Setup(command, READERS[arguments.reader])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
