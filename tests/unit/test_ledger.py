@@ -1,5 +1,6 @@
 """A run's identity, its manifest and rows, the one commit, and the equality of ledgers."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -10,6 +11,7 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
+from covtanet import storage
 from covtanet.data.manifest import IGNORED_SCHEMA, Series
 from covtanet.errors import AlreadyCommittedError, ConfigError
 from covtanet.screening import ledger, view
@@ -209,3 +211,19 @@ def test_accounting_adds_up() -> None:
         counts.add({"status": status, "reason": reason, "diagnosis": diagnosis, "severity": None})
     assert counts.series == counts.screened + sum(counts.rejected.values()) + counts.failed
     assert counts.failures == Counter(storage=1)
+
+
+@pytest.mark.parametrize("uri", ["http://host/archive", "s3://user:secret@host/x", "s3://bucket/../x", "gs://b/x"])
+def test_places_beyond_paths_and_s3_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        storage.absolute(uri)
+
+
+def test_a_file_name_that_is_no_utf8_is_listed_and_found_again(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/d\xff")).mkdir()
+    Path(os.fsdecode(bytes(tmp_path) + b"/d\xff/a\xe9.nii")).write_bytes(b"here")
+    ((folder, objects),) = storage.walk(str(tmp_path))
+    assert objects[0].path == "d\uf7ff/a\uf7e9.nii"
+    objects[0].path.encode()  # it is valid Unicode
+    assert b"".join(storage.read_chunks(f"{tmp_path}/{objects[0].path}", objects[0])) == b"here"
+    assert folder == "d\uf7ff/"
