@@ -42,7 +42,7 @@ logger = logging.getLogger("covtanet.screen")
 
 ENDINGS = {
     0: "committed, or nothing to do",
-    1: "not committed; the same command continues",
+    1: "not as it should, the lines above say why",
     3: "refused to start",
     4: "committed, with more rejected or failed series than allowed",
     5: "another driver committed this run",

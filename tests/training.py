@@ -99,12 +99,14 @@ def curve(progress: Progress) -> list[dict[str, float]]:
     return [{name: value for name, value in epoch.items() if name not in MEASURED_TIMES} for epoch in progress.history]
 
 
-def train_rank(index: int, count: int, phase: int, store: str, out: str) -> None:
-    """One of several ranks, in a process of its own; rank 0 writes curve and weights."""
+def train_rank(index: int, count: int, folder: str) -> None:
+    """One of several ranks, in a process of its own, through both phases; rank 0 writes curves and weights."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=count)
-    progress = train(phase, ranks=Ranks(index=index, count=count))
-    if index == 0:
-        state = {name: value.tolist() for name, value in progress.weights.items()}
-        Path(out).write_text(json.dumps({"curve": curve(progress), "weights": state}))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=count)
+    for phase in (1, 2):
+        progress = train(phase, ranks=Ranks(index=index, count=count))
+        if index == 0:
+            state = {name: value.tolist() for name, value in progress.weights.items()}
+            out = Path(folder) / f"phase{phase}.json"
+            out.write_text(json.dumps({"curve": curve(progress), "weights": state}))
     dist.destroy_process_group()

@@ -4,9 +4,11 @@ Pure, and without torch or storage: this is what runs in the sandbox, on bytes t
 """
 
 import json
+import traceback
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from covtanet.ct import dicom, lung, nifti
 from covtanet.ct.volume import SourceGrid, Volume
 from covtanet.ct.window import WindowConfig, thin_slices, to_input
+
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,3 +99,9 @@ def prepare_volume(
     chosen, _ = thin_slices(lung_slices, volume.spacing_mm[0], slice_step_mm)
     masks = StoredMasks(lungs=lungs, source=volume.source, spacing_mm=volume.spacing_mm)
     return masks, chosen, to_input(volume.hu[chosen], window)
+
+
+def place_of(error: Exception) -> str:
+    """Type of an error and the line of ours that it came through; not its text, which may quote the input."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
+    return f"{type(error).__name__} at {Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"

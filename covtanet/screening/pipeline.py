@@ -269,9 +269,7 @@ class _DecoderActor:
     def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
         self.run, self.window, self.config = run, window, config
         limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-        self.decoder = (
-            Sandbox(window, config.slice_step_mm, limits) if config.sandbox else stages.in_process(window, config)
-        )
+        self.decoder = Sandbox(window, config.slice_step_mm, limits)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if not ledger.may_try(self.run, row["series_key"], "decode"):

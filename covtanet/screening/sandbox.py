@@ -11,10 +11,12 @@ on for later series until it is replaced.
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -42,7 +44,7 @@ KEPT_VARIABLES = ("LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one series may cost. memory_mib: beyond the child's own. timeout_s: from its last byte to its answer."""
+    """What one series may cost. memory_mib: beyond the child's own. timeout_s: not counting what storage takes."""
 
     memory_mib: int
     timeout_s: float
@@ -69,8 +71,8 @@ class Sandbox:
         assert child.stdout is not None
         is_clean = False
         try:
-            num_bytes = self._send(child.stdin, source_format, objects)
-            with _killed_after(child, self.limits.timeout_s + num_bytes / BYTES_PER_EXTRA_S) as is_late:
+            left_s = self._send(child.stdin, self._request(source_format, objects))
+            with _killed_after(child, left_s) as is_late:
                 header = self._answer(child, is_late)
                 is_refused = "num_slices" not in header
                 prepared = None if is_refused else self._read_prepared(child.stdout, header)
@@ -96,29 +98,36 @@ class Sandbox:
         self._num_series += 1
         return self._child
 
-    def _send(self, pipe: IO[bytes], source_format: str, objects: Iterable[Iterable[bytes]]) -> int:
-        """Write the request: a line of JSON, then each object as chunks with their lengths; 0 ends an object."""
+    def _request(self, source_format: str, objects: Iterable[Iterable[bytes]]) -> Iterator[bytes | memoryview]:
+        """A line of JSON, then each object as a 1 and chunks behind their lengths; length 0 ends it, and a 0 ends all."""
         request = {
             "source_format": source_format,
             "window": asdict(self.window),
             "slice_step_mm": self.slice_step_mm,
         }
-        num_bytes = 0
-        try:
-            pipe.write(json.dumps(request).encode() + b"\n")
-            for chunks in objects:
-                pipe.write(b"\x01")
-                for chunk in chunks:
-                    for part in _parts(chunk):
-                        pipe.write(len(part).to_bytes(LENGTH_BYTES, "little"))
-                        pipe.write(part)
-                    num_bytes += len(chunk)
-                pipe.write(bytes(LENGTH_BYTES))
-            pipe.write(b"\x00")
-            pipe.flush()
-        except BrokenPipeError:  # it gave up before the end, and says or shows why
-            self._num_series = SERIES_PER_CHILD
-        return num_bytes
+        yield json.dumps(request).encode() + b"\n"
+        for chunks in objects:
+            yield b"\x01"
+            for chunk in chunks:
+                for part in _parts(chunk):
+                    yield len(part).to_bytes(LENGTH_BYTES, "little")
+                    yield part
+            yield bytes(LENGTH_BYTES)
+        yield b"\x00"
+
+    def _send(self, pipe: IO[bytes], request: Iterable[bytes | memoryview]) -> float:
+        """Write a request; returns how long the child may still take, which works on it while it comes."""
+        left_s = self.limits.timeout_s
+        for part in request:  # which is read from storage; its errors are not those of the pipe
+            left_s += len(part) / BYTES_PER_EXTRA_S
+            try:
+                left_s -= _put(pipe.fileno(), part, left_s)
+            except BrokenPipeError:  # it gave up before the end, and says or shows why
+                self._num_series = SERIES_PER_CHILD
+                break
+            except TimeoutError:
+                raise self._too_long() from None
+        return left_s
 
     def _answer(self, child: subprocess.Popen[bytes], is_late: threading.Event) -> dict[str, Any]:
         """The header of the child's answer."""
@@ -137,9 +146,12 @@ class Sandbox:
         if is_stuck.is_set():
             return StudyError("decode_crash", "the decoder's answer is none")
         if is_late.is_set() or code == -signal.SIGXCPU:
-            return StudyTimeoutError(f"decoding took longer than {self.limits.timeout_s:g} s")
+            return self._too_long()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return StudyError("decode_crash", f"the decoder died of this input, {how}")
+
+    def _too_long(self) -> StudyTimeoutError:
+        return StudyTimeoutError(f"decoding took longer than {self.limits.timeout_s:g} s")
 
     def _read_prepared(self, pipe: IO[bytes], header: dict[str, Any]) -> Prepared:
         """The arrays behind the header; every length in it is checked before it is believed."""
@@ -181,6 +193,7 @@ def _start(limits: Limits) -> subprocess.Popen[bytes]:
     assert child.stdout is not None
     for pipe in (child.stdin, child.stdout):
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    os.set_blocking(child.stdin.fileno(), False)
     with _killed_after(child, START_TIMEOUT_S):
         if child.stdout.readline(HEADER_BYTES) != b"ready\n":
             _end(child)
@@ -214,6 +227,23 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         with suppress(OSError):  # what was not sent is lost with the child
             if pipe is not None:
                 pipe.close()
+
+
+def _put(descriptor: int, data: bytes | memoryview, timeout_s: float) -> float:
+    """Write all of it to a pipe that does not block; returns how long its reader let us wait.
+
+    Raises:
+        TimeoutError: where that is longer than it may be.
+        BrokenPipeError: where there is no reader any more.
+    """
+    ready, view, started = select.poll(), memoryview(data), time.monotonic()
+    ready.register(descriptor, select.POLLOUT)
+    while view:
+        spent_s = time.monotonic() - started
+        if not ready.poll(max(0.0, timeout_s - spent_s) * 1000):
+            raise TimeoutError
+        view = view[os.write(descriptor, view) :]
+    return time.monotonic() - started
 
 
 def _parts(chunk: bytes) -> Iterator[memoryview]:

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +16,6 @@ from covtanet.ct.window import WindowConfig
 from covtanet.errors import StudyError
 from covtanet.screening import decode
 
-PACKAGE = Path(__file__).parents[1]
 PAGE_BYTES = resource.getpagesize()
 # CPU time grows with a series as its wall-clock time may; this is only the net below it.
 CPU_LIMIT_FACTOR = 4
@@ -91,9 +89,7 @@ def _answer(requests: IO[bytes], answers: IO[bytes], request: dict[str, Any]) ->
         _write_header(answers, {"reason": "too_large", "message": message, "is_last": True})
         return True
     except Exception as error:
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
-        where = f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
-        _write_header(answers, {"internal": f"{type(error).__name__} at {where}", "is_last": True})
+        _write_header(answers, {"internal": decode.place_of(error), "is_last": True})
         return True
     header = {
         "num_slices": prepared.num_slices,

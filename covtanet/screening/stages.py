@@ -14,13 +14,11 @@ chest cavity in the source's grid. The raw volume never leaves ``decode_and_prep
 import json
 import logging
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +43,6 @@ Row = dict[str, Any]
 Decoder = Callable[[str, Iterable[Iterable[bytes]]], Prepared]
 NUM_FETCH_THREADS = 8
 SMALL_OBJECT_BYTES = 8 << 20
-PACKAGE = Path(__file__).parents[1]
 WORKER_DIED = {
     "status": FAILED, "reason": "worker_died", "reason_detail": "worker_died: as often as a series is tried"
 }  # fmt: skip
@@ -63,8 +60,8 @@ class ScreeningConfig:
     slice_step_mm: segmented slices lie at least this far apart.
     severe_involvement: the paper's rule, severe above a quarter of the lung.
     decode_memory_mib, decode_timeout_s: what decoding one series may take, beyond what its size explains.
-    max_series_mib: a series of more bytes is refused unread. sandbox: off decodes in the worker itself, for bytes
-    that are trusted. worker_timeout_s: a worker that a series takes this long is ended.
+    max_series_mib: a series of more bytes is refused unread. worker_timeout_s: a worker that a series takes this
+    long is ended.
     deidentify: the ledger has keyed digests in place of names and UIDs.
     """
 
@@ -79,7 +76,6 @@ class ScreeningConfig:
     decode_memory_mib: int = 2048
     decode_timeout_s: float = 60.0
     max_series_mib: int = 1024
-    sandbox: bool = True
     worker_timeout_s: float = 1800.0
     deidentify: bool = False
 
@@ -117,12 +113,6 @@ def decode_and_prepare(
     record = _identity(series, row, archive)
     record["started_at"] = time.time()
     started = time.perf_counter()
-    empty = {
-        "series_key": row["series_key"],
-        "slices": np.empty((0, window.size_px, window.size_px), np.uint16),
-        "chosen": np.empty(0, np.int64),
-        "masks": b"",
-    }
 
     def prepare() -> Row:
         if series.reason:
@@ -154,31 +144,40 @@ def decode_and_prepare(
 
     filled = at_boundary(record, prepare)
     record["decode_s"] = time.perf_counter() - started
-    return {**empty, **filled, "record": json.dumps(record)}
+    return {**_nothing_prepared(record, window), **filled, "record": json.dumps(record)}
+
+
+def _nothing_prepared(record: Row, window: WindowConfig) -> Row:
+    """The row behind ``decode_and_prepare`` of a series that it does not hand on."""
+    return {
+        "series_key": record["series_key"],
+        "slices": np.empty((0, window.size_px, window.size_px), np.uint16),
+        "chosen": np.empty(0, np.int64),
+        "masks": b"",
+        "record": json.dumps(record),
+    }
 
 
 def gave_up(row: Row, window: WindowConfig, archive: str) -> Row:
     """The row of a series whose worker died of it as often as is tried, in place of decoding it."""
     record = _identity(series_from_row(row), row, archive)
     record.update(started_at=time.time(), **WORKER_DIED)
-    empty = np.empty((0, window.size_px, window.size_px), np.uint16)
-    return {
-        "series_key": row["series_key"], "slices": empty, "chosen": np.empty(0, np.int64), "masks": b"",
-        "record": json.dumps(record),
-    }  # fmt: skip
+    return _nothing_prepared(record, window)
 
 
 def without_answer(row: Row) -> Row:
     """The row of a prepared series whose worker died of it as often as is tried, in place of predicting it."""
-    record = {**json.loads(row["record"]), **WORKER_DIED}
-    return {**row, "lesion_levels": np.empty((0, *row["slices"].shape[1:]), np.uint8), "record": json.dumps(record)}
+    return {**row, "lesion_levels": _no_levels(row), "record": json.dumps({**json.loads(row["record"]), **WORKER_DIED})}
+
+
+def _no_levels(row: Row) -> NDArray[np.uint8]:
+    return np.empty((0, *row["slices"].shape[1:]), np.uint8)
 
 
 def predict(row: Row, predictor: "Predictor") -> Row:
     """Segment and diagnose one prepared series; a refused one passes through."""
     record = json.loads(row["record"])
     started = time.perf_counter()
-    lesion_levels = np.empty((0, *row["slices"].shape[1:]), np.uint8)
 
     def answer() -> Row:
         prediction = predictor.predict(row["slices"])
@@ -187,7 +186,7 @@ def predict(row: Row, predictor: "Predictor") -> Row:
 
     filled = at_boundary(record, answer) if len(row["slices"]) else {}
     record["predict_s"] = time.perf_counter() - started if filled else None
-    return {**row, "lesion_levels": lesion_levels, **filled, "record": json.dumps(record)}
+    return {**row, "lesion_levels": _no_levels(row), **filled, "record": json.dumps(record)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,9 +331,7 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     except OSError as error:
         record.update(status=FAILED, reason="storage", reason_detail=f"storage: {type(error).__name__}")
     except Exception as error:
-        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
-        where = f"{type(error).__name__} at {Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
-        where = str(error) if isinstance(error, DecoderError) else where
+        where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
         logger.error("series %s: internal error, %s", record["series_key"], where)
         record.update(status=FAILED, reason="internal_error", reason_detail=where)
     return {}

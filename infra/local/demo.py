@@ -27,7 +27,7 @@ from covtanet.report import agreement, overlay
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
-NUM_TRAINING, NUM_SOUND = 36, 28
+NUM_TRAINING, NUM_SOUND = 72, 28
 TRAINING_SEED, ARCHIVE_SEED = 11, 12
 NUM_PICTURES = 8
 

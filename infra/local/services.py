@@ -177,7 +177,7 @@ class Job:
         self.process.wait()
         self._reader.join(10)
 
-    def finish(self, timeout_s: float = 280) -> int:
+    def finish(self, timeout_s: float = 500) -> int:
         """Wait for its end; returns the exit code."""
         try:
             code = self.process.wait(timeout_s)

@@ -21,7 +21,6 @@ from covtanet import storage
 from covtanet.screening import view
 
 
-@pytest.mark.timeout(240)
 def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> None:
     """One series' worker is killed every time. All others are as ever."""
     job, key, killed = start_killer(screening, "hostile")
@@ -41,7 +40,6 @@ def write(prefix: str, name: str, objects: dict[str, bytes]) -> None:
         storage.write_bytes(f"{prefix}/{name.replace(' ', '-').replace(':', '')}/{key}", data)
 
 
-@pytest.mark.timeout(240)
 def test_malformed_input_in_s3_is_refused_and_odd_input_is_screened(screening: Screening) -> None:
     for name, (_, build) in CATALOGUE.items():
         write("s3://bucket/malformed", f"bad {name}", build())

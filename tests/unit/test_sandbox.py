@@ -58,6 +58,22 @@ def test_a_refusal_half_way_leaves_the_child_fit_for_the_next(sandbox: Sandbox) 
     assert child(sandbox).pid == pid
 
 
+def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(sandbox: Sandbox) -> None:
+    """It stops in the middle of a series that fits no pipe: nobody waits for it but for the time that a series has."""
+    process, timeout_s = child(sandbox), sandbox.limits.timeout_s
+
+    def chunks() -> Iterator[bytes]:
+        yield bytes(1 << 20)
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(16):
+            yield bytes(1 << 20)
+
+    with pytest.raises(StudyTimeoutError, match=f"longer than {timeout_s:g} s"):
+        sandbox("dicom", [chunks()])
+    assert not process.is_running()
+    assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+
+
 def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sandbox) -> None:
     process = child(sandbox)
     assert "CANARY" not in str(process.environ())
