@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen test check bench faults fuzz clean
+.PHONY: help install demo screen test check bench faults fuzz audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,8 +39,11 @@ faults: .venv/.installed ## real kills against real jobs: make faults SUITE=scre
 	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
 
 fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
-	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	@$(BIN)/python tests/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
+
+audit: .venv/.installed ## known holes in what constraints.txt installs, where the network reaches the advisories
+	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit
+	@.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean: ## remove what the demo and the benchmark left
 	rm -rf .demo .bench .fuzz

@@ -7,6 +7,7 @@ turns. ``--part NAME`` runs one part.
 import argparse
 import copy
 import gzip
+import math
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pydicom
 import SimpleITK
 import torch
@@ -40,7 +43,7 @@ from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.data.phantom import PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_archive
+from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_archive, write_training_set
 from covtanet.errors import CovtanetError
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
@@ -288,15 +291,19 @@ def plain_loop(folder: Path) -> None:
             stages.measure(stages.predict(row, predictor), config)
 
 
-class PeakMemory:
-    """The most memory that a process and all its children held together, as proportional set size."""
+class Memory:
+    """What a process and all its children hold together, as proportional set size, twice a second.
+
+    samples: moment and bytes.
+    """
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.peak_bytes = pid, 0
+        self.pid = pid
+        self.samples: list[tuple[float, int]] = []
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> "Memory":
         self.thread.start()
         return self
 
@@ -316,11 +323,25 @@ class PeakMemory:
                     total += process.memory_full_info().pss
                 except psutil.Error:
                     continue
-            self.peak_bytes = max(self.peak_bytes, total)
+            self.samples.append((time.time(), total))
+
+    def peak_bytes(self, after: float = 0, before: float = math.inf) -> int:
+        """The most between two moments."""
+        return max(held for moment, held in self.samples if after <= moment <= before)
 
 
-def run_job(folder: Path) -> tuple[float, float]:
-    """Seconds from the first series started to the commit, and peak bytes of all processes of the job."""
+@dataclass(frozen=True, kw_only=True)
+class JobRun:
+    """A screening of a folder: when its first series was begun, when its ledger was there, what it held."""
+
+    started: float
+    ended: float
+    memory: Memory
+    ledger: pa.Table
+
+
+def run_job(folder: Path, beside: Callable[[int, threading.Event], None] | None = None) -> JobRun:
+    """Screen a folder on a Ray of its own. beside: gets the job's pid and what tells its end, in a thread."""
     with tempfile.TemporaryDirectory() as ledger:
         process = subprocess.Popen(
             [
@@ -333,15 +354,21 @@ def run_job(folder: Path) -> tuple[float, float]:
         assert process.stdout is not None
         started, output = 0.0, []
         since_first = re.compile(r"series in ([\d.]+) s since work on the first began")
-        with PeakMemory(process.pid) as memory:
+        is_over = threading.Event()
+        if beside is not None:
+            threading.Thread(target=beside, args=(process.pid, is_over), daemon=True).start()
+        with Memory(process.pid) as memory:
             for line in process.stdout:
                 output.append(line)
                 if found := since_first.search(line):
                     started = time.time() - float(found[1])
+        is_over.set()
         if process.wait():
             raise SystemExit("".join(output))
         (committed,) = Path(ledger).glob("date=*/*.parquet")
-        return committed.stat().st_mtime - started, float(memory.peak_bytes)
+        return JobRun(
+            started=started, ended=committed.stat().st_mtime, memory=memory, ledger=pq.ParquetFile(committed).read()
+        )
 
 
 def bench_job() -> list[Figure]:
@@ -350,8 +377,8 @@ def bench_job() -> list[Figure]:
     print("  plain loop over 96 series", flush=True)
     loop_s = seconds(lambda: plain_loop(large))
     print(f"  plain loop: {loop_s:.0f} s; the job at 96 and at 24 series", flush=True)
-    job_s, at_96 = run_job(large)
-    _, at_24 = run_job(small)
+    run = run_job(large)
+    job_s, at_96, at_24 = run.ended - run.started, run.memory.peak_bytes(), run_job(small).memory.peak_bytes()
     return [
         Figure(
             "c",
@@ -361,6 +388,54 @@ def bench_job() -> list[Figure]:
         ),
         Figure("e", "peak memory of all processes, 96 over 24 series", f"{at_96 / at_24:.2f} x", "<= 1.1 x"),
         Figure("e", "peak memory of all processes at 96 series", f"{at_96 / 1e9:.1f} GB"),
+    ]
+
+
+NUM_ENDURED, NUM_DISTINCT, KILL_EVERY_S = 2000, 20, 60
+VICTIMS = ("_DecoderActor", "_PredictorActor", "_measure_and_store")
+
+
+def bench_endurance() -> list[Figure]:
+    """Two thousand small series while a worker is killed every minute: rows, and memory in both halves of the run."""
+    folder = WORK / f"many-{NUM_ENDURED}"
+    if not folder.exists():
+        print(f"  making {NUM_ENDURED} series, {NUM_DISTINCT} of them distinct", flush=True)
+        write_training_set(str(WORK / "distinct"), configs(NUM_DISTINCT, 6, 128, 24), CORES)
+        distinct = sorted((WORK / "distinct" / "volumes").iterdir())
+        for number in range(NUM_ENDURED):
+            place = folder / f"{number // 100:02d}" / f"study-{number:04d}"
+            place.mkdir(parents=True)
+            os.link(distinct[number % NUM_DISTINCT], place / "ct.nii.gz")
+    killed: list[str] = []
+
+    def kill(pid: int, is_over: threading.Event) -> None:
+        while not is_over.wait(KILL_EVERY_S):
+            family = [(each, " ".join(each.cmdline())) for each in psutil.Process(pid).children(recursive=True)]
+            wanted = VICTIMS[len(killed) % len(VICTIMS)]
+            for each, command in family:
+                if wanted in command:
+                    each.kill()
+                    killed.append(wanted)
+                    print(f"  killed {command}", flush=True)
+                    break
+            else:
+                killed.append("")
+
+    run = run_job(folder, kill)
+    rows, half = run.ledger.num_rows, (run.started + run.ended) / 2
+    early, late = run.memory.peak_bytes(before=half), run.memory.peak_bytes(after=half)
+    screened = sum(status == "screened" for status in run.ledger["status"].to_pylist())
+    keys = len(set(run.ledger["series_key"].to_pylist()))
+    return [
+        Figure(
+            "n",
+            f"rows for {NUM_ENDURED} small series, {sum(map(bool, killed))} workers killed",
+            f"{rows}",
+            f"{NUM_ENDURED}",
+        ),
+        Figure("n", "distinct series among them", f"{keys}", f"{NUM_ENDURED}"),
+        Figure("n", "screened", f"{screened}", f"{NUM_ENDURED}"),
+        Figure("n", "peak memory, second half over first half", f"{late / early:.2f} x", "<= 1.1 x"),
     ]
 
 
@@ -376,9 +451,15 @@ PARTS = {
     "decode": bench_decode,
     "sandbox": bench_sandbox,
     "job": bench_job,
+    "endurance": bench_endurance,
     "training": bench_training,
 }
-THEMES = {"screening": ("network", "decode", "job"), "hostile": ("sandbox",), "training": ("training",)}
+THEMES = {
+    "screening": ("network", "decode", "job"),
+    "hostile": ("sandbox",),
+    "endurance": ("endurance",),
+    "training": ("training",),
+}
 
 
 def main() -> int:

@@ -99,7 +99,7 @@ class Sandbox:
         return self._child
 
     def _request(self, source_format: str, objects: Iterable[Iterable[bytes]]) -> Iterator[bytes | memoryview]:
-        """A line of JSON, then each object as a 1 and chunks behind their lengths; length 0 ends it, and a 0 ends all."""
+        """A line of JSON, then each object: a 1, chunks behind their lengths, a length of 0. A 0 ends the request."""
         request = {
             "source_format": source_format,
             "window": asdict(self.window),

@@ -1,6 +1,10 @@
-"""Services on loopback for the demo and the tests: an S3 server and a Ray head, on free ports, stopped as groups."""
+"""Services for the demo and the tests: an S3 server, a Ray head, MLflow; on free ports, stopped as groups.
+
+They listen on loopback. On another address none of them starts without authentication.
+"""
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -16,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
+LOOPBACK_SECRET = "covtanet-on-loopback"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 5
 # More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one.
@@ -60,6 +65,27 @@ def _is_alive(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> bool:
     return True
 
 
+def check_door(what: str, host: str, *, is_authenticated: bool) -> None:
+    """Refuse to listen beyond loopback where anybody would be answered.
+
+    Raises:
+        PermissionError: which names the service and the address.
+    """
+    if not ipaddress.ip_address(host).is_loopback and not is_authenticated:
+        raise PermissionError(f"{what} would answer anybody on {host}, expected loopback or authentication of its own")
+
+
+def check_token(token: Path) -> None:
+    """Refuse a token file that others can read.
+
+    Raises:
+        PermissionError: with the mode found.
+    """
+    mode = token.stat().st_mode & 0o777
+    if mode & 0o077 or not token.read_text().strip():
+        raise PermissionError(f"the token file has mode {mode:04o}, expected 0600 and a token in it")
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     sockets = [socket.socket() for _ in range(count)]
@@ -73,15 +99,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def start_s3(
-    folder: Path, log: Path, key: str = "covtanet", secret: str = "covtanet-on-loopback", port: int = 0
+    folder: Path, log: Path, key: str = "covtanet", secret: str = LOOPBACK_SECRET, port: int = 0, host: str = LOOPBACK
 ) -> Service:
     """Serve a folder as S3: its subfolders are buckets. port: 0 takes a free one."""
+    check_door("S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET))  # that one is known to all
     port = port or free_ports(1)[0]
     binary = Path(sys.executable).with_name("rclone")
     folder.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [binary, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"{LOOPBACK}:{port}", folder],
+            [binary, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"{host}:{port}", folder],
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -91,7 +118,7 @@ def start_s3(
         process,
         {
             **NO_PROXY,
-            "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{port}",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_REGION": "us-east-1",
@@ -110,6 +137,7 @@ def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: 
     environment: what workers see, since they get none from the driver. token: a file with mode 0600.
     temp_folder: a short path, since Ray keeps sockets below it.
     """
+    check_token(token)
     port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
     command = [
         Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
@@ -204,17 +232,18 @@ def start_job(environment: dict[str, str], script: str, *arguments: str) -> Job:
     )
 
 
-def start_mlflow(folder: Path, port: int) -> Service:
-    """An MLflow server on loopback with its database and artifacts in a folder."""
+def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
+    """An MLflow server with its database and artifacts in a folder; it asks nobody who they are."""
+    check_door("MLflow", host, is_authenticated=False)
     log = folder / "mlflow.log"
     command = [
-        Path(sys.executable).with_name("mlflow"), "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
+        Path(sys.executable).with_name("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ})
-    service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{port}"}, log)
-    _wait_for(service, lambda: _healthy(f"http://{LOOPBACK}:{port}/health"))
+    service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{host}:{port}"}, log)
+    _wait_for(service, lambda: _healthy(f"http://{host}:{port}/health"))
     return service
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import faults
+import pytest
 from faults import Setting, Training
 
 
