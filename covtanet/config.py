@@ -3,12 +3,15 @@
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from covtanet.errors import ConfigError
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.training.config import TrainingConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,15 @@ def load_config(path: Path | None) -> RunConfig:
     Raises:
         ConfigError: no such file, no TOML, an unknown name or a value out of range.
     """
-    if path is None:
-        return RunConfig()
+    return RunConfig() if path is None else read_toml(path, RunConfig)
+
+
+def read_toml(path: Path, kind: type[T]) -> T:
+    """A TOML file to a dataclass, which may hold others.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown name or a value out of range.
+    """
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -43,7 +53,7 @@ def load_config(path: Path | None) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     # A configuration given for a list holds for the plain dataclasses in it, at every depth.
-    adapter = TypeAdapter(list[RunConfig], config=ConfigDict(extra="forbid"))
+    adapter: TypeAdapter[list[T]] = TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
     try:
         return adapter.validate_python([values])[0]
     except ValidationError as error:

@@ -7,6 +7,8 @@ CovtanetError
 ├── TrainingError    a training cannot go on; what it has done so far is kept
 ├── StudyError       one series cannot be screened, by its own fault
 ├── StudyTimeoutError  one series takes longer than it may
+├── UploadError      what a caller sent is no study, or more than may be sent
+├── UnavailableError  what answers studies is not there now; worth another try
 └── DecoderError     a fault of this software, found in the decoder's child process
 
 Trouble with storage is an ``OSError``, as everywhere in Python; what makes every object fail is not one object's
@@ -61,3 +63,15 @@ class StudyTimeoutError(CovtanetError):
 
 class DecoderError(CovtanetError):
     """A fault of this software in the decoder's child process; the message is type and place."""
+
+
+class UploadError(CovtanetError):
+    """What a caller sent is refused; ``reason`` is a stable code, the message holds no text of the caller's."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnavailableError(CovtanetError):
+    """What answers studies is not there now, or has too much to do; the same request is worth another try."""

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow.entities import Metric, Param
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
@@ -69,14 +70,7 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     match = REGISTERED.fullmatch(ref)
     if not match:
         raise ConfigError(f"model {ref}, expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    client = MlflowClient()
-    try:
-        if match["alias"]:
-            registered = client.get_model_version_by_alias(match["name"], match["alias"])
-        else:
-            registered = client.get_model_version(match["name"], match["version"])
-    except MlflowException as error:
-        raise CheckpointError(f"{ref} is not in the registry") from error
+    registered = _registered(match)
     try:
         mlflow.artifacts.download_artifacts(artifact_uri=registered.source, dst_path=str(folder))
     except (MlflowException, OSError) as error:
@@ -86,6 +80,32 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     if digest != registered.tags.get(DIGEST_TAG):
         raise CheckpointError(f"{ref}: the files differ from the digest in the registry")
     return ModelRef(folder=found, name=registered.name, version=str(registered.version), digest=digest)
+
+
+def _registered(match: re.Match[str]) -> ModelVersion:
+    client = MlflowClient()
+    try:
+        if match["alias"]:
+            return client.get_model_version_by_alias(match["name"], match["alias"])
+        return client.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            raise CheckpointError(f"{match[0]} is not in the registry") from error
+        raise OSError(f"the registry does not answer: {error.error_code}") from error
+
+
+def digest_of(ref: str) -> str:
+    """The digest of what a model's name leads to now, without fetching what is registered.
+
+    Raises:
+        CheckpointError: where there is no such model.
+        OSError: where the registry does not answer.
+    """
+    match = REGISTERED.fullmatch(ref)
+    if not match:
+        with tempfile.TemporaryDirectory() as folder:
+            return resolve_model(ref, Path(folder)).digest
+    return str(_registered(match).tags.get(DIGEST_TAG))
 
 
 @dataclass(frozen=True, kw_only=True)

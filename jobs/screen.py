@@ -76,6 +76,7 @@ def parse() -> argparse.Namespace:
     options.add_argument(
         "--linkage", default="", help="folder or s3:// prefix for what names a study (deidentify = true)"
     )
+    options.add_argument("--batch", default="", help="name under which the endpoint finds this run again")
     options.add_argument("--plan", action="store_true", help="freeze the manifest, print what would be done, stop")
     arguments = options.parse_args()
     if arguments.limit < 0:
@@ -145,6 +146,8 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     run = hide_identities(run, arguments) if config.deidentify else run
     run = replace(run, run_date=arguments.run_date or ledger.choose_date(run))
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
+    if arguments.batch:
+        ledger.name_batch(run, arguments.batch)
     if ledger.is_committed(run):
         ledger.clean_up(run)
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)

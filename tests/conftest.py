@@ -1,15 +1,19 @@
 """Shared builders: phantoms, a small saved model, a real S3 server, one Ray cluster for all tests that need one."""
 
+import json
 import os
 import secrets
 import socket
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
-sys.path[:0] = [str(ROOT / "infra" / "local"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "infra" / "local"), str(ROOT / "jobs"), str(ROOT / "tests")]
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,8 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     environment = {
         **s3.environment,
         "MLFLOW_TRACKING_URI": registry,
+        "COVTANET_SERVE_CONFIG": str(folder / "serve.toml"),
+        "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with tempfile.TemporaryDirectory(prefix="cov") as short:
@@ -166,16 +172,88 @@ def trained(setting: "Setting", s3: S3, cluster: Cluster) -> "Training":
     return training
 
 
+def has_manifest(screening: "Screening", name: str) -> bool:
+    return bool(list((screening.bucket / name).glob("_work/*/manifest.parquet")))
+
+
 @pytest.fixture(scope="session")
 def screening(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> "Screening":
-    """An archive in S3 with damaged series, a model, and the ledger of an undisturbed run."""
+    """An archive in S3 with damaged series, a model, and the ledger of a run that was planned and not disturbed."""
     from faults_screening import Screening, fill
 
     folder = tmp_path_factory.mktemp("screening")
     found = Screening(folder=folder, bucket=s3.folder, s3=None, environment=cluster.environment)
     fill(found)
-    output = found.run("clean")
+    found.planned = found.run("clean", "--plan")
+    assert has_manifest(found, "clean")
+    assert found.rows_done("clean") == 0
+    assert not found.is_committed("clean")
+    output = found.run("clean", "--results", "s3://bucket/clean-results")
     assert "ignored, no series: 1 .txt" in output
     assert "this store lets a PUT replace a file" in output  # rclone does
     found.clean = found.table("clean")
     return found
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where it answers, and to whom."""
+
+    url: str
+    token: str
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, Message]:
+        """Status, body and headers of one request."""
+        own = {"Authorization": f"Bearer {self.token}", **(headers or {})}
+        request = urllib.request.Request(f"{self.url}{path}", body, own, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, _body(answer), answer.headers
+        except urllib.error.HTTPError as error:
+            return error.code, _body(error), error.headers
+
+
+def _body(answer: Any) -> Any:
+    data = answer.read()
+    return json.loads(data) if "application/json" in answer.headers.get("Content-Type", "") else data
+
+
+@pytest.fixture(scope="session")
+def endpoint(screening: "Screening", cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    from endpoint import start_endpoint, write_config
+    from services import free_ports
+
+    folder, token = Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent, secrets.token_urlsafe(32)
+    write_config(
+        folder / "serve.toml", token, model=str(screening.folder / "model"), ledger="s3://bucket/served",
+        places=("s3://bucket/archive",), max_waiting=2, config=str(screening.folder / "screening.toml"),
+    )  # fmt: skip
+    (port,) = free_ports(1)
+    service = start_endpoint(cluster.environment, port, folder / "serve.log")
+    yield Endpoint(service.environment["COVTANET_URL"], token)
+    service.stop()
+
+
+NIGHT = {"archive": "s3://bucket/archive", "run_date": "2026-11-23"}
+NIGHT_HEADERS = {"Content-Type": "application/json", "Idempotency-Key": "one night"}
+
+
+@pytest.fixture(scope="session")
+def batch(endpoint: Endpoint) -> str:
+    """A batch of the archive, submitted over HTTP and committed; its id."""
+    body = json.dumps(NIGHT).encode()
+    status, submitted, _ = endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)
+    assert status == 202
+    assert endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)[1]["batch_id"] == submitted["batch_id"]
+    other = json.dumps({"archive": "s3://bucket/archive/nifti"}).encode()
+    assert endpoint.ask("POST", "/v1/batches", other, NIGHT_HEADERS)[0] == 422
+    path, deadline = f"/v1/batches/{submitted['batch_id']}", time.monotonic() + 400
+    status, early, _ = endpoint.ask("GET", f"{path}/ledger")
+    assert (status, early["reason"]) == (404, "not_there")
+    while (state := endpoint.ask("GET", path)[1])["state"] in ("waiting", "running"):
+        assert time.monotonic() < deadline, state
+        time.sleep(1)
+    assert state["state"] == "committed", state
+    return str(submitted["batch_id"])

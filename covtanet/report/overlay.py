@@ -20,6 +20,7 @@ LESION_RGB, LUNG_RGB = (255, 112, 67), (79, 195, 247)
 FOUND_RGB, ALARM_RGB, MISSED_RGB = (60, 190, 90), (66, 120, 245), (230, 60, 60)
 LESION_OPACITY, ERROR_OPACITY = 0.35, 0.5
 PREVIEW_SLICES, PREVIEW_COLUMNS, PREVIEW_PX = 12, 6, 256
+VIEWER_SLICES, VIEWER_COLUMNS, VIEWER_PX = 250, 10, 256
 
 
 def result_files(
@@ -28,7 +29,33 @@ def result_files(
     """Name and bytes of a series' results: lesion and lung masks in the source's grid, and a preview."""
     yield "lesion_mask.nii.gz", nifti.write(found.lesion_mask, masks.source)
     yield "lung_mask.nii.gz", nifti.write(found.lung_mask, masks.source)
-    yield "preview.png", png(preview(slices, found.lesion_mask[chosen], found.lung_mask[chosen]))
+    lesions, lungs = found.lesion_mask[chosen], found.lung_mask[chosen]
+    yield "preview.png", png(preview(slices, lesions, lungs))
+    yield "viewer.png", png(viewer(slices, lesions, lungs))
+
+
+def viewer(
+    slices: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """Every slice that the network read as a tile, base first, ten to a row, for a viewer that sets the window itself.
+
+    Red is the level, 0 to 255 over the model's window; green is 1 in the lung, 2 in a lesion there; blue is how many
+    tiles there are, in the first pixel.
+    """
+    side = min(VIEWER_PX, slices.shape[1])
+    count = min(len(slices), VIEWER_SLICES)
+    shown = np.unique(np.rint(np.linspace(0, len(slices) - 1, count)).astype(int))
+    marks = _to_square(lung_mask[shown]).astype(np.uint8)
+    marks[_to_square(lesion_mask[shown])] = 2
+    rows = -(-len(shown) // VIEWER_COLUMNS)
+    out = np.zeros((rows, side, VIEWER_COLUMNS, side, 3), np.uint8)
+    for tile, (index, mark) in enumerate(zip(shown, marks, strict=True)):
+        row, column = divmod(tile, VIEWER_COLUMNS)
+        grey = Image.fromarray((slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8))
+        out[row, :, column, :, 0] = np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR))
+        out[row, :, column, :, 1] = np.asarray(Image.fromarray(mark).resize((side, side), Image.Resampling.NEAREST))
+    out[0, 0, 0, 0, 2] = len(shown)
+    return out.reshape(rows * side, VIEWER_COLUMNS * side, 3)
 
 
 def preview(

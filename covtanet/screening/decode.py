@@ -104,4 +104,5 @@ def prepare_volume(
 def place_of(error: Exception) -> str:
     """Type of an error and the line of ours that it came through; not its text, which may quote the input."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
-    return f"{type(error).__name__} at {Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
+    place = f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}" if ours else "no line of ours"
+    return f"{type(error).__name__} at {place}"

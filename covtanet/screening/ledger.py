@@ -9,6 +9,8 @@ LEDGER/_work/<run_id>/drivers/, model/    what workers read; gone after the comm
 LEDGER/_work/<run_id>/attempts/<series_key>.json  how often each stage was tried; gone after the commit
 LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series; gone after the commit
 
+LEDGER/_batches/<batch_id>.run            which run a batch of the endpoint is
+
 A run that hides identities has its ``_work`` under the linkage prefix instead, where they may stand.
 
 A finished row is one object named by its series, written whole; so a series that is screened twice leaves one row,
@@ -39,6 +41,7 @@ from covtanet.errors import AlreadyCommittedError, ConfigError
 from covtanet.screening.records import FAILED, LEDGER_SCHEMA, REJECTED, SCHEMA_VERSION, SCREENED
 
 WORK = "_work"
+BATCHES = "_batches"
 RUN_ID_DIGITS = 16
 ROWS_PER_GROUP = 1024
 SERIES_PER_GROUP = 64
@@ -184,6 +187,54 @@ def choose_date(run: Run) -> date:
         if is_same and not known.is_committed:
             return date.fromisoformat(known.description["run_date"])
     return datetime.now(UTC).date()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedRun:
+    """The run that a batch asked for. begun_at: in UTC, when the batch's job named it."""
+
+    run_id: str
+    run_date: date
+    begun_at: datetime
+
+    def committed_uri(self, ledger: str) -> str:
+        """Where its finished ledger lies, once it is there."""
+        return storage.join(ledger, f"date={self.run_date.isoformat()}", f"{self.run_id}.parquet")
+
+
+def name_batch(run: Run, batch: str) -> None:
+    """Tell those who asked for a batch which run it is."""
+    named = {
+        "run_id": run.run_id,
+        "run_date": run.run_date.isoformat(),
+        "begun_at": datetime.now(UTC).isoformat(),
+    }
+    storage.write_bytes(storage.join(run.ledger, BATCHES, f"{batch}.run"), json.dumps(named).encode())
+
+
+def run_of_batch(ledger: str, batch: str) -> NamedRun | None:
+    """The run of a batch, where its job has come that far."""
+    try:
+        found = json.loads(storage.read_bytes(storage.join(ledger, BATCHES, f"{batch}.run")))
+    except FileNotFoundError:
+        return None
+    return NamedRun(
+        run_id=found["run_id"],
+        run_date=date.fromisoformat(found["run_date"]),
+        begun_at=datetime.fromisoformat(found["begun_at"]),
+    )
+
+
+def progress(ledger: str, run: NamedRun) -> tuple[int | None, int]:
+    """Series of a run's manifest, null where it is not written yet, and how many of them are finished."""
+    work = storage.join(ledger, WORK, run.run_id)
+    filesystem, path = storage.filesystem(storage.join(work, "manifest.parquet"))
+    try:
+        with filesystem.open_input_file(path) as file:
+            num_series = pq.ParquetFile(file).metadata.num_rows
+    except FileNotFoundError:
+        return None, 0
+    return num_series, len(storage.list_names(storage.join(work, "rows")))
 
 
 def begin(run: Run) -> None:

@@ -36,6 +36,7 @@ from covtanet.screening.stages import ScreeningConfig
 logger = logging.getLogger(__name__)
 
 STDERR = 2
+FREE_CPUS_TIMEOUT_S = 60.0
 PROGRESS_EVERY_S = 10.0
 FOLDERS_PER_SCAN = 16
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
@@ -226,7 +227,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def plan(run: Run) -> Plan:
-    """Count what is to be done and choose the workers.
+    """Count what is to be done and choose the workers among what the cluster has free.
 
     One predictor per GPU, or one that uses all cores of its node; decoders on the other CPUs.
 
@@ -238,13 +239,13 @@ def plan(run: Run) -> Plan:
     for row in ledger.read_manifest(run, ["series_key", "num_bytes"]):
         num_series, num_bytes = num_series + 1, num_bytes + row["num_bytes"]
         num_finished += row["series_key"] in finished
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
     num_predictors = num_gpus or max(1, len([node for node in ray.nodes() if node["Alive"]]))
+    num_cpus = _free_cpus(num_predictors + 2)
     if num_cpus < num_predictors + 2:
         raise ConfigError(
-            f"the cluster has {num_cpus} CPUs, expected at least {num_predictors + 2}: "
-            f"{num_predictors} for prediction, 1 to decode and 1 to measure (ray start --num-cpus)"
+            f"the cluster has {num_cpus} of {ray.cluster_resources().get('CPU', 0):g} CPUs free, expected at least "
+            f"{num_predictors + 2}: {num_predictors} to predict, 1 to decode and 1 to measure (ray start --num-cpus)"
         )
     return Plan(
         num_series=num_series,
@@ -255,6 +256,16 @@ def plan(run: Run) -> Plan:
         num_decoders=max(1, min(num_cpus - num_predictors - 1, _num_cores())),
         num_predictors=num_predictors,
     )
+
+
+def _free_cpus(wanted: int) -> int:
+    """CPUs that nobody holds; waits a while for what a driver that died has not given back yet."""
+    deadline = time.monotonic() + FREE_CPUS_TIMEOUT_S
+    while True:
+        free = int(ray.available_resources().get("CPU", 0))
+        if free >= wanted or time.monotonic() > deadline or ray.cluster_resources().get("CPU", 0) < wanted:
+            return free
+        time.sleep(1)
 
 
 def _num_cores() -> int:

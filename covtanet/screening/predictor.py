@@ -1,8 +1,9 @@
 """One checkpoint loaded once, volumes answered. No ray, no files, no HTTP."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +27,63 @@ class Prediction:
     p_severe: float
 
 
+class Part(NamedTuple):
+    """Some slices of a volume (S, size, size), and which of them the diagnosis reads."""
+
+    slices: NDArray[np.uint16]
+    wanted: list[int]
+
+
+class Segmented(NamedTuple):
+    """Lesion levels of a part (S, H, W), and pooled fusion vectors of its wanted slices (W, C, P, P)."""
+
+    lesion_levels: NDArray[np.uint8]
+    pooled: NDArray[np.float32]
+
+
+class Answers(Protocol):
+    """What answers whole volumes."""
+
+    def predict(self, slices: NDArray[np.uint16]) -> Prediction:
+        """Answer one volume (S, size, size)."""
+        ...
+
+
+class Network(Protocol):
+    """What answers slices, in this process or elsewhere. num_slices: of a volume, for its diagnosis."""
+
+    num_slices: int
+
+    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
+        """Answer the parts of one volume, in their order."""
+        ...
+
+    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
+        """Pooled fusion vectors of a volume (num_slices, C, P, P) to probabilities of infected and of severe."""
+        ...
+
+
+def predict(network: Network, slices: NDArray[np.uint16], part_slices: int) -> Prediction:
+    """Answer one volume. slices: (S, size, size) as ``window.to_input`` makes them, S at least 1.
+
+    At most ``part_slices`` go to the network together, so memory does not grow with the volume.
+    """
+    picked = spread_slices(len(slices), network.num_slices)
+    starts = range(0, len(slices), part_slices)
+    parts = (
+        Part(
+            slices[start : start + part_slices], [k - start for k in np.unique(picked) if 0 <= k - start < part_slices]
+        )
+        for start in starts
+    )
+    levels, pooled = zip(*network.segment(parts), strict=True)
+    by_slice = dict(zip(np.unique(picked).tolist(), np.concatenate(pooled), strict=True))
+    p_infected, p_severe = network.diagnose(np.stack([by_slice[index] for index in picked.tolist()]))
+    return Prediction(lesion_levels=np.concatenate(levels), p_infected=p_infected, p_severe=p_severe)
+
+
 class Predictor:
-    """Segments and diagnoses prepared volumes with one model."""
+    """Segments and diagnoses prepared volumes with one model; a ``Network`` of this process."""
 
     def __init__(
         self, model: SavedModel, *, engine: str = "auto", num_threads: int = 1, max_batch_slices: int = 16
@@ -35,46 +91,53 @@ class Predictor:
         self.window = window_of(model)
         self.max_batch_slices = max_batch_slices
         self.network = model.network
+        self.num_slices = model.network.config.num_slices
         self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
         torch.set_num_threads(num_threads)
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
-        """Answer one volume. slices: (S, size, size) as ``window.to_input`` makes them, S at least 1."""
-        return self.predict_all([slices])[0]
+        """Answer one volume, see ``predict``."""
+        return predict(self, slices, self.max_batch_slices)
 
-    def predict_all(self, volumes: Sequence[NDArray[np.uint16]]) -> list[Prediction]:
-        """Answer several volumes, whose slices share the network's batches.
+    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
+        """Answer parts one by one.
 
-        The network sees at most ``max_batch_slices`` at a time, so memory does not grow with a volume.
+        Raises:
+            FloatingPointError: where the network's answer is no number.
         """
-        picked = [spread_slices(len(slices), self.network.config.num_slices).tolist() for slices in volumes]
-        lesion_levels = [np.empty(slices.shape, np.uint8) for slices in volumes]
-        pooled_by_slice: list[dict[int, NDArray[np.float32]]] = [{} for _ in volumes]
-        places = [(number, index) for number, slices in enumerate(volumes) for index in range(len(slices))]
-        for start in range(0, len(places), self.max_batch_slices):
-            batch = places[start : start + self.max_batch_slices]
-            slices = np.stack([volumes[number][index] for number, index in batch])
+        for slices, wanted in parts:
             probability, pooled = self.engine.segment(to_intensity(slices))
             if not np.isfinite(probability).all():
                 raise FloatingPointError("the network's answer is no number")
-            levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
-            for at, (number, index) in enumerate(batch):
-                lesion_levels[number][index] = levels[at]
-                if index in picked[number]:
-                    pooled_by_slice[number][index] = pooled[at].copy()
-        return [
-            self._diagnose(levels, np.stack([pooled[index] for index in indices]))
-            for levels, pooled, indices in zip(lesion_levels, pooled_by_slice, picked, strict=True)
-        ]
+            yield Segmented(np.rint(probability * PROBABILITY_STEPS).astype(np.uint8), pooled[wanted])
 
-    def _diagnose(self, lesion_levels: NDArray[np.uint8], pooled_volume: NDArray[np.float32]) -> Prediction:
+    def segment_together(self, parts: Sequence[Part]) -> Iterator[Segmented]:
+        """Answer parts of several volumes, whose slices share the network's batches."""
+        slices = np.concatenate([part.slices for part in parts])
+        size = self.max_batch_slices
+        every = [
+            Part(slices[k : k + size], list(range(len(slices[k : k + size])))) for k in range(0, len(slices), size)
+        ]
+        levels, pooled = (np.concatenate(each) for each in zip(*self.segment(every), strict=True))
+        start = 0
+        for part in parts:
+            end = start + len(part.slices)
+            yield Segmented(levels[start:end], pooled[start:end][part.wanted])
+            start = end
+
+    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
+        """Answer a volume's pooled vectors.
+
+        Raises:
+            FloatingPointError: where the network's answer is no number.
+        """
         with torch.inference_mode():
             device = next(self.network.parameters()).device
-            logits = torch.cat(self.network.classifier(torch.from_numpy(pooled_volume)[None].to(device))).float()
+            logits = torch.cat(self.network.classifier(torch.from_numpy(pooled)[None].to(device))).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()
         if not math.isfinite(p_infected + p_severe):
             raise FloatingPointError("the network's answer is no number")
-        return Prediction(lesion_levels=lesion_levels, p_infected=p_infected, p_severe=p_severe)
+        return p_infected, p_severe
 
 
 def window_of(model: SavedModel) -> WindowConfig:

@@ -13,8 +13,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from covtanet.model.checkpoint import load_model
 from covtanet.screening.predictor import Predictor
 from covtanet.screening.records import LEDGER_SCHEMA
-from covtanet.screening.single import screen_one
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.single import Screener
+from covtanet.screening.stages import ScreeningConfig, for_model
 
 
 class LedgerModel(PythonModel):  # type: ignore[misc]
@@ -22,13 +22,17 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model once, its digest checked against its own description."""
-        self.model = load_model(Path(context.artifacts["model"]))
-        self.predictor = Predictor(self.model, num_threads=len(os.sched_getaffinity(0)))
+        model = load_model(Path(context.artifacts["model"]))
+        predictor = Predictor(model, num_threads=len(os.sched_getaffinity(0)))
+        config = for_model(ScreeningConfig(), model.preprocessing)
+        self.screener = Screener(predictor, predictor.window, config, model.digest)
 
     def predict(self, model_input: list[str]) -> pd.DataFrame:
         """Screen NIfTI files and DICOM folders. Columns that belong to a run of the job are null."""
-        config = ScreeningConfig()
-        found = [row for place in model_input for row in screen_one(place, self.model, self.predictor, config)]
+        try:
+            found = [row for place in model_input for row in self.screener(place)]
+        finally:
+            self.screener.close()
         # As objects, so that what is null stays null.
         return pd.DataFrame(
             {name: pd.Series([row[name] for row in found], dtype=object) for name in LEDGER_SCHEMA.names}

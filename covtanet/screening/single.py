@@ -5,51 +5,55 @@ from datetime import UTC, datetime
 from typing import Any
 
 from covtanet import storage
+from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.errors import ConfigError
-from covtanet.model.checkpoint import SavedModel
 from covtanet.screening import stages
-from covtanet.screening.predictor import Predictor, window_of
+from covtanet.screening.predictor import Answers
 from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
 from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
 
 
-def screen_one(
-    place: str, model: SavedModel, predictor: Predictor, config: ScreeningConfig
-) -> Iterator[dict[str, Any]]:
-    """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
+class Screener:
+    """Screens one study after the other with one model, decoding in a sandbox of its own."""
 
-    What belongs to a run of the screening job (run, registry version, software) is null.
+    def __init__(self, predictor: Answers, window: WindowConfig, config: ScreeningConfig, model_digest: str) -> None:
+        self.predictor, self.window, self.config, self.model_digest = predictor, window, config, model_digest
+        limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
+        self.decoder = Sandbox(window, config.slice_step_mm, limits)
 
-    Raises:
-        ConfigError: where there is no series.
-    """
-    root, objects = _listing(storage.absolute(place))
-    config, window = stages.for_model(config, model.preprocessing), window_of(model)
-    limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-    decoder = Sandbox(window, config.slice_step_mm, limits)
+    def __call__(self, place: str) -> Iterator[dict[str, Any]]:
+        """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
 
-    def read_head(path: str, num_bytes: int) -> bytes:
-        return storage.read_bytes(storage.join(root, path), num_bytes)
+        What belongs to a run of the screening job (run, registry version, software) is null.
 
-    found = [series for folder, items in objects for series in manifest.scan_folder(folder, items, read_head)[0]]
-    if not found:
-        raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
-    try:
+        Raises:
+            ConfigError: where there is no series.
+        """
+        root, objects = _listing(storage.absolute(place))
+
+        def read_head(path: str, num_bytes: int) -> bytes:
+            return storage.read_bytes(storage.join(root, path), num_bytes)
+
+        found = [series for folder, items in objects for series in manifest.scan_folder(folder, items, read_head)[0]]
+        if not found:
+            raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
         for series in found:
             row = stages.decode_and_prepare(
-                series.to_row(), archive=root, window=window, config=config, decoder=decoder
+                series.to_row(), archive=root, window=self.window, config=self.config, decoder=self.decoder
             )
-            record = stages.measure(stages.predict(row, predictor), config).record
+            record = stages.measure(stages.predict(row, self.predictor), self.config).record
             known = {
                 "schema_version": SCHEMA_VERSION,
                 "screened_at": datetime.now(UTC),
-                "model_digest": model.digest,
+                "model_digest": self.model_digest,
             }
             yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
-    finally:
-        decoder.close()
+
+    def close(self) -> None:
+        """End the decoder's child process."""
+        self.decoder.close()
 
 
 def _listing(place: str) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:

@@ -29,13 +29,13 @@ from covtanet.ct import lung
 from covtanet.ct.nifti import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input
 from covtanet.data.manifest import Series, series_from_row
-from covtanet.errors import DecoderError, StudyError, StudyTimeoutError
+from covtanet.errors import DecoderError, StudyError, StudyTimeoutError, UnavailableError
 from covtanet.screening import decode
 from covtanet.screening.decode import Prepared, StoredMasks
 from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
 
 if TYPE_CHECKING:  # workers that only decode or measure do without torch, whose import costs them seconds
-    from covtanet.screening.predictor import Predictor
+    from covtanet.screening.predictor import Answers
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _no_levels(row: Row) -> NDArray[np.uint8]:
     return np.empty((0, *row["slices"].shape[1:]), np.uint8)
 
 
-def predict(row: Row, predictor: "Predictor") -> Row:
+def predict(row: Row, predictor: "Answers") -> Row:
     """Segment and diagnose one prepared series; a refused one passes through."""
     record = json.loads(row["record"])
     started = time.perf_counter()
@@ -322,7 +322,7 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
         record.update(status=REJECTED, reason=error.reason, reason_detail=str(error))
     except StudyTimeoutError as error:
         record.update(status=FAILED, reason="timeout", reason_detail=str(error))
-    except storage.AccessError:
+    except (storage.AccessError, UnavailableError):
         raise
     except FileNotFoundError:
         record.update(status=FAILED, reason="vanished", reason_detail="an object is gone since it was listed")

@@ -41,6 +41,7 @@ class Screening:
     environment: dict[str, str] = field(default_factory=dict)
     clean: pa.Table = field(default_factory=lambda: pa.table({}))
     truth: list[dict[str, object]] = field(default_factory=list)
+    planned: str = ""
 
     def arguments(self, name: str, archive: str = "s3://bucket/archive", ledger: str = "") -> list[str]:
         """The command of a run into a ledger of its own."""

@@ -127,7 +127,7 @@ def start_s3(
         },
         log,
     )
-    _wait_for(service, lambda: _answers(port))
+    wait_for(service, lambda: _answers(port))
     return service
 
 
@@ -155,7 +155,7 @@ def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: 
     own["RAY_ADDRESS"] = f"{LOOPBACK}:{port}"
     own["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard}"
     service = Service(process, own, log)
-    _wait_for(service, lambda: _jobs_ready(dashboard, token))
+    wait_for(service, lambda: _jobs_ready(dashboard, token))
     return service
 
 
@@ -243,11 +243,12 @@ def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ})
     service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{host}:{port}"}, log)
-    _wait_for(service, lambda: _healthy(f"http://{host}:{port}/health"))
+    wait_for(service, lambda: is_healthy(f"http://{host}:{port}/health"))
     return service
 
 
-def _healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether a GET is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
@@ -255,7 +256,12 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
+def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
+    """Wait until a service answers; one that does not is stopped.
+
+    Raises:
+        RuntimeError: with the end of its log.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
         while time.monotonic() < deadline and service.process.poll() is None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import duckdb
+import faults_screening
 import pyarrow.parquet as pq
-import pytest
 from conftest import ROOT, Cluster
 from faults_screening import Screening
 
@@ -36,21 +36,7 @@ def test_ledger_reads_as_it_lies(screening: Screening) -> None:
 
 
 def test_a_committed_run_says_so_and_changes_nothing(screening: Screening) -> None:
-    (committed,) = (screening.bucket / "clean").glob("date=*/*.parquet")
-    before = committed.read_bytes()
-    output = screening.run("clean")
-    assert "this run is committed; nothing to do" in output
-    assert committed.read_bytes() == before
-
-
-def run_ids(screening: Screening, name: str) -> list[str]:
-    work = screening.bucket / name / "_work"
-    return sorted(path.name for path in work.iterdir()) if work.exists() else []
-
-
-def has_manifest(screening: Screening, name: str) -> bool:
-    work = screening.bucket / name / "_work"
-    return any((work / run_id / "manifest.parquet").exists() for run_id in run_ids(screening, name))
+    assert faults_screening.again(screening)
 
 
 def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
@@ -67,7 +53,7 @@ def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None
     }
     output = screening.run(name)
     assert f"continuing: {len(before)} of {len(screening.truth)} series are finished" in output
-    assert len(run_ids(screening, name)) == 1
+    assert len(list((screening.bucket / name / "_work").iterdir())) == 1
     table = screening.table(name)
     assert view.differences(screening.clean, table) == []
     # The rows that the dead run left stand in the ledger as they were: no finished series was screened again.
@@ -75,13 +61,10 @@ def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None
     assert {key: after[key] for key in before} == before
 
 
-def test_plan_freezes_the_manifest_and_screens_nothing(screening: Screening) -> None:
-    output = screening.run("planned", "--plan", "--limit", "6")
-    assert re.search(r"^series \(expected rows\) +6$", output, re.MULTILINE)
-    assert "CPUs, 0 GPUs: fits" in output
-    assert has_manifest(screening, "planned")
-    assert screening.rows_done("planned") == 0
-    assert not list((screening.bucket / "planned").glob("date=*/*.parquet"))
+def test_plan_tells_what_would_be_done(screening: Screening) -> None:
+    """That it freezes the manifest and screens nothing is seen where it is made."""
+    assert re.search(r"^series \(expected rows\) +25$", screening.planned, re.MULTILINE)
+    assert "CPUs, 0 GPUs: fits" in screening.planned
 
 
 def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Cluster, model_folder: Path) -> None:
@@ -98,21 +81,20 @@ def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Clu
     assert "give the absolute path, /.../my/archive" in output
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"--model": "models:/covtanet@champion"}, "is not in the registry"),
+def test_what_cannot_work_is_refused_before_anything_is_read(cluster: Cluster, model_folder: Path) -> None:
+    jobs = []
+    for changed, message in (
+        ({"--model": "models:/nobody@champion"}, "is not in the registry"),
         ({"--model": "/nowhere"}, "expected a saved model"),
         ({"--archive": "s3://bucket/ledger/x", "--ledger": "s3://bucket/ledger"}, "must be apart"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_anything_is_read(
-    cluster: Cluster, model_folder: Path, changed: dict[str, str], message: str
-) -> None:
-    values = {"--archive": "s3://bucket/archive", "--ledger": "s3://bucket/no", "--model": str(model_folder), **changed}
-    output = cluster.run_job("screen.py", *(part for pair in values.items() for part in pair), expect=3)
-    assert message in output
-    assert "Traceback" not in output
+    ):
+        usual = {"--archive": "s3://bucket/archive", "--ledger": "s3://bucket/no", "--model": str(model_folder)}
+        arguments = [part for pair in {**usual, **changed}.items() for part in pair]
+        jobs.append((cluster.start_job("screen.py", *arguments), message))
+    for job, message in jobs:
+        assert job.finish() == 3, job.output
+        assert message in job.output
+        assert "Traceback" not in job.output
 
 
 def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster) -> None:

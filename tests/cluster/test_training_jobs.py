@@ -198,11 +198,11 @@ def test_promotion_refuses_a_worse_challenger_and_takes_a_better_one(
     everything, nothing = (register_with_bias(bias, cluster, tmp_path) for bias in (100.0, -100.0))
     write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=12), 2)
     data = ("--dataset", "mosmed", "--data", str(tmp_path / "others"), "--storage", str(tmp_path / "storage"))
-    cluster.run_job("promote.py", "--version", everything, "--force", "a start")
+    tracking.promote(everything, {})
     output = cluster.run_job("promote.py", "--version", nothing, *data, expect=4)
     assert f"version {nothing} is worse in dice; champion stays {everything}" in output
     assert tracking.version_of("champion") == everything
-    cluster.run_job("promote.py", "--version", nothing, "--force", "to be replaced")
+    tracking.promote(nothing, {})
     output = cluster.run_job("promote.py", "--version", everything, *data)
     assert f"champion is version {everything}, was {nothing}" in output
     assert tracking.version_of("champion") == everything

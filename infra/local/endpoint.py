@@ -1,0 +1,148 @@
+"""make serve: S3, Ray and the endpoint on loopback, with the demo's model; Ctrl-C ends all of it.
+
+It makes the demo first where there is no model yet. Under .serve/ it leaves what a first request needs: ``env``
+(COVTANET_URL and COVTANET_TOKEN, mode 0600), a NIfTI file and a zip of DICOM objects.
+"""
+
+import argparse
+import hashlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from services import LOOPBACK, Service, free_ports, is_healthy, start_ray, start_s3, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO, HERE = ROOT / ".demo", ROOT / ".serve"
+PLACES = ("s3://demo",)
+LEDGER = "s3://demo/served-ledger"
+CONFIG = """\
+model = "{model}"
+ledger = "{ledger}"
+reload_every_s = {reload_every_s}
+max_waiting = {max_waiting}
+config = "{config}"
+
+[[callers]]
+name = "local"
+token_sha256 = "{digest}"
+places = [{places}]
+"""
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that nobody else can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def write_config(
+    path: Path, token: str, *, model: str, ledger: str, places: tuple[str, ...], reload_every_s: float = 30,
+    max_waiting: int = 8, config: str = "",
+) -> None:  # fmt: skip
+    """The endpoint's settings with one caller; the token itself is not in them."""
+    path.write_text(
+        CONFIG.format(
+            model=model, ledger=ledger, reload_every_s=reload_every_s, max_waiting=max_waiting, config=config,
+            digest=hashlib.sha256(token.encode()).hexdigest(), places=", ".join(f'"{place}"' for place in places),
+        )
+    )  # fmt: skip
+
+
+def write_examples(folder: Path) -> None:
+    """A phantom as a NIfTI file and as a zip of DICOM objects."""
+    from covtanet.ct import nifti
+    from covtanet.data.phantom import make_phantom
+    from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid
+
+    (config,) = list(configs(3, 99))[1:2]
+    phantom = make_phantom(config)
+    (folder / "example.nii.gz").write_bytes(nifti.write(phantom.hu, nifti_grid(phantom)))
+    with zipfile.ZipFile(folder / "example-dicom.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for index, data in enumerate(dicom_objects(phantom, 99)):
+            archive.writestr(f"series/{index:04d}.dcm", data)
+
+
+def start_endpoint(environment: dict[str, str], port: int, log: Path) -> Service:
+    """Deploy the application on the Ray that the environment names and wait until its model answers."""
+    command = [
+        sys.executable, "-c",
+        "import sys; from ray import serve; from serve.app import app; "
+        f"serve.start(http_options={{'host': '{LOOPBACK}', 'port': {port}}}); serve.run(app({{}}), blocking=True)",
+    ]  # fmt: skip
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment, cwd=ROOT)
+    service = Service(process, {"COVTANET_URL": f"http://{LOOPBACK}:{port}"}, log)
+    wait_for(service, lambda: is_healthy(f"http://{LOOPBACK}:{port}/readyz"))
+    return service
+
+
+def main() -> int:
+    """Start everything, say where it is, and wait."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--port", type=int, default=8000)
+    port = options.parse_args().port
+    if not (DEMO / "mlflow.db").exists():
+        print("There is no model yet: making the demo first (10 minutes).", flush=True)
+        if subprocess.run([sys.executable, ROOT / "infra" / "local" / "demo.py"], check=False).returncode:
+            print("The demo did not end as it should; its model is used all the same.", flush=True)
+    shutil.rmtree(HERE, ignore_errors=True)
+    HERE.mkdir()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(143))
+    services: list[Service] = []
+    with tempfile.TemporaryDirectory(prefix="cov") as short:
+        try:
+            run(services, port, Path(short))
+        except KeyboardInterrupt:
+            print("stopping")
+        finally:
+            for service in reversed(services):
+                service.stop()
+    return 0
+
+
+def run(services: list[Service], port: int, short: Path) -> None:
+    """Start the services one by one and wait until one of them ends."""
+    s3 = start_s3(DEMO / "s3", HERE / "s3.log")
+    services.append(s3)
+    token, ray_token = secrets.token_urlsafe(32), HERE / "ray_token"
+    write_private(ray_token, secrets.token_hex(32))
+    write_config(HERE / "config.toml", token, model="models:/covtanet@champion", ledger=LEDGER, places=PLACES)
+    environment = {
+        **s3.environment,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{DEMO}/mlflow.db",
+        "COVTANET_SERVE_CONFIG": str(HERE / "config.toml"),
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    print("starting Ray", flush=True)
+    ray = start_ray(HERE / "ray.log", environment, ray_token, temp_folder=short)
+    services.append(ray)
+    print("starting the endpoint", flush=True)
+    endpoint = start_endpoint({**os.environ, **ray.environment}, port or free_ports(1)[0], HERE / "serve.log")
+    services.append(endpoint)
+    os.environ.update(s3.environment)
+    write_examples(HERE)
+    url = endpoint.environment["COVTANET_URL"]
+    write_private(HERE / "env", f"export COVTANET_URL={shlex.quote(url)}\nexport COVTANET_TOKEN={shlex.quote(token)}\n")
+    print(f"ready     {url}  (the token is in {HERE / 'env'})")
+    print(f"page      {url}/")
+    print(f"API       {url}/docs")
+    print("Research use only, not a medical device. Ctrl-C ends it.", flush=True)
+    while all(service.process.poll() is None for service in services):
+        time.sleep(1)
+    raise SystemExit(f"one of the services ended, see {HERE}/*.log")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

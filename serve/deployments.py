@@ -1,0 +1,169 @@
+"""What runs behind the routes: replicas that hold the model, and how an API replica speaks to them."""
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray import serve as ray_serve
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from covtanet import tracking
+from covtanet.errors import CovtanetError, UnavailableError
+from covtanet.model.checkpoint import load_model
+from covtanet.screening.predictor import Part, Prediction, Predictor, Segmented, predict
+from covtanet.screening.stages import ScreeningConfig
+
+logger = logging.getLogger("ray.serve")
+
+# Slices that callers' studies put on the network together, and how a study is cut for it: a long study takes turns
+# with a short one that came later.
+BATCH_SLICES, PART_SLICES, PARTS_IN_FLIGHT = 64, 16, 2
+BATCH_WAIT_S = 0.005
+ANSWER_TIMEOUT_S = 120.0
+MODELS_KEPT = 2
+
+
+def count_slices(requests: list[tuple[str, Part]]) -> int:
+    """What a batch is measured by."""
+    return sum(len(part.slices) for _, part in requests)
+
+
+@ray_serve.deployment(max_ongoing_requests=64, max_queued_requests=256, health_check_period_s=5)
+class Segmenter:
+    """Holds the model that its name leads to, and the one before, so that no answer mixes two."""
+
+    def __init__(self, ref: str, reload_every_s: float, config: ScreeningConfig) -> None:
+        self.ref, self.reload_every_s, self.config = ref, reload_every_s, config
+        self.models: OrderedDict[str, tuple[Predictor, dict[str, Any]]] = OrderedDict()
+        self.looked_at = 0.0
+        self._load()
+
+    def _load(self) -> None:
+        """Take up what the name leads to now.
+
+        Raises:
+            CovtanetError: where it is no model of ours, by its digest too.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            found = tracking.resolve_model(self.ref, Path(folder))
+            model = load_model(found.folder, found.digest)
+        cores = len(os.sched_getaffinity(0))
+        predictor = Predictor(
+            model, engine=self.config.engine, num_threads=cores, max_batch_slices=self.config.max_batch_slices
+        )
+        described = {
+            "name": found.name,
+            "version": found.version,
+            "digest": found.digest,
+            "num_slices": predictor.num_slices,
+            "preprocessing": model.preprocessing,
+        }
+        self.models[found.digest] = (predictor, described)
+        while len(self.models) > MODELS_KEPT:
+            self.models.popitem(last=False)
+        logger.info("model %s version %s, digest %s", found.name, found.version, found.digest[:12])
+
+    def describe(self) -> dict[str, Any]:
+        """The newest model."""
+        return next(reversed(self.models.values()))[1]
+
+    async def check_health(self) -> None:
+        """A real inference; and now and then a look at whether the name leads to another model."""
+        await asyncio.to_thread(self._infer)
+        if time.monotonic() - self.looked_at < self.reload_every_s:
+            return
+        self.looked_at = time.monotonic()
+        try:
+            if await asyncio.to_thread(tracking.digest_of, self.ref) not in self.models:
+                await asyncio.to_thread(self._load)
+        except (CovtanetError, OSError) as error:
+            logger.error("the model stays as it is, its name leads nowhere now: %s", type(error).__name__)
+
+    def _infer(self) -> None:
+        predictor, _ = next(reversed(self.models.values()))
+        size = predictor.window.size_px
+        next(predictor.segment([Part(np.zeros((1, size, size), np.uint16), [0])]))
+
+    async def is_ready(self) -> bool:
+        """A real inference, asked for by ``/readyz``."""
+        await asyncio.to_thread(self._infer)
+        return True
+
+    async def segment(self, digest: str, part: Part) -> Segmented | None:
+        """Answer some slices with this model; null where it is not held here."""
+        answer: Segmented | None = await self._segment((digest, part))
+        return answer
+
+    @ray_serve.batch(  # type: ignore[untyped-decorator]
+        max_batch_size=BATCH_SLICES, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=count_slices
+    )
+    async def _segment(self, requests: list[tuple[str, Part]]) -> list[Segmented | None]:
+        return await asyncio.to_thread(self._segment_all, requests)
+
+    def _segment_all(self, requests: list[tuple[str, Part]]) -> list[Segmented | None]:
+        found: list[Segmented | None] = [None] * len(requests)
+        for digest in {digest for digest, _ in requests} & self.models.keys():
+            places = [index for index, (each, _) in enumerate(requests) if each == digest]
+            parts = [requests[index][1] for index in places]
+            answers = self.models[digest][0].segment_together(parts)
+            for index, answer in zip(places, answers, strict=True):
+                found[index] = answer
+        return found
+
+    async def diagnose(self, digest: str, pooled: NDArray[np.float32]) -> tuple[float, float] | None:
+        """Answer a volume's pooled vectors with this model; null where it is not held here."""
+        held = self.models.get(digest)
+        return None if held is None else await asyncio.to_thread(held[0].diagnose, pooled)
+
+
+class RemoteNetwork:
+    """One version of the model behind a handle, as a ``Network`` for threads of an API replica."""
+
+    def __init__(self, segmenter: DeploymentHandle, described: dict[str, Any]) -> None:
+        self.segmenter, self.digest, self.num_slices = segmenter, described["digest"], described["num_slices"]
+
+    def predict(self, slices: NDArray[np.uint16]) -> Prediction:
+        """Answer one volume.
+
+        Raises:
+            UnavailableError: where no replica answers in time, or none holds this version any more.
+        """
+        return predict(self, slices, PART_SLICES)
+
+    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
+        """Answer parts in their order, a few of them under way at a time."""
+        waiting, asked = iter(parts), []
+        for part in islice(waiting, PARTS_IN_FLIGHT):
+            asked.append(self.segmenter.segment.remote(self.digest, part))
+        while asked:
+            answer = _result(asked.pop(0))
+            asked += [self.segmenter.segment.remote(self.digest, part) for part in islice(waiting, 1)]
+            yield Segmented(*answer)
+
+    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
+        """Answer a volume's pooled vectors."""
+        p_infected, p_severe = _result(self.segmenter.diagnose.remote(self.digest, pooled))
+        return p_infected, p_severe
+
+
+def _result(response: Any) -> Any:
+    try:
+        answer = response.result(timeout_s=ANSWER_TIMEOUT_S)
+    except ray.exceptions.RayTaskError:  # an error of ours in the replica
+        raise
+    except (ray.exceptions.RayError, BackPressureError, TimeoutError) as error:
+        raise UnavailableError(f"the model does not answer: {type(error).__name__}") from None
+    if answer is None:
+        raise UnavailableError("the model was replaced while this study was read")
+    return answer

@@ -1,0 +1,81 @@
+"""Bodies of requests and answers, with the examples that the API's own description shows."""
+
+from datetime import date
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EXAMPLE_ROW: dict[str, Any] = {
+    "series_key": "5d1f3c0e8a6b4f7d9c2e1a0b3c4d5e6f", "status": "screened", "reason": None, "qc_flags": [],
+    "num_slices": 36, "p_infected": 0.98, "diagnosis": "infected", "p_severe": 0.2, "severity": "mild",
+    "severity_by_involvement": "mild", "lesion_volume_ml": 310.5, "lung_volume_ml": 4890.1, "involvement": 0.063,
+}  # fmt: skip
+
+
+class Strict(BaseModel):
+    """A body in which an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(BaseModel):
+    """Why a request was refused: a stable code, and a sentence without any text of the caller's."""
+
+    reason: str = Field(examples=["unsupported_media"])
+    message: str = Field(examples=["expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects"])
+
+
+class Model(BaseModel):
+    """The version that answered."""
+
+    name: str = Field(examples=["covtanet"])
+    version: str = Field(examples=["3"])
+    digest: str = Field(examples=["9f2c" * 16])
+
+
+class StudyAnswer(BaseModel):
+    """A study's series, each a row of the ledger's columns. Research use only, not a medical device."""
+
+    model: Model
+    series: list[dict[str, Any]] = Field(examples=[[EXAMPLE_ROW]])
+    reason: str | None = Field(default=None, description="where no series was screened, the first one's reason")
+    research_use_only: Literal[True] = True
+
+
+class UriRequest(Strict):
+    """A study in storage: a NIfTI object, or the prefix of a DICOM series."""
+
+    uri: str = Field(examples=["s3://hospital/ct/study-17/"], max_length=1024)
+
+
+class BatchRequest(Strict):
+    """What ``jobs/screen.py`` is asked for. run_date: today where null. model: the endpoint's where empty."""
+
+    archive: str = Field(examples=["s3://hospital/ct"], max_length=1024)
+    run_date: date | None = Field(default=None, examples=["2026-11-23"])
+    model: str = Field(
+        default="", pattern=r"^(models:/[\w.-]+(@[\w.-]+|/\d+))?$", examples=["models:/covtanet@champion"]
+    )
+    since: Literal["", "last"] = ""
+    group_by: Literal["", "folder", "uid"] = ""
+    limit: int = Field(default=0, ge=0)
+
+
+class BatchState(BaseModel):
+    """How far a batch is. counts: rows by status, once it is committed."""
+
+    batch_id: str = Field(examples=["1f0c9a7e5b3d2468"])
+    state: Literal["waiting", "running", "committed", "failed", "cancelled", "interrupted"]
+    run_id: str | None = None
+    submitted_at: str
+    archive: str
+    run_date: date
+    model: str = ""
+    since: str = ""
+    group_by: str = ""
+    limit: int = 0
+    series: int | None = None
+    finished: int | None = None
+    per_minute: float | None = None
+    seconds_left: float | None = None
+    counts: dict[str, int] = Field(default_factory=dict)

@@ -1,0 +1,177 @@
+"""The endpoint over real HTTP, on the Ray, S3 and registry of the other tests."""
+
+import contextlib
+import http.client
+import io
+import json
+import time
+import zipfile
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import NIGHT, NIGHT_HEADERS, Endpoint
+from faults_screening import Screening
+from hostile import gz, plain_nifti, slices
+
+from covtanet.screening import view
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+COMPARED = (
+    "status", "reason", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement",
+    "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "spacing_z_mm", "series_uid",
+    "model_digest", "source_digest",
+)  # fmt: skip
+
+
+def test_a_study_by_http_has_the_numbers_of_the_job(endpoint: Endpoint, screening: Screening) -> None:
+    """A NIfTI file as a body, the same by its URI, and a DICOM folder as a zip: each against the job's row."""
+    rows = [row for row in screening.clean.to_pylist() if row["status"] == "screened"]
+    for kind in ("nifti", "dicom"):
+        job = next(row for row in rows if row["source_format"] == kind)
+        place = screening.bucket / job["source_uri"].removeprefix("s3://bucket/")
+        if kind == "nifti":
+            body = place.read_bytes()
+        else:
+            body = zipped({f"a/{path.name}": path.read_bytes() for path in sorted(place.iterdir())})
+        for path, sent in (
+            ("/v1/studies", body),
+            ("/v1/studies:by-uri", json.dumps({"uri": job["source_uri"]}).encode()),
+        ):
+            status, answer, _ = endpoint.ask("POST", path, sent, {"Content-Type": "application/json"})
+            assert status == 200, answer
+            (row,) = answer["series"]
+            assert answer["model"]["digest"] == job["model_digest"]
+            for name in COMPARED:
+                if name == "source_digest" and path == "/v1/studies":
+                    continue  # of objects with their names, which an upload does not keep
+                expected = pytest.approx(job[name], rel=1e-5) if isinstance(job[name], float) else job[name]
+                assert row[name] == expected, (kind, path, name)
+
+
+def test_nobody_is_answered_without_a_token_of_theirs(endpoint: Endpoint) -> None:
+    for method, path in (
+        ("POST", "/v1/studies"), ("POST", "/v1/studies:by-uri"), ("GET", "/v1/models"), ("GET", "/v1/batches"),
+        ("GET", f"/v1/batches/{'0' * 16}/ledger"), ("GET", "/metrics"),
+    ):  # fmt: skip
+        body = b'{"uri": "s3://bucket/archive/x"}' if method == "POST" else None
+        for header, status in (("", 401), ("Basic x", 401), ("Bearer wrong", 403)):
+            kind = {"Authorization": header, "Content-Type": "application/json"}
+            found, answer, _ = endpoint.ask(method, path, body, kind)
+            assert (found, set(answer)) == (status, {"reason", "message"}), (path, header)
+    for path in ("/healthz", "/readyz", "/"):
+        assert endpoint.ask("GET", path, headers={"Authorization": ""})[0] == 200
+
+
+def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
+    """A body is announced and never sent: who has no token gets the answer all the same."""
+    host = endpoint.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=20)
+    connection.putrequest("POST", "/v1/studies")
+    connection.putheader("Content-Length", str(100 << 20))
+    connection.endheaders()
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        assert answer.status == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"no study at all", 415, "unsupported_media"),
+        (b"", 415, "unsupported_media"),
+        (gz(plain_nifti())[:-40], 422, "truncated"),
+        (zipped({"a.txt": b"text"}), 422, "no_series"),
+        (zipped({"../a.dcm": b"x"}), 422, "bad_zip"),
+        (zipped({"a.nii.gz": gz(plain_nifti())}), 422, "bad_zip"),
+        (zipped({"a/b.zip": b"PK"}), 422, "bad_zip"),
+        (zipped({"zeros": bytes(64 << 20)}), 413, "too_large"),
+        (zipped({"a": slices()[0]})[:-30], 422, "bad_zip"),
+    ],
+)  # fmt: skip
+def test_what_is_no_study_is_refused_with_a_code(endpoint: Endpoint, body: bytes, status: int, reason: str) -> None:
+    found, answer, _ = endpoint.ask("POST", "/v1/studies", body)
+    assert (found, answer["reason"]) == (status, reason), answer
+    assert "Traceback" not in str(answer)
+
+
+def test_other_places_than_ones_own_are_not_read(endpoint: Endpoint) -> None:
+    for uri in (
+        "s3://bucket/archives/x", "s3://other/archive", "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/",
+        "s3://bucket/archive/../secret", "s3://user@bucket/archive/x", "s3://bucket/archive/x?versionId=1",
+        "s3://bucket/archive//x", "s3://bucket/archive/%2e%2e/x",
+    ):  # fmt: skip
+        for path, body in (("/v1/studies:by-uri", {"uri": uri}), ("/v1/batches", {"archive": uri})):
+            status, answer, _ = endpoint.ask(
+                "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            assert (status, answer["reason"]) == (403, "place_not_allowed"), uri
+
+
+def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: str, screening: Screening) -> None:
+    path, body, kind = f"/v1/batches/{batch}", json.dumps(NIGHT).encode(), NIGHT_HEADERS
+    state = endpoint.ask("GET", path)[1]
+    assert state["series"] == sum(state["counts"].values()) == screening.clean.num_rows
+    assert endpoint.ask("POST", "/v1/batches", body, kind)[1]["state"] == "committed"
+    table = pq.read_table(io.BytesIO(endpoint.ask("GET", f"{path}/ledger")[1]))
+    assert view.differences(screening.clean, table) == []
+    rows = endpoint.ask("GET", f"{path}/ledger", headers={"Accept": "application/json"})[1]
+    assert [row["series_key"] for row in rows] == table["series_key"].to_pylist()
+    text = endpoint.ask("GET", f"{path}/ledger", headers={"Accept": "text/csv"})[1].decode()
+    assert len(text.splitlines()) == table.num_rows + 1
+    screened = next(row for row in rows if row["status"] == "screened")
+    for name in ("preview.png", "viewer.png"):
+        status, data, _ = endpoint.ask("GET", f"{path}/series/{screened['series_key']}/{name}")
+        assert (status, data[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+    assert endpoint.ask("GET", f"{path}/series/{'0' * 32}/preview.png")[0] == 404
+    assert [each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]] == [batch]
+    assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
+
+
+def test_what_cannot_wait_is_told_to_come_again(endpoint: Endpoint) -> None:
+    """More slow uploads than decoders and places to wait: the next is refused at once, and served afterwards."""
+    host, study = endpoint.url.removeprefix("http://"), gz(plain_nifti())
+    slow = []
+    for _ in range(4):  # two are being received, two wait
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.putrequest("POST", "/v1/studies")
+        connection.putheader("Authorization", f"Bearer {endpoint.token}")
+        connection.putheader("Content-Length", str(len(study)))
+        connection.endheaders()
+        connection.send(study[:100])
+        slow.append(connection)
+    deadline = time.monotonic() + 20
+    while (found := endpoint.ask("POST", "/v1/studies", b"no study"))[0] != 503:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    assert found[1]["reason"] == "busy"
+    assert int(found[2]["Retry-After"]) >= 1
+    for connection in slow:
+        connection.send(study[100:])
+    statuses = []
+    for connection in slow:
+        with contextlib.closing(connection), connection.getresponse() as answer:
+            statuses.append(answer.status)
+    assert statuses == [200] * 4
+    assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
+
+
+def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint) -> None:
+    deadline = time.monotonic() + 30
+    while "ray_covtanet_http_studies" not in (text := endpoint.ask("GET", "/metrics")[1].decode()):
+        assert time.monotonic() < deadline, text[-500:]
+        time.sleep(1)
+    assert 'status="screened"' in text
+    assert "s3://" not in text
+
+
+def test_the_api_describes_itself(endpoint: Endpoint) -> None:
+    described = endpoint.ask("GET", "/openapi.json")[1]
+    assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(described["paths"])
+    assert described["components"]["schemas"]["BatchRequest"]["properties"]["archive"]["examples"]

@@ -1,0 +1,109 @@
+"""What a caller may send, and what a zip may not hold."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from hostile import gz, plain_nifti, slices
+
+from covtanet.errors import UploadError
+from covtanet.screening.intake import IntakeLimits, lay_out
+
+DIGEST = "d" * 32
+LIMITS = IntakeLimits(max_inflated_bytes=40 << 20, max_members=20, max_ratio=50)
+
+
+def spread(data: bytes, tmp_path: Path, limits: IntakeLimits = LIMITS) -> list[Path]:
+    upload, folder = tmp_path / "upload", tmp_path / "objects"
+    upload.write_bytes(data)
+    folder.mkdir()
+    lay_out(upload, folder, DIGEST, limits)
+    return sorted(folder.iterdir())
+
+
+def zipped(*members: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (gz(plain_nifti()), f"{DIGEST}.nii.gz"), (plain_nifti(), f"{DIGEST}.nii"), (slices()[0], f"{DIGEST}.dcm"),
+    ],
+)  # fmt: skip
+def test_one_file_is_named_by_its_bytes(data: bytes, name: str, tmp_path: Path) -> None:
+    (found,) = spread(data, tmp_path)
+    assert (found.name, found.read_bytes()) == (name, data)
+
+
+def test_members_keep_their_bytes_and_lose_their_names(tmp_path: Path) -> None:
+    members = [(f"Doe^Jane/IM{index}.dcm", data) for index, data in enumerate(slices())]
+    found = spread(zipped(*members, ("Doe^Jane/", b""), ("README", b"text")), tmp_path)
+    assert [path.read_bytes() for path in found] == [data for _, data in members] + [b"text"]
+    assert not any("Doe" in path.name for path in found)
+
+
+def link() -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("a.dcm")
+    info.external_attr = 0o120777 << 16
+    return info
+
+
+def encrypted() -> bytes:
+    data = bytearray(zipped(("a.dcm", b"x" * 100)))
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + at] |= 1
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("build", "reason", "message"),
+    [
+        (lambda: b"", "unsupported_media", "expected a .nii"),
+        (lambda: b"%PDF-1.7", "unsupported_media", "expected a .nii"),
+        (lambda: zipped(), "unsupported_media", "expected a .nii"),  # an empty zip begins otherwise
+        (lambda: zipped(("../../etc/x.dcm", b"x")), "bad_zip", "out of the zip"),
+        (lambda: zipped(("/etc/x.dcm", b"x")), "bad_zip", "out of the zip"),
+        (lambda: zipped(("..\\x.dcm", b"x")), "bad_zip", "out of the zip"),
+        (lambda: zipped(("C:x.dcm", b"x")), "bad_zip", "out of the zip"),
+        (lambda: zipped((link(), b"/etc/passwd")), "bad_zip", "a link"),
+        (encrypted, "bad_zip", "encrypted"),
+        (lambda: zipped(("a.dcm", b"x"), ("a.dcm", b"y")), "bad_zip", "of one name"),
+        (lambda: zipped(("a.zip", b"x")), "bad_zip", "another archive"),
+        (lambda: zipped(("hidden", zipped(("a", b"x")))), "bad_zip", "another archive"),
+        (lambda: zipped(("a.dcm", gz(b"x"))), "bad_zip", "another archive"),
+        (lambda: zipped(*((f"{k}.dcm", b"x") for k in range(21))), "too_large", "21 members"),
+        (lambda: zipped(("a.dcm", bytes(30 << 20))), "too_large", "50 times its size"),
+        (lambda: zipped(*((f"{k}.dcm", slices()[0] * 200) for k in range(20))), "too_large", "inflates"),
+        (lambda: zipped(("a.dcm", b"x" * 500))[:-20], "bad_zip", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_zip_that_breaks_a_rule_is_refused(build: object, reason: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match=message) as error:
+        spread(build(), tmp_path)  # type: ignore[operator]
+    assert error.value.reason == reason
+
+
+def test_sizes_that_a_zip_declares_are_not_believed(tmp_path: Path) -> None:
+    """The central directory says 10 bytes; 30 MiB come out."""
+    data = bytearray(zipped(("a.dcm", bytes(30 << 20))))
+    at = data.index(b"PK\x01\x02") + 24
+    data[at : at + 4] = (10).to_bytes(4, "little")
+    with pytest.raises(UploadError):
+        spread(bytes(data), tmp_path)
+    assert sum(path.stat().st_size for path in (tmp_path / "objects").iterdir()) < 12 << 20
+
+
+def test_a_damaged_member_is_refused_by_its_checksum(tmp_path: Path) -> None:
+    data = bytearray(zipped(("a.dcm", slices()[0])))
+    at = data.index(b"PK\x03\x04") + 14
+    data[at] ^= 1
+    data[data.index(b"PK\x01\x02") + 16] ^= 1
+    with pytest.raises(UploadError, match="cannot be read"):
+        spread(bytes(data), tmp_path)
