@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen test check bench faults fuzz audit clean
+.PHONY: help install demo screen serve test check bench faults fuzz audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledge
 
 screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri
 	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)"
+
+serve: .venv/.installed ## S3, Ray, the endpoint and the worklist on loopback, until Ctrl-C
+	@$(BIN)/python infra/local/endpoint.py
 
 test: .venv/.installed ## the test suite (15 minutes)
 	@$(BIN)/python -m pytest tests/unit -n 2

@@ -33,6 +33,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
+import serving
 import SimpleITK
 import torch
 import training
@@ -51,7 +52,8 @@ from covtanet.screening import decode, stages
 from covtanet.screening.engine import ENGINES, build_engine
 from covtanet.screening.predictor import Predictor
 from covtanet.screening.sandbox import Limits, Sandbox
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.single import Screener
+from covtanet.screening.stages import ScreeningConfig, for_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
@@ -439,6 +441,44 @@ def bench_endurance() -> list[Figure]:
     ]
 
 
+def bench_serving() -> list[Figure]:
+    """The endpoint at one caller, at eight, and under load with hostile requests among the sound ones."""
+    model, folder = model_folder(), archive(24 + 17, 256, 105)
+    saved = load_model(model)
+    predictor = Predictor(saved, num_threads=CORES)
+    screener = Screener(predictor, predictor.window, for_model(ScreeningConfig(), saved.preprocessing), saved.digest)
+    large = WORK / "large" / "ct.nii.gz"
+    if not large.exists():
+        large.parent.mkdir(exist_ok=True)
+        (config,) = list(configs(2, 7, 512, 200))[1:]
+        phantom = make_phantom(config)
+        large.write_bytes(nifti.write(phantom.hu, nifti_grid(phantom)))
+    sound = [path.read_bytes() for path in sorted((folder / "nifti").glob("*.nii.gz"))][:8]
+    hostile = [b"no study", sound[0][:-5000], gzip.compress(bytes(200 << 20), 1), b"PK\x03\x04" + bytes(1000)]
+    with serving.serving(WORK / "serving", model) as endpoint:
+        print("  one caller", flush=True)
+        by_http, alone = serving.measure_one_caller(endpoint, large.read_bytes(), lambda: list(screener(str(large))))
+        screener.close()
+        print("  eight callers", flush=True)
+        bodies = sound * 12
+        eight_s = serving.measure_throughput(endpoint, bodies)
+        print("  load", flush=True)
+        rows = serving.measure_load(endpoint, sound, hostile)
+    place = WORK / "posted"
+    if not place.exists():
+        for index, body in enumerate(bodies):
+            (place / f"{index:03d}").mkdir(parents=True)
+            (place / f"{index:03d}" / "ct.nii.gz").write_bytes(body)
+    print("  the job over the same studies", flush=True)
+    run = run_job(place)
+    job_s = run.ended - run.started
+    return [
+        Figure("h", f"one caller over one process, a study of {alone:.1f} s", f"{by_http / alone:.2f} x", "<= 1.15 x"),
+        Figure("h", "studies a second at 8 callers over the job's", f"{job_s / eight_s:.2f} x", ">= 0.8 x"),
+        *(Figure("h", *row) for row in rows),
+    ]  # fmt: skip
+
+
 def bench_training() -> list[Figure]:
     """Ray's training step, its data, and the feature cache; on a GPU its rate too."""
     rows = training.measure(WORK / "training", lambda text: print(f"  {text}", flush=True))
@@ -452,12 +492,14 @@ PARTS = {
     "sandbox": bench_sandbox,
     "job": bench_job,
     "endurance": bench_endurance,
+    "serving": bench_serving,
     "training": bench_training,
 }
 THEMES = {
     "screening": ("network", "decode", "job"),
     "hostile": ("sandbox",),
     "endurance": ("endurance",),
+    "serving": ("serving",),
     "training": ("training",),
 }
 

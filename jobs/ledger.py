@@ -26,8 +26,6 @@ from covtanet.screening.records import STATUSES
 
 logger = logging.getLogger("covtanet.ledger")
 COUNTED = ["status", "reason", "diagnosis", "severity"]
-# What a spreadsheet would take for a formula.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def parse() -> argparse.Namespace:
@@ -101,17 +99,11 @@ def counted(title: str, table: pa.Table) -> str:
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write the view; in CSV, text that a spreadsheet would run is disarmed by a quote."""
+    """Write the view."""
     if path.suffix == ".parquet":
         pq.write_table(table, path)
-        return
-    columns = {}
-    for name in table.column_names:
-        values = table[name].to_pylist()
-        if pa.types.is_list(table.schema.field(name).type):
-            values = [" ".join(value) for value in values]
-        columns[name] = [f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v for v in values]
-    pa_csv.write_csv(pa.table(columns), path)
+    else:
+        pa_csv.write_csv(view.for_spreadsheet(table), path)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import ConfigError, UnavailableError, UploadError
 from covtanet.report import worklist
-from covtanet.screening import intake
+from covtanet.screening import intake, view
 from covtanet.screening.decode import place_of
 from covtanet.screening.records import FAILED, SCREENED
 from covtanet.screening.single import Screener
@@ -305,9 +305,7 @@ class Api:
             )
         buffer = BytesIO()
         if "text/csv" in accept:
-            flags = [";".join(each) for each in table["qc_flags"].to_pylist()]
-            index = table.schema.get_field_index("qc_flags")
-            pa_csv.write_csv(table.set_column(index, "qc_flags", [flags]), buffer)
+            pa_csv.write_csv(view.for_spreadsheet(table), buffer)
             return Response(buffer.getvalue(), media_type="text/csv")
         pq.write_table(table, buffer)
         return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")

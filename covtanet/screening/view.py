@@ -102,6 +102,25 @@ def _tuples(table: pa.Table) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
+# What a spreadsheet would take for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def for_spreadsheet(table: pa.Table) -> pa.Table:
+    """Lists as text, and text that a spreadsheet would run disarmed by a quote."""
+    columns = {}
+    for field in table.schema:
+        values = table[field.name].to_pylist()
+        if pa.types.is_list(field.type):
+            values = [" ".join(value) for value in values]
+        if pa.types.is_list(field.type) or pa.types.is_string(field.type):
+            values = [f"'{value}" if value and value.startswith(FORMULA) else value for value in values]
+            columns[field.name] = pa.array(values, pa.string())
+        else:
+            columns[field.name] = table[field.name]
+    return pa.table(columns)
+
+
 NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")
 PROBABILITIES = ("p_infected", "p_severe")
 MEASUREMENTS = ("lesion_volume_ml", "lung_volume_ml", "involvement")

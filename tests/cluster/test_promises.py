@@ -1,11 +1,15 @@
 """What the screening promises, each broken for real once: see docs/reliability.md."""
 
+import contextlib
+import http.server
 import json
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -54,33 +58,76 @@ def check_malformed(rows: list[dict[str, Any]], archive: str) -> None:
         assert found[f"good-{name.replace(' ', '-')}"] == {"screened"}, name
 
 
-def test_each_night_reads_what_is_new_or_changed(screening: Screening) -> None:
+@contextlib.contextmanager
+def listener() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Where alerts go: its URL, and what was sent there."""
+    heard: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            return
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", heard
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
+    screening: Screening, cluster: Cluster
+) -> None:
     """New, changed and failed series are screened; a night without any commits no row; the view has all, once."""
     archive = screening.folder / "nightly"
     for name in ("a", "b", "c"):
         (archive / name).mkdir(parents=True)
         (archive / name / "ct.nii.gz").write_bytes(gz(plain_nifti()))
     (archive / "gone.nii").symlink_to(screening.folder / "nowhere.nii")
-    ledger = screening.folder / "nightly-ledger"
-    where = {"archive": str(archive), "ledger": str(ledger)}
+    ledger, url_file = screening.folder / "nightly-ledger", screening.folder / "alert-url"
 
-    def night(date: str, *more: str, expect: int = 0) -> list[tuple[str, str]]:
-        screening.run("", "--since", "last", "--run-date", date, *more, expect=expect, **where)
+    def night(date: str, expect: int = 0) -> tuple[list[tuple[str, str]], str]:
+        output = cluster.run_job(
+            "nightly.py", "--archive", str(archive), "--ledger", str(ledger),
+            "--model", str(screening.folder / "model"), "--config", str(screening.folder / "screening.toml"),
+            "--night", date, "--alert-url-file", str(url_file),
+            expect=expect,
+        )  # fmt: skip
         (path,) = ledger.glob(f"date={date}/*.parquet")
         rows = view.read(str(path)).to_pylist()
-        return sorted((row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"]) for row in rows)
+        found = [(row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"]) for row in rows]
+        return sorted(found), output
 
-    first = [(f"{name}/ct.nii.gz", "screened") for name in "abc"]
-    assert night("2026-11-20", expect=4) == [*first, ("gone.nii", "vanished")]
-    (archive / "b" / "ct.nii.gz").write_bytes(gz(plain_nifti() + b"later"))
-    (archive / "d").mkdir()
-    (archive / "d" / "ct.nii.gz").write_bytes(b"no volume")
-    (archive / "gone.nii").unlink()
-    (archive / "gone.nii").write_bytes(plain_nifti())
-    assert night("2026-11-21") == [
-        ("b/ct.nii.gz", "screened"), ("d/ct.nii.gz", "unreadable"), ("gone.nii", "screened")
+    with listener() as (url, heard):
+        url_file.write_text(url)
+        first = [(f"{name}/ct.nii.gz", "screened") for name in "abc"]
+        assert night("2026-11-20", expect=4)[0] == [*first, ("gone.nii", "vanished")]
+        (archive / "b" / "ct.nii.gz").write_bytes(gz(plain_nifti() + b"later"))
+        (archive / "d").mkdir()
+        (archive / "d" / "ct.nii.gz").write_bytes(b"no volume")
+        (archive / "gone.nii").unlink()
+        (archive / "gone.nii").write_bytes(plain_nifti())
+        assert night("2026-11-21")[0] == [
+            ("b/ct.nii.gz", "screened"), ("d/ct.nii.gz", "unreadable"), ("gone.nii", "screened")
+        ]  # fmt: skip
+        assert night("2026-11-23")[0] == []
+        before = {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()}
+        assert "the night of 2026-11-23 is done; nothing to do" in night("2026-11-23")[1]
+        assert {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()} == before
+    assert [(each["alert"], each["night"]) for each in heard] == [
+        ("too_many_refused", "2026-11-20"), ("missing_run", "2026-11-22")
     ]  # fmt: skip
-    assert night("2026-11-22") == []
+    assert heard[0]["reasons"] == {"vanished": 1}
+    assert "nightly" not in str(heard), "an alert names a place"
+    assert len(list((ledger / "_reports").glob("*.html"))) == 3
     rows = view.newest_rows(str(ledger)).to_pylist()
     assert len(rows) == 5
     assert Counter(row["status"] for row in rows) == {"screened": 4, "rejected": 1}
