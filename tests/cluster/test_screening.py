@@ -8,7 +8,11 @@ from pathlib import Path
 
 import duckdb
 import faults_screening
+import highdicom as hd
+import nibabel as nib
+import numpy as np
 import pyarrow.parquet as pq
+import pydicom
 from conftest import ROOT, Cluster
 from faults_screening import Screening
 
@@ -104,3 +108,23 @@ def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster)
     assert logs
     text = b"".join(path.read_bytes() for path in logs if path.suffix in {".log", ".out", ".err"})
     assert not [uid for uid in uids if uid.encode() in text]
+
+
+def test_results_are_written_as_dicom_that_refers_to_its_source(screening: Screening, cluster: Cluster) -> None:
+    output = cluster.run_job(
+        "export.py", "--ledger", "s3://bucket/clean", "--results", "s3://bucket/clean-results"
+    )  # fmt: skip
+    rows = [
+        row for row in screening.clean.to_pylist() if row["status"] == "screened" and row["source_format"] == "dicom"
+    ]
+    assert f"{len(rows)} written" in output
+    for row in rows:
+        folder = screening.bucket / "clean-results" / row["run_id"] / row["series_key"]
+        seg, report = (pydicom.dcmread(folder / name) for name in ("lesion.seg.dcm", "measurements.sr.dcm"))
+        assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == row["series_uid"]
+        assert (seg.Modality, report.Modality) == ("SEG", "SR")
+        lesion = np.asarray(nib.load(folder / "lesion_mask.nii.gz").dataobj) > 0
+        read = hd.seg.Segmentation.from_dataset(seg)
+        uids = [each.ReferencedSOPInstanceUID for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence]
+        pixels = read.get_pixels_by_source_instance(uids, [1], assert_missing_frames_are_empty=True)
+        assert int(pixels.sum()) == int(lesion.sum())

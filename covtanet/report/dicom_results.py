@@ -1,0 +1,209 @@
+"""A screened DICOM series' results as DICOM: a segmentation of lesion and lung, and a structured report (TID 1500).
+
+Both refer to the source series. Their UIDs follow from the run and the series, so that the same result is the same
+object. No pixel of the source is read, and nothing of a patient is written that the source's own header does not say.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from io import BytesIO
+from typing import ParamSpec, TypeVar
+
+import highdicom as hd
+import numpy as np
+import pydicom
+from highdicom.sr import (
+    Comprehensive3DSR,
+    DeviceObserverIdentifyingAttributes,
+    Measurement,
+    MeasurementReport,
+    ObservationContext,
+    ObserverContext,
+    ReferencedSegment,
+    SourceSeriesForSegmentation,
+    TrackingIdentifier,
+    VolumetricROIMeasurementsAndQualitativeEvaluations,
+)
+from numpy.typing import NDArray
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
+
+from covtanet.errors import StudyError
+
+MAKER, DEVICE = "CovTANet on Ray", "covtanet"
+SCHEME = "99COVTANET"
+LESION, LUNG = 1, 2
+# A slice's corner lies on a voxel of the mask, but for what decimal strings lose.
+MAX_OFF_GRID = 0.05
+NO_UNITS = Code("1", "UCUM", "no units")
+MILLILITER = Code("ml", "UCUM", "milliliter")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _quiet(make: Callable[P, R]) -> Callable[P, R]:
+    """Without warnings: highdicom's quote patients' names."""
+
+    @wraps(make)
+    def quietly(*args: P.args, **kwargs: P.kwargs) -> R:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make(*args, **kwargs)
+
+    return quietly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a ledger row says of a series, as far as the report has it. run_id, series_key: the result's identity."""
+
+    run_id: str
+    series_key: str
+    software_version: str
+    model: str
+    lesion_volume_ml: float
+    lung_volume_ml: float
+    involvement: float | None
+    p_infected: float
+
+    def uid(self, what: str) -> str:
+        """A UID of this result."""
+        return str(generate_uid(entropy_srcs=[self.run_id, self.series_key, what]))
+
+
+def frames_of(
+    headers: Sequence[pydicom.Dataset], mask: NDArray[np.bool_], affine: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """A mask as the frames of its source's slices, (slices, rows, columns), in the order of the headers.
+
+    mask: in any axis order; affine: its index -> LPS mm.
+
+    Raises:
+        StudyError: ``missing_position`` where a slice does not lie on the mask's grid.
+    """
+    to_index = np.linalg.inv(affine)
+    frames = []
+    for header in headers:
+        corner = np.array([*header.ImagePositionPatient, 1.0], float)
+        across, down = (np.array([*header.ImageOrientationPatient[k : k + 3], 0.0], float) for k in (0, 3))
+        down_mm, across_mm = (float(value) for value in header.PixelSpacing)
+        exact = [to_index @ corner, to_index @ (down * down_mm), to_index @ (across * across_mm)]
+        start, by_row, by_column = (np.rint(each[:3]).astype(int) for each in exact)
+        is_on_grid = all(np.abs(each[:3] - np.rint(each[:3])).max() < MAX_OFF_GRID for each in exact)
+        rows, columns = np.arange(header.Rows)[:, None], np.arange(header.Columns)[None, :]
+        index = [start[k] + by_row[k] * rows + by_column[k] * columns for k in range(3)]
+        if not is_on_grid or any(each.min() < 0 or each.max() >= mask.shape[k] for k, each in enumerate(index)):
+            raise StudyError("missing_position", "a slice does not lie on the grid of its mask")
+        frames.append(mask[index[0], index[1], index[2]])
+    return np.stack(frames)
+
+
+@_quiet
+def segmentation(
+    headers: Sequence[pydicom.Dataset], lesion: NDArray[np.bool_], lung: NDArray[np.bool_], finding: Finding
+) -> hd.seg.Segmentation:
+    """A DICOM SEG with the segments lesion (1) and lung (2), whose frames are those of ``frames_of``."""
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=DEVICE, version=finding.model, family=codes.DCM.ArtificialIntelligence
+    )
+
+    def describe(number: int, label: str, category: Code, kind: Code) -> hd.seg.SegmentDescription:
+        return hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=label,
+            segmented_property_category=category,
+            segmented_property_type=kind,
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+            tracking_uid=finding.uid(f"tracking {label}"),
+            tracking_id=label,
+        )
+
+    found = hd.seg.Segmentation(
+        source_images=list(headers),
+        pixel_array=np.stack([lesion, lung], axis=-1).astype(np.uint8),
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[
+            describe(LESION, "lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion),
+            describe(LUNG, "lung", codes.SCT.AnatomicalStructure, codes.SCT.Lung),
+        ],
+        series_instance_uid=finding.uid("segmentation series"),
+        series_number=9001,
+        sop_instance_uid=finding.uid("segmentation"),
+        instance_number=1,
+        manufacturer=MAKER,
+        manufacturer_model_name=DEVICE,
+        software_versions=finding.software_version,
+        device_serial_number="0",
+        series_description="Research use only: lesion and lung",
+    )
+    return found
+
+
+@_quiet
+def structured_report(
+    headers: Sequence[pydicom.Dataset], seg: hd.seg.Segmentation, finding: Finding
+) -> Comprehensive3DSR:
+    """A DICOM SR (TID 1500) with volumes, involvement and probability, which refers to the segments."""
+    observer = ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=DeviceObserverIdentifyingAttributes(
+            uid=finding.uid("device"), name=DEVICE, manufacturer_name=MAKER, model_name=finding.model
+        ),
+    )
+    of_lesion = [Measurement(name=codes.SCT.Volume, value=round(finding.lesion_volume_ml, 4), unit=MILLILITER)]
+    if finding.involvement is not None:
+        name = Code("INVOLVEMENT", SCHEME, "Share of the lung that is lesion")
+        of_lesion.append(Measurement(name=name, value=round(finding.involvement, 6), unit=NO_UNITS))
+    name = Code("P-INFECTED", SCHEME, "Probability of infection by the network")
+    of_lesion.append(Measurement(name=name, value=round(finding.p_infected, 6), unit=NO_UNITS))
+    of_lung = [Measurement(name=codes.SCT.Volume, value=round(finding.lung_volume_ml, 4), unit=MILLILITER)]
+    source = SourceSeriesForSegmentation(headers[0].SeriesInstanceUID)
+    present = {int(each.SegmentNumber) for each in seg.SegmentSequence}
+    groups = [
+        VolumetricROIMeasurementsAndQualitativeEvaluations(
+            tracking_identifier=TrackingIdentifier(uid=finding.uid(f"tracking {label}"), identifier=label),
+            referenced_segment=ReferencedSegment(
+                sop_class_uid=seg.SOPClassUID,
+                sop_instance_uid=seg.SOPInstanceUID,
+                segment_number=number,
+                source_series=source,
+            ),
+            finding_type=kind,
+            measurements=measurements,
+        )
+        for number, label, kind, measurements in (
+            (LESION, "lesion", codes.SCT.Lesion, of_lesion),
+            (LUNG, "lung", codes.SCT.Lung, of_lung),
+        )
+        if number in present
+    ]
+    content = MeasurementReport(
+        observation_context=ObservationContext(observer_device_context=observer),
+        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    return Comprehensive3DSR(
+        evidence=[seg, *headers],
+        content=content,
+        series_number=9002,
+        series_instance_uid=finding.uid("report series"),
+        sop_instance_uid=finding.uid("report"),
+        instance_number=1,
+        manufacturer=MAKER,
+        series_description="Research use only: measurements",
+        is_complete=True,
+        is_verified=False,
+    )
+
+
+@_quiet
+def to_bytes(dataset: pydicom.Dataset) -> bytes:
+    """The object as a DICOM file."""
+    buffer = BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
