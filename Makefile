@@ -15,6 +15,8 @@ install: .venv/.installed ## make .venv and install everything into it
 	@echo "installing into .venv (some minutes, about 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Ray starts processes all the time; without bytecode each compiles torch and ray anew. Not every file of every package compiles.
+	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') || true
 	@touch $@
 
 demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)
