@@ -40,7 +40,7 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py
 
-faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, all; 30 minutes)
+faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, serving, all)
 	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
 
 fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10

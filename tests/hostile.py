@@ -96,6 +96,18 @@ def edited(change: Edit, **how: object) -> Objects:
     return named(out)
 
 
+def nested_modality() -> Objects:
+    """Modality as a sequence whose item holds an element of a kind that there is not. Found by the fuzzer."""
+    element = b"\x28\x00\x10\x00U\t\x00\x00"
+    item = b"\xfe\xff\x00\xe0" + struct.pack("<I", len(element)) + element
+    objects = list(slices())
+    at = objects[3].index(b"\x08\x00\x60\x00CS")
+    end = at + 8 + int.from_bytes(objects[3][at + 6 : at + 8], "little")
+    sequence = b"\x08\x00\x60\x00SQ\x00\x00" + struct.pack("<I", len(item)) + item
+    objects[3] = objects[3][:at] + sequence + objects[3][end:]
+    return named(objects)
+
+
 def with_values(**values: object) -> Objects:
     def change(index: int, dataset: pydicom.Dataset) -> None:
         for name, value in values.items():
@@ -377,6 +389,7 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "deflated": ("unsupported_syntax", deflated),
     "deflated bomb": ("unsupported_syntax", lambda: deflated(64)),
     "a JPEG of 8 bits": ("unsupported_syntax", lambda: compressed(lambda pixels: b"\xff\xd8", JPEGBaseline8Bit)),
+    "a sequence in the place of a text": ("unreadable", nested_modality),
     "pixels of a kind nobody knows": ("unreadable", unknown_vr),
     "two syntaxes": ("unsupported_syntax", two_syntaxes),
     "a syntax nobody knows": ("unsupported_syntax", lambda: compressed(bytes, "1.2.3.4.5")),

@@ -21,6 +21,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.tag import BaseTag, Tag
@@ -270,7 +271,8 @@ def _parse(data: bytes) -> FileDataset:
     try:
         dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
         for name in READ_TAGS:  # pydicom converts a value when it is first asked for
-            dataset.get(name)
+            if isinstance(dataset.get(name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
+                raise ValueError("a sequence in the place of a value")
         dataset.file_meta.get("TransferSyntaxUID")
         return dataset
     except (InvalidDicomError, EOFError) as error:

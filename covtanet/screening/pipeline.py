@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.util import metrics
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 STDERR = 2
 FREE_CPUS_TIMEOUT_S = 60.0
 PROGRESS_EVERY_S = 10.0
+STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 FOLDERS_PER_SCAN = 16
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # Prepared series wait for a predictor by the handful, not until the object store is full.
@@ -348,12 +350,33 @@ def _measure_in_time(row: dict[str, Any], run: Run, config: ScreeningConfig, res
         for name, data in overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement):
             storage.write_bytes(storage.join(folder, name), data)
     stored = ledger.store_row(run, measured.record)
+    _count(measured.record)
     return {
         "series_key": row["series_key"],
         "status": stored["status"],
         "reason": stored["reason"],
         "started_at": measured.record["started_at"],
     }
+
+
+@cache
+def _meters() -> tuple[metrics.Counter, metrics.Histogram, metrics.Counter]:
+    """Metrics of this worker, which Ray's agents collect."""
+    return (
+        metrics.Counter("covtanet_series", "Series of screening jobs that are finished.", ("status", "reason")),
+        metrics.Histogram("covtanet_stage_seconds", "How long a stage took for a series.", STAGE_SECONDS, ("stage",)),
+        metrics.Counter("covtanet_series_bytes", "Bytes of the series that are finished."),
+    )
+
+
+def _count(record: dict[str, Any]) -> None:
+    series, seconds, num_bytes = _meters()
+    series.inc(tags={"status": record["status"], "reason": record.get("reason") or ""})
+    for stage in ("decode", "predict"):
+        if record.get(f"{stage}_s"):
+            seconds.observe(record[f"{stage}_s"], {"stage": stage})
+    if record["num_bytes"]:
+        num_bytes.inc(record["num_bytes"])
 
 
 def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str = "") -> None:

@@ -28,6 +28,7 @@ CONFIG = """\
 model = "{model}"
 ledger = "{ledger}"
 reload_every_s = {reload_every_s}
+upload_timeout_s = {upload_timeout_s}
 max_waiting = {max_waiting}
 config = "{config}"
 
@@ -47,12 +48,13 @@ def write_private(path: Path, text: str) -> None:
 
 def write_config(
     path: Path, token: str, *, model: str, ledger: str, places: tuple[str, ...], reload_every_s: float = 30,
-    max_waiting: int = 8, config: str = "",
+    max_waiting: int = 8, config: str = "", upload_timeout_s: float = 120,
 ) -> None:  # fmt: skip
     """The endpoint's settings with one caller; the token itself is not in them."""
     path.write_text(
         CONFIG.format(
             model=model, ledger=ledger, reload_every_s=reload_every_s, max_waiting=max_waiting, config=config,
+            upload_timeout_s=upload_timeout_s,
             digest=hashlib.sha256(token.encode()).hexdigest(), places=", ".join(f'"{place}"' for place in places),
         )
     )  # fmt: skip

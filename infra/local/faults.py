@@ -1,8 +1,8 @@
 """make faults: real kills against real jobs, each told as fault, outcome required, outcome seen.
 
 ``--suite screening`` screens an archive in an S3 server of its own and kills what takes part. ``--suite training``
-trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a
-checkpoint, and compares what the continued training ends with to that of one that nobody disturbed.
+trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a checkpoint, and compares what
+the continued training ends with to that of one that nobody disturbed. ``--suite serving`` disturbs an endpoint.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import faults_serving
 import psutil
 import torch
 from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3
+from services import ROOT, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3
 
 from covtanet.data.phantom_archive import configs, write_mosmed
 
@@ -332,7 +333,7 @@ TRAINING: dict[str, tuple[Scenario, str]] = {
     "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
     "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
 }
-SUITES = {"training": TRAINING, "screening": SCREENING}
+SUITES = ("training", "screening", "serving")
 
 
 def make_setting(environment: dict[str, str], folder: Path) -> Setting:
@@ -360,6 +361,14 @@ def ready_screening(screening: Screening) -> Ready:
     return {fault: (partial(scenario, screening), required) for fault, (scenario, required) in SCREENING.items()}
 
 
+def ready_serving(serving: faults_serving.Serving) -> Ready:
+    """The endpoint's scenarios, each ready to run, after an undisturbed request."""
+    faults_serving.fill(serving)
+    return {
+        fault: (partial(scenario, serving), required) for fault, (scenario, required) in faults_serving.SERVING.items()
+    }
+
+
 def run_suite(scenarios: Ready) -> list[tuple[str, str, str, bool]]:
     """All scenarios of a suite: fault, required, seen, whether it is as required."""
     rows = []
@@ -385,7 +394,7 @@ def main() -> int:
     options.add_argument("--suite", choices=(*SUITES, "all"), default="all")
     options.add_argument("--only", default="", help="faults with this text in their name")
     arguments = options.parse_args()
-    suites = tuple(SUITES) if arguments.suite == "all" else (arguments.suite,)
+    suites = SUITES if arguments.suite == "all" else (arguments.suite,)
     rows = [row for suite in suites for row in run_alone(suite, arguments.only)]
     print("\n| fault | required | seen | |\n|---|---|---|---|")
     for fault, required, seen, is_good in rows:
@@ -404,8 +413,11 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        screening = None
+        screening, serving = None, None
         try:
+            if suite == "serving":
+                serving = faults_serving.Serving(folder=folder, environment={})
+                environment |= faults_serving.environment_of(folder, ROOT)
             if suite == "screening":
                 screening = Screening(
                     folder=folder, bucket=folder / "s3" / "bucket", s3=start_s3(folder / "s3", folder / "s3.log")
@@ -416,13 +428,18 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
             services.append(start_ray(folder / "ray.log", environment, token, Path(short)))
             environment = {**os.environ, **environment, **services[0].environment}
             print("undisturbed ...", flush=True)
-            if screening is None:
+            if serving is not None:
+                serving.environment = environment
+                ready = ready_serving(serving)
+            elif screening is None:
                 ready = ready_training(environment, folder)
             else:
                 screening.environment = environment
                 ready = ready_screening(screening)
             return run_suite({fault: each for fault, each in ready.items() if only in fault})
         finally:
+            if serving is not None:
+                faults_serving.shut_down(serving)
             for service in [*services, *([screening.s3] if screening and screening.s3 else [])]:
                 service.stop()
 

@@ -162,9 +162,9 @@ def test_what_cannot_wait_is_told_to_come_again(endpoint: Endpoint) -> None:
     assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
 
 
-def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint) -> None:
-    deadline = time.monotonic() + 30
-    while "ray_covtanet_http_studies" not in (text := endpoint.ask("GET", "/metrics")[1].decode()):
+def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, batch: str) -> None:
+    deadline, wanted = time.monotonic() + 30, ("ray_covtanet_http_studies", "ray_covtanet_series", "ray_serve_")
+    while not all(name in (text := endpoint.ask("GET", "/metrics")[1].decode()) for name in wanted):
         assert time.monotonic() < deadline, text[-500:]
         time.sleep(1)
     assert 'status="screened"' in text

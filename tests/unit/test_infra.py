@@ -1,5 +1,7 @@
 """Manifests against KubeRay's schemas, and what no schema says: not root, secrets by reference, never two at once."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+PIPELINE = ROOT / "covtanet" / "screening" / "pipeline.py"
 KUBERAY = ROOT / "infra" / "kuberay"
 SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"
 KINDS = {"RayJob": "rayjobs", "RayService": "rayservices", "RayCronJob": "raycronjobs"}
@@ -93,6 +96,14 @@ def test_serve_config_satisfies_rays_own_schema() -> None:
     ):
         assert ServeDeploySchema.model_validate(values).applications[0].import_path == "serve.app:app"
     assert load(ROOT / "infra" / "serve.yaml")["http_options"]["host"] == "127.0.0.1"
+
+
+def test_the_dashboard_asks_for_metrics_that_are_counted() -> None:
+    panels = json.loads((ROOT / "infra" / "grafana.json").read_text())["panels"]
+    asked = {name for panel in panels for name in re.findall(r"ray_(covtanet_\w+)", panel["targets"][0]["expr"])}
+    code = "".join(path.read_text() for path in ((ROOT / "serve" / "app.py"), PIPELINE))
+    counted = set(re.findall(r'"(covtanet_\w+)"', code))
+    assert {re.sub(r"_bucket$|_total$|$", "", name, count=1) for name in asked} == counted
 
 
 def test_the_network_is_closed_but_for_the_ingress() -> None:

@@ -1,0 +1,299 @@
+"""The endpoint's half of make faults: kills, floods, slow and hostile callers against a real endpoint."""
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import torch
+from endpoint import start_endpoint, write_config
+from mlflow.tracking import MlflowClient
+from services import Service, free_ports
+
+from covtanet import tracking
+from covtanet.ct import nifti
+from covtanet.data.phantom import make_phantom
+from covtanet.data.phantom_archive import configs, nifti_grid
+from covtanet.model.checkpoint import SavedModel, save_model
+from covtanet.model.covtanet import SIZES, CovTANet
+
+RELOAD_EVERY_S, UPLOAD_TIMEOUT_S = 2.0, 4.0
+BACK_WITHIN_S = 30.0
+API, SEGMENTER, CONTROLLER = "ServeReplica:default:Api", "ServeReplica:default:Segmenter", "ServeController"
+
+
+@dataclass
+class Serving:
+    """An endpoint with a registry, a sound study, and what an undisturbed request answers."""
+
+    folder: Path
+    environment: dict[str, str]
+    token: str = ""
+    url: str = ""
+    service: Service | None = None
+    study: bytes = b""
+    expected: float = 0.0
+
+    def post(self, body: bytes, token: str | None = None) -> tuple[int, dict[str, Any], float]:
+        """Status, answer and Retry-After of a study that is posted; status 0 where the connection breaks."""
+        headers = {"Authorization": f"Bearer {self.token if token is None else token}"} if token != "" else {}
+        request = urllib.request.Request(f"{self.url}/v1/studies", body, headers, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read()), 0
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read()
+                known = json.loads(text) if text.startswith(b"{") else {}
+                return error.code, known, float(error.headers.get("Retry-After") or 0)
+        except (OSError, http.client.HTTPException):
+            return 0, {}, 0
+
+    def is_right(self) -> bool:
+        """Whether the sound study is answered as ever."""
+        status, answer, _ = self.post(self.study)
+        return status == 200 and abs(answer["series"][0]["p_infected"] - self.expected) < 1e-4
+
+    def back_after(self) -> float:
+        """Seconds until the sound study is answered as ever.
+
+        Raises:
+            AssertionError: where that takes too long.
+        """
+        started = time.monotonic()
+        while not self.is_right():
+            assert time.monotonic() - started < 2 * BACK_WITHIN_S, "it does not come back"
+            time.sleep(0.3)
+        return time.monotonic() - started
+
+    def versions(self) -> set[str]:
+        """Versions of the model that answer now."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/models", headers=headers)) as answer:
+            return {each["version"] for each in json.loads(answer.read())}
+
+
+def register(serving: Serving, seed: int) -> str:
+    """Register an untrained model; returns its version."""
+    torch.manual_seed(seed)
+    folder = serving.folder / f"model{seed}"
+    save_model(folder, SavedModel(network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}))
+    address = tracking.RunAddress(
+        uri=serving.environment["MLFLOW_TRACKING_URI"], experiment="faults", name=f"model {seed}", key=str(seed),
+        artifacts=str(serving.folder / "artifacts"),
+    )  # fmt: skip
+    return tracking.register_model(address, folder, {})
+
+
+def fill(serving: Serving) -> None:
+    """Register a champion, start the endpoint, and ask it once."""
+    mlflow.set_tracking_uri(serving.environment["MLFLOW_TRACKING_URI"])
+    tracking.promote(register(serving, 0), {})
+    serving.token, (port,) = secrets.token_urlsafe(32), free_ports(1)
+    write_config(
+        serving.folder / "serve.toml", serving.token, model="models:/covtanet@champion", ledger="", places=(),
+        reload_every_s=RELOAD_EVERY_S, max_waiting=2, upload_timeout_s=UPLOAD_TIMEOUT_S,
+    )  # fmt: skip
+    serving.service = start_endpoint(serving.environment, port, serving.folder / "serve.log")
+    serving.url = serving.service.environment["COVTANET_URL"]
+    (config,) = list(configs(2, 31, 256, 60))[1:]
+    phantom = make_phantom(config)
+    serving.study = nifti.write(phantom.hu, nifti_grid(phantom))
+    status, answer, _ = serving.post(serving.study)
+    assert status == 200, answer
+    serving.expected = answer["series"][0]["p_infected"]
+
+
+def kill(serving: Serving, part: str) -> None:
+    """Kill a process of this endpoint's Ray as a crash would."""
+    token = serving.environment["RAY_AUTH_TOKEN_PATH"]
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if (
+                part in " ".join(process.info["cmdline"] or ())
+                and process.environ().get("RAY_AUTH_TOKEN_PATH") == token
+            ):
+                process.kill()
+                return
+    raise AssertionError(f"no {part} runs")
+
+
+def tokens(serving: Serving) -> str:
+    """Nobody's, a wrong and the right token."""
+    seen = [serving.post(serving.study, token)[0] for token in ("", "wrong", None)]
+    assert seen == [401, 403, 200], seen
+    return "401, 403, 200"
+
+
+def killed_in_a_request(part: str) -> Callable[[Serving], str]:
+    """A process dies while a study is read."""
+
+    def scenario(serving: Serving) -> str:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(serving.post, serving.study) for _ in range(2)]
+            time.sleep(0.4)
+            kill(serving, part)
+            statuses = [each.result()[0] for each in waiting]
+        back_s = serving.back_after()
+        assert all(status in (0, 200) or status >= 500 for status in statuses), statuses
+        assert back_s <= BACK_WITHIN_S, f"back after {back_s:.0f} s"
+        return f"its requests {statuses}; right again after {back_s:.0f} s"
+
+    return scenario
+
+
+def flood(serving: Serving) -> str:
+    """Forty studies at once."""
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(lambda _: serving.post(serving.study), range(40)))
+    statuses = Counter(status for status, *_ in found)
+    assert set(statuses) == {200, 503}, statuses
+    assert all(wait_s > 0 for status, _, wait_s in found if status == 503), "a 503 without Retry-After"
+    assert serving.is_right()
+    return f"{statuses[200]} answered, {statuses[503]} told to come again"
+
+
+def _open(serving: Serving, num_bytes: int) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(serving.url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/studies")
+    connection.putheader("Authorization", f"Bearer {serving.token}")
+    connection.putheader("Content-Length", str(num_bytes))
+    connection.endheaders()
+    return connection
+
+
+def too_large(serving: Serving) -> str:
+    """A body of two gigabytes is announced."""
+    connection = _open(serving, 2 << 30)
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        assert answer.status == 413, answer.status
+    assert serving.is_right()
+    return "413 before a byte was sent"
+
+
+def slow_upload(serving: Serving) -> str:
+    """A body that does not come."""
+    connection = _open(serving, len(serving.study))
+    connection.send(serving.study[:1000])
+    started = time.monotonic()
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        assert answer.status == 408, answer.status
+    spent_s = time.monotonic() - started
+    assert spent_s < UPLOAD_TIMEOUT_S + 5, spent_s
+    return f"408 after {spent_s:.0f} s"
+
+
+def client_gone(serving: Serving) -> str:
+    """More callers than places send half a study and hang up."""
+    for _ in range(6):
+        connection = _open(serving, len(serving.study))
+        connection.send(serving.study[: len(serving.study) // 2])
+        assert connection.sock is not None
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    back_s = serving.back_after()
+    assert back_s < UPLOAD_TIMEOUT_S + 5, back_s
+    return f"their places were free after {back_s:.0f} s"
+
+
+def hostile(serving: Serving) -> str:
+    """Bytes that are no study, cut, or a bomb."""
+    bodies = {"no study": b"nothing", "cut": serving.study[:-2000], "zip": b"PK\x03\x04" + bytes(500)}
+    seen = {name: serving.post(body) for name, body in bodies.items()}
+    assert all(status in (413, 415, 422) and answer["reason"] for status, answer, _ in seen.values()), seen
+    assert serving.is_right()
+    return ", ".join(f"{name}: {status} {answer['reason']}" for name, (status, answer, _) in seen.items())
+
+
+def another_champion(serving: Serving) -> str:
+    """The alias moves while studies are read; then it moves back."""
+    before, version = tracking.version_of("champion"), register(serving, 1)
+    digests: set[str] = set()
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            status, answer, _ = serving.post(serving.study)
+            if status == 200:
+                rows = {row["model_digest"] for row in answer["series"]}
+                assert rows == {answer["model"]["digest"]}, "one answer names two versions"
+                digests.add(answer["model"]["digest"])
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        started = time.monotonic()
+        tracking.promote(version, {})
+        while serving.versions() != {version}:
+            assert time.monotonic() - started < 60, "the new champion is not taken up"
+            time.sleep(0.3)
+        spent_s = time.monotonic() - started
+        time.sleep(1)
+        is_over.set()
+        asking.result()
+    tracking.promote(before, {})
+    while serving.versions() != {before}:
+        time.sleep(0.3)
+    assert len(digests) == 2, digests
+    return f"taken up after {spent_s:.0f} s without a restart; each answer names one of two digests"
+
+
+def wrong_digest(serving: Serving) -> str:
+    """The alias moves to a version whose files are not what the registry says."""
+    before, version = tracking.version_of("champion"), register(serving, 2)
+    source = MlflowClient().get_model_version(tracking.MODEL_NAME, version).source.removeprefix("file://")
+    (weights,) = Path(source).rglob("weights.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    tracking.promote(version, {})
+    time.sleep(4 * RELOAD_EVERY_S + 6)
+    assert serving.versions() == {before}
+    assert serving.is_right()
+    tracking.promote(before, {})
+    return f"version {before} goes on answering"
+
+
+def shut_down(serving: Serving) -> None:
+    """End the endpoint."""
+    if serving.service is not None:
+        serving.service.stop()
+
+
+Scenario = Callable[[Serving], str]
+KILLED = "its own requests at most; right again within 30 s"
+SERVING: dict[str, tuple[Scenario, str]] = {
+    "no, wrong and right token": (tokens, "401, 403, 200"),
+    "replica of the API killed in a request": (killed_in_a_request(API), KILLED),
+    "replica of the model killed in a request": (killed_in_a_request(SEGMENTER), KILLED),
+    "controller killed": (killed_in_a_request(CONTROLLER), KILLED),
+    "forty studies at once": (flood, "200, or 503 with Retry-After"),
+    "body too large": (too_large, "413 before it is read"),
+    "slow upload": (slow_upload, "408"),
+    "callers gone": (client_gone, "their places are free again"),
+    "hostile bodies": (hostile, "a 4xx with a reason; the next is right"),
+    "another champion": (another_champion, "taken up; no answer of two versions"),
+    "files of another digest": (wrong_digest, "the version before goes on answering"),
+}  # fmt: skip
+
+
+def environment_of(folder: Path, root: Path) -> dict[str, str]:
+    """What this endpoint's Ray needs beside the usual."""
+    return {
+        "COVTANET_SERVE_CONFIG": str(folder / "serve.toml"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
+    }
