@@ -4,9 +4,11 @@ Needs the extra ``fuzz`` (atheris). What it finds is written as ``crash-*`` and 
 """
 
 import argparse
+import faulthandler
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
@@ -42,6 +44,17 @@ def read_dicom(data: bytes) -> None:
 READERS = {"nifti": read_nifti, "dicom": read_dicom}
 
 
+def in_time(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """The reader, ended with a traceback where one input takes it too long. libFuzzer's own alarm kills Python."""
+
+    def watched(data: bytes) -> None:
+        faulthandler.dump_traceback_later(LONGEST_S, exit=True)
+        read(data)
+        faulthandler.cancel_dump_traceback_later()
+
+    return watched
+
+
 def seeds(kind: str, folder: Path) -> None:
     """Sound, odd and malformed input to begin with."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,17 +71,18 @@ def main() -> None:
     options.add_argument("reader", choices=READERS)
     options.add_argument("--minutes", type=float, default=10)
     options.add_argument("--corpus", type=Path, default=Path(".fuzz"))
+    options.add_argument("--seed", type=int, default=0, help="of the search; default: another every time")
     arguments = options.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     corpus = arguments.corpus / arguments.reader
     seeds(arguments.reader, corpus)
     command = [
-        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", f"-timeout={LONGEST_S}",
+        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", "-timeout=0",
         f"-rss_limit_mb={MEMORY_MIB}", "-max_len=200000", f"-artifact_prefix={arguments.corpus}/crash-", "-verbosity=0",
-        "-print_final_stats=1",
+        "-print_final_stats=1", f"-seed={arguments.seed}",
     ]  # fmt: skip
-    atheris.Setup(command, READERS[arguments.reader])
+    atheris.Setup(command, in_time(READERS[arguments.reader]))
     atheris.Fuzz()
 
 
