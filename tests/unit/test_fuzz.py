@@ -14,7 +14,10 @@ from conftest import ROOT
 @pytest.mark.parametrize("reader", ["nifti", "dicom"])
 def test_a_search_finds_no_bytes_that_are_neither_read_nor_refused(reader: str, tmp_path: Path) -> None:
     found = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fuzz.py", reader, "--minutes", str(20 / 60), "--corpus", tmp_path, "--seed", "1"],
+        [
+            sys.executable, ROOT / "tests" / "fuzz.py", reader, "--minutes", str(20 / 60), "--corpus", tmp_path,
+            "--seed", "1",
+        ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
