@@ -33,6 +33,11 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "infra" / "local"), str(ROOT / "jobs"), str(ROOT / "tests")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the endpoint last: while it runs it holds a CPU that screenings would use."""
+    items.sort(key=lambda item: "endpoint" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit test may not open a socket or sleep."""

@@ -130,7 +130,7 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: s
         status, data, _ = endpoint.ask("GET", f"{path}/series/{screened['series_key']}/{name}")
         assert (status, data[:8]) == (200, b"\x89PNG\r\n\x1a\n")
     assert endpoint.ask("GET", f"{path}/series/{'0' * 32}/preview.png")[0] == 404
-    assert [each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]] == [batch]
+    assert batch in [each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]]
     assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
 
 
