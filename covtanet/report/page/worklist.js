@@ -61,7 +61,7 @@ const grade = (row) => (row.status !== "screened" ? row.status : row.diagnosis =
 
 function bars(title, counts) {
   const most = Math.max(1, ...Object.values(counts));
-  const grid = make("div", { className: "bars" });
+  const grid = make("div", { className: "bars", tabIndex: 0 });
   for (const [name, count] of Object.entries(counts)) {
     const bar = make("span", { className: "bar" });
     bar.style.width = `${(100 * count) / most}%`;
@@ -82,7 +82,8 @@ function glance(summary) {
       make("div", { className: "quiet", textContent: summary.models.join(", ") })),
     bars("Status", summary.status), bars(...severity), bars("Lung involved", spread),
   ];
-  if (Object.keys(summary.reasons).length) parts.push(bars("Not screened, by reason", summary.reasons));
+  const reasons = Object.entries(summary.reasons).sort((a, b) => b[1] - a[1]);
+  if (reasons.length) parts.push(bars("Not screened, by reason", Object.fromEntries(reasons)));
   at("glance").replaceChildren(...parts);
 }
 
