@@ -172,6 +172,7 @@ def series_hangs(setting: Screening) -> str:
     """A decoder's child is stopped in its tracks: what it reads never ends."""
     name = "hangs"
     job = setting.start(name)
+    job.wait_for(lambda: setting.rows_done(name) >= 2)
     job.wait_for(kill_one(setting, CHILD, signal.SIGSTOP))
     code = job.finish()
     assert code in (0, 4), job.output[-3000:]

@@ -13,6 +13,7 @@ from hostile import gz, plain_nifti, slices
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import StudyError, StudyTimeoutError
 from covtanet.screening import decode
+from covtanet.screening import sandbox as module
 from covtanet.screening.sandbox import Limits, Sandbox
 
 WINDOW = WindowConfig(size_px=64)
@@ -72,6 +73,21 @@ def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(sa
         sandbox("dicom", [chunks()])
     assert not process.is_running()
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+
+
+def test_a_child_that_dies_at_its_start_is_started_once_more(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, tried = module.CHILD, []
+
+    def child_code() -> str:
+        tried.append(1)
+        return "import sys; sys.exit(3)" if len(tried) == 1 else good
+
+    started = module.subprocess.Popen
+    monkeypatch.setattr(
+        module.subprocess, "Popen", lambda command, **how: started([*command[:3], child_code(), *command[4:]], **how)
+    )
+    assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+    assert len(tried) == 2
 
 
 def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sandbox) -> None:
