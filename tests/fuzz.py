@@ -78,7 +78,7 @@ def main() -> None:
     corpus = arguments.corpus / arguments.reader
     seeds(arguments.reader, corpus)
     command = [
-        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", "-timeout=0",
+        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", "-timeout=100000",
         f"-rss_limit_mb={MEMORY_MIB}", "-max_len=200000", f"-artifact_prefix={arguments.corpus}/crash-", "-verbosity=0",
         "-print_final_stats=1", f"-seed={arguments.seed}",
     ]  # fmt: skip
