@@ -67,10 +67,7 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
             folder = Path(storage.absolute(ref))
         digest = model_digest(folder)
         return ModelRef(folder=folder, name=Path(ref.rstrip("/")).name, version="unregistered", digest=digest)
-    match = REGISTERED.fullmatch(ref)
-    if not match:
-        raise ConfigError(f"model {ref}, expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    registered = _registered(match)
+    registered = _registered(ref)
     try:
         mlflow.artifacts.download_artifacts(artifact_uri=registered.source, dst_path=str(folder))
     except (MlflowException, OSError) as error:
@@ -82,30 +79,29 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     return ModelRef(folder=found, name=registered.name, version=str(registered.version), digest=digest)
 
 
-def _registered(match: re.Match[str]) -> ModelVersion:
-    client = MlflowClient()
+def _registered(ref: str) -> ModelVersion:
+    match, client = REGISTERED.fullmatch(ref), MlflowClient()
+    if not match:
+        raise ConfigError(f"model {ref}, expected models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
         if match["alias"]:
             return client.get_model_version_by_alias(match["name"], match["alias"])
         return client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         if error.error_code in UNKNOWN:
-            raise CheckpointError(f"{match[0]} is not in the registry") from error
+            raise CheckpointError(f"{ref} is not in the registry") from error
         raise OSError(f"the registry does not answer: {error.error_code}") from error
 
 
 def digest_of(ref: str) -> str:
-    """The digest of what a model's name leads to now, without fetching what is registered.
+    """The digest of what a name in the registry leads to now, without fetching it.
 
     Raises:
+        ConfigError: for another form than ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
         CheckpointError: where there is no such model.
         OSError: where the registry does not answer.
     """
-    match = REGISTERED.fullmatch(ref)
-    if not match:
-        with tempfile.TemporaryDirectory() as folder:
-            return resolve_model(ref, Path(folder)).digest
-    return str(_registered(match).tags.get(DIGEST_TAG))
+    return str(_registered(ref).tags.get(DIGEST_TAG))
 
 
 @dataclass(frozen=True, kw_only=True)

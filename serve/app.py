@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 import ray
 from fastapi import FastAPI, Header, Query, Request
 from fastapi import Path as PathParameter
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError
@@ -46,9 +48,10 @@ from serve.settings import Caller, ServeConfig, load_settings
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
-STATUS_OF = {"too_large": 413, "unsupported_media": 415, "bad_zip": 422, "slow_upload": 408}
-RESULT_FILES = ("preview.png", "viewer.png", "lesion_mask.nii.gz", "lung_mask.nii.gz")
+STATUS_OF = {"too_large": 413, "unsupported_media": 415, "bad_zip": 422}
+MAX_JSON_BYTES = 64 << 10
 KEY = r"^[0-9a-f]{32}$"
 BATCH_ID = r"^[0-9a-f]{16}$"
 Responses = dict[int | str, dict[str, Any]]
@@ -68,13 +71,14 @@ class RefusedError(Exception):
 CSP = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:"
 
 
-def _plain(value: Any) -> Any:
-    """Rows as JSON knows them."""
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else value.isoformat()
+def _where(error: Any) -> str:
+    """Which part of a request is wrong, and how; never its value."""
+    return f"{'.'.join(str(part) for part in error['loc'] if isinstance(part, str))}: {error['type']}"
+
+
+def _json_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """A body for the API's description, where the route reads it itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 api = FastAPI(
@@ -94,9 +98,7 @@ async def _refused(request: Request, error: RefusedError) -> JSONResponse:
 
 @api.exception_handler(RequestValidationError)
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-    return JSONResponse({"reason": "invalid_request", "message": f"{where}: {first['type']}"}, 422)
+    return JSONResponse({"reason": "invalid_request", "message": _where(error.errors()[0])}, 422)
 
 
 @api.exception_handler(Exception)
@@ -154,15 +156,31 @@ class Api:
                     raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
                 return await self._screen(slot, str(objects), f"upload:{digest}")
 
-    @api.post("/v1/studies:by-uri", response_model=StudyAnswer, responses=STUDY_PROBLEMS)
-    async def post_study_by_uri(self, request: Request, body: UriRequest) -> Response:
+    @api.post(
+        "/v1/studies:by-uri", response_model=StudyAnswer, responses=STUDY_PROBLEMS, openapi_extra=_json_of(UriRequest)
+    )
+    async def post_study_by_uri(self, request: Request) -> Response:
         """Screen a study that lies in storage, under a place that this caller may name."""
         caller = self._caller(request)
+        body = await self._json(request, UriRequest)
         if not caller.may_read(body.uri):
             raise RefusedError(403, "place_not_allowed", "the URI lies under none of this caller's places")
         place = storage.absolute(body.uri)
         async with self._slot() as slot:
             return await self._screen(slot, place, "")
+
+    async def _json(self, request: Request, kind: type[M]) -> M:
+        """A small JSON body, read after the token was looked at, as FastAPI itself would not."""
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_JSON_BYTES:
+                raise RefusedError(413, "too_large", f"expected at most {MAX_JSON_BYTES} bytes of JSON")
+        try:
+            return kind.model_validate_json(bytes(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RefusedError(422, "invalid_request", _where(first)) from None
 
     def _check_length(self, num_bytes: int) -> None:
         if num_bytes > self.settings.limits.max_bytes:
@@ -203,10 +221,7 @@ class Api:
 
     async def _screen(self, slot: list[Screener], place: str, source: str) -> Response:
         """All series of a place, with one version of the model."""
-        try:
-            described = await self.segmenter.describe.remote()
-        except (ray.exceptions.RayError, BackPressureError):
-            raise self._busy() from None
+        described = await self._describe()
         screener = self._screener(slot, described)
         try:
             started = asyncio.get_running_loop().time()
@@ -218,11 +233,21 @@ class Api:
             raise self._busy() from None
         except storage.AccessError:
             raise RefusedError(403, "storage_refuses", "the object store refuses this endpoint") from None
+        except OSError:
+            raise RefusedError(503, "storage", "storage does not answer", self.settings.retry_after_s) from None
         for row in rows:
             self.studies.inc(tags={"status": row["status"], "reason": row["reason"] or ""})
             row["source_uri"] = source or row["source_uri"]
             row["model_name"], row["model_version"] = described["name"], described["version"]
         return self._answer(rows, described)
+
+    async def _describe(self) -> dict[str, Any]:
+        """The version of the model that answers now."""
+        try:
+            found: dict[str, Any] = await self.segmenter.describe.remote()
+        except (ray.exceptions.RayError, BackPressureError):
+            raise self._busy() from None
+        return found
 
     def _answer(self, rows: list[dict[str, Any]], described: dict[str, Any]) -> Response:
         answer = StudyAnswer(model=Model(**{name: described[name] for name in Model.model_fields}), series=rows)
@@ -256,12 +281,16 @@ class Api:
             raise RefusedError(404, "no_ledger", "this endpoint has no ledger for batches")
         return self.batches
 
-    @api.post("/v1/batches", status_code=202, response_model=BatchState, responses=PROBLEMS)
+    @api.post(
+        "/v1/batches", status_code=202, response_model=BatchState, responses=PROBLEMS,
+        openapi_extra=_json_of(BatchRequest),
+    )  # fmt: skip
     async def post_batch(
-        self, request: Request, body: BatchRequest, idempotency_key: Annotated[str, Header(max_length=200)] = ""
+        self, request: Request, idempotency_key: Annotated[str, Header(max_length=200)] = ""
     ) -> BatchState:
         """Screen a whole archive with the job of ``jobs/screen.py``; the same request again is the same batch."""
         caller = self._caller(request)
+        body = await self._json(request, BatchRequest)
         if not caller.may_read(body.archive):
             raise RefusedError(403, "place_not_allowed", "the archive lies under none of this caller's places")
         try:
@@ -299,10 +328,7 @@ class Api:
         """The batch's ledger: Parquet, or JSON or CSV where Accept asks for it."""
         table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
         if "application/json" in accept:
-            rows = await asyncio.to_thread(table.to_pylist)
-            return Response(
-                await asyncio.to_thread(JSONResponse(None).render, _plain(rows)), media_type="application/json"
-            )
+            return JSONResponse(await asyncio.to_thread(lambda: jsonable_encoder(table.to_pylist())))
         buffer = BytesIO()
         if "text/csv" in accept:
             pa_csv.write_csv(view.for_spreadsheet(table), buffer)
@@ -342,7 +368,7 @@ class Api:
     async def get_models(self, request: Request) -> list[Model]:
         """The version that answers now."""
         self._caller(request)
-        described = await self.segmenter.describe.remote()
+        described = await self._describe()
         return [Model(**{name: described[name] for name in Model.model_fields})]
 
     @api.get("/healthz", response_class=PlainTextResponse)

@@ -63,7 +63,11 @@ class Batches:
         record["jobs"].append(job)
         record["submitted_at"] = datetime.now(UTC).isoformat()
         self._write(record)  # before the job starts: one that nobody knows of would be lost
-        self.client.submit_job(entrypoint=shlex.join(self._command(record)), submission_id=job)
+        try:
+            self.client.submit_job(entrypoint=shlex.join(self._command(record)), submission_id=job)
+        except RuntimeError:  # the same request came twice at once: the other one has started it
+            if self._job_status(job) is None:
+                raise
         return self._state(record)
 
     def _command(self, record: dict[str, Any]) -> list[str]:

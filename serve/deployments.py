@@ -81,8 +81,8 @@ class Segmenter:
     async def check_health(self) -> None:
         """A real inference; and now and then a look at whether the name leads to another model."""
         await asyncio.to_thread(self._infer)
-        if time.monotonic() - self.looked_at < self.reload_every_s:
-            return
+        if "@" not in self.ref or time.monotonic() - self.looked_at < self.reload_every_s:
+            return  # only an alias moves
         self.looked_at = time.monotonic()
         try:
             if await asyncio.to_thread(tracking.digest_of, self.ref) not in self.models:

@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-from services import Service, start_ray, start_s3
+from services import ROOT, Service, start_ray, start_s3, write_private
 
 from covtanet import storage
 from covtanet.data.phantom_archive import configs, write_archive, write_training_set
 from covtanet.report import agreement, overlay
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
 NUM_TRAINING, NUM_SOUND = 72, 28
 TRAINING_SEED, ARCHIVE_SEED = 11, 12
@@ -63,8 +62,7 @@ def run(services: list[Service], ray_folder: Path, started: float) -> int:
     write_archive("s3://demo/archive", "s3://demo/truth", list(configs(NUM_SOUND, ARCHIVE_SEED)), cores)
 
     token = DEMO / "ray_token"
-    with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    write_private(token, secrets.token_hex(32))
     environment = {
         **s3.environment,
         "MLFLOW_TRACKING_URI": f"sqlite:///{DEMO}/mlflow.db",

@@ -18,9 +18,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from services import LOOPBACK, Service, free_ports, is_healthy, start_ray, start_s3, wait_for
+from services import LOOPBACK, ROOT, Service, free_ports, is_healthy, start_ray, start_s3, wait_for, write_private
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO, HERE = ROOT / ".demo", ROOT / ".serve"
 PLACES = ("s3://demo",)
 LEDGER = "s3://demo/served-ledger"
@@ -37,13 +36,6 @@ name = "local"
 token_sha256 = "{digest}"
 places = [{places}]
 """
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody else can read."""
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
 
 
 def write_config(
@@ -78,7 +70,7 @@ def start_endpoint(environment: dict[str, str], port: int, log: Path) -> Service
     """Deploy the application on the Ray that the environment names and wait until its model answers."""
     command = [
         sys.executable, "-c",
-        "import sys; from ray import serve; from serve.app import app; "
+        "from ray import serve; from serve.app import app; "
         f"serve.start(http_options={{'host': '{LOOPBACK}', 'port': {port}}}); serve.run(app({{}}), blocking=True)",
     ]  # fmt: skip
     with log.open("ab") as out:

@@ -26,7 +26,7 @@ import torch
 from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import ROOT, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3
+from services import ROOT, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
 
 from covtanet.data.phantom_archive import configs, write_mosmed
 
@@ -149,20 +149,20 @@ class Training:
         }
 
 
-def difference(one: Training, other: Training, phases: tuple[int, ...]) -> float:
-    """The largest difference of any weight; how many batches one worker saw is no weight."""
+def difference(one: Training, other: Training, phases: tuple[int, ...]) -> tuple[float, str]:
+    """The largest difference of any weight, and whose it is; how many batches one worker saw is no weight."""
     first, second = one.weights(phases), other.weights(phases)
     assert first.keys() == second.keys()
     names = [name for name in first if not name.endswith("num_batches_tracked")]
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in names)
+    return max((float((first[name].double() - second[name].double()).abs().max()), name) for name in names)
 
 
 def check_like(
     training: Training, clean: Training, tolerance: float = TOLERANCE, phases: tuple[int, ...] = (1, 2)
 ) -> str:
     """Same weights as the undisturbed training, one run per fold and phase, every epoch once; says what was seen."""
-    found = difference(training, clean, phases)
-    assert found <= tolerance, f"weights differ by {found:g}, expected at most {tolerance:g}"
+    found, name = difference(training, clean, phases)
+    assert found <= tolerance, f"{name} differs by {found:g}, expected at most {tolerance:g}"
     logged = training.logged()
     expected = {f"V7 fold 0 phase {phase}": list(range(EPOCHS[phase - 1])) for phase in phases}
     assert {name: epochs for name, epochs in logged.items() if "phase" in name} == expected, logged
@@ -410,8 +410,7 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
     with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         token = folder / "token"
-        with open(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        write_private(token, secrets.token_hex(32))
         environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         screening, serving = None, None
         try:

@@ -65,6 +65,13 @@ def _is_alive(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> bool:
     return True
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a file that nobody else can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
 def check_door(what: str, host: str, *, is_authenticated: bool) -> None:
     """Refuse to listen beyond loopback where anybody would be answered.
 

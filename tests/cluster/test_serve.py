@@ -73,12 +73,14 @@ def test_nobody_is_answered_without_a_token_of_theirs(endpoint: Endpoint) -> Non
 def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
     """A body is announced and never sent: who has no token gets the answer all the same."""
     host = endpoint.url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=20)
-    connection.putrequest("POST", "/v1/studies")
-    connection.putheader("Content-Length", str(100 << 20))
-    connection.endheaders()
-    with contextlib.closing(connection), connection.getresponse() as answer:
-        assert answer.status == 401
+    for path in ("/v1/studies", "/v1/studies:by-uri", "/v1/batches"):
+        connection = http.client.HTTPConnection(host, timeout=20)
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Length", str(100 << 20))
+        connection.putheader("Content-Type", "application/json")
+        connection.endheaders()
+        with contextlib.closing(connection), connection.getresponse() as answer:
+            assert answer.status == 401, path
 
 
 @pytest.mark.parametrize(
@@ -174,4 +176,5 @@ def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, bat
 def test_the_api_describes_itself(endpoint: Endpoint) -> None:
     described = endpoint.ask("GET", "/openapi.json")[1]
     assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(described["paths"])
-    assert described["components"]["schemas"]["BatchRequest"]["properties"]["archive"]["examples"]
+    body = described["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["archive"]["examples"]
