@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve test check bench faults fuzz audit clean
+.PHONY: help install demo screen serve stop test check bench faults fuzz audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,8 +25,11 @@ demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledge
 screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri
 	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)"
 
-serve: .venv/.installed ## S3, Ray, the endpoint and the worklist on loopback, until Ctrl-C
+serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
 	@$(BIN)/python infra/local/endpoint.py
+
+stop: .venv/.installed ## end what make serve started
+	@$(BIN)/python infra/local/endpoint.py --stop
 
 test: .venv/.installed ## the test suite (15 minutes)
 	@$(BIN)/python -m pytest tests/unit -n 2
@@ -40,7 +43,7 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py
 
-faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, serving, all)
+faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, serve, all)
 	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
 
 fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10

@@ -1,6 +1,5 @@
 """The endpoint under load, beside the same work in one process and in the screening job."""
 
-import json
 import os
 import secrets
 import statistics
@@ -8,8 +7,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,36 +20,27 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "infra" / "local")]
 
-from endpoint import start_endpoint, write_config  # noqa: E402
-from services import free_ports, start_ray  # noqa: E402
+from endpoint import Endpoint, start_endpoint, write_config  # noqa: E402
+from services import free_ports, start_ray, write_private  # noqa: E402
 
 NUM_REQUESTS, NUM_CLIENTS, HOSTILE_EVERY = 200, 16, 20
 NUM_CALLERS = 8
 MAX_TRIES = 200
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where it answers, and the process group that does."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An endpoint under measurement. pid: of the Ray that it runs on."""
 
-    url: str
-    token: str
+    endpoint: Endpoint
     pid: int
 
-    def post(self, body: bytes) -> tuple[int, dict[str, Any], float]:
+    def post(self, body: bytes) -> tuple[int, Any, float]:
         """Status, answer and the seconds to wait before another try."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.url}/v1/studies", body, headers, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return answer.status, json.loads(answer.read()), 0
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read()
-                known = json.loads(text) if text.startswith(b"{") else {}
-                return error.code, known, float(error.headers.get("Retry-After") or 0)
+        status, answer, headers = self.endpoint.ask("POST", "/v1/studies", body)
+        return status, answer, float(headers.get("Retry-After") or 0)
 
-    def post_until_answered(self, body: bytes) -> tuple[list[int], dict[str, Any]]:
+    def post_until_answered(self, body: bytes) -> tuple[list[int], Any]:
         """Every status on the way to an answer that is no back-pressure."""
         statuses = []
         for _ in range(MAX_TRIES):
@@ -65,22 +53,21 @@ class Endpoint:
 
 
 @contextmanager
-def serving(folder: Path, model: Path) -> Iterator[Endpoint]:
+def serving(folder: Path, model: Path) -> Iterator[Measured]:
     """An endpoint on a Ray of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     token, ray_token, (port,) = secrets.token_urlsafe(32), folder / "ray_token", free_ports(1)
-    ray_token.write_text(secrets.token_hex(32))
-    ray_token.chmod(0o600)
+    write_private(ray_token, secrets.token_hex(32))
     write_config(folder / "serve.toml", token, model=str(model), ledger="", places=())
     environment = {"COVTANET_SERVE_CONFIG": str(folder / "serve.toml"), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory(prefix="cov") as short:
         head = start_ray(folder / "ray.log", environment, ray_token, Path(short))
         try:
-            service = start_endpoint({**os.environ, **head.environment}, port, folder / "serve.log")
+            endpoint = start_endpoint({**os.environ, **head.environment}, port, folder / "serve.log", token)
             try:
-                yield Endpoint(service.environment["COVTANET_URL"], token, head.process.pid)
+                yield Measured(endpoint=endpoint, pid=head.process.pid)
             finally:
-                service.stop()
+                endpoint.service.stop()
         finally:
             head.stop()
 
@@ -97,7 +84,7 @@ def held_bytes(pid: int) -> int:
 
 
 def measure_one_caller(
-    endpoint: Endpoint, body: bytes, in_process: Callable[[], object], rounds: int = 5
+    endpoint: Measured, body: bytes, in_process: Callable[[], object], rounds: int = 5
 ) -> list[float]:
     """Medians of seconds by HTTP and in this process, which take turns."""
     spent: list[list[float]] = [[], []]
@@ -111,7 +98,7 @@ def measure_one_caller(
     return [statistics.median(each) for each in spent]
 
 
-def measure_throughput(endpoint: Endpoint, bodies: list[bytes]) -> float:
+def measure_throughput(endpoint: Measured, bodies: list[bytes]) -> float:
     """Seconds that ``NUM_CALLERS`` callers take for all bodies."""
     started = time.perf_counter()
     with ThreadPoolExecutor(NUM_CALLERS) as pool:
@@ -120,7 +107,7 @@ def measure_throughput(endpoint: Endpoint, bodies: list[bytes]) -> float:
     return time.perf_counter() - started
 
 
-def measure_load(endpoint: Endpoint, sound: list[bytes], hostile: list[bytes]) -> list[tuple[str, str, str]]:
+def measure_load(endpoint: Measured, sound: list[bytes], hostile: list[bytes]) -> list[tuple[str, str, str]]:
     """Many requests from many clients, some hostile: rows of what, value, wanted."""
     expected = [endpoint.post_until_answered(body)[1]["series"][0]["p_infected"] for body in sound]
     bodies: list[tuple[int | None, bytes]] = [

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import ray
+from pythonjsonlogger.json import JsonFormatter
 
 from covtanet import storage
 from covtanet.errors import ConfigError
@@ -28,11 +29,20 @@ QUIET = ("ray", "ray.data", "botocore", "s3fs", "aiobotocore", "mlflow", "alembi
 SILENT = ("ray._private.authentication", "ray.data._internal.progress")
 
 
-def start_logging() -> None:
-    """Log lines with time and level to standard error."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", force=True
-    )
+def start_logging(**known: str) -> None:
+    """Log to standard error; lines for people or, where COVTANET_LOG is ``json``, one object a line.
+
+    known: fields of every object from here on, such as the run's id; call again when there is more to know.
+    """
+    handler = logging.StreamHandler()
+    if os.environ.get("COVTANET_LOG") == "json":
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(
+            JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names, static_fields=known)
+        )
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in SILENT:

@@ -145,6 +145,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     run = hide_identities(run, arguments) if config.deidentify else run
     run = replace(run, run_date=arguments.run_date or ledger.choose_date(run))
+    start_logging(run_id=run.run_id)
     logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
     if arguments.batch:
         ledger.name_batch(run, arguments.batch)

@@ -7,13 +7,10 @@ import socket
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -24,6 +21,7 @@ from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
 
 if TYPE_CHECKING:
+    from endpoint import Endpoint
     from faults import Setting, Training
     from faults_screening import Screening
     from services import Job
@@ -200,33 +198,10 @@ def screening(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
     return found
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where it answers, and to whom."""
-
-    url: str
-    token: str
-
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, Message]:
-        """Status, body and headers of one request."""
-        own = {"Authorization": f"Bearer {self.token}", **(headers or {})}
-        request = urllib.request.Request(f"{self.url}{path}", body, own, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, _body(answer), answer.headers
-        except urllib.error.HTTPError as error:
-            return error.code, _body(error), error.headers
-
-
-def _body(answer: Any) -> Any:
-    data = answer.read()
-    return json.loads(data) if "application/json" in answer.headers.get("Content-Type", "") else data
-
-
 @pytest.fixture(scope="session")
-def endpoint(screening: "Screening", cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(
+    screening: "Screening", cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["Endpoint"]:
     from endpoint import start_endpoint, write_config
     from services import free_ports
 
@@ -236,9 +211,9 @@ def endpoint(screening: "Screening", cluster: Cluster, tmp_path_factory: pytest.
         places=("s3://bucket/archive",), max_waiting=2, config=str(screening.folder / "screening.toml"),
     )  # fmt: skip
     (port,) = free_ports(1)
-    service = start_endpoint(cluster.environment, port, folder / "serve.log")
-    yield Endpoint(service.environment["COVTANET_URL"], token)
-    service.stop()
+    started = start_endpoint(cluster.environment, port, folder / "serve.log", token)
+    yield started
+    started.service.stop()
 
 
 NIGHT = {"archive": "s3://bucket/archive", "run_date": "2026-11-23"}
@@ -246,7 +221,7 @@ NIGHT_HEADERS = {"Content-Type": "application/json", "Idempotency-Key": "one nig
 
 
 @pytest.fixture(scope="session")
-def batch(endpoint: Endpoint) -> str:
+def batch(endpoint: "Endpoint") -> str:
     """A batch of the archive, submitted over HTTP and committed; its id."""
     body = json.dumps(NIGHT).encode()
     status, submitted, _ = endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)

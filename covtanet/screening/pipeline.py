@@ -443,12 +443,14 @@ def _follow(rows: ray.data.Dataset, remaining: int) -> None:
     for done, row in enumerate(rows.iter_rows(), start=1):
         started = row["started_at"] if done == 1 else min(started, row["started_at"])
         if row["status"] == "failed":
-            logger.warning("series %s failed: %s", row["series_key"], row["reason"])
+            key, reason = row["series_key"], row["reason"]
+            logger.warning("series %s failed: %s", key, reason, extra={"series_key": key, "reason": reason})
         now = time.time()
         if now - reported >= PROGRESS_EVERY_S or done == remaining:
             rate = done / max(now - started, 1e-3)
             left_s = (remaining - done) / rate
-            logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s)
+            extra = {"done": done, "remaining": remaining - done, "left_s": round(left_s)}
+            logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s, extra=extra)
             reported = now
     logger.info("%d series in %.1f s since work on the first began", remaining, time.time() - started)
 

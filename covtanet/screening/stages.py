@@ -332,7 +332,8 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
         record.update(status=FAILED, reason="storage", reason_detail=f"storage: {type(error).__name__}")
     except Exception as error:
         where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
-        logger.error("series %s: internal error, %s", record["series_key"], where)
+        key = record["series_key"]
+        logger.error("series %s: internal error, %s", key, where, extra={"series_key": key})
         record.update(status=FAILED, reason="internal_error", reason_detail=where)
     return {}
 

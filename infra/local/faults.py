@@ -2,7 +2,7 @@
 
 ``--suite screening`` screens an archive in an S3 server of its own and kills what takes part. ``--suite training``
 trains small phantoms on a Ray of its own, kills a worker, the driver, the tracker, cuts a checkpoint, and compares what
-the continued training ends with to that of one that nobody disturbed. ``--suite serving`` disturbs an endpoint.
+the continued training ends with to that of one that nobody disturbed. ``--suite serve`` disturbs an endpoint.
 """
 
 import argparse
@@ -333,7 +333,7 @@ TRAINING: dict[str, tuple[Scenario, str]] = {
     "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
     "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
 }
-SUITES = ("training", "screening", "serving")
+SUITES = ("training", "screening", "serve")
 
 
 def make_setting(environment: dict[str, str], folder: Path) -> Setting:
@@ -414,7 +414,7 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         screening, serving = None, None
         try:
-            if suite == "serving":
+            if suite == "serve":
                 serving = faults_serving.Serving(folder=folder, environment={})
                 environment |= faults_serving.environment_of(folder, ROOT)
             if suite == "screening":

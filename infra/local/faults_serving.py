@@ -1,15 +1,11 @@
 """The endpoint's half of make faults: kills, floods, slow and hostile callers against a real endpoint."""
 
 import contextlib
-import http.client
-import json
 import os
 import secrets
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +15,11 @@ from typing import Any
 
 import mlflow
 import psutil
+import requests
 import torch
-from endpoint import start_endpoint, write_config
+from endpoint import Endpoint, start_endpoint, write_config
 from mlflow.tracking import MlflowClient
-from services import Service, free_ports
+from services import free_ports
 
 from covtanet import tracking
 from covtanet.ct import nifti
@@ -42,26 +39,23 @@ class Serving:
 
     folder: Path
     environment: dict[str, str]
-    token: str = ""
-    url: str = ""
-    service: Service | None = None
     study: bytes = b""
     expected: float = 0.0
+    started: Endpoint | None = None
 
-    def post(self, body: bytes, token: str | None = None) -> tuple[int, dict[str, Any], float]:
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint, which ``fill`` starts."""
+        assert self.started is not None
+        return self.started
+
+    def post(self, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, Any, float]:
         """Status, answer and Retry-After of a study that is posted; status 0 where the connection breaks."""
-        headers = {"Authorization": f"Bearer {self.token if token is None else token}"} if token != "" else {}
-        request = urllib.request.Request(f"{self.url}/v1/studies", body, headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, json.loads(answer.read()), 0
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read()
-                known = json.loads(text) if text.startswith(b"{") else {}
-                return error.code, known, float(error.headers.get("Retry-After") or 0)
-        except (OSError, http.client.HTTPException):
+            status, answer, found = self.endpoint.ask("POST", "/v1/studies", body, headers)
+        except requests.RequestException:
             return 0, {}, 0
+        return status, answer, float(found.get("Retry-After") or 0)
 
     def is_right(self) -> bool:
         """Whether the sound study is answered as ever."""
@@ -82,9 +76,7 @@ class Serving:
 
     def versions(self) -> set[str]:
         """Versions of the model that answer now."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/models", headers=headers)) as answer:
-            return {each["version"] for each in json.loads(answer.read())}
+        return {each["version"] for each in self.endpoint.ask("GET", "/v1/models")[1]}
 
 
 def register(serving: Serving, seed: int) -> str:
@@ -103,13 +95,12 @@ def fill(serving: Serving) -> None:
     """Register a champion, start the endpoint, and ask it once."""
     mlflow.set_tracking_uri(serving.environment["MLFLOW_TRACKING_URI"])
     tracking.promote(register(serving, 0), {})
-    serving.token, (port,) = secrets.token_urlsafe(32), free_ports(1)
+    token, (port,) = secrets.token_urlsafe(32), free_ports(1)
     write_config(
-        serving.folder / "serve.toml", serving.token, model="models:/covtanet@champion", ledger="", places=(),
+        serving.folder / "serve.toml", token, model="models:/covtanet@champion", ledger="", places=(),
         reload_every_s=RELOAD_EVERY_S, max_waiting=2, upload_timeout_s=UPLOAD_TIMEOUT_S,
     )  # fmt: skip
-    serving.service = start_endpoint(serving.environment, port, serving.folder / "serve.log")
-    serving.url = serving.service.environment["COVTANET_URL"]
+    serving.started = start_endpoint(serving.environment, port, serving.folder / "serve.log", token)
     (config,) = list(configs(2, 31, 256, 60))[1:]
     phantom = make_phantom(config)
     serving.study = nifti.write(phantom.hu, nifti_grid(phantom))
@@ -134,7 +125,8 @@ def kill(serving: Serving, part: str) -> None:
 
 def tokens(serving: Serving) -> str:
     """Nobody's, a wrong and the right token."""
-    seen = [serving.post(serving.study, token)[0] for token in ("", "wrong", None)]
+    seen = [serving.post(serving.study, {"Authorization": each})[0] for each in ("", "Bearer wrong")]
+    seen.append(serving.post(serving.study)[0])
     assert seen == [401, 403, 200], seen
     return "401, 403, 200"
 
@@ -167,18 +159,9 @@ def flood(serving: Serving) -> str:
     return f"{statuses[200]} answered, {statuses[503]} told to come again"
 
 
-def _open(serving: Serving, num_bytes: int) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(serving.url.removeprefix("http://"), timeout=60)
-    connection.putrequest("POST", "/v1/studies")
-    connection.putheader("Authorization", f"Bearer {serving.token}")
-    connection.putheader("Content-Length", str(num_bytes))
-    connection.endheaders()
-    return connection
-
-
 def too_large(serving: Serving) -> str:
     """A body of two gigabytes is announced."""
-    connection = _open(serving, 2 << 30)
+    connection = serving.endpoint.announce(2 << 30)
     with contextlib.closing(connection), connection.getresponse() as answer:
         assert answer.status == 413, answer.status
     assert serving.is_right()
@@ -187,7 +170,7 @@ def too_large(serving: Serving) -> str:
 
 def slow_upload(serving: Serving) -> str:
     """A body that does not come."""
-    connection = _open(serving, len(serving.study))
+    connection = serving.endpoint.announce(len(serving.study))
     connection.send(serving.study[:1000])
     started = time.monotonic()
     with contextlib.closing(connection), connection.getresponse() as answer:
@@ -200,7 +183,7 @@ def slow_upload(serving: Serving) -> str:
 def client_gone(serving: Serving) -> str:
     """More callers than places send half a study and hang up."""
     for _ in range(6):
-        connection = _open(serving, len(serving.study))
+        connection = serving.endpoint.announce(len(serving.study))
         connection.send(serving.study[: len(serving.study) // 2])
         assert connection.sock is not None
         connection.sock.shutdown(socket.SHUT_RDWR)
@@ -269,8 +252,8 @@ def wrong_digest(serving: Serving) -> str:
 
 def shut_down(serving: Serving) -> None:
     """End the endpoint."""
-    if serving.service is not None:
-        serving.service.stop()
+    if serving.started is not None:
+        serving.started.service.stop()
 
 
 Scenario = Callable[[Serving], str]

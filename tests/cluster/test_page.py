@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3, Endpoint
+from conftest import S3
+from endpoint import Endpoint
 from faults_screening import Screening
 
 from covtanet.report import worklist

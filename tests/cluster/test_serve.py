@@ -1,7 +1,6 @@
 """The endpoint over real HTTP, on the Ray, S3 and registry of the other tests."""
 
 import contextlib
-import http.client
 import io
 import json
 import time
@@ -9,7 +8,8 @@ import zipfile
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import NIGHT, NIGHT_HEADERS, Endpoint
+from conftest import NIGHT, NIGHT_HEADERS
+from endpoint import Endpoint
 from faults_screening import Screening
 from hostile import gz, plain_nifti, slices
 
@@ -72,13 +72,8 @@ def test_nobody_is_answered_without_a_token_of_theirs(endpoint: Endpoint) -> Non
 
 def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
     """A body is announced and never sent: who has no token gets the answer all the same."""
-    host = endpoint.url.removeprefix("http://")
     for path in ("/v1/studies", "/v1/studies:by-uri", "/v1/batches"):
-        connection = http.client.HTTPConnection(host, timeout=20)
-        connection.putrequest("POST", path)
-        connection.putheader("Content-Length", str(100 << 20))
-        connection.putheader("Content-Type", "application/json")
-        connection.endheaders()
+        connection = endpoint.announce(100 << 20, path, {"Content-Type": "application/json"})
         with contextlib.closing(connection), connection.getresponse() as answer:
             assert answer.status == 401, path
 
@@ -138,16 +133,10 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: s
 
 def test_what_cannot_wait_is_told_to_come_again(endpoint: Endpoint) -> None:
     """More slow uploads than decoders and places to wait: the next is refused at once, and served afterwards."""
-    host, study = endpoint.url.removeprefix("http://"), gz(plain_nifti())
-    slow = []
-    for _ in range(4):  # two are being received, two wait
-        connection = http.client.HTTPConnection(host, timeout=60)
-        connection.putrequest("POST", "/v1/studies")
-        connection.putheader("Authorization", f"Bearer {endpoint.token}")
-        connection.putheader("Content-Length", str(len(study)))
-        connection.endheaders()
+    study = gz(plain_nifti())
+    slow = [endpoint.announce(len(study)) for _ in range(4)]  # two are being received, two wait
+    for connection in slow:
         connection.send(study[:100])
-        slow.append(connection)
     deadline = time.monotonic() + 20
     while (found := endpoint.ask("POST", "/v1/studies", b"no study"))[0] != 503:
         assert time.monotonic() < deadline, found
