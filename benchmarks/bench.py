@@ -33,6 +33,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
+import safe_decode
 import serving
 import SimpleITK
 import torch
@@ -48,7 +49,7 @@ from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, wr
 from covtanet.errors import CovtanetError
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
-from covtanet.screening import decode, stages
+from covtanet.screening import stages
 from covtanet.screening.engine import ENGINES, build_engine
 from covtanet.screening.predictor import Predictor
 from covtanet.screening.sandbox import Limits, Sandbox
@@ -58,7 +59,6 @@ from covtanet.screening.stages import ScreeningConfig, for_model
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
 CORES = len(os.sched_getaffinity(0))
-REAL_SERIES = ROOT.parent / "shared" / "data" / "dicom" / "ricord-1a-001012"
 ROUNDS = 5
 ENGINE_PX, ENGINE_BATCH = 256, 4
 
@@ -125,11 +125,11 @@ def bench_decode() -> list[Figure]:
     folder = WORK / "decode"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "dicom").mkdir(parents=True)
-    if REAL_SERIES.exists():
-        objects = [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())]
+    if safe_decode.REAL_SERIES.exists():
+        objects = [path.read_bytes() for path in sorted(safe_decode.REAL_SERIES.iterdir())]
         volume = dicom.read_series(objects, num_threads=CORES)
         hu, affine, source = volume.hu, volume.affine, "a real series, JPEG Lossless"
-        dicom_folder = REAL_SERIES
+        dicom_folder = safe_decode.REAL_SERIES
     else:
         phantom = make_phantom(PhantomConfig(involvement=0.3, size_px=512, num_slices=120, pixel_mm=0.7, slice_mm=2.25))
         hu, affine, source = phantom.hu, phantom.affine, "a phantom, uncompressed"
@@ -167,32 +167,14 @@ def bench_decode() -> list[Figure]:
 
 def bench_sandbox() -> list[Figure]:
     """(s) decoding in the sandbox against decoding in the worker itself, and what hostile input takes of memory."""
-    window, step = WindowConfig(size_px=512), ScreeningConfig().slice_step_mm
-    config = ScreeningConfig()
-    sandbox = Sandbox(window, step, Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s))
-    phantom = make_phantom(
-        PhantomConfig(seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9)
-    )
+    window, config = WindowConfig(size_px=512), ScreeningConfig()
+    phantom = make_phantom(safe_decode.LARGE)
     objects = dicom_objects(phantom, 1)
     gzipped = nifti.write(phantom.hu, SourceGrid(shape=phantom.hu.shape, affine=phantom.affine))
-    series: dict[str, tuple[str, list[bytes]]] = {
-        "DICOM, uncompressed": ("dicom", objects),
-        "NIfTI, gzipped": ("nifti", [gzipped]),
-    }
-    if REAL_SERIES.exists():
-        series["DICOM, a real series"] = ("dicom", [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())])
-    figures = []
-    for name, (source_format, contents) in series.items():
-        taken = side_by_side(
-            {
-                "safe": lambda kind=source_format, each=contents: sandbox(kind, [[data] for data in each]),
-                "plain": lambda kind=source_format, each=contents: decode.prepare(kind, each, window, step),
-            }
-        )
-        figures.append(
-            Figure("s", f"safe decode over unsafe, {name}", f"{taken['safe'] / taken['plain']:.2f} x", "<= 1.15 x")
-        )
-    sandbox.close()
+    figures = [
+        Figure("s", f"safe decode over unsafe, {name}", f"{ratio:.2f} x", "<= 1.15 x")
+        for name, ratio in safe_decode.measure().items()
+    ]
     sound = peak_of_child(window, config, "dicom", [[data] for data in objects])
     sound = max(sound, peak_of_child(window, config, "nifti", [[gzipped]]))
     figures.append(Figure("s", "memory of a sound series of 512 x 512 x 300", f"{sound / 2**20:.0f} MiB"))
