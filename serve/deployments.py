@@ -85,7 +85,10 @@ class Segmenter:
             return  # only an alias moves
         self.looked_at = time.monotonic()
         try:
-            if await asyncio.to_thread(tracking.digest_of, self.ref) not in self.models:
+            digest = await asyncio.to_thread(tracking.digest_of, self.ref)
+            if digest in self.models:
+                self.models.move_to_end(digest)  # a champion that is taken back may still be held
+            else:
                 await asyncio.to_thread(self._load)
         except (CovtanetError, OSError) as error:
             logger.error("the model stays as it is, its name leads nowhere now: %s", type(error).__name__)

@@ -5,6 +5,7 @@ third of eager PyTorch's time (``make bench``), so it is the default where there
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,12 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
     model.reshape({0: [-1, *example.shape[1:]]})
     # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the tolerance.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": num_threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(model, "CPU", options)
+    compiled, one_at_a_time = openvino.Core().compile_model(model, "CPU", options), threading.Lock()
 
     def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        result = compiled(slices)
-        return np.array(result[0]), np.array(result[1])
+        with one_at_a_time:  # a compiled model refuses a second thread while it works for the first
+            result = compiled(slices)
+            return np.array(result[0]), np.array(result[1])
 
     return segment
 
