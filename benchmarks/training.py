@@ -170,7 +170,7 @@ def measure_device() -> list[tuple[str, str, str]]:
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
     config = TrainingConfig()
-    segnet = TASegNet(config.network.segnet).to(device, memory_format=torch.channels_last)
+    segnet = TASegNet(config.architecture.segnet).to(device, memory_format=torch.channels_last)
     batch = torch.rand(8, 1, config.window.size_px, config.window.size_px, device=device)
     optimizer = torch.optim.Adam(segnet.parameters())
 

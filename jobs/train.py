@@ -13,20 +13,26 @@ Exit codes: 0 done and registered, 2 usage, 3 refused to start, 4 stopped by a l
 import argparse
 import logging
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import ray
 from cluster import check_tracking, connect, parser, place, start_logging
+from ray.util import ActorPool
 
 from covtanet import tracking
 from covtanet.config import load_config
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
+from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
 from covtanet.model.segnet import TABLE_I
 from covtanet.training import experiment
 from covtanet.training.config import TrainingConfig
 
 logger = logging.getLogger("covtanet.train")
+
+ALIASES = {"TA-SegNet": "V7", "Unet": "V1"}
 
 
 def parse() -> argparse.Namespace:
@@ -40,6 +46,12 @@ def parse() -> argparse.Namespace:
     options.add_argument("--fold", type=int, action="append", help="train this fold only; may be repeated")
     options.add_argument(
         "--ablation", choices=[*TABLE_I, "all"], help="a row of Table I, or all: phase 1 alone, nothing is registered"
+    )
+    options.add_argument(
+        "--network",
+        action="append",
+        choices=[*ALIASES, *SEGMENTERS, *CLASSIFIERS, "all"],
+        help="a row of Tables II to IV, may be repeated; or all that the data set has truth for",
     )
     options.add_argument("--encoder-weights", type=Path, help="V8: timm's ImageNet weights as a local .safetensors")
     return options.parse_args()
@@ -87,25 +99,76 @@ def run(arguments: argparse.Namespace) -> int:
     connect(with_dashboard=True)
     opened = experiment.open_experiment(config, place(data, "--data"), place(storage_uri, "--storage"), address)
     is_published = True
-    for variant in variants(config, arguments.ablation):
-        current = replace(opened, config=variant)
-        for fold in variant.folds:
-            experiment.train_fold(current, fold, arguments.encoder_weights)
-            with tracking.tolerated("the finished fold"):
-                experiment.publish(current)
-        is_published = finish(current) and is_published
+    chosen = variants(config, arguments.ablation, arguments.network, opened)
+    items = [(replace(opened, config=variant), fold) for variant in chosen for fold in variant.folds]
+    left = Counter(current.config.network for current, _ in items)
+    for current, fold in train_all(items, arguments.encoder_weights):
+        logger.info("%s fold %d is trained and evaluated", current.config.network, fold)
+        left[current.config.network] -= 1
+        with tracking.tolerated("the finished fold"):
+            experiment.publish(current)
+        if not left[current.config.network]:
+            is_published = finish(current) and is_published
     if not is_published:
         return 5
     print(f"trained  {opened.uri}\nnext     python jobs/evaluate.py --model {opened.uri} --out FOLDER")
     return 0
 
 
-def variants(config: TrainingConfig, ablation: str | None) -> list[TrainingConfig]:
-    """The networks to train: the configured one in both phases, or rows of Table I in phase 1."""
-    if ablation is None:
-        return [config]
-    rows = list(TABLE_I) if ablation == "all" else [ablation]
-    return [replace(config, ablation=row, phases=(1,)) for row in rows]
+def variants(
+    config: TrainingConfig, ablation: str | None, networks: list[str] | None, opened: experiment.Experiment
+) -> list[TrainingConfig]:
+    """The networks to train: the configured one, rows of Table I in phase 1, or rows of Tables II to IV.
+
+    Of the latter, ``all`` is what the data set has truth for: masks for the segmentation, grades for the diagnosis
+    unless the configuration leaves phase 2 out.
+    """
+    if networks is None:
+        rows = [] if ablation is None else list(TABLE_I) if ablation == "all" else [ablation]
+        return [replace(config, network=row, phases=(1,)) for row in rows] or [config]
+    volumes = opened.volumes.values()
+    has_masks = any(volume.lesion_px is not None for volume in volumes)
+    has_grades = 2 in config.phases and any(volume.grade for volume in volumes)
+    if "all" not in networks:
+        names = [ALIASES.get(network, network) for network in dict.fromkeys(networks)]
+    else:
+        names = ["V7", "V1", *SEGMENTERS] if has_masks else []
+        names += CLASSIFIERS if has_grades else []
+    found = []
+    for name in names:
+        phases = (2,) if name in CLASSIFIERS else (1, 2) if name == "V7" and has_grades else (1,)
+        found.append(replace(config, network=name, phases=phases))
+    return found
+
+
+Item = tuple[experiment.Experiment, int]
+
+
+def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[Item]:
+    """Train networks and folds, as many at a time as the cluster has room for; each as soon as it is done."""
+    needed = items[0][0].config.num_workers + 1  # a CPU to feed the workers
+    room = max(1, int(ray.cluster_resources().get("CPU", 0)) // needed)
+    if gpus := int(ray.cluster_resources().get("GPU", 0)):
+        room = max(1, min(room, gpus // items[0][0].config.num_workers))
+    if min(room, len(items)) == 1:
+        for current, fold in items:
+            experiment.train_fold(current, fold, encoder_weights)
+            yield current, fold
+        return
+    logger.info("%d trainings, %d at a time", len(items), room)
+    pool = ActorPool([_Trainer.remote() for _ in range(min(room, len(items)))])
+    yield from pool.map_unordered(lambda actor, item: actor.train.remote(*item, encoder_weights), items)
+
+
+@ray.remote(num_cpus=0)
+class _Trainer:
+    """Trains one fold at a time; its workers, not it, hold the CPUs."""
+
+    def train(self, current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Item:
+        """Train one fold of one network."""
+        start_logging()
+        experiment.train_fold(current, fold, encoder_weights)
+        return current, fold
 
 
 def finish(current: experiment.Experiment) -> bool:
@@ -113,7 +176,7 @@ def finish(current: experiment.Experiment) -> bool:
     is_done = False
     with tracking.tolerated("the training"):
         experiment.publish(current)
-        if 2 in current.config.phases:
+        if current.config.phases == (1, 2):
             version, digest = experiment.register(current)
             print(f"registered {tracking.MODEL_NAME} version {version} as challenger, digest {digest[:12]}")
         is_done = True

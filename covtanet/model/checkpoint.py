@@ -36,6 +36,24 @@ class SavedModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as configuration and weights: a library's own classes would import it unguarded."""
+        state = self.network.state_dict()
+        return _rebuild, (asdict(self.network.config), state, self.preprocessing, self.provenance, self.digest)
+
+
+def _rebuild(
+    config: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    preprocessing: dict[str, Any],
+    provenance: dict[str, Any],
+    digest: str,
+) -> SavedModel:
+    network = CovTANet(network_config(config))
+    network.load_state_dict(state)
+    network.eval().requires_grad_(False)
+    return SavedModel(network=network, preprocessing=preprocessing, provenance=provenance, digest=digest)
+
 
 def save_model(folder: Path, model: SavedModel) -> str:
     """Write a model to a folder that does not exist yet; returns its digest."""

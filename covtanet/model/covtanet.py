@@ -1,24 +1,28 @@
 """CovTANet: TA-SegNet's features of one volume to diagnosis and severity (Fig. 1, Alg. 1)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.model.aggregation import VolumePath
+from covtanet.model.baselines.classifiers import SliceBackbone
 from covtanet.model.regional import RegionalFeatures
-from covtanet.model.segnet import SegNetConfig, TASegNet
+from covtanet.model.registry import CLASSIFIERS, SEGMENTERS, build_segmenter
+from covtanet.model.segnet import SLICES, SegNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class CovTANetConfig:
     """The whole network.
 
+    backbone: a classifier of Table IV in place of the regional feature extractor, by its name; none by default.
     num_slices: slices per volume that the diagnosis reads. pooled_px: side to which F_fus is averaged for them.
     Choice: 32 slices, 64 pixels (at 512 x 512 a volume's F_fus would take 6.7 GB).
     """
 
     segnet: SegNetConfig = field(default_factory=SegNetConfig)
+    backbone: str = ""
     num_slices: int = 32
     pooled_px: int = 64
     regional_widths: tuple[int, ...] = (32, 64, 128, 256)
@@ -28,7 +32,7 @@ class CovTANetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "regional_widths", tuple(self.regional_widths))
         shrink = 2 ** (len(self.regional_widths) - 1)
-        if self.pooled_px % shrink:
+        if not self.backbone and self.pooled_px % shrink:
             raise ValueError(f"pooled_px is {self.pooled_px}, expected a multiple of {shrink}")
 
 
@@ -42,8 +46,26 @@ SIZES: dict[str, CovTANetConfig] = {
         path_channels=64,
         dropout=0.3,
     ),
+    # Every network of the paper's tables in seconds; no more than a proof that it runs.
+    "tiny": CovTANetConfig(
+        segnet=SegNetConfig(widths=(4, 8, 16, 16, 16), fusion_channels=4),
+        num_slices=4,
+        pooled_px=16,
+        regional_widths=(8, 8, 8, 16),
+        path_channels=16,
+        dropout=0.3,
+    ),
 }
-INPUT_PX = {"paper": 512, "small": 128}
+INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
+
+
+def architecture(name: str, size: CovTANetConfig, input_px: int) -> CovTANetConfig:
+    """The network of one row of Tables I to IV at a size of SIZES."""
+    if name in CLASSIFIERS:  # reads the slices themselves
+        return replace(size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px)
+    if name in SEGMENTERS:
+        return replace(size, segnet=replace(size.segnet, network=name))
+    return replace(size, segnet=size.segnet.row_of_table_i(name))
 
 
 class JointClassifier(nn.Module):
@@ -52,7 +74,12 @@ class JointClassifier(nn.Module):
     def __init__(self, config: CovTANetConfig) -> None:
         super().__init__()
         self.num_slices = config.num_slices
-        self.regional = RegionalFeatures(config.segnet.fused_channels, config.regional_widths)
+        channels = config.segnet.fused_channels
+        self.regional: nn.Module = (
+            SliceBackbone(CLASSIFIERS[config.backbone], channels, config.regional_widths[-1])
+            if config.backbone
+            else RegionalFeatures(channels, config.regional_widths)
+        )
         self.diagnosis, self.severity = (
             VolumePath(config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout)
             for _ in range(2)
@@ -73,7 +100,7 @@ class CovTANet(nn.Module):
     def __init__(self, config: CovTANetConfig) -> None:
         super().__init__()
         self.config = config
-        self.segnet = TASegNet(config.segnet)
+        self.segnet = build_segmenter(config.segnet)
         self.classifier = JointClassifier(config)
 
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.errors import ConfigError
+from covtanet.model.libraries import feature_extractor, timm
 
 
 def conv_block(channels_in: int, channels: int) -> nn.Sequential:
@@ -61,7 +61,7 @@ class EfficientNetEncoder(nn.Module):
 
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
-        self.net = _timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=False)
+        self.net = feature_extractor(name, in_channels)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
         """Map slices (B, C, H, W) to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
@@ -81,7 +81,7 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
     if weights is not None:
         _check_weights(name, in_channels, weights)
     try:
-        net = _timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
+        net = timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
     return {f"net.{key}": value for key, value in net.state_dict().items()}
@@ -97,31 +97,3 @@ def _check_weights(name: str, in_channels: int, weights: Path) -> None:
     wanted = set(EfficientNetEncoder(name, in_channels).net.state_dict())
     if missing := {each for each in wanted - found if not each.endswith("num_batches_tracked")}:
         raise ConfigError(f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}")
-
-
-def _timm() -> Any:
-    """timm, which imports torchvision.
-
-    A torchvision that was built for CUDA does not load on a CPU torch for the lack of two operators' schemas
-    (pytorch/vision#9085); they are declared, and the import is tried again. Only detection would need the operators.
-    """
-    try:
-        import torchvision
-    except ModuleNotFoundError as error:
-        raise ConfigError("EfficientNet encoders need timm: pip install 'covtanet[efficientnet]'") from error
-    except RuntimeError:
-        if not _DECLARED:
-            library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-            for operator in ("nms", "qnms"):
-                schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                library.define(schema)  # type: ignore[no-untyped-call]
-            _DECLARED.append(library)
-        import torchvision  # noqa: F401
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ConfigError("EfficientNet encoders need timm: pip install 'covtanet[efficientnet]'") from error
-    return timm
-
-
-_DECLARED: list[Any] = []  # a library lives as long as it is referenced

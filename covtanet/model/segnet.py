@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,18 @@ from torch.nn import functional as F
 from covtanet.model.attention import TriLevelAttention
 from covtanet.model.encoder import EFFICIENTNETS, EfficientNetEncoder, PlainEncoder, conv_block
 
+OWN, SLICES = "TA-SegNet", "slices"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegNetConfig:
     """Widths of the levels and Table I's switches; the default is V7.
 
+    network: another one of ``registry.SEGMENTERS`` may stand in its place, or SLICES for none; switches are not theirs.
     Choice: five levels of 32..512 channels, fusion at 32 channels a level.
     """
 
+    network: str = "TA-SegNet"
     in_channels: int = 1
     encoder: str = "plain"
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -39,13 +44,7 @@ class SegNetConfig:
     def row_of_table_i(self, row: str) -> "SegNetConfig":
         """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
         name, widths = (V8_ENCODER, EFFICIENTNETS[V8_ENCODER]) if row == "V8" else ("plain", self.widths)
-        return SegNetConfig(
-            in_channels=self.in_channels,
-            encoder=name,
-            widths=widths,
-            fusion_channels=self.fusion_channels,
-            **TABLE_I[row],
-        )
+        return replace(self, encoder=name, widths=widths, **TABLE_I[row])
 
     @property
     def stride(self) -> int:
@@ -64,7 +63,9 @@ class SegNetConfig:
 
     @property
     def fused_channels(self) -> int:
-        """Channels of the fusion vector F_fus."""
+        """Channels of the fusion vector F_fus, or of what stands for one."""
+        if self.network != OWN:
+            return self.in_channels if self.network == SLICES else 1
         return self.fusion_channels * len(self._fused_levels) if self.has_fusion else self.widths[0]
 
     @property
@@ -74,7 +75,7 @@ class SegNetConfig:
 
 # Choice: the paper names no size of its EfficientNet.
 V8_ENCODER = "efficientnet_b0"
-TABLE_I: dict[str, dict[str, bool]] = {
+TABLE_I: dict[str, dict[str, Any]] = {
     "V1": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
     "V2": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": True},
     # Choice: the printed row of V3 repeats V4's ticks; the text calls V3 the fusion of encoder and decoder.

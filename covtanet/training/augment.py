@@ -11,19 +11,23 @@ from torch import Tensor
 class AugmentConfig:
     """Random changes of a slice; each but the intensity's hits the mask alike.
 
+    flip_vertical_probability: for collections that hold some of their scans upside down.
+
     Choice: all of it; the paper uses none.
     """
 
     is_on: bool = False
     flip_probability: float = 0.5
+    flip_vertical_probability: float = 0.0
     rotation_deg: float = 10.0
     scale: float = 0.1
     gamma: float = 0.2
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flip_probability <= 1 or not 0 <= self.scale < 1 or not 0 <= self.gamma < 1:
-            raise ValueError("flip_probability must be in 0..1, scale and gamma in 0..1 without 1")
+        flips = (self.flip_probability, self.flip_vertical_probability)
+        if min(flips) < 0 or max(flips) > 1 or not 0 <= self.scale < 1 or not 0 <= self.gamma < 1:
+            raise ValueError("probabilities of flips must be in 0..1, scale and gamma in 0..1 without 1")
         if self.noise < 0:
             raise ValueError("noise must be at least 0")
 
@@ -43,6 +47,7 @@ class Augmenter:
         both = ("slice", "lesion")
         self.transforms: Any = Compose([
             RandFlipd(both, prob=config.flip_probability, spatial_axis=1),
+            RandFlipd(both, prob=config.flip_vertical_probability, spatial_axis=0),
             RandAffined(
                 both,
                 prob=1.0,

@@ -3,27 +3,28 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from covtanet.ct.window import WindowConfig
 from covtanet.data.datasets import DATASETS
-from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig
+from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architecture
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
-from covtanet.model.segnet import TABLE_I
+from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
 from covtanet.training.augment import AugmentConfig
 from covtanet.training.feed import Sampling
 from covtanet.training.loop import PhaseConfig
 
 # What may differ between two starts of one experiment: which part of it runs, and on what.
-NOT_IDENTITY = ("ablation", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
+NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """An experiment.
 
-    dataset: a name of DATASETS. size: a key of SIZES. ablation: a row of Table I. folds: those that this start trains,
-    of ``num_folds``. phases: 1 alone trains the segmentation. exclude_rejected: go on without volumes that cannot be
+    dataset: a name of DATASETS. size: a key of SIZES. network: a row of Tables I to IV (see ``model.registry``).
+    folds: those that this start trains, of ``num_folds``. phases: 1 alone trains the segmentation; a classifier of
+    Table IV has phase 2 alone. exclude_rejected: go on without volumes that cannot be
     read; the data report lists them. lesion_free_share: of the slices without lesion, how many an epoch of phase 1
     uses. cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: up to here the
     workers together keep a phase's samples in memory; beyond it every epoch is streamed. num_workers must divide
@@ -32,7 +33,7 @@ class TrainingConfig:
 
     dataset: str = "manifest"
     size: str = "paper"
-    ablation: str = "V7"
+    network: str = "V7"
     low_hu: float = -1000.0
     high_hu: float = 400.0
     slice_step_mm: float = 2.5
@@ -56,11 +57,17 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _one_of("dataset", self.dataset, DATASETS)
         _one_of("size", self.size, SIZES)
-        _one_of("ablation", self.ablation, TABLE_I)
+        _one_of("network", self.network, NAMES)
         if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(range(self.num_folds)):
             raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")
-        if self.phases not in ((1,), (1, 2)):
-            raise ValueError(f"phases are {list(self.phases)}, expected [1] or [1, 2]")
+        possible = ((2,),) if self.network in CLASSIFIERS else ((1,),) if self.network in SEGMENTERS else ((1,), (1, 2))
+        if self.phases not in possible:
+            raise ValueError(
+                f"phases of {self.network} are {list(self.phases)}, "
+                f"expected {' or '.join(str(list(each)) for each in possible)}"
+            )
+        if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
+            raise ValueError(f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per volume")
         for name, low, high in (("validation_share", 0, 0.9), ("lesion_free_share", 0, 1), ("slice_step_mm", 0, 100)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
@@ -78,10 +85,9 @@ class TrainingConfig:
         return Sampling(batch_size=phase.batch_size, seed=self.seed, lesion_free_share=self.lesion_free_share)
 
     @property
-    def network(self) -> CovTANetConfig:
+    def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
-        size = SIZES[self.size]
-        return replace(size, segnet=size.segnet.row_of_table_i(self.ablation))
+        return architecture(self.network, SIZES[self.size], INPUT_PX[self.size])
 
     @property
     def window(self) -> WindowConfig:

@@ -199,7 +199,7 @@ def train_phase1(
                 paths = [storage.filesystem(uri)[1] for uri in spec.uris]
                 datasets[spec.shard] = ray.data.read_parquet(paths, filesystem=filesystem)
     _refuse_small(specs["train"], "phase 1", "volumes with lesion masks", config.sampling(config.phase1))
-    segnet = config.network.segnet
+    segnet = config.architecture.segnet
     encoder = None
     if segnet.encoder != "plain":
         encoder = pretrained_state(segnet.encoder, segnet.in_channels, encoder_weights)
@@ -215,7 +215,7 @@ def train_phase2(
     segnet_state: State,
 ) -> Progress:
     """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
-    network = config.network
+    network = config.architecture
     pixels = (
         network.num_slices * network.segnet.fused_channels * network.pooled_px**2
         if config.cache_features
@@ -282,7 +282,7 @@ class _FrozenSegNet:
     def __init__(self, config: TrainingConfig, segnet_state: State) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = CovTANet(config.network)
+        network = CovTANet(config.architecture)
         network.segnet.load_state_dict(segnet_state)
         network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = frozen_features(network.segment, device, config.phase2)

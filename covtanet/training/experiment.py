@@ -27,7 +27,7 @@ from covtanet.data.datasets import DATASETS, read_volumes, root_of
 from covtanet.data.folds import Split, assign_folds, split
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.evaluation import figures, rows
+from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.pipeline import Task, evaluate
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
@@ -64,11 +64,11 @@ class Experiment:
 
     def fold_uri(self, fold: int) -> str:
         """Where a fold of the configured network lies."""
-        return storage.join(self.uri, self.config.ablation, f"fold{fold}")
+        return storage.join(self.uri, self.config.network, f"fold{fold}")
 
     def child(self, fold: int, phase: int) -> tracking.RunAddress:
         """The run of one fold and phase."""
-        name = f"{self.config.ablation} fold {fold} phase {phase}"
+        name = f"{self.config.network} fold {fold} phase {phase}"
         return replace(self.run, name=name, key=f"{self.key} {name}", parent=self.run)
 
 
@@ -128,40 +128,39 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
     config, part = experiment.config, experiment.split(fold)
     logger.info(
         "%s fold %d: %d volumes to train, %d to validate, %d to test",
-        config.ablation, fold, len(part.train), len(part.validation), len(part.test),
+        config.network, fold, len(part.train), len(part.validation), len(part.test),
     )  # fmt: skip
-    segnet = read_outcome(experiment, fold, 1)
-    if segnet is None:
+    segnet = read_outcome(experiment, fold, 1) if 1 in config.phases else None
+    if segnet is None and 1 in config.phases:
         place = _place(experiment, fold, 1)
         progress = distributed.train_phase1(
             config, experiment.volumes, part, experiment.prepared_uri, place, encoder_weights
         )
         segnet = _keep_outcome(experiment, fold, 1, progress)
     classifier = read_outcome(experiment, fold, 2) if 2 in config.phases else None
-    if classifier is not None and classifier.phase1_digest != segnet.digest:
-        logger.warning(
-            "%s fold %d: phase 2 was trained on another phase 1, and is trained again", config.ablation, fold
-        )
+    frozen = segnet.digest if segnet else None
+    if classifier is not None and classifier.phase1_digest != frozen:
+        logger.warning("%s fold %d: phase 2 was trained on another phase 1, and is trained again", config.network, fold)
         storage.delete(_evaluation_uri(experiment, fold))
         classifier = None
     if classifier is None and 2 in config.phases:
         place = _place(experiment, fold, 2)
         progress = distributed.train_phase2(
-            config, experiment.volumes, part, experiment.prepared_uri, place, segnet.weights
+            config, experiment.volumes, part, experiment.prepared_uri, place, segnet.weights if segnet else {}
         )
-        classifier = _keep_outcome(experiment, fold, 2, progress, segnet.digest)
+        classifier = _keep_outcome(experiment, fold, 2, progress, frozen)
     if not storage.exists(_evaluation_uri(experiment, fold)):
         _evaluate_fold(experiment, fold, _model(experiment, fold, segnet, classifier))
 
 
 def _place(experiment: Experiment, fold: int, phase: int) -> Place:
-    name = f"{experiment.key}-{experiment.config.ablation}-fold{fold}-phase{phase}"
+    name = f"{experiment.key}-{experiment.config.network}-fold{fold}-phase{phase}"
     uri = storage.join(experiment.fold_uri(fold), "checkpoints")
     return Place(storage_uri=uri, name=name, run=experiment.child(fold, phase))
 
 
 def _keep_outcome(
-    experiment: Experiment, fold: int, phase: int, progress: Progress, segnet_digest: str = ""
+    experiment: Experiment, fold: int, phase: int, progress: Progress, segnet_digest: str | None = None
 ) -> Outcome:
     """Write a finished phase, its weights first and then what says that it is finished; checkpoints go."""
     uri = storage.join(experiment.fold_uri(fold), f"phase{phase}")
@@ -170,11 +169,11 @@ def _keep_outcome(
         save_file(progress.best, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         storage.upload(path, storage.join(uri, WEIGHTS))
-    described = {"history": progress.history, "sha256": digest, "phase1_sha256": segnet_digest or None}
+    described = {"history": progress.history, "sha256": digest, "phase1_sha256": segnet_digest}
     _write_json(storage.join(uri, OUTCOME), described)
     place = _place(experiment, fold, phase)
     storage.delete_folder(storage.join(place.storage_uri, place.name))
-    return Outcome(weights=progress.best, history=progress.history, digest=digest, phase1_digest=segnet_digest or None)
+    return Outcome(weights=progress.best, history=progress.history, digest=digest, phase1_digest=segnet_digest)
 
 
 def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | None:
@@ -202,10 +201,11 @@ def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | Non
     )
 
 
-def _model(experiment: Experiment, fold: int, segnet: Outcome, classifier: Outcome | None) -> SavedModel:
+def _model(experiment: Experiment, fold: int, segnet: Outcome | None, classifier: Outcome | None) -> SavedModel:
     config, part = experiment.config, experiment.split(fold)
-    network = CovTANet(config.network)
-    network.segnet.load_state_dict(segnet.weights)
+    network = CovTANet(config.architecture)
+    if segnet is not None:
+        network.segnet.load_state_dict(segnet.weights)
     if classifier is not None:
         network.classifier.load_state_dict(classifier.weights)
     trained = [experiment.volumes[key] for key in (*part.train, *part.validation)]
@@ -218,14 +218,15 @@ def _model(experiment: Experiment, fold: int, segnet: Outcome, classifier: Outco
         },
         provenance={
             "experiment": experiment.key,
-            "network": config.ablation,
+            "network": config.network,
             "fold": fold,
             "data_digest": experiment.data_digest,
-            "phase1_sha256": segnet.digest,
+            "phase1_sha256": segnet.digest if segnet else None,
             "recipe": asdict(config),
             "software_version": tracking.software_version(),
             "num_volumes": len(trained),
             "has_diagnosis": classifier is not None,
+            "has_segmentation": segnet is not None,
             # So that an evaluation can tell what the model has seen.
             "seen_sources": sorted(str(volume.source_digest)[:16] for volume in trained),
         },
@@ -246,11 +247,12 @@ def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None
             storage.upload(path, storage.join(uri, "model" if diagnoses else "phase1-model", path.name))
     task = Task(
         model=model,
-        network=experiment.config.ablation,
+        network=experiment.config.network,
         fold=fold,
         prepared_uri=experiment.prepared_uri,
         pictures_uri=storage.join(uri, "pictures"),
         diagnoses=diagnoses,
+        segments=1 in experiment.config.phases,
     )
     test = [experiment.volumes[key] for key in experiment.split(fold).test]
     found = evaluate(task, test if diagnoses else [volume for volume in test if volume.lesion_px is not None])
@@ -270,6 +272,18 @@ def evaluation_rows(experiment_uri: str) -> list[dict[str, Any]]:
     return found
 
 
+def side_by_side(experiment_uri: str, found: Sequence[dict[str, Any]]) -> bytes:
+    """A training's networks on the same slices of its test parts, see ``gallery``. found: ``evaluation_rows``."""
+    models = {}
+    for network, fold in sorted({(row["network"], row["fold"]) for row in found if row["tp"] is not None}):
+        uri = storage.join(experiment_uri, network, f"fold{fold}")
+        names = [name for name in ("model", "phase1-model") if name in storage.list_names(uri)]
+        models[network, fold] = storage.join(uri, names[0])
+    trained = {network for network, _ in models}
+    leader = next((name for name in ("V8", "V7", *sorted(trained)) if name in trained), "")
+    return gallery.side_by_side(found, leader, models, storage.join(experiment_uri.rpartition("/")[0], "prepared"))
+
+
 def publish(experiment: Experiment) -> None:
     """Bring MLflow up to date with what lies in storage; saying the same twice changes nothing."""
     config = experiment.config
@@ -286,8 +300,8 @@ def publish(experiment: Experiment) -> None:
             outcome = read_outcome(experiment, fold, phase)
             if outcome is not None:
                 _publish_phase(experiment, fold, phase, outcome)
-    found = [row for row in evaluation_rows(experiment.uri) if row["network"] == config.ablation]
-    tracking.describe_run(experiment.run, files=_pictures(experiment, found, config.ablation), is_finished=True)
+    found = [row for row in evaluation_rows(experiment.uri) if row["network"] == config.network]
+    tracking.describe_run(experiment.run, files=_pictures(experiment, found, config.network), is_finished=True)
 
 
 def _publish_phase(experiment: Experiment, fold: int, phase: int, outcome: Outcome) -> None:
@@ -308,7 +322,7 @@ def _publish_phase(experiment: Experiment, fold: int, phase: int, outcome: Outco
     tracking.describe_run(
         address,
         parameters={
-            "network": experiment.config.ablation,
+            "network": experiment.config.network,
             "fold": fold,
             "phase": phase,
             "weights_sha256": outcome.digest,
@@ -364,7 +378,7 @@ def register(experiment: Experiment) -> tuple[str, str]:
         tags = {
             "covtanet.data_digest": experiment.data_digest,
             "covtanet.experiment": experiment.key,
-            "covtanet.network": experiment.config.ablation,
+            "covtanet.network": experiment.config.network,
             "covtanet.fold": str(fold),
             **{f"covtanet.{name}": f"{value:.4f}" for name, value in figures.headline(test).items()},
         }

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from covtanet.model.baselines.blocks import Outputs
 from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
 from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows
@@ -38,6 +40,21 @@ def series_of(rows: Rows) -> list[str]:
     return sorted({str(name).partition(":")[0] for name in rows["name"]})
 
 
+def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor) -> Tensor:
+    """``overlap_sums`` of every map that a network gives in training, (3 K,).
+
+    Choice: the same loss on all of them, its mean over them, so that every network of a table is trained alike; an edge
+    map is held against the masks' outline.
+    """
+    if isinstance(found, Tensor):
+        return overlap_sums(found, lesion_mask)
+    parts = [overlap_sums(each, lesion_mask) for each in torch.split(found.masks, 1, 1)]
+    if found.edge is not None:
+        outline = F.max_pool2d(lesion_mask, 3, 1, 1) + F.max_pool2d(-lesion_mask, 3, 1, 1)
+        parts.append(overlap_sums(found.edge, outline))
+    return torch.cat(parts)
+
+
 def phase1(
     segnet: nn.Module,
     model: nn.Module,
@@ -60,7 +77,7 @@ def phase1(
     def sums(batch: SliceBatch) -> Tensor:
         with config.autocast(device):
             logits = model(batch.slices)
-        return overlap_sums(logits, batch.lesion_mask)
+        return supervised_sums(logits, batch.lesion_mask)
 
     def validate() -> dict[str, float]:
         segnet.eval()
@@ -81,7 +98,7 @@ def phase1(
         model=model,
         batch_of=batch_of,
         sums=sums,
-        loss=lambda total: focal_tversky(total, loss_config),
+        loss=lambda total: torch.stack([focal_tversky(each, loss_config) for each in total.view(-1, 3)]).mean(),
         validate=validate,
         score=lambda metrics: metrics["val_dice"],
     )

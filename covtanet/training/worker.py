@@ -23,6 +23,7 @@ from covtanet import storage
 from covtanet.data.prepared import samples_of
 from covtanet.errors import CheckpointError
 from covtanet.model.covtanet import CovTANet, JointClassifier
+from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import Augmenter
 from covtanet.training.config import TrainingConfig
@@ -92,8 +93,8 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     ranks = Ranks(index=context.get_world_rank(), count=context.get_world_size(), device=device)
     lanes = {number: _lane(told, number, told.train) for number in _own(told.train, ranks)}
     validation = [_lane(told, number, told.validation) for number in _own(told.validation, ranks)]
-    network = told.config.network
-    module: nn.Module = TASegNet(network.segnet) if told.phase == 1 else JointClassifier(network)
+    network = told.config.architecture
+    module: nn.Module = build_segmenter(network.segnet) if told.phase == 1 else JointClassifier(network)
     if told.encoder_state is not None and isinstance(module, TASegNet):
         module.encoder.load_state_dict(told.encoder_state)
     if told.phase == 1:
@@ -120,7 +121,7 @@ def _phase(told: Assignment, module: nn.Module, model: nn.Module, validation: li
         return phase1(module, model, config.phase1, config.loss, validation, ranks, augmenter)
     features = None
     if told.segnet_state is not None:
-        network = CovTANet(config.network)
+        network = CovTANet(config.architecture)
         network.segnet.load_state_dict(told.segnet_state)
         network.eval().requires_grad_(False).to(ranks.device)
         features = frozen_features(network.segment, ranks.device, config.phase2)

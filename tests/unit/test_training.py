@@ -214,7 +214,7 @@ def test_augmentation_moves_slice_and_mask_alike_and_follows_from_its_seed() -> 
 def test_experiment_key_ignores_what_may_change_between_starts() -> None:
     config = TrainingConfig()
     assert config.key(["a", "b"]) == config.key(["b", "a"])
-    assert replace(config, folds=(1,), num_workers=1, ablation="V1", phases=(1,)).key(["a"]) == config.key(["a"])
+    assert replace(config, folds=(1,), num_workers=1, network="V1", phases=(1,)).key(["a"]) == config.key(["a"])
     assert replace(config, seed=1).key(["a"]) != config.key(["a"])
 
 

@@ -1,0 +1,60 @@
+"""python -m covtanet.model list: every network with its source, parameters and GFLOPs of a forward pass."""
+
+import argparse
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from covtanet.errors import ConfigError
+from covtanet.model.covtanet import SIZES, JointClassifier, architecture
+from covtanet.model.registry import NAMES, SOURCES, build_segmenter
+
+SIDES_PX = (128, 512)
+
+
+def module_of(name: str, size: str, side_px: int) -> tuple[nn.Module, torch.Tensor]:
+    """The network that a row of the tables trains, without storage, and an input: a slice, or one volume's slices."""
+    config = architecture(name, SIZES[size], side_px)
+    with torch.device("meta"):
+        if config.backbone:
+            return JointClassifier(config), torch.zeros(1, config.num_slices, 1, side_px, side_px)
+        return build_segmenter(config.segnet), torch.zeros(1, config.segnet.in_channels, side_px, side_px)
+
+
+def cost(name: str, size: str = "paper") -> tuple[float, list[float]]:
+    """Parameters in millions, and GFLOPs of one slice at each of SIDES_PX (2 x multiply-adds)."""
+    gflops, num_parameters = [], 0
+    for side_px in SIDES_PX:
+        module, example = module_of(name, size, side_px)
+        num_parameters = sum(each.numel() for each in module.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module.eval()(example)
+        num_slices = example.shape[1] if example.dim() == 5 else 1
+        gflops.append(counter.get_total_flops() / num_slices / 1e9)
+    return num_parameters / 1e6, gflops
+
+
+def main() -> int:
+    """Print the list."""
+    options = argparse.ArgumentParser(prog="python -m covtanet.model", description=__doc__)
+    options.add_argument("command", choices=("list",))
+    options.add_argument("--size", choices=SIZES, default="paper")
+    size = options.parse_args().size
+    warnings.simplefilter("ignore")
+    print(f"{'network':15} {'parameters M':>12} {'GFLOPs 128':>11} {'512':>8}  source")
+    for name in NAMES:
+        try:
+            millions, (small, large) = cost(name, size)
+        except ConfigError as error:
+            print(f"{name:15} {error}")
+            continue
+        print(f"{name:15} {millions:12.2f} {small:11.2f} {large:8.1f}  {SOURCES[name]}", flush=True)
+    print("Per slice; a classifier's with its share of aggregation and both heads.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
