@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve stop test check bench faults fuzz audit clean
+.PHONY: help install demo screen serve stop test test-all check bench faults fuzz audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: .venv/.installed ## make .venv and install everything into it
 
@@ -22,8 +22,8 @@ install: .venv/.installed ## make .venv and install everything into it
 demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)
 	@$(BIN)/python infra/local/demo.py
 
-screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri
-	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)"
+screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]
+	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
 
 serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
 	@$(BIN)/python infra/local/endpoint.py
@@ -34,6 +34,10 @@ stop: .venv/.installed ## end what make serve started
 test: .venv/.installed ## the test suite (15 minutes)
 	@$(BIN)/python -m pytest tests/unit -n 2
 	@$(BIN)/python -m pytest tests/cluster
+
+test-all: .venv/.installed ## make test, and what takes many minutes: every network of the tables
+	@$(BIN)/python -m pytest tests/unit -n 2 -m ''
+	@$(BIN)/python -m pytest tests/cluster -m ''
 
 check: .venv/.installed ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

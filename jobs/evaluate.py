@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = place(arguments.out, "--out")
     is_registered = arguments.model.startswith("models:")
     ref = arguments.model if is_registered else place(arguments.model, "--model")
-    if not is_registered and storage.exists(storage.join(ref, experiment.CONFIG)):
+    is_training = not is_registered and storage.exists(storage.join(ref, experiment.CONFIG))
+    if is_training:
         described = json.loads(storage.read_bytes(storage.join(ref, experiment.CONFIG)))
         dataset, found = described["config"]["dataset"], experiment.evaluation_rows(ref)
         about = {"training": described["key"], "data_digest": described["data_digest"]}
@@ -110,6 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         raise ConfigError("there is nothing to evaluate: no finished fold, or no volume with a mask or a grade")
     write(out, found, about, measured_on, is_second_data_set=dataset in SECOND_DATA_SET)
+    if is_training and (picture := experiment.side_by_side(ref, found)):
+        storage.write_bytes(storage.join(out, "networks.png"), picture)
+        print("networks.png: best, median and worst slice; green found, blue false alarm, red missed")
     return 0
 
 
@@ -144,6 +148,7 @@ def predict(
         prepared_uri=prepared_uri,
         pictures_uri=pictures_uri,
         diagnoses=diagnoses,
+        segments=bool(model.provenance.get("has_segmentation", True)),
     )
     return evaluate(task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None])
 

@@ -22,7 +22,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is evaluated, and where pictures go. diagnoses: whether the model's phase 2 was trained."""
+    """What is evaluated, and where pictures go. diagnoses: whether the model's phase 2 was trained.
+
+    segments: whether it marks lesions at all.
+    """
 
     model: SavedModel
     network: str
@@ -30,6 +33,7 @@ class Task:
     prepared_uri: str
     pictures_uri: str
     diagnoses: bool = True
+    segments: bool = True
 
 
 def evaluate(task: Task, volumes: Sequence[PreparedVolume]) -> list[Row]:
@@ -65,8 +69,10 @@ class _Evaluator:
     def __call__(self, row: Row) -> Row:
         task, volume = self.task, prepared.from_json(row["found"])
         samples = prepared.read_samples(storage.read_bytes(storage.join(task.prepared_uri, f"{volume.key}.parquet")))
-        found = answer(self.predictor, volume, samples, task.network, task.fold, diagnoses=task.diagnoses)
-        if samples.lesion is not None and task.pictures_uri:
+        found = answer(
+            self.predictor, volume, samples, task.network, task.fold, diagnoses=task.diagnoses, segments=task.segments
+        )
+        if samples.lesion is not None and task.segments and task.pictures_uri:
             picture = overlay.errors(samples.levels, found.lesion_mask, samples.lesion > 0)
             storage.write_bytes(storage.join(task.pictures_uri, f"{volume.key}.png"), overlay.png(picture))
         return found.row

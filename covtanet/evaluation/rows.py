@@ -38,9 +38,18 @@ class Answer:
 
 
 def answer(
-    predictor: Predictor, volume: PreparedVolume, samples: Samples, network: str, fold: int | None, *, diagnoses: bool
+    predictor: Predictor,
+    volume: PreparedVolume,
+    samples: Samples,
+    network: str,
+    fold: int | None,
+    *,
+    diagnoses: bool,
+    segments: bool = True,
 ) -> Answer:
     """Predict one prepared volume. diagnoses: whether phase 2 was trained; else both probabilities are null.
+
+    segments: whether the network marks lesions; else no pixels are counted.
 
     Pixels are counted at the network's input size, per slice.
     """
@@ -57,7 +66,7 @@ def answer(
         "slice": list(volume.slices),
         **dict.fromkeys(COUNTS),
     }
-    if samples.lesion is not None:
+    if samples.lesion is not None and segments:
         truth = samples.lesion > 0
         pairs = (lesion_mask & truth, lesion_mask & ~truth, ~lesion_mask & truth, ~lesion_mask & ~truth)
         row.update({name: pair.sum(axis=(1, 2)).tolist() for name, pair in zip(COUNTS, pairs, strict=True)})

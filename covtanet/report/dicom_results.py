@@ -67,7 +67,7 @@ class Finding:
     lesion_volume_ml: float
     lung_volume_ml: float
     involvement: float | None
-    p_infected: float
+    p_infected: float | None
 
     def uid(self, what: str) -> str:
         """A UID of this result."""
@@ -158,8 +158,9 @@ def structured_report(
     if finding.involvement is not None:
         name = Code("INVOLVEMENT", SCHEME, "Share of the lung that is lesion")
         of_lesion.append(Measurement(name=name, value=round(finding.involvement, 6), unit=NO_UNITS))
-    name = Code("P-INFECTED", SCHEME, "Probability of infection by the network")
-    of_lesion.append(Measurement(name=name, value=round(finding.p_infected, 6), unit=NO_UNITS))
+    if finding.p_infected is not None:
+        name = Code("P-INFECTED", SCHEME, "Probability of infection by the network")
+        of_lesion.append(Measurement(name=name, value=round(finding.p_infected, 6), unit=NO_UNITS))
     of_lung = [Measurement(name=codes.SCT.Volume, value=round(finding.lung_volume_ml, 4), unit=MILLILITER)]
     source = SourceSeriesForSegmentation(headers[0].SeriesInstanceUID)
     present = {int(each.SegmentNumber) for each in seg.SegmentSequence}

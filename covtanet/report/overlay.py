@@ -1,6 +1,6 @@
 """Lung and lesion drawn over slices, and a screened series' result files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -96,16 +96,36 @@ def errors(levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], truth: ND
     Green is found, blue is a false alarm, red is missed. All inputs: (S, H, W).
     """
     most = np.argsort(-truth.sum(axis=(1, 2), dtype=np.int64), kind="stable")[:PREVIEW_COLUMNS]
-    tiles = []
-    for index in np.sort(most):
-        rgb = np.repeat((levels[index] * (255 / INTENSITY_STEPS))[:, :, None], 3, axis=2)
-        found, wanted = lesion_mask[index], truth[index]
-        for where, colour in ((found & wanted, FOUND_RGB), (found & ~wanted, ALARM_RGB), (~found & wanted, MISSED_RGB)):
-            rgb[where] = (1 - ERROR_OPACITY) * rgb[where] + ERROR_OPACITY * np.array(colour)
-        grey = Image.fromarray(rgb.astype(np.uint8)).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR)
-        tiles.append(np.asarray(grey))
+    tiles = [errors_of(levels[index], lesion_mask[index], truth[index]) for index in np.sort(most)]
     tiles += [np.zeros_like(tiles[0])] * (PREVIEW_COLUMNS - len(tiles))
     return np.concatenate(tiles, axis=1)
+
+
+def errors_of(level: NDArray[np.uint16], found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """One slice as ``errors`` has it. All inputs: (H, W)."""
+    rgb = np.repeat((level * (255 / INTENSITY_STEPS))[:, :, None], 3, axis=2)
+    for where, colour in ((found & truth, FOUND_RGB), (found & ~truth, ALARM_RGB), (~found & truth, MISSED_RGB)):
+        rgb[where] = (1 - ERROR_OPACITY) * rgb[where] + ERROR_OPACITY * np.array(colour)
+    return np.asarray(Image.fromarray(rgb.astype(np.uint8)).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR))
+
+
+def grid(rows: Mapping[str, str], columns: Sequence[str], tiles: Mapping[tuple[str, str], NDArray[np.uint8]]) -> bytes:
+    """Tiles in captioned rows and columns, as PNG; one that is missing stays dark. rows: name to caption."""
+    from PIL import ImageDraw
+
+    side, head = PREVIEW_PX, 24
+    out = Image.new("RGB", (side * len(columns), (side + head) * len(rows)), (16, 18, 22))
+    pen = ImageDraw.Draw(out)
+    for line, (row, caption) in enumerate(rows.items()):
+        top = line * (side + head)
+        for number, column in enumerate(columns):
+            text = f"{caption}: {column}" if number == 0 else column
+            pen.text((number * side + 6, top + 4), text, fill=(235, 235, 235), font_size=14)
+            if (row, column) in tiles:
+                out.paste(Image.fromarray(tiles[row, column]), (number * side, top + head))
+    buffer = BytesIO()
+    out.save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _square_around(mask: NDArray[np.bool_]) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from covtanet.evaluation import figures, rows
+from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.promotion import Margins, compare
 from covtanet.report import plots
 from covtanet.report.tables import TABLE_II, TABLE_III, TABLE_IV, Table, paper_tables
@@ -194,3 +194,13 @@ def test_margins_are_those_asked_for() -> None:
     strict = replace(Margins(), dice=0.0)
     (first, *_) = compare({**CHAMPION, "dice": 0.599}, CHAMPION, strict)
     assert not first.is_no_worse
+
+
+def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_seeing() -> None:
+    many = [row("a", counts=((90, 10, 10, 0), (60, 40, 40, 0), (1, 0, 3, 96))), row("b", counts=((10, 90, 90, 0),))]
+    chosen = gallery.choose(many)
+    assert {rank: (shown.volume, shown.position) for rank, shown in chosen.items()} == {
+        "best": ("a", 0), "median": ("a", 1), "worst": ("b", 0),
+    }  # fmt: skip
+    assert chosen["best"].dice == pytest.approx(0.9)
+    assert gallery.choose([row("c")]) == {}
