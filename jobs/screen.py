@@ -138,8 +138,10 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     model = tracking.resolve_model(place(arguments.model, "--model") if is_path else arguments.model, folder)
     loaded = load_model(model.folder, model.digest)
     window, config = window_of(loaded), for_model(config, loaded.preprocessing)
+    if not loaded.provenance.get("has_segmentation", True):
+        raise CheckpointError("the model marks no lesions, and a ledger without involvement is no screening")
     if not loaded.provenance.get("has_diagnosis", True):
-        raise CheckpointError("the model was trained in phase 1 alone and gives no diagnosis")
+        logger.warning("the model was trained in phase 1 alone: diagnosis and severity are null, but for the rule's")
     if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
         logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from covtanet import tracking
 from covtanet.errors import CovtanetError, UnavailableError
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Part, Prediction, Predictor, Segmented, predict
+from covtanet.screening.predictor import Part, Prediction, Predictor, Probabilities, Segmented, predict
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger("ray.serve")
@@ -124,7 +124,7 @@ class Segmenter:
                 found[index] = answer
         return found
 
-    async def diagnose(self, digest: str, pooled: NDArray[np.float32]) -> tuple[float, float] | None:
+    async def diagnose(self, digest: str, pooled: NDArray[np.float32]) -> Probabilities | None:
         """Answer a volume's pooled vectors with this model; null where it is not held here."""
         held = self.models.get(digest)
         return None if held is None else await asyncio.to_thread(held[0].diagnose, pooled)
@@ -154,10 +154,10 @@ class RemoteNetwork:
             asked += [self.segmenter.segment.remote(self.digest, part) for part in islice(waiting, 1)]
             yield Segmented(*answer)
 
-    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
+    def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
         """Answer a volume's pooled vectors."""
-        p_infected, p_severe = _result(self.segmenter.diagnose.remote(self.digest, pooled))
-        return p_infected, p_severe
+        probabilities: Probabilities = _result(self.segmenter.diagnose.remote(self.digest, pooled))
+        return probabilities
 
 
 def _result(response: Any) -> Any:

@@ -19,12 +19,16 @@ from covtanet.screening.records import PROBABILITY_STEPS
 class Prediction:
     """What the network says of one volume.
 
-    lesion_levels: (S, H, W) uint8, lesion probability in steps of 1/254, so that 127 is one half.
+    lesion_levels: (S, H, W) uint8, lesion probability in steps of 1/254, so that 127 is one half. p_infected, p_severe:
+    null of a network whose diagnosis was not trained.
     """
 
     lesion_levels: NDArray[np.uint8]
-    p_infected: float
-    p_severe: float
+    p_infected: float | None
+    p_severe: float | None
+
+
+Probabilities = tuple[float, float] | tuple[None, None]
 
 
 class Part(NamedTuple):
@@ -58,7 +62,7 @@ class Network(Protocol):
         """Answer the parts of one volume, in their order."""
         ...
 
-    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
+    def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
         """Pooled fusion vectors of a volume (num_slices, C, P, P) to probabilities of infected and of severe."""
         ...
 
@@ -92,6 +96,7 @@ class Predictor:
         self.max_batch_slices = max_batch_slices
         self.network = model.network
         self.num_slices = model.network.config.num_slices
+        self.diagnoses = bool(model.provenance.get("has_diagnosis", True))
         self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
         torch.set_num_threads(num_threads)
 
@@ -125,12 +130,14 @@ class Predictor:
             yield Segmented(levels[start:end], pooled[start:end][part.wanted])
             start = end
 
-    def diagnose(self, pooled: NDArray[np.float32]) -> tuple[float, float]:
-        """Answer a volume's pooled vectors.
+    def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
+        """Answer a volume's pooled vectors; nulls where phase 2 was not trained.
 
         Raises:
             FloatingPointError: where the network's answer is no number.
         """
+        if not self.diagnoses:
+            return None, None
         with torch.inference_mode():
             device = next(self.network.parameters()).device
             logits = torch.cat(self.network.classifier(torch.from_numpy(pooled)[None].to(device))).float()

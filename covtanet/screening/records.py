@@ -35,7 +35,7 @@ REASONS = (
 FAILURES = ("storage", "vanished", "changed", "timeout", "worker_died", "internal_error")
 
 QC_FLAGS = (
-    "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding",
+    "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding", "no_diagnosis",
 )  # fmt: skip
 
 # Lesion probability travels as uint8 in these steps, so that 127 is one half.

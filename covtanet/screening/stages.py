@@ -182,6 +182,8 @@ def predict(row: Row, predictor: "Answers") -> Row:
     def answer() -> Row:
         prediction = predictor.predict(row["slices"])
         record["p_infected"], record["p_severe"] = prediction.p_infected, prediction.p_severe
+        if prediction.p_infected is None:
+            record["qc_flags"].append("no_diagnosis")
         return {"lesion_levels": prediction.lesion_levels}
 
     filled = at_boundary(record, answer) if len(row["slices"]) else {}
@@ -227,18 +229,25 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
 
 
 def conclude(
-    p_infected: float, p_severe: float, involvement: float | None, config: ScreeningConfig
+    p_infected: float | None, p_severe: float | None, involvement: float | None, config: ScreeningConfig
 ) -> dict[str, str | float | None]:
-    """Diagnosis and severity from the network, and severity by the paper's rule. Severity of a normal one is null."""
-    infected = p_infected >= config.infected_threshold
+    """Diagnosis and severity from the network, and severity by the paper's rule.
+
+    Severity of a normal one is null, and so is all that a network without a trained diagnosis would have to say.
+    """
+    severe_by_rule = None if involvement is None else involvement > config.severe_involvement
+    infected = None if p_infected is None else p_infected >= config.infected_threshold
+    severe = p_severe >= config.severe_threshold if infected and p_severe is not None else None
     return {
-        "diagnosis": "infected" if infected else "normal",
+        "diagnosis": _either(infected, "infected", "normal"),
         "p_severe": p_severe if infected else None,
-        "severity": ("severe" if p_severe >= config.severe_threshold else "mild") if infected else None,
-        "severity_by_involvement": None
-        if involvement is None
-        else ("severe" if involvement > config.severe_involvement else "mild"),
+        "severity": _either(severe, "severe", "mild"),
+        "severity_by_involvement": _either(severe_by_rule, "severe", "mild"),
     }
+
+
+def _either(known: bool | None, yes: str, no: str) -> str | None:
+    return None if known is None else yes if known else no
 
 
 def fetch(series: Series, archive: str, digest: storage.ContentDigest) -> Iterator[Iterator[bytes]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,20 @@ def test_an_answer_that_is_no_number_is_no_diagnosis(model_folder: Path) -> None
         next(predictor.network.classifier.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="is no number"):
         predictor.predict(np.zeros((3, 128, 128), np.uint16))
+
+
+def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
+    model_folder: Path, mild: Phantom, tmp_path: Path
+) -> None:
+    """Null and a flag; the rule of the paper still gives a severity, and the involvement its number."""
+    model = load_model(model_folder)
+    untrained = Predictor(replace(model, provenance={"has_diagnosis": False}), engine="eager", max_batch_slices=8)
+    (tmp_path / "a.nii.gz").write_bytes(as_nifti(mild))
+    (row,) = manifest_rows(tmp_path)
+    measured = stages.measure(stages.predict(prepare(row, tmp_path), untrained), CONFIG).record
+    for name in ("p_infected", "p_severe", "diagnosis", "severity"):
+        assert measured[name] is None, name
+    assert measured["status"] == "screened"
+    assert measured["qc_flags"] == ["no_diagnosis"]
+    assert measured["severity_by_involvement"] in ("mild", "severe")
+    assert measured["involvement"] is not None
