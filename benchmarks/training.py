@@ -55,7 +55,7 @@ def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=count)
     torch.manual_seed(0)
-    segnet = TASegNet(CONFIG.network.segnet)
+    segnet = TASegNet(CONFIG.architecture.segnet)
     segnet.to(memory_format=torch.channels_last)
     model = DistributedDataParallel(segnet, forward_sync_buffers=False)
     tables = [pq.read_table(path) for path in lanes[index]]
@@ -147,7 +147,7 @@ def _measure_cache(
     folder: Path, volumes: dict[str, PreparedVolume], split: Split, prepared_uri: str, say: Callable[[str], None]
 ) -> list[tuple[str, str, str]]:
     torch.manual_seed(0)
-    state = {name: value.contiguous() for name, value in TASegNet(CONFIG.network.segnet).state_dict().items()}
+    state = {name: value.contiguous() for name, value in TASegNet(CONFIG.architecture.segnet).state_dict().items()}
     steps = {}
     for name, is_cached in (("cached", True), ("recomputed", False)):
         say(f"phase 2, features {name}")

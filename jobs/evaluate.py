@@ -111,10 +111,21 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         raise ConfigError("there is nothing to evaluate: no finished fold, or no volume with a mask or a grade")
     write(out, found, about, measured_on, is_second_data_set=dataset in SECOND_DATA_SET)
-    if is_training and (picture := experiment.side_by_side(ref, found)):
+    if is_training:
+        write_pictures(out, ref, found)
+    return 0
+
+
+def write_pictures(out: str, experiment_uri: str, found: list[dict[str, Any]]) -> None:
+    """The networks side by side, where the training's models and prepared slices are still there."""
+    try:
+        picture = experiment.side_by_side(experiment_uri, found)
+    except (OSError, CheckpointError) as error:
+        logger.warning("no networks.png: models or prepared slices are gone, %s", type(error).__name__)
+        return
+    if picture:
         storage.write_bytes(storage.join(out, "networks.png"), picture)
         print("networks.png: best, median and worst slice; green found, blue false alarm, red missed")
-    return 0
 
 
 def volumes_of(arguments: argparse.Namespace) -> tuple[str, list[LabelledVolume], str]:

@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 from cluster import parser, place, start_logging
 
 from covtanet.errors import ConfigError
+from covtanet.report.summary import findings
 from covtanet.report.summary import table as summary_table
 from covtanet.screening import view
+from covtanet.screening.ledger import Accounting
 from covtanet.screening.records import STATUSES
 
 logger = logging.getLogger("covtanet.ledger")
-COUNTED = ["status", "reason", "diagnosis", "severity"]
+COUNTED = ["status", "reason", "diagnosis", "severity", "severity_by_involvement"]
 
 
 def parse() -> argparse.Namespace:
@@ -85,17 +87,17 @@ def answer(arguments: argparse.Namespace, ledger: str) -> int:
 
 
 def counted(title: str, table: pa.Table) -> str:
-    """Rows of a ledger by status, and refusals by reason."""
-    statuses = Counter(table["status"].to_pylist())
-    lines: list[tuple[str, object]] = [("series", table.num_rows)]
-    for status in STATUSES:
-        lines.append((status, statuses[status]))
-        if status != "screened":
-            reasons = Counter(row["reason"] for row in table.select(COUNTED).to_pylist() if row["status"] == status)
-            lines += [(f"  {reason}", count) for reason, count in sorted(reasons.items())]
-    lines.append(("infected", Counter(table["diagnosis"].to_pylist())["infected"]))
-    lines.append(("severe", Counter(table["severity"].to_pylist())["severe"]))
-    return summary_table(title, lines)
+    """Rows of a ledger by status, refusals by reason, and what was found."""
+    counts = Accounting()
+    for row in table.select(COUNTED).to_pylist():
+        counts.add(row)
+    lines: list[tuple[str, object]] = [("series", counts.series), ("screened", counts.screened)]
+    for status, number, reasons in (
+        ("rejected", counts.rejected.total(), counts.rejected),
+        ("failed", counts.failed, counts.failures),
+    ):
+        lines += [(status, number), *((f"  {reason}", count) for reason, count in sorted(reasons.items()))]
+    return summary_table(title, [*lines, *findings(counts)])
 
 
 def write(table: pa.Table, path: Path) -> None:

@@ -35,7 +35,7 @@ from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError
 from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.screening import ledger, pipeline
-from covtanet.screening.predictor import window_of
+from covtanet.screening.predictor import refuse_without_segmentation, window_of
 from covtanet.screening.stages import config_values, for_model
 
 logger = logging.getLogger("covtanet.screen")
@@ -138,8 +138,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     model = tracking.resolve_model(place(arguments.model, "--model") if is_path else arguments.model, folder)
     loaded = load_model(model.folder, model.digest)
     window, config = window_of(loaded), for_model(config, loaded.preprocessing)
-    if not loaded.provenance.get("has_segmentation", True):
-        raise CheckpointError("the model marks no lesions, and a ledger without involvement is no screening")
+    refuse_without_segmentation(loaded)
     if not loaded.provenance.get("has_diagnosis", True):
         logger.warning("the model was trained in phase 1 alone: diagnosis and severity are null, but for the rule's")
     if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):

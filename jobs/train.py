@@ -19,12 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+import torch
 from cluster import check_tracking, connect, parser, place, start_logging
 from ray.util import ActorPool
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covtanet import tracking
 from covtanet.config import load_config
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
+from covtanet.model.covtanet import CovTANet
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
 from covtanet.model.segnet import TABLE_I
 from covtanet.training import experiment
@@ -44,10 +47,11 @@ def parse() -> argparse.Namespace:
     options.add_argument("--experiment", default="covtanet", help="MLflow experiment; also names the folder in storage")
     options.add_argument("--artifacts", default="", help="where a new experiment keeps its files; default: MLflow's")
     options.add_argument("--fold", type=int, action="append", help="train this fold only; may be repeated")
-    options.add_argument(
+    which = options.add_mutually_exclusive_group()
+    which.add_argument(
         "--ablation", choices=[*TABLE_I, "all"], help="a row of Table I, or all: phase 1 alone, nothing is registered"
     )
-    options.add_argument(
+    which.add_argument(
         "--network",
         action="append",
         choices=[*ALIASES, *SEGMENTERS, *CLASSIFIERS, "all"],
@@ -71,6 +75,9 @@ def main() -> int:
         return 4
     except TrainingError as error:
         logger.error("%s; the same command continues", error)
+        return 1
+    except ray.exceptions.RayError as error:
+        logger.error("Ray: %s; the same command continues", type(error).__name__)
         return 1
     except OSError as error:
         logger.error("storage: %s; the same command continues", type(error).__name__)
@@ -100,15 +107,27 @@ def run(arguments: argparse.Namespace) -> int:
     opened = experiment.open_experiment(config, place(data, "--data"), place(storage_uri, "--storage"), address)
     is_published = True
     chosen = variants(config, arguments.ablation, arguments.network, opened)
+    for variant in chosen:
+        with torch.device("meta"):  # what a network lacks is found out now, not hours later
+            CovTANet(variant.architecture)
+    with tracking.tolerated("the training"):
+        tracking.open_run(opened.run)  # before any of its children ask for it at once
     items = [(replace(opened, config=variant), fold) for variant in chosen for fold in variant.folds]
     left = Counter(current.config.network for current, _ in items)
-    for current, fold in train_all(items, arguments.encoder_weights):
+    failures: list[Exception] = []
+    for current, fold, failure in train_all(items, arguments.encoder_weights):
+        if failure is not None:
+            logger.error("%s fold %d: %s", current.config.network, fold, failure)
+            failures.append(failure)
+            continue
         logger.info("%s fold %d is trained and evaluated", current.config.network, fold)
         left[current.config.network] -= 1
         with tracking.tolerated("the finished fold"):
             experiment.publish(current)
         if not left[current.config.network]:
             is_published = finish(current) and is_published
+    if failures:  # the other networks and folds went on
+        raise failures[0]
     if not is_published:
         return 5
     print(f"trained  {opened.uri}\nnext     python jobs/evaluate.py --model {opened.uri} --out FOLDER")
@@ -129,6 +148,8 @@ def variants(
     volumes = opened.volumes.values()
     has_masks = any(volume.lesion_px is not None for volume in volumes)
     has_grades = 2 in config.phases and any(volume.grade for volume in volumes)
+    if networks == ["all"] and not (has_masks or has_grades):
+        raise ConfigError("nothing to train: the data set has neither masks nor grades")
     if "all" not in networks:
         names = [ALIASES.get(network, network) for network in dict.fromkeys(networks)]
     else:
@@ -142,33 +163,43 @@ def variants(
 
 
 Item = tuple[experiment.Experiment, int]
+Done = tuple[experiment.Experiment, int, Exception | None]
 
 
-def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[Item]:
-    """Train networks and folds, as many at a time as the cluster has room for; each as soon as it is done."""
+def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[Done]:
+    """Train networks and folds, as many at a time as the cluster has room for; each as it ends, with why it failed."""
     needed = items[0][0].config.num_workers + 1  # a CPU to feed the workers
     room = max(1, int(ray.cluster_resources().get("CPU", 0)) // needed)
     if gpus := int(ray.cluster_resources().get("GPU", 0)):
         room = max(1, min(room, gpus // items[0][0].config.num_workers))
     if min(room, len(items)) == 1:
         for current, fold in items:
-            experiment.train_fold(current, fold, encoder_weights)
-            yield current, fold
+            yield train_one(current, fold, encoder_weights)
         return
     logger.info("%d trainings, %d at a time", len(items), room)
-    pool = ActorPool([_Trainer.remote() for _ in range(min(room, len(items)))])
+    # Where this process is, since files that the command names may lie here alone.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    pool = ActorPool([_Trainer.options(scheduling_strategy=here).remote() for _ in range(min(room, len(items)))])
     yield from pool.map_unordered(lambda actor, item: actor.train.remote(*item, encoder_weights), items)
+
+
+def train_one(current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Done:
+    """Train one fold of one network, and catch what ends it but not the others."""
+    try:
+        experiment.train_fold(current, fold, encoder_weights)
+    except (ConfigError, CheckpointError, TrainingError, FloatingPointError, ValueError) as error:
+        return current, fold, error
+    return current, fold, None
 
 
 @ray.remote(num_cpus=0)
 class _Trainer:
     """Trains one fold at a time; its workers, not it, hold the CPUs."""
 
-    def train(self, current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Item:
-        """Train one fold of one network."""
+    def train(self, current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Done:
+        """See ``train_one``."""
         start_logging()
-        experiment.train_fold(current, fold, encoder_weights)
-        return current, fold
+        return train_one(current, fold, encoder_weights)
 
 
 def finish(current: experiment.Experiment) -> bool:

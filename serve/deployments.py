@@ -21,7 +21,15 @@ from ray.serve.handle import DeploymentHandle
 from covtanet import tracking
 from covtanet.errors import CovtanetError, UnavailableError
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Part, Prediction, Predictor, Probabilities, Segmented, predict
+from covtanet.screening.predictor import (
+    Part,
+    Prediction,
+    Predictor,
+    Probabilities,
+    Segmented,
+    predict,
+    refuse_without_segmentation,
+)
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger("ray.serve")
@@ -58,6 +66,7 @@ class Segmenter:
         with tempfile.TemporaryDirectory() as folder:
             found = tracking.resolve_model(self.ref, Path(folder))
             model = load_model(found.folder, found.digest)
+        refuse_without_segmentation(model)
         cores = len(os.sched_getaffinity(0))
         predictor = Predictor(
             model, engine=self.config.engine, num_threads=cores, max_batch_slices=self.config.max_batch_slices

@@ -14,7 +14,7 @@ from covtanet.data import prepared
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
 from covtanet.model.checkpoint import load_model
 from covtanet.report import overlay
-from covtanet.screening.predictor import Predictor
+from covtanet.screening.predictor import Part, Predictor
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about a network.
@@ -64,7 +64,8 @@ def side_by_side(rows: Sequence[Row], leader: str, models: Mapping[tuple[str, in
             predictor = _load(models[name, fold])
             for rank in ranks:
                 level, truth = slices[rank]
-                found = predictor.predict(level[None]).lesion_levels[0] >= THRESHOLD
+                (segmented,) = predictor.segment([Part(level[None], [])])
+                found = segmented.lesion_levels[0] >= THRESHOLD
                 tiles[rank, name] = overlay.errors_of(level, found, truth)
     if not tiles:
         return b""

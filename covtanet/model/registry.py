@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.model.baselines.blocks import Outputs
-from covtanet.model.segnet import OWN, TABLE_I, SegNetConfig, TASegNet
+from covtanet.model.segnet import OWN, SLICES, TABLE_I, SegNetConfig, TASegNet
 
 Build = Callable[[SegNetConfig], nn.Module]
 
@@ -32,6 +32,10 @@ def _vnet(config: SegNetConfig) -> nn.Module:
     from monai.networks.nets import VNet
 
     net: nn.Module = VNet(spatial_dims=2, in_channels=config.in_channels, out_channels=1)
+    for module in list(net.modules()):  # MONAI's are for volumes: on slices they would drop a whole sample's features
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout3d):
+                setattr(module, name, nn.Dropout2d(child.p))
     return net
 
 
@@ -158,4 +162,8 @@ def build_segmenter(config: SegNetConfig) -> Any:
     """The network of a configuration, with ``forward`` and ``segment`` as TA-SegNet has them."""
     if config.network == OWN:
         return TASegNet(config)
-    return Baseline(config.network, config) if config.network in SEGMENTERS else NoSegmenter()
+    if config.network == SLICES:
+        return NoSegmenter()
+    if config.network not in SEGMENTERS:
+        raise ValueError(f"network {config.network}, expected one of {', '.join((OWN, *SEGMENTERS))}")
+    return Baseline(config.network, config)

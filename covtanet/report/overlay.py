@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from covtanet.ct import nifti
@@ -111,8 +111,6 @@ def errors_of(level: NDArray[np.uint16], found: NDArray[np.bool_], truth: NDArra
 
 def grid(rows: Mapping[str, str], columns: Sequence[str], tiles: Mapping[tuple[str, str], NDArray[np.uint8]]) -> bytes:
     """Tiles in captioned rows and columns, as PNG; one that is missing stays dark. rows: name to caption."""
-    from PIL import ImageDraw
-
     side, head = PREVIEW_PX, 24
     out = Image.new("RGB", (side * len(columns), (side + head) * len(rows)), (16, 18, 22))
     pen = ImageDraw.Draw(out)
@@ -164,8 +162,6 @@ def png(rgb: NDArray[np.uint8]) -> bytes:
 
 def sheet(rows: list[tuple[str, Any]], width_px: int = 1536) -> Image.Image:
     """Captioned pictures below each other."""
-    from PIL import ImageDraw
-
     images = [(caption, Image.fromarray(np.asarray(picture))) for caption, picture in rows]
     heights = [24 + round(image.height * width_px / image.width) for _, image in images]
     out = Image.new("RGB", (width_px, sum(heights)), (16, 18, 22))

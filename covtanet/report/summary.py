@@ -27,10 +27,17 @@ def screening_table(run: "Run", counts: "Accounting", elapsed_s: float) -> str:
     rows += [(f"  {reason}", count) for reason, count in counts.rejected.most_common()]
     rows.append(("failed", counts.failed))
     rows += [(f"  {reason}", count) for reason, count in counts.failures.most_common()]
-    rows += [("infected", counts.infected), ("severe", counts.severe)]
+    rows += findings(counts)
     rows.append(("studies per minute", f"{counts.series / elapsed_s * 60:.1f}" if elapsed_s else "-"))
     rows.append(("ledger", run.committed_uri))
     return table(f"Screening {run.run_date} (research use only)", rows)
+
+
+def findings(counts: "Accounting") -> list[tuple[str, object]]:
+    """How many are infected and severe; a dash, not 0, where the model has no diagnosis."""
+    by_network = (counts.infected, counts.severe) if counts.diagnosed else ("-", "-")
+    by_rule = ("severe by involvement", counts.severe_by_involvement)
+    return [*zip(("infected", "severe"), by_network, strict=True), by_rule]
 
 
 def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) -> str:

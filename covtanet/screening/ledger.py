@@ -129,8 +129,10 @@ class Accounting:
     series: int = 0
     screened: int = 0
     failed: int = 0
+    diagnosed: int = 0
     infected: int = 0
     severe: int = 0
+    severe_by_involvement: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
 
@@ -139,8 +141,10 @@ class Accounting:
         self.series += 1
         self.screened += row["status"] == SCREENED
         self.failed += row["status"] == FAILED
+        self.diagnosed += row["diagnosis"] is not None
         self.infected += row["diagnosis"] == "infected"
         self.severe += row["severity"] == "severe"
+        self.severe_by_involvement += row["severity_by_involvement"] == "severe"
         if row["status"] == REJECTED:
             self.rejected[row["reason"]] += 1
         if row["status"] == FAILED:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from covtanet.ct.window import WindowConfig, spread_slices
+from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import SavedModel
 from covtanet.screening.engine import build_engine, to_intensity
 from covtanet.screening.records import PROBABILITY_STEPS
@@ -145,6 +146,16 @@ class Predictor:
         if not math.isfinite(p_infected + p_severe):
             raise FloatingPointError("the network's answer is no number")
         return p_infected, p_severe
+
+
+def refuse_without_segmentation(model: SavedModel) -> None:
+    """Refuse a model that cannot screen.
+
+    Raises:
+        CheckpointError: where it marks no lesions: an involvement of 0 would be made up.
+    """
+    if not model.provenance.get("has_segmentation", True):
+        raise CheckpointError("the model marks no lesions, and a ledger without involvement is no screening")
 
 
 def window_of(model: SavedModel) -> WindowConfig:

@@ -11,7 +11,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Predictor
+from covtanet.screening.predictor import Predictor, refuse_without_segmentation
 from covtanet.screening.records import LEDGER_SCHEMA
 from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig, for_model
@@ -23,6 +23,7 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
     def load_context(self, context: PythonModelContext) -> None:
         """Load the model once, its digest checked against its own description."""
         model = load_model(Path(context.artifacts["model"]))
+        refuse_without_segmentation(model)
         predictor = Predictor(model, num_threads=len(os.sched_getaffinity(0)))
         config = for_model(ScreeningConfig(), model.preprocessing)
         self.screener = Screener(predictor, predictor.window, config, model.digest)

@@ -277,8 +277,8 @@ def side_by_side(experiment_uri: str, found: Sequence[dict[str, Any]]) -> bytes:
     models = {}
     for network, fold in sorted({(row["network"], row["fold"]) for row in found if row["tp"] is not None}):
         uri = storage.join(experiment_uri, network, f"fold{fold}")
-        names = [name for name in ("model", "phase1-model") if name in storage.list_names(uri)]
-        models[network, fold] = storage.join(uri, names[0])
+        has_both = storage.exists(storage.join(uri, EVALUATION))  # whose rows these then are
+        models[network, fold] = storage.join(uri, "model" if has_both else "phase1-model")
     trained = {network for network, _ in models}
     leader = next((name for name in ("V8", "V7", *sorted(trained)) if name in trained), "")
     return gallery.side_by_side(found, leader, models, storage.join(experiment_uri.rpartition("/")[0], "prepared"))

@@ -14,6 +14,7 @@ import pytest
 from covtanet import storage
 from covtanet.data.manifest import IGNORED_SCHEMA, Series
 from covtanet.errors import AlreadyCommittedError, ConfigError
+from covtanet.report.summary import findings
 from covtanet.screening import ledger, view
 from covtanet.screening.records import LEDGER_SCHEMA, REASONS
 from covtanet.storage import ObjectInfo
@@ -201,16 +202,30 @@ config_digest: string|software_version: string|decode_s: double|predict_s: doubl
     assert len(set(REASONS)) == len(REASONS) == 21
 
 
-def test_accounting_adds_up() -> None:
+def counts_of(*rows: tuple[str, str | None, str | None]) -> ledger.Accounting:
     counts = ledger.Accounting()
-    for status, reason, diagnosis in (
-        ("screened", None, "infected"),
-        ("rejected", "not_hu", None),
-        ("failed", "storage", None),
-    ):
-        counts.add({"status": status, "reason": reason, "diagnosis": diagnosis, "severity": None})
+    for status, reason, diagnosis in rows:
+        counts.add({
+            "status": status, "reason": reason, "diagnosis": diagnosis, "severity": None,
+            "severity_by_involvement": "severe" if status == "screened" else None,
+        })  # fmt: skip
+    return counts
+
+
+def test_accounting_adds_up() -> None:
+    counts = counts_of(("screened", None, "infected"), ("rejected", "not_hu", None), ("failed", "storage", None))
     assert counts.series == counts.screened + sum(counts.rejected.values()) + counts.failed
     assert counts.failures == Counter(storage=1)
+
+
+def test_what_a_model_does_not_say_is_no_count_of_none() -> None:
+    """0 infected would be an answer; a segmenter without a diagnosis gave none."""
+    assert findings(counts_of(("screened", None, "normal"))) == [
+        ("infected", 0), ("severe", 0), ("severe by involvement", 1),
+    ]  # fmt: skip
+    assert findings(counts_of(("screened", None, None))) == [
+        ("infected", "-"), ("severe", "-"), ("severe by involvement", 1),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("uri", ["http://host/archive", "s3://user:secret@host/x", "s3://bucket/../x", "gs://b/x"])

@@ -28,6 +28,11 @@ class FCN8s(nn.Module):
         )  # fmt: skip
         self.scores = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in (widths[2], widths[3], wide))
         self.ups = nn.ModuleList(_bilinear(factor) for factor in (8, 2, 2))
+        for part in (*self.stages, self.head):  # without it 13 layers of ReLU would leave nothing of the slice
+            for layer in part.modules():
+                if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, slices: Tensor) -> Tensor:
         """Map slices (B, C, H, W) to logits (B, 1, H, W); H and W multiples of 32."""

@@ -22,7 +22,6 @@ class AttentivePyramid(nn.Module):
             nn.Conv2d(narrow, narrow, 3, stride, rate, rate, groups=narrow, bias=False) for rate in RATES
         )
         self.pool = nn.AvgPool2d(3, stride, 1)
-        self.norm = nn.Sequential(nn.BatchNorm2d(channels), nn.PReLU())
         self.attend = nn.Sequential(nn.Conv2d(channels, len(RATES), 1, groups=len(RATES)), nn.Sigmoid())
         self.fuse = nn.Sequential(
             nn.Conv2d(channels, channels, 1, groups=len(RATES), bias=False), nn.BatchNorm2d(channels)
@@ -37,7 +36,7 @@ class AttentivePyramid(nn.Module):
         found[0] = found[0] + self.pool(narrowed)
         for index in range(1, len(found)):
             found[index] = found[index] + found[index - 1]
-        joined = self.norm(torch.cat(found, 1))
+        joined = torch.cat(found, 1)
         share = self.attend(joined).repeat_interleave(found[0].shape[1], 1)
         fused = self.fuse(joined + joined * share)
         out: Tensor = self.act(fused + features if self.is_residual else fused)
@@ -68,12 +67,15 @@ class Level(nn.Module):
         self.main = nn.Sequential(*(unit(width, width) for _ in range(MAIN_BLOCKS[level])))
         self.long_down = _light(channels_in, width, 2)
         self.long = nn.Sequential(*(_light(width, width) for _ in range(LONG_BLOCKS[level])))
-        self.exchange = conv_bn(2 * width, 2 * width, 1, act=None)
+        is_last = level == len(WIDTHS) - 1
+        self.exchange = None if is_last else conv_bn(2 * width, 2 * width, 1, act=None)
 
     def forward(self, main: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
         """Both paths' maps to those of the next level, at half the size."""
         main, long = self.down(main), self.long_down(long)
         main, long = self.main(main + long), self.long(long + main)
+        if self.exchange is None:
+            return main, long
         to_main, to_long = self.exchange(torch.cat([main, long], 1)).chunk(2, 1)
         return main + to_main, long + to_long
 
