@@ -20,7 +20,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "infra" / "local")]
 
-from endpoint import Endpoint, start_endpoint, write_config  # noqa: E402
+from endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config  # noqa: E402
 from services import free_ports, start_ray, write_private  # noqa: E402
 
 NUM_REQUESTS, NUM_CLIENTS, HOSTILE_EVERY = 200, 16, 20
@@ -59,7 +59,7 @@ def serving(folder: Path, model: Path) -> Iterator[Measured]:
     token, ray_token, (port,) = secrets.token_urlsafe(32), folder / "ray_token", free_ports(1)
     write_private(ray_token, secrets.token_hex(32))
     write_config(folder / "serve.toml", token, model=str(model), ledger="", places=())
-    environment = {"COVTANET_SERVE_CONFIG": str(folder / "serve.toml"), "PYTHONPATH": str(ROOT)}
+    environment = {"COVTANET_SERVE_CONFIG": str(folder / "serve.toml"), **SERVE_ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="cov") as short:
         head = start_ray(folder / "ray.log", environment, ray_token, Path(short))
         try:

@@ -131,6 +131,7 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One Ray cluster with dashboard on free ports, shared by all tests that need one."""
+    from endpoint import SERVE_ENVIRONMENT
     from services import start_ray
 
     folder = tmp_path_factory.mktemp("ray")
@@ -141,7 +142,7 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         **s3.environment,
         "MLFLOW_TRACKING_URI": registry,
         "COVTANET_SERVE_CONFIG": str(folder / "serve.toml"),
-        "PYTHONPATH": str(ROOT),
+        **SERVE_ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with tempfile.TemporaryDirectory(prefix="cov") as short:

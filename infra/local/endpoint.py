@@ -40,6 +40,8 @@ from services import (
 DEMO, HERE = ROOT / ".demo", ROOT / ".serve"
 PLACES = ("s3://demo",)
 LEDGER = "s3://demo/served-ledger"
+# What every node of a Ray that serves needs in its environment, beside COVTANET_SERVE_CONFIG.
+SERVE_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares"}
 ANSWER_TIMEOUT_S = 300
 CONFIG = """\
 model = "{model}"
@@ -207,7 +209,7 @@ def run(services: list[Service], port: int, short: Path) -> None:
         **s3.environment,
         **tracker.environment,
         "COVTANET_SERVE_CONFIG": str(HERE / "config.toml"),
-        "PYTHONPATH": str(ROOT),
+        **SERVE_ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     print("starting Ray", flush=True)

@@ -26,7 +26,7 @@ import torch
 from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import ROOT, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
+from services import Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
 
 from covtanet.data.phantom_archive import configs, write_mosmed
 
@@ -431,7 +431,7 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         try:
             if suite == "serve":
                 serving = faults_serving.Serving(folder=folder, environment={})
-                environment |= faults_serving.environment_of(folder, ROOT)
+                environment |= faults_serving.environment_of(folder)
             if suite == "screening":
                 screening = Screening(
                     folder=folder, bucket=folder / "s3" / "bucket", s3=start_s3(folder / "s3", folder / "s3.log")

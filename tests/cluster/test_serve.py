@@ -6,9 +6,10 @@ import json
 import time
 import zipfile
 
+import faults_serving
 import pyarrow.parquet as pq
 import pytest
-from conftest import NIGHT, NIGHT_HEADERS
+from conftest import NIGHT, NIGHT_HEADERS, Cluster
 from endpoint import Endpoint
 from faults_screening import Screening
 from hostile import gz, plain_nifti, slices
@@ -151,6 +152,22 @@ def test_what_cannot_wait_is_told_to_come_again(endpoint: Endpoint) -> None:
             statuses.append(answer.status)
     assert statuses == [200] * 4
     assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
+
+
+def test_a_replica_that_dies_in_a_request_costs_that_request_alone(endpoint: Endpoint, cluster: Cluster) -> None:
+    """Its caller is told to come again, and the next finds an answer."""
+    study = gz(plain_nifti())
+    connection = endpoint.announce(len(study))  # the replica waits for its body
+    time.sleep(0.5)
+    faults_serving.kill(cluster.environment, faults_serving.API)
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert json.loads(answer.read())["reason"] == "replica_died"
+    deadline = time.monotonic() + 60
+    while endpoint.ask("POST", "/v1/studies", study)[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, batch: str) -> None:
