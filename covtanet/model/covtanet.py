@@ -59,13 +59,13 @@ SIZES: dict[str, CovTANetConfig] = {
 INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 
 
-def architecture(name: str, size: CovTANetConfig, input_px: int) -> CovTANetConfig:
-    """The network of one row of Tables I to IV at a size of SIZES."""
+def architecture(name: str, size: CovTANetConfig, input_px: int, encoder: str = "efficientnet_b0") -> CovTANetConfig:
+    """The network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
     if name in CLASSIFIERS:  # reads the slices themselves
         return replace(size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px)
     if name in SEGMENTERS:
         return replace(size, segnet=replace(size.segnet, network=name))
-    return replace(size, segnet=size.segnet.row_of_table_i(name))
+    return replace(size, segnet=size.segnet.row_of_table_i(name, encoder))
 
 
 class JointClassifier(nn.Module):

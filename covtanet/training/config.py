@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from covtanet.ct.window import WindowConfig
 from covtanet.data.datasets import DATASETS
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architecture
+from covtanet.model.encoder import EFFICIENTNETS
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
 from covtanet.training.augment import AugmentConfig
@@ -22,18 +23,21 @@ NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max
 class TrainingConfig:
     """An experiment.
 
-    dataset: a name of DATASETS. size: a key of SIZES. network: a row of Tables I to IV (see ``model.registry``).
+    dataset: a name of DATASETS. size: a key of SIZES. size_px: side of the slices, 0 for the size's own. network: a row
+    of Tables I to IV (see ``model.registry``). encoder: V8's, a key of EFFICIENTNETS.
     folds: those that this start trains, of ``num_folds``. phases: 1 alone trains the segmentation; a classifier of
     Table IV has phase 2 alone. exclude_rejected: go on without volumes that cannot be
-    read; the data report lists them. lesion_free_share: of the slices without lesion, how many an epoch of phase 1
-    uses. cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: up to here the
+    read; the data report lists them. lesion_free_share, slices_per_volume: see ``Sampling``, of phase 1.
+    cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: up to here the
     workers together keep a phase's samples in memory; beyond it every epoch is streamed. num_workers must divide
     micro_batches.
     """
 
     dataset: str = "manifest"
     size: str = "paper"
+    size_px: int = 0
     network: str = "V7"
+    encoder: str = "efficientnet_b0"
     low_hu: float = -1000.0
     high_hu: float = 400.0
     slice_step_mm: float = 2.5
@@ -43,6 +47,7 @@ class TrainingConfig:
     validation_share: float = 0.15
     exclude_rejected: bool = False
     lesion_free_share: float = 1.0
+    slices_per_volume: int = 0
     cache_features: bool = True
     cache_bytes: int = 4 << 30
     num_workers: int = 2
@@ -58,6 +63,9 @@ class TrainingConfig:
         _one_of("dataset", self.dataset, DATASETS)
         _one_of("size", self.size, SIZES)
         _one_of("network", self.network, NAMES)
+        _one_of("encoder", self.encoder, EFFICIENTNETS)
+        if self.size_px % 32:
+            raise ValueError(f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of {self.size}")
         if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(range(self.num_folds)):
             raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")
         possible = ((2,),) if self.network in CLASSIFIERS else ((1,),) if self.network in SEGMENTERS else ((1,), (1, 2))
@@ -71,8 +79,8 @@ class TrainingConfig:
         for name, low, high in (("validation_share", 0, 0.9), ("lesion_free_share", 0, 1), ("slice_step_mm", 0, 100)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
-        if min(self.seed, self.max_failures, self.cache_bytes) < 0:
-            raise ValueError("seed, max_failures and cache_bytes must be at least 0")
+        if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
+            raise ValueError("seed, max_failures, cache_bytes and slices_per_volume must be at least 0")
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
             if self.num_workers < 1 or micro_batches % self.num_workers:
@@ -82,17 +90,26 @@ class TrainingConfig:
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """How an epoch of a phase draws its samples."""
-        return Sampling(batch_size=phase.batch_size, seed=self.seed, lesion_free_share=self.lesion_free_share)
+        return Sampling(
+            batch_size=phase.batch_size,
+            seed=self.seed,
+            lesion_free_share=self.lesion_free_share,
+            slices_per_volume=self.slices_per_volume,
+        )
 
     @property
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
-        return architecture(self.network, SIZES[self.size], INPUT_PX[self.size])
+        return architecture(self.network, SIZES[self.size], self._input_px, self.encoder)
 
     @property
     def window(self) -> WindowConfig:
         """Its preprocessing."""
-        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=INPUT_PX[self.size])
+        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+
+    @property
+    def _input_px(self) -> int:
+        return self.size_px or INPUT_PX[self.size]
 
     def key(self, data: Sequence[str]) -> str:
         """The experiment's identity, twelve hex digits. data: keys of all its volumes."""

@@ -310,8 +310,7 @@ def _refuse_small(lanes: Sequence[LaneSpec], phase: str, wanted: str, sampling: 
     if not all(lane.names for lane in lanes):
         raise ConfigError(f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}")
     for lane in lanes:
-        pairs = zip(lane.names, lane.has_lesion, strict=True)
-        if (drawn := sum(sampling.is_drawn(name, has, 0) for name, has in pairs)) < sampling.batch_size:
+        if (drawn := len(sampling.drawn(lane.names, lane.has_lesion, 0))) < sampling.batch_size:
             raise ConfigError(
                 f"{phase}: a lane of the {len(lanes)} micro_batches has {drawn} samples, "
                 f"expected at least batch_size, {sampling.batch_size}"

@@ -6,6 +6,7 @@ order, follows from seed, epoch and lane alone, so that a training that was inte
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,19 +37,35 @@ class Lane(Protocol):
 class Sampling:
     """How an epoch draws from a lane.
 
-    lesion_free_share: the share of slices without lesion that an epoch uses, others every epoch.
-    Choice: 1, since precision needs negatives; the paper names no sampling.
+    lesion_free_share: the share of slices without lesion that an epoch uses, others every epoch. slices_per_volume: at
+    most so many of each volume, others every epoch, so that a long scan does not outweigh a short one; 0 for all.
+    Choice: all of them, since precision needs negatives; the paper names no sampling.
     """
 
     batch_size: int
     seed: int = 0
     lesion_free_share: float = 1.0
+    slices_per_volume: int = 0
 
-    def is_drawn(self, name: str, has_lesion: bool, epoch: int) -> bool:
-        """Whether an epoch uses a sample."""
-        if has_lesion or self.lesion_free_share >= 1:
-            return True
-        return zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) < self.lesion_free_share * 2**32
+    def drawn(self, names: Sequence[str], has_lesion: Sequence[bool], epoch: int) -> set[str]:
+        """Which of a lane's samples an epoch uses. A name is SERIES or SERIES:SLICE."""
+        by_volume: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for name, is_marked in zip(names, has_lesion, strict=True):
+            lot = zlib.crc32(f"{self.seed}:{epoch}:{name}".encode())
+            if is_marked or lot < self.lesion_free_share * 2**32:
+                by_volume[series_of(name)].append((lot, name))
+        most = self.slices_per_volume or None
+        return {name for lots in by_volume.values() for _, name in sorted(lots)[:most]}
+
+
+def series_of(name: str) -> str:
+    """The series of a sample's name."""
+    return name.partition(":")[0]
+
+
+def volumes_of(rows: Rows) -> list[str]:
+    """Which series the rows come from."""
+    return sorted({series_of(str(name)) for name in rows["name"]})
 
 
 class MemoryLane:
@@ -62,8 +79,9 @@ class MemoryLane:
         self.rows, self.sampling, self.lane = {name: values[order] for name, values in rows.items()}, sampling, lane
 
     def _drawn(self, epoch: int) -> NDArray[np.intp]:
-        pairs = zip(self.rows["name"].tolist(), self.rows["has_lesion"].tolist(), strict=True)
-        return np.flatnonzero([self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs])
+        names = self.rows["name"].tolist()
+        drawn = self.sampling.drawn(names, self.rows["has_lesion"].tolist(), epoch)
+        return np.flatnonzero([name in drawn for name in names])
 
     def num_batches(self, epoch: int) -> int:
         """Whole micro-batches that the epoch has."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from covtanet.model.baselines.blocks import Outputs
 from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
 from covtanet.training.augment import Augmenter
-from covtanet.training.feed import Lane, Rows
+from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase, PhaseConfig, in_order
 from covtanet.training.metrics import count, counts_of
 from covtanet.training.ranks import Ranks
@@ -32,12 +32,7 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
     mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
     layout = torch.channels_last
-    return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), series_of(rows))
-
-
-def series_of(rows: Rows) -> list[str]:
-    """Which series the rows come from; a name is SERIES or SERIES:SLICE."""
-    return sorted({str(name).partition(":")[0] for name in rows["name"]})
+    return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), volumes_of(rows))
 
 
 def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor) -> Tensor:

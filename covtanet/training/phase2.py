@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
-from covtanet.training.feed import Lane, Rows
+from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase, PhaseConfig, in_order
 from covtanet.training.metrics import count, counts_of
-from covtanet.training.phase1 import series_of
 from covtanet.training.ranks import Ranks
 
 SLICES_AT_ONCE = 8
@@ -57,7 +56,7 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
     is_infected, is_severe = (
         torch.from_numpy(rows[name].astype(np.float32)).to(device) for name in ("is_infected", "is_severe")
     )
-    return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, series_of(rows))
+    return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
 
 
 def phase2(

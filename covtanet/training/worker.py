@@ -205,27 +205,29 @@ class StreamLane:
 
     def num_batches(self, epoch: int) -> int:
         """Whole micro-batches that the epoch has."""
-        pairs = zip(self.spec.names, self.spec.has_lesion, strict=True)
-        drawn = sum(self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs)
-        return drawn // self.sampling.batch_size
+        return len(self._names(epoch)) // self.sampling.batch_size
 
     def batches(self, epoch: int) -> Iterator[Rows]:
         """The epoch's micro-batches in the buffer's order."""
         seed = seed_of(self.sampling.seed, epoch, self.lane)
         buffer = max(1, min(SHUFFLE_ROWS, SHUFFLE_BYTES // self.spec.bytes_per_sample))
         rows = _read(self.spec, self.size_px, local_shuffle_buffer_size=buffer, local_shuffle_seed=seed)
-        yield from regroup((self._drawn(part, epoch) for part in rows), self.sampling.batch_size)
+        drawn = self._names(epoch)
+        yield from regroup((_those(part, drawn) for part in rows), self.sampling.batch_size)
 
-    def _drawn(self, rows: Rows, epoch: int) -> Rows:
-        pairs = zip(rows["name"].tolist(), rows["has_lesion"].tolist(), strict=True)
-        kept = np.array([self.sampling.is_drawn(name, has_lesion, epoch) for name, has_lesion in pairs], bool)
-        return {name: values[kept] for name, values in rows.items()}
+    def _names(self, epoch: int) -> set[str]:
+        return self.sampling.drawn(self.spec.names, self.spec.has_lesion, epoch)
 
     def in_order(self) -> Iterator[Rows]:
         """All samples in the files' order."""
         for rows in _read(self.spec, self.size_px):
             for start in range(0, len(rows["name"]), self.sampling.batch_size):
                 yield {name: values[start : start + self.sampling.batch_size] for name, values in rows.items()}
+
+
+def _those(rows: Rows, names: set[str]) -> Rows:
+    kept = np.array([name in names for name in rows["name"].tolist()], bool)
+    return {name: values[kept] for name, values in rows.items()}
 
 
 def regroup(parts: Iterator[Rows], batch_size: int) -> Iterator[Rows]:

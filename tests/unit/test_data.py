@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
-from covtanet.data import prepared
+from covtanet.data import prepared, slices
 from covtanet.data.datasets import read_volumes
 from covtanet.data.folds import Case, assign_folds, split
 from covtanet.data.labels import LabelledVolume, read_labels, write_labels
@@ -80,6 +81,46 @@ def test_stacks_pair_images_with_either_kind_of_mask(tmp_path: Path) -> None:
     assert (first.volume_path, first.lesion_labels, first.lung_labels) == ("nifti/a.nii.gz", "2", "1 2")
     assert (second.lesion_mask_path, second.lung_mask_path) == ("nifti-masks/b_mask.nii.gz", None)
     assert pair(str(tmp_path / "nifti"), str(tmp_path / "nifti-masks"))[0].volume_path == f"{tmp_path}/nifti/a.nii.gz"
+
+
+def test_a_folder_of_slices_becomes_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to a square, turned, masks with their slices; what has no mask is left out."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    grey = np.full((20, 40), 80, np.uint8)
+    grey[:, :10] = 200  # the patient's back, at the left of the picture
+    lesion = np.zeros((20, 40), np.uint8)
+    lesion[:, :10] = 255
+    for name in ("2.png", "10.png", "without-mask.png"):
+        Image.fromarray(grey).save(tmp_path / "images" / name)
+    for name in ("2.png", "10.png"):
+        Image.fromarray(lesion).save(tmp_path / "masks" / name)
+    told = ["--images", f"{tmp_path}/images", "--masks", f"{tmp_path}/masks", "--out", f"{tmp_path}/stacks"]
+    monkeypatch.setattr("sys.argv", ["slices", *told, "--size-px", "80", "--quarter-turns", "1"])
+    assert slices.main() == 0
+    (volume,) = read_volumes("stacks", str(tmp_path / "stacks"))
+    contents = {
+        path: (tmp_path / "stacks" / path).read_bytes() for path in (volume.volume_path, volume.lesion_mask_path)
+    }
+    found, samples = prepared.prepare(volume, "key", contents, WindowConfig(size_px=80), 2.0)
+    assert (found.num_slices, found.slices, found.spacing_mm, found.intensity) == (2, (0, 1), None, "grey8")
+    assert samples is not None
+    assert samples.lesion is not None
+    marked = samples.lesion[0] > 0
+    assert marked[61:79, 21:59].all()  # the back, now at the bottom
+    assert not marked[:59].any()
+    assert np.ptp(samples.levels[0][marked]) == 0
+    assert samples.levels[0][70, 40] == pytest.approx(200 / 255 * 65535, rel=0.01)
+    assert not samples.levels[0][:, :19].any()  # black where the picture ends
+
+
+def test_a_folder_without_masks_of_its_slices_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(ConfigError, match="no slice has a mask of its name"):
+        slices.join(tmp_path, tmp_path / "masks")
+    with pytest.raises(ConfigError, match=r"a\.png is no picture"):
+        slices.join(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.parquet"])

@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_model
+from matplotlib.cbook import get_sample_data
+from PIL import Image
 from safetensors.torch import save_file
 
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.model.checkpoint import load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier
-from covtanet.model.encoder import EfficientNetEncoder, pretrained_state
+from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrained_state
+from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
 from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
 
@@ -70,9 +74,27 @@ def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None
     grey.load_state_dict(pretrained_state("efficientnet_b0", 1, tmp_path / "rgb.safetensors"))
     slices = torch.rand(1, 1, 64, 64)
     with torch.inference_mode():
-        ours, theirs = grey.eval()(slices), rgb.eval()(slices.expand(1, 3, 64, 64))
+        scaled = (slices - grey.mean) / grey.deviation
+        ours, theirs = grey.eval()(slices), rgb.eval()(scaled.expand(1, 3, 64, 64))
     for one, three in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-3)
+
+
+def test_packaged_imagenet_weights_know_what_a_photograph_shows() -> None:
+    """The package's tensors under timm's names: a uniform is a uniform (class 652 of ImageNet)."""
+    name = "tf_efficientnet_lite0"
+    state = packaged_state(name)
+    assert state is not None
+    net = timm().create_model(name, pretrained=False).eval()
+    net.load_state_dict(state)
+    photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    photograph = photograph.crop((0, 0, 512, 512)).resize((224, 224))
+    levels = torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1)[None] / 255
+    encoder = EfficientNetEncoder(name, 1)
+    with torch.inference_mode():
+        assert net((levels - encoder.mean) / encoder.deviation).argmax() == 652
+    encoder.load_state_dict(pretrained_state(name, 1, None))
+    torch.testing.assert_close(encoder.net.conv_stem.weight, net.conv_stem.weight.sum(1, keepdim=True))
 
 
 def test_missing_imagenet_weights_say_how_to_get_them(tmp_path: Path) -> None:

@@ -59,6 +59,18 @@ def test_lesion_free_slices_are_drawn_anew_every_epoch() -> None:
     assert own.num_batches(0) == len(drawn[0])
 
 
+def test_a_long_volume_does_not_outweigh_a_short_one() -> None:
+    """At most so many slices of each volume, others every epoch, and all of one that has no more."""
+    rows = slice_rows(40, 0)
+    rows["name"] = np.array([f"{'long' if index < 30 else 'short'}:{index}" for index in range(40)])
+    own = MemoryLane(rows, Sampling(batch_size=2, slices_per_volume=12), 0)
+    drawn = [{name for batch in own.batches(epoch) for name in names(batch)} for epoch in range(2)]
+    assert [sum(name.startswith("long") for name in each) for each in drawn] == [12, 12]
+    assert [sum(name.startswith("short") for name in each) for each in drawn] == [10, 10]
+    assert drawn[0] != drawn[1]
+    assert own.num_batches(0) == 11
+
+
 def test_lanes_are_level_and_the_same_for_the_same_sizes() -> None:
     sizes = {f"v{index}": 10 + index for index in range(20)}
     lanes = assign_lanes(sizes, 3)

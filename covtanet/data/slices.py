@@ -1,0 +1,83 @@
+"""python -m covtanet.data.slices: a folder of 2D slices and one of their masks to a stack and its mask.
+
+PNG or JPEG of grey values, as COVID-SemiSeg's 50 slices are; a mask is called as its slice is, and lesion is brighter
+than half. The stack is what ``stacks`` reads, and counts as one patient, whatever number of them it was joined from.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from covtanet.errors import ConfigError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def read_slice(path: Path, side_px: int, quarter_turns: int) -> NDArray[np.uint8]:
+    """One slice (H, W), padded by black to a square of side_px, turned counterclockwise.
+
+    Raises:
+        ConfigError: where the file is no picture.
+    """
+    try:
+        with Image.open(path) as found:
+            grey = np.rot90(np.asarray(found.convert("L")), quarter_turns)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"{path.name} is no picture that can be read, expected PNG or JPEG") from error
+    height, width = grey.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.pad(grey, ((top, side - height - top), (left, side - width - left)))
+    return np.asarray(Image.fromarray(square).resize((side_px, side_px), Image.Resampling.BOX))
+
+
+def join(images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0) -> tuple[NDArray[np.uint8], ...]:
+    """The slices that have a mask, by name: grey values and lesion (0, 1), each (S, H, W).
+
+    Raises:
+        ConfigError: where there is none, or a file is no picture.
+    """
+    by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and path.stem in by_name)
+    if not paths:
+        raise ConfigError(f"no slice has a mask of its name; expected {' or '.join(SUFFIXES)} in both folders")
+    grey = np.stack([read_slice(path, side_px, quarter_turns) for path in paths])
+    lesion = np.stack([read_slice(by_name[path.stem], side_px, quarter_turns) for path in paths])
+    return grey, (lesion > np.iinfo(np.uint8).max // 2).astype(np.uint8)
+
+
+def write_stack(path: Path, slices: NDArray[np.uint8]) -> None:
+    """One NIfTI of slices (S, H, W): the spine at the bottom, and no unit for a spacing that is not known."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stack = nib.Nifti1Image(slices.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    stack.to_filename(path)
+
+
+def main() -> int:
+    """Write OUT/nifti/NAME.nii.gz and OUT/nifti-masks/NAME_mask.nii.gz."""
+    options = argparse.ArgumentParser(prog="python -m covtanet.data.slices", description=__doc__)
+    options.add_argument("--images", type=Path, required=True)
+    options.add_argument("--masks", type=Path, required=True)
+    options.add_argument("--out", type=Path, required=True, help="a data set of stacks, new or with others in it")
+    options.add_argument("--name", default="slices")
+    options.add_argument("--size-px", type=int, default=256)
+    options.add_argument("--quarter-turns", type=int, default=0, help="counterclockwise; COVID-SemiSeg wants 1")
+    arguments = options.parse_args()
+    try:
+        grey, lesion = join(arguments.images, arguments.masks, arguments.size_px, arguments.quarter_turns)
+    except (ConfigError, OSError) as error:
+        print(f"cannot join: {error}", file=sys.stderr)
+        return 2
+    write_stack(arguments.out / "nifti" / f"{arguments.name}.nii.gz", grey)
+    write_stack(arguments.out / "nifti-masks" / f"{arguments.name}_mask.nii.gz", lesion)
+    print(f"joined {len(grey)} slices, {int(lesion.any(axis=(1, 2)).sum())} of them with lesion")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
