@@ -35,7 +35,7 @@ from covtanet.training.config import TrainingConfig
 
 logger = logging.getLogger("covtanet.train")
 
-ALIASES = {"TA-SegNet": "V7", "Unet": "V1"}
+ALIASES = {"TA-SegNet": "V7", "V8": "V8", "Unet": "V1"}
 
 
 def parse() -> argparse.Namespace:
@@ -157,7 +157,7 @@ def variants(
         names += CLASSIFIERS if has_grades else []
     found = []
     for name in names:
-        phases = (2,) if name in CLASSIFIERS else (1, 2) if name == "V7" and has_grades else (1,)
+        phases = (2,) if name in CLASSIFIERS else (1, 2) if name in ("V7", "V8") and has_grades else (1,)
         found.append(replace(config, network=name, phases=phases))
     return found
 
