@@ -1,5 +1,6 @@
 """The heavy libraries that some networks come from, imported where such a network is built and nowhere else."""
 
+import logging
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def timm() -> Any:
         import timm as found
     except ModuleNotFoundError as error:
         raise ConfigError(HOW_TO_INSTALL) from error
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every head that a backbone leaves out
     return found
 
 

@@ -51,11 +51,15 @@ NUM_CHECKPOINTS = 2  # the newest and, should it be damaged, the one before
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one phase of one fold keeps its checkpoints, and how it is logged."""
+    """Where one phase of one fold keeps its checkpoints, and how it is logged.
+
+    num_at_once: trainings that share the machines, and so the threads.
+    """
 
     storage_uri: str
     name: str
     run: tracking.RunAddress
+    num_at_once: int = 1
 
 
 class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
@@ -341,7 +345,7 @@ def _run(
                 phase=phase,
                 train=tuple(specs["train"]),
                 validation=tuple(specs["validation"]),
-                num_threads=max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+                num_threads=max(1, len(os.sched_getaffinity(0)) // (config.num_workers * place.num_at_once)),
                 checkpoints_uri=checkpoints_uri,
                 segnet_state=segnet_state,
                 encoder_state=encoder_state,

@@ -33,7 +33,7 @@ from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
 from covtanet.report import data_report, plots
 from covtanet.training import distributed
-from covtanet.training.config import TrainingConfig
+from covtanet.training.config import NOT_IDENTITY, TrainingConfig
 from covtanet.training.distributed import Place
 from covtanet.training.loop import Progress, State
 
@@ -45,7 +45,7 @@ CONFIG, FOLDS, REPORT, EVALUATION = "experiment.json", "folds.json", "data_repor
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An opened experiment. uri: its folder. run: its parent run."""
+    """An opened experiment. uri: its folder. run: its parent run. num_at_once: trainings that share the machines."""
 
     config: TrainingConfig
     uri: str
@@ -55,6 +55,7 @@ class Experiment:
     volumes: dict[str, PreparedVolume]
     folds: dict[str, int]
     data_digest: str
+    num_at_once: int = 1
 
     def split(self, fold: int) -> Split:
         """Volumes of one fold, the same for both phases and every network."""
@@ -156,7 +157,7 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
 def _place(experiment: Experiment, fold: int, phase: int) -> Place:
     name = f"{experiment.key}-{experiment.config.network}-fold{fold}-phase{phase}"
     uri = storage.join(experiment.fold_uri(fold), "checkpoints")
-    return Place(storage_uri=uri, name=name, run=experiment.child(fold, phase))
+    return Place(storage_uri=uri, name=name, run=experiment.child(fold, phase), num_at_once=experiment.num_at_once)
 
 
 def _keep_outcome(
@@ -182,10 +183,9 @@ def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | Non
     Raises:
         CheckpointError: where the weights differ from their digest.
     """
-    uri = storage.join(experiment.fold_uri(fold), f"phase{phase}")
-    if not storage.exists(storage.join(uri, OUTCOME)):
+    if (described := _described(experiment, fold, phase)) is None:
         return None
-    described = json.loads(storage.read_bytes(storage.join(uri, OUTCOME)))
+    uri = storage.join(experiment.fold_uri(fold), f"phase{phase}")
     data = storage.read_bytes(storage.join(uri, WEIGHTS))
     if hashlib.sha256(data).hexdigest() != described["sha256"]:
         raise CheckpointError(f"the weights of phase {phase} differ from their digest; delete {uri} to train it again")
@@ -199,6 +199,12 @@ def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | Non
         digest=described["sha256"],
         phase1_digest=described["phase1_sha256"],
     )
+
+
+def _described(experiment: Experiment, fold: int, phase: int) -> dict[str, Any] | None:
+    """What a finished phase says of itself, without its weights; nothing where it is not finished."""
+    uri = storage.join(experiment.fold_uri(fold), f"phase{phase}", OUTCOME)
+    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
 
 
 def _model(experiment: Experiment, fold: int, segnet: Outcome | None, classifier: Outcome | None) -> SavedModel:
@@ -291,23 +297,32 @@ def publish(experiment: Experiment) -> None:
     values = asdict(config)
     tracking.describe_run(
         experiment.run,
-        parameters={**values, "data_digest": experiment.data_digest},
-        files={"config.json": json.dumps(values, indent=2, sort_keys=True).encode(), FOLDS: report},
+        parameters={**_shared(values), "data_digest": experiment.data_digest},
+        files={
+            f"{config.network}/config.json": json.dumps(values, indent=2, sort_keys=True).encode(),
+            FOLDS: report,
+        },
         tags={"covtanet.storage": experiment.uri},
     )
     for fold in config.folds:
         for phase in config.phases:
-            outcome = read_outcome(experiment, fold, phase)
-            if outcome is not None:
-                _publish_phase(experiment, fold, phase, outcome)
+            described = _described(experiment, fold, phase)
+            if described is not None:
+                _publish_phase(experiment, fold, phase, described)
     found = [row for row in evaluation_rows(experiment.uri) if row["network"] == config.network]
-    tracking.describe_run(experiment.run, files=_pictures(experiment, found, config.network), is_finished=True)
+    files = {f"{config.network}/{name}": data for name, data in _pictures(found, config.network).items()}
+    tracking.describe_run(experiment.run, files=files, is_finished=True)
 
 
-def _publish_phase(experiment: Experiment, fold: int, phase: int, outcome: Outcome) -> None:
+def _shared(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration, what all networks of an experiment have in common."""
+    return {name: value for name, value in values.items() if name not in NOT_IDENTITY}
+
+
+def _publish_phase(experiment: Experiment, fold: int, phase: int, described: dict[str, Any]) -> None:
     address = experiment.child(fold, phase)
-    tracking.log_history(tracking.open_run(address), outcome.history, address.uri)
-    files = {"curves.png": plots.curves(address.name, outcome.history)}
+    tracking.log_history(tracking.open_run(address), described["history"], address.uri)
+    files = {"curves.png": plots.curves(address.name, described["history"])}
     metrics: dict[str, float] = {}
     if storage.exists(_evaluation_uri(experiment, fold)):
         found = rows.from_parquet(storage.read_bytes(_evaluation_uri(experiment, fold)))
@@ -315,7 +330,7 @@ def _publish_phase(experiment: Experiment, fold: int, phase: int, outcome: Outco
             files |= _best_and_worst(experiment, fold, found)
             metrics = _flat("test", figures.segmentation(found).get("per_volume", {}))
         else:
-            files |= _pictures(experiment, found, address.name)
+            files |= _pictures(found, address.name)
             judged = figures.classification(found)
             for pair in figures.PAIRS:
                 metrics |= _flat(f"test/{pair}", judged.get(pair, {}))
@@ -325,7 +340,7 @@ def _publish_phase(experiment: Experiment, fold: int, phase: int, outcome: Outco
             "network": experiment.config.network,
             "fold": fold,
             "phase": phase,
-            "weights_sha256": outcome.digest,
+            "weights_sha256": described["sha256"],
         },
         metrics=metrics,
         files=files,
@@ -337,7 +352,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
 
 
-def _pictures(experiment: Experiment, found: Sequence[dict[str, Any]], title: str) -> dict[str, bytes]:
+def _pictures(found: Sequence[dict[str, Any]], title: str) -> dict[str, bytes]:
     """Confusion matrices, ROC and reliability of rows that have a diagnosis."""
     judged = figures.classification(found)
     if not judged["num_volumes"]:
@@ -369,7 +384,7 @@ def register(experiment: Experiment) -> tuple[str, str]:
     unseen, on whom one can be compared with the other; the best fold's model would be the luckiest split's.
     """
     config = experiment.config
-    fold = next(each for each in range(config.num_folds) if read_outcome(experiment, each, 2) is not None)
+    fold = next(each for each in range(config.num_folds) if _described(experiment, each, 2) is not None)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model"
         storage.download_folder(storage.join(experiment.fold_uri(fold), "model"), target)

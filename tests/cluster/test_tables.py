@@ -26,8 +26,9 @@ num_epochs = 1
 batch_size = 2
 learning_rate = 1e-3
 """
-# A deeply supervised segmenter with an edge map, a classifier that reads slices, and the Unet for company.
-SOME = ("Unet", "Inf-Net", "ResNet-50")
+# A deeply supervised segmenter with an edge map, and a classifier that reads slices.
+SOME = ("Inf-Net", "ResNet-50")
+NOT_IN_TABLE_II = {"V7", "MultiResUnet", "Attention-Unet", "Gated-Unet"}
 LIMIT_S = 1500
 
 
@@ -50,8 +51,9 @@ def test_one_command_trains_networks_and_fills_their_rows(
     output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/{name}/{trained.name}", "--out", str(out))
     segmenters, classifiers = {*SEGMENTERS, "V7", "V1"}, {*CLASSIFIERS}
     if asked == SOME:
-        segmenters, classifiers = {"V1", "Inf-Net"}, {"ResNet-50"}
-    for row in (segmenters - {"V7", "V1", "MultiResUnet", "Attention-Unet", "Gated-Unet"}) | classifiers | {"Unet"}:
+        segmenters, classifiers = {"Inf-Net"}, {"ResNet-50"}
+    names = {"Unet" if each == "V1" else each for each in segmenters} - NOT_IN_TABLE_II
+    for row in names | classifiers:
         assert f"| {row} | ours, fold 0" in output, row
     networks = json.loads((out / "metrics.json").read_text())["networks"]
     assert set(networks) == segmenters | classifiers

@@ -66,7 +66,10 @@ def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> 
 def test_artifacts_hold_configuration_folds_and_pictures() -> None:
     found = runs()
     (parent,) = [run for name, run in found.items() if "phase" not in name]
-    assert {"config.json", "folds.json", "roc.png", "confusion.png", "reliability.png"} <= set(artifacts(parent))
+    assert "folds.json" in artifacts(parent)
+    assert {f"V7/{name}" for name in ("config.json", "roc.png", "confusion.png", "reliability.png")} <= set(
+        artifacts(parent)
+    )
     first = artifacts(found["V7 fold 0 phase 1"])
     assert "curves.png" in first
     assert sum(path.startswith("overlays/") for path in first) == 2
