@@ -220,9 +220,10 @@ def train_phase2(
 ) -> Progress:
     """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
     network = config.architecture
+    is_cached = config.cache_features and not network.backbone  # what a backbone reads are the slices themselves
     pixels = (
         network.num_slices * network.segnet.fused_channels * network.pooled_px**2
-        if config.cache_features
+        if is_cached
         else network.num_slices * config.window.size_px**2
     )
     specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
@@ -237,7 +238,7 @@ def train_phase2(
             ends[spec.shard] = len(rows)
     _refuse_small(specs["train"], "phase 2", "volumes with a grade", config.sampling(config.phase2))
     dataset = _items(rows).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
-    if config.cache_features:
+    if is_cached:
         frozen = {"config": config, "segnet_state": segnet_state}
         dataset = dataset.map(
             _FrozenSegNet,
