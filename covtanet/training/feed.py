@@ -5,7 +5,7 @@ changes who computes a micro-batch and never what is in it. Which samples an epo
 order, follows from seed, epoch and lane alone, so that a training that was interrupted goes on as if it had not been.
 """
 
-import zlib
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +49,14 @@ class Sampling:
 
     def drawn(self, names: Sequence[str], has_lesion: Sequence[bool], epoch: int) -> set[str]:
         """Which of a lane's samples an epoch uses. A name is SERIES or SERIES:SLICE."""
-        by_volume: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        by_volume: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for name, is_marked in zip(names, has_lesion, strict=True):
-            lot = zlib.crc32(f"{self.seed}:{epoch}:{name}".encode())
-            if is_marked or lot < self.lesion_free_share * 2**32:
+            digest = hashlib.blake2b(f"{self.seed}:{epoch}:{name}".encode(), digest_size=4).digest()
+            lot = int.from_bytes(digest, "big") / 2**32
+            if is_marked:
                 by_volume[series_of(name)].append((lot, name))
+            elif lot < self.lesion_free_share:  # and then as likely as a marked one to be among the first
+                by_volume[series_of(name)].append((lot / self.lesion_free_share, name))
         most = self.slices_per_volume or None
         return {name for lots in by_volume.values() for _, name in sorted(lots)[:most]}
 

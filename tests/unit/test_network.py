@@ -102,6 +102,15 @@ def test_missing_imagenet_weights_say_how_to_get_them(tmp_path: Path) -> None:
         pretrained_state("efficientnet_b0", 1, tmp_path / "none.safetensors")
 
 
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    """A lite EfficientNet has all layers of the other by the same names, but for squeeze-and-excitation."""
+    other = timm().create_model("efficientnet_b0", pretrained=False).state_dict()
+    save_file({name: value.contiguous() for name, value in other.items()}, tmp_path / "b0.safetensors")
+    pretrained_state("efficientnet_b0", 1, tmp_path / "b0.safetensors")
+    with pytest.raises(ConfigError, match=r"the file has \d+ tensors that tf_efficientnet_lite0 has not"):
+        pretrained_state("tf_efficientnet_lite0", 1, tmp_path / "b0.safetensors")
+
+
 def test_size_that_does_not_fit_says_so() -> None:
     with pytest.raises(ValueError, match=r"slices are \(60, 64\) pixels, expected multiples of 16"):
         TASegNet(SMALL.segnet)(torch.zeros(1, 1, 60, 64))

@@ -1,5 +1,6 @@
 """The training loop without a cluster: lanes, steps, resume, early stop, golden curves."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -69,6 +70,22 @@ def test_a_long_volume_does_not_outweigh_a_short_one() -> None:
     assert [sum(name.startswith("short") for name in each) for each in drawn] == [10, 10]
     assert drawn[0] != drawn[1]
     assert own.num_batches(0) == 11
+
+
+def test_epochs_draw_independently() -> None:
+    """Of two epochs' halves of the slices without lesion, a quarter is in both; the ways of drawing do not clash."""
+    rows = slice_rows(4000, 0)
+    rows["name"] = np.array([f"v{index % 2}:{index:04}" for index in range(4000)])
+    without = {name for name, has in zip(rows["name"].tolist(), rows["has_lesion"], strict=True) if not has}
+    names, has_lesion = rows["name"].tolist(), rows["has_lesion"].tolist()
+    halves = [Sampling(batch_size=1, lesion_free_share=0.5).drawn(names, has_lesion, epoch) for epoch in range(8)]
+    for one, two in itertools.combinations(halves, 2):
+        assert len(one & two & without) / len(without) == pytest.approx(0.25, abs=0.04)
+    few = Sampling(batch_size=1, lesion_free_share=0.5, slices_per_volume=200).drawn(names, has_lesion, 0)
+    assert len(few) == 400
+    drawable = len(without) / 2
+    expected = drawable / (drawable + 4000 - len(without))
+    assert len(few & without) / 400 == pytest.approx(expected, abs=0.06)
 
 
 def test_lanes_are_level_and_the_same_for_the_same_sizes() -> None:
