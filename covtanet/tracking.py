@@ -218,6 +218,7 @@ def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], a
     for known in client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'"):
         if known.tags.get(DIGEST_TAG) == digest:
             return str(known.version)
+    place = f"{ARTIFACT}/{digest[:12]}"  # networks of one experiment share the run
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / ARTIFACT
         mlflow.pyfunc.save_model(
@@ -226,10 +227,10 @@ def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], a
             artifacts={"model": str(folder)},
             pip_requirements=[f"covtanet=={version('covtanet')}"],
         )
-        client.log_artifacts(run_id, str(target), ARTIFACT)
+        client.log_artifacts(run_id, str(target), place)
     if not client.search_registered_models(f"name='{MODEL_NAME}'"):
         client.create_registered_model(MODEL_NAME)
-    source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+    source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
     registered = client.create_model_version(MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags})
     if alias:
         client.set_registered_model_alias(MODEL_NAME, alias, registered.version)

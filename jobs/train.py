@@ -35,7 +35,7 @@ from covtanet.training.config import TrainingConfig
 
 logger = logging.getLogger("covtanet.train")
 
-ALIASES = {"TA-SegNet": "V7", "V8": "V8", "Unet": "V1"}
+ALIASES = {"TA-SegNet": "V7", "Unet": "V1"}
 
 
 def parse() -> argparse.Namespace:
@@ -54,8 +54,9 @@ def parse() -> argparse.Namespace:
     which.add_argument(
         "--network",
         action="append",
-        choices=[*ALIASES, *SEGMENTERS, *CLASSIFIERS, "all"],
-        help="a row of Tables II to IV, may be repeated; or all that the data set has truth for",
+        choices=[*ALIASES, "V8", *SEGMENTERS, *CLASSIFIERS, "all"],
+        help="a row of Tables II to IV, or V8, the pretrained TA-SegNet; may be repeated; or all that the data set has "
+        "truth for, without V8",
     )
     options.add_argument("--encoder-weights", type=Path, help="V8: timm's ImageNet weights as a local .safetensors")
     return options.parse_args()

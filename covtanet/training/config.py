@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from covtanet.ct.window import WindowConfig
 from covtanet.data.datasets import DATASETS
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architecture
-from covtanet.model.encoder import EFFICIENTNETS
+from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
 from covtanet.training.augment import AugmentConfig
@@ -37,7 +38,7 @@ class TrainingConfig:
     size: str = "paper"
     size_px: int = 0
     network: str = "V7"
-    encoder: str = "efficientnet_b0"
+    encoder: str = V8_ENCODER
     low_hu: float = -1000.0
     high_hu: float = 400.0
     slice_step_mm: float = 2.5
@@ -111,10 +112,14 @@ class TrainingConfig:
     def _input_px(self) -> int:
         return self.size_px or INPUT_PX[self.size]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all networks and starts of one experiment have in common."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
+
     def key(self, data: Sequence[str]) -> str:
         """The experiment's identity, twelve hex digits. data: keys of all its volumes."""
-        values = {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
-        return hashlib.sha256(json.dumps([values, sorted(data)], sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([self.identity, sorted(data)], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

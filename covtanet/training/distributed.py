@@ -220,11 +220,10 @@ def train_phase2(
 ) -> Progress:
     """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
     network = config.architecture
-    is_cached = config.cache_features and not network.backbone  # what a backbone reads are the slices themselves
-    pixels = (
-        network.num_slices * network.segnet.fused_channels * network.pooled_px**2
-        if is_cached
-        else network.num_slices * config.window.size_px**2
+    pixels = network.num_slices * (
+        network.segnet.fused_channels * network.pooled_px**2
+        if config.cache_features and not network.backbone  # what a backbone reads are the slices themselves
+        else config.window.size_px**2
     )
     specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
     rows: list[Row] = []
@@ -238,19 +237,19 @@ def train_phase2(
             ends[spec.shard] = len(rows)
     _refuse_small(specs["train"], "phase 2", "volumes with a grade", config.sampling(config.phase2))
     dataset = _items(rows).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
-    if is_cached:
-        frozen = {"config": config, "segnet_state": segnet_state}
-        dataset = dataset.map(
-            _FrozenSegNet,
-            fn_constructor_kwargs=frozen,
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_cpus=1,
-            num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
-        )
+    if config.cache_features:
+        if not network.backbone:
+            dataset = dataset.map(
+                _FrozenSegNet,
+                fn_constructor_kwargs={"config": config, "segnet_state": segnet_state},
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=1,
+                num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
+            )
         dataset = dataset.materialize()  # Ray keeps it in its object store and spills what does not fit
         parts = dataset.split_at_indices([end for end in ends.values() if 0 < end < len(rows)])
         datasets = dict(zip(_distinct(ends), parts, strict=True))
-        return _run(config, 2, specs, datasets, place)
+        return _run(config, 2, specs, datasets, place, segnet_state if network.backbone else None)
     starts = dict(zip(ends, [0, *ends.values()], strict=False))
     datasets = {
         shard: _items(rows[starts[shard] : end]).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
@@ -346,7 +345,7 @@ def _run(
                 phase=phase,
                 train=tuple(specs["train"]),
                 validation=tuple(specs["validation"]),
-                num_threads=max(1, len(os.sched_getaffinity(0)) // (config.num_workers * place.num_at_once)),
+                num_threads=_num_threads(config.num_workers * place.num_at_once),
                 checkpoints_uri=checkpoints_uri,
                 segnet_state=segnet_state,
                 encoder_state=encoder_state,
@@ -376,6 +375,12 @@ def _run(
         raise TrainingError(f"{place.run.name} ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return load_progress(Path(folder))
+
+
+def _num_threads(num_workers: int) -> int:
+    """Threads of a worker where so many share the cluster, as far as this node tells."""
+    nodes, cores = len([node for node in ray.nodes() if node["Alive"]]), len(os.sched_getaffinity(0))
+    return max(1, min(cores, nodes * cores // num_workers))
 
 
 def _check_resources(config: TrainingConfig) -> bool:

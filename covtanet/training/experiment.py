@@ -33,7 +33,7 @@ from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
 from covtanet.report import data_report, plots
 from covtanet.training import distributed
-from covtanet.training.config import NOT_IDENTITY, TrainingConfig
+from covtanet.training.config import TrainingConfig
 from covtanet.training.distributed import Place
 from covtanet.training.loop import Progress, State
 
@@ -297,7 +297,7 @@ def publish(experiment: Experiment) -> None:
     values = asdict(config)
     tracking.describe_run(
         experiment.run,
-        parameters={**_shared(values), "data_digest": experiment.data_digest},
+        parameters={**config.identity, "data_digest": experiment.data_digest},
         files={
             f"{config.network}/config.json": json.dumps(values, indent=2, sort_keys=True).encode(),
             FOLDS: report,
@@ -312,11 +312,6 @@ def publish(experiment: Experiment) -> None:
     found = [row for row in evaluation_rows(experiment.uri) if row["network"] == config.network]
     files = {f"{config.network}/{name}": data for name, data in _pictures(found, config.network).items()}
     tracking.describe_run(experiment.run, files=files, is_finished=True)
-
-
-def _shared(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration, what all networks of an experiment have in common."""
-    return {name: value for name, value in values.items() if name not in NOT_IDENTITY}
 
 
 def _publish_phase(experiment: Experiment, fold: int, phase: int, described: dict[str, Any]) -> None:

@@ -123,6 +123,7 @@ def _phase(told: Assignment, module: nn.Module, model: nn.Module, validation: li
     if told.segnet_state is not None:
         network = CovTANet(config.architecture)
         network.segnet.load_state_dict(told.segnet_state)
+        network.classifier = nn.Identity()  # type: ignore[assignment] # module is the one that learns
         network.eval().requires_grad_(False).to(ranks.device)
         features = frozen_features(network.segment, ranks.device, config.phase2)
     return phase2(module, model, config.phase2, config.joint_loss, validation, ranks, features)

@@ -59,6 +59,7 @@ def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> 
         assert run.info.status == "FINISHED"
         assert any(name.startswith("alpha/") for name in run.data.metrics)
     assert any(name.startswith("system/") for run in children.values() for name in run.data.metrics)
+    assert "network" not in parent.data.params  # the experiment's other networks share the run
     assert parent.data.params["phase1.learning_rate"] == "0.004"
     assert "data_digest" in parent.data.params
 

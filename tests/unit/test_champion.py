@@ -11,7 +11,7 @@ import pytest
 from conftest import small_model
 
 from covtanet import tracking
-from covtanet.model.checkpoint import save_model
+from covtanet.model.checkpoint import model_digest, save_model
 from covtanet.screening.engine import build_engine
 from covtanet.screening.stages import ScreeningConfig
 from serve.deployments import Segmenter
@@ -24,10 +24,11 @@ def registry(tmp_path: Path) -> str:
     return uri
 
 
-def register(registry: str, folder: Path, seed: int) -> str:
+def register(registry: str, folder: Path, seed: int, run: str = "") -> str:
     save_model(folder / f"model{seed}", small_model(seed))
+    key = run or str(seed)
     address = tracking.RunAddress(
-        uri=registry, experiment="champions", name=f"model {seed}", key=str(seed), artifacts=str(folder / "artifacts")
+        uri=registry, experiment="champions", name=f"model {key}", key=key, artifacts=str(folder / "artifacts")
     )
     return tracking.register_model(address, folder / f"model{seed}", {})
 
@@ -40,6 +41,13 @@ def test_a_champion_that_is_taken_back_answers_again(registry: str, tmp_path: Pa
         tracking.promote(version, {})
         asyncio.run(segmenter.check_health())
         assert segmenter.describe()["version"] == version
+
+
+def test_versions_of_one_run_keep_their_own_files(registry: str, tmp_path: Path) -> None:
+    """As of two networks that were trained in one experiment."""
+    versions = [register(registry, tmp_path, seed, run="both") for seed in (0, 1)]
+    digests = [tracking.resolve_model(f"models:/covtanet/{each}", tmp_path / each).digest for each in versions]
+    assert digests == [model_digest(tmp_path / f"model{seed}") for seed in (0, 1)]
 
 
 def test_files_that_are_not_the_registered_ones_are_not_taken_up(registry: str, tmp_path: Path) -> None:

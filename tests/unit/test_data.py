@@ -11,7 +11,7 @@ from PIL import Image
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
-from covtanet.data import prepared, slices
+from covtanet.data import pictures, prepared
 from covtanet.data.datasets import read_volumes
 from covtanet.data.folds import Case, assign_folds, split
 from covtanet.data.labels import LabelledVolume, read_labels, write_labels
@@ -90,14 +90,14 @@ def test_a_folder_of_slices_becomes_a_stack(tmp_path: Path, monkeypatch: pytest.
     grey = np.full((20, 40), 80, np.uint8)
     grey[:, :10] = 200  # the patient's back, at the left of the picture
     lesion = np.zeros((20, 40), np.uint8)
-    lesion[:, :10] = 255
+    lesion[:10, :10] = 255  # whose upper half comes to lie at the left
     for name in ("2.png", "10.png", "without-mask.png"):
         Image.fromarray(grey).save(tmp_path / "images" / name)
     for name in ("2.png", "10.png"):
         Image.fromarray(lesion).save(tmp_path / "masks" / name)
     told = ["--images", f"{tmp_path}/images", "--masks", f"{tmp_path}/masks", "--out", f"{tmp_path}/stacks"]
-    monkeypatch.setattr("sys.argv", ["slices", *told, "--size-px", "80", "--quarter-turns", "1"])
-    assert slices.main() == 0
+    monkeypatch.setattr("sys.argv", ["pictures", *told, "--size-px", "80", "--quarter-turns", "1"])
+    assert pictures.main() == 0
     (volume,) = read_volumes("stacks", str(tmp_path / "stacks"))
     contents = {
         path: (tmp_path / "stacks" / path).read_bytes() for path in (volume.volume_path, volume.lesion_mask_path)
@@ -107,20 +107,30 @@ def test_a_folder_of_slices_becomes_a_stack(tmp_path: Path, monkeypatch: pytest.
     assert samples is not None
     assert samples.lesion is not None
     marked = samples.lesion[0] > 0
-    assert marked[61:79, 21:59].all()  # the back, now at the bottom
+    assert marked[61:79, 21:39].all()  # the back, now at the bottom
     assert not marked[:59].any()
+    assert not marked[:, 41:].any()
     assert np.ptp(samples.levels[0][marked]) == 0
     assert samples.levels[0][70, 40] == pytest.approx(200 / 255 * 65535, rel=0.01)
     assert not samples.levels[0][:, :19].any()  # black where the picture ends
 
 
-def test_a_folder_without_masks_of_its_slices_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    (tmp_path / "masks").mkdir()
+def test_pictures_that_make_no_stack_are_refused(tmp_path: Path) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    (images / "a.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="no slice has a mask of its name"):
-        slices.join(tmp_path, tmp_path / "masks")
+        pictures.join(images, masks)
     with pytest.raises(ConfigError, match=r"a\.png is no picture"):
-        slices.join(tmp_path, tmp_path)
+        pictures.join(images, images)
+    Image.fromarray(np.full((20, 40), 80, np.uint8)).save(images / "a.png")
+    Image.fromarray(np.full((40, 40), 255, np.uint8)).save(masks / "a.png")
+    with pytest.raises(ConfigError, match=r"the mask of a\.png has \(40, 40\) pixels, expected \(20, 40\)"):
+        pictures.join(images, masks)
+    Image.fromarray(np.ones((20, 40), np.uint8)).save(masks / "a.png")
+    with pytest.raises(ConfigError, match="no mask has anything brighter than 127"):
+        pictures.join(images, masks)
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.parquet"])

@@ -1,4 +1,4 @@
-"""python -m covtanet.data.slices: a folder of 2D slices and one of their masks to a stack and its mask.
+"""python -m covtanet.data.pictures: a folder of 2D slices and one of their masks to a stack and its mask.
 
 PNG or JPEG of grey values, as COVID-SemiSeg's 50 slices are; a mask is called as its slice is, and lesion is brighter
 than half. The stack is what ``stacks`` reads, and counts as one patient, whatever number of them it was joined from.
@@ -13,22 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+HALF = 127
 
 
-def read_slice(path: Path, side_px: int, quarter_turns: int) -> NDArray[np.uint8]:
-    """One slice (H, W), padded by black to a square of side_px, turned counterclockwise.
+def read_grey(path: Path) -> NDArray[np.uint8]:
+    """Grey values of a picture (H, W).
 
     Raises:
         ConfigError: where the file is no picture.
     """
     try:
         with Image.open(path) as found:
-            grey = np.rot90(np.asarray(found.convert("L")), quarter_turns)
+            return np.asarray(found.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"{path.name} is no picture that can be read, expected PNG or JPEG") from error
+
+
+def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDArray[np.uint8]:
+    """A picture (H, W) turned counterclockwise and padded by black, at side_px x side_px."""
+    grey = np.rot90(grey, quarter_turns)
     height, width = grey.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -40,27 +47,34 @@ def join(images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0) 
     """The slices that have a mask, by name: grey values and lesion (0, 1), each (S, H, W).
 
     Raises:
-        ConfigError: where there is none, or a file is no picture.
+        ConfigError: where there is none, a file is no picture, a mask is not of its slice's size, or none marks a
+            lesion, as where masks hold labels rather than black and white.
     """
     by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
     paths = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and path.stem in by_name)
     if not paths:
         raise ConfigError(f"no slice has a mask of its name; expected {' or '.join(SUFFIXES)} in both folders")
-    grey = np.stack([read_slice(path, side_px, quarter_turns) for path in paths])
-    lesion = np.stack([read_slice(by_name[path.stem], side_px, quarter_turns) for path in paths])
-    return grey, (lesion > np.iinfo(np.uint8).max // 2).astype(np.uint8)
+    slices, lesions = [], []
+    for path in paths:
+        grey, mask = read_grey(path), read_grey(by_name[path.stem])
+        if grey.shape != mask.shape:
+            raise ConfigError(f"the mask of {path.name} has {mask.shape} pixels, expected {grey.shape}")
+        slices.append(to_square(grey, side_px, quarter_turns))
+        lesions.append(to_square(mask, side_px, quarter_turns) > HALF)
+    if not np.any(lesions):
+        raise ConfigError(f"no mask has anything brighter than {HALF}, expected lesion in white")
+    return np.stack(slices), np.stack(lesions).astype(np.uint8)
 
 
 def write_stack(path: Path, slices: NDArray[np.uint8]) -> None:
     """One NIfTI of slices (S, H, W): the spine at the bottom, and no unit for a spacing that is not known."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stack = nib.Nifti1Image(slices.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]))
-    stack.to_filename(path)
+    nib.Nifti1Image(slices.transpose(2, 1, 0), LPS_TO_RAS).to_filename(path)
 
 
 def main() -> int:
     """Write OUT/nifti/NAME.nii.gz and OUT/nifti-masks/NAME_mask.nii.gz."""
-    options = argparse.ArgumentParser(prog="python -m covtanet.data.slices", description=__doc__)
+    options = argparse.ArgumentParser(prog="python -m covtanet.data.pictures", description=__doc__)
     options.add_argument("--images", type=Path, required=True)
     options.add_argument("--masks", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True, help="a data set of stacks, new or with others in it")
