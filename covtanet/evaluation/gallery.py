@@ -48,10 +48,12 @@ def choose(rows: Sequence[Row]) -> dict[str, Shown]:
 def side_by_side(rows: Sequence[Row], leader: str, models: Mapping[tuple[str, int], str], prepared_uri: str) -> bytes:
     """A picture, a line per chosen slice and a column per network; no bytes where there is nothing to show.
 
-    leader: the network whose Dice ranks the slices. models: URI of the saved model of a network's fold.
+    leader: the network whose Dice ranks the slices, of the folds that all networks have, if there are such. models: URI
+    of the saved model of a network's fold.
     """
-    chosen = choose([row for row in rows if row["network"] == leader])
     names = [leader, *sorted({row["network"] for row in rows if row["tp"] is not None} - {leader})]
+    own = [row for row in rows if row["network"] == leader]
+    chosen = choose([row for row in own if all((name, row["fold"]) in models for name in names)]) or choose(own)
     by_fold: dict[int, list[str]] = defaultdict(list)
     for rank, shown in chosen.items():
         by_fold[shown.fold].append(rank)

@@ -24,23 +24,23 @@ def _png(figure: Figure) -> bytes:
 
 
 def curves(title: str, history: Sequence[Mapping[str, float]]) -> bytes:
-    """Loss, validation and learned alphas by epoch; the epoch whose weights count is marked."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    """Loss, validation and learned alphas by epoch, where there are any; the epoch whose weights count is marked."""
+    known = [name for name in history[-1] if not all(np.isnan(epoch[name]) for epoch in history)]
+    groups = {
+        "loss": [name for name in known if name.endswith("_loss")],
+        "validation": [name for name in known if name.startswith("val_") and name != "val_loss"],
+        "alpha (Eq. 6)": [name for name in known if name.startswith("alpha/")],
+    }
+    groups = {label: names for label, names in groups.items() if names}
+    figure = Figure(figsize=(4 * len(groups), 3.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    panels = figure.subplots(1, 3)
     epochs = np.arange(1, len(history) + 1)
-    groups = (
-        [name for name in history[-1] if name.endswith("_loss")],
-        [name for name in history[-1] if name.startswith("val_") and name != "val_loss"],
-        [name for name in history[-1] if name.startswith("alpha/")],
-    )
-    for panel, names, label in zip(panels, groups, ("loss", "validation", "alpha (Eq. 6)"), strict=True):
+    for panel, (label, names) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for name in names:
             panel.plot(epochs, [epoch[name] for epoch in history], marker=".", label=name.removeprefix("alpha/"))
         panel.axvline(history[-1]["best_epoch"] + 1, color=INK, linewidth=0.8, linestyle=":")
         panel.set(xlabel="epoch", title=label)
-        if names:
-            panel.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        panel.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
 
 

@@ -21,7 +21,7 @@ def summary(table: pa.Table) -> dict[str, Any]:
     screened = table.filter(pc.equal(table["status"], "screened"))
     involvement = screened["involvement"].drop_null().to_numpy()
     minutes = None
-    if table.num_rows > 1:
+    if table.num_rows >= MIN_SERIES_FOR_RATE:  # of fewer, the span between the first and the last says little
         first, last = (pc.min_max(table["screened_at"])[name].as_py() for name in ("min", "max"))
         minutes = (last - first).total_seconds() / 60
     return {
@@ -36,13 +36,14 @@ def summary(table: pa.Table) -> dict[str, Any]:
             "edges": list(INVOLVEMENT_EDGES),
             "counts": np.histogram(involvement, INVOLVEMENT_EDGES)[0].tolist(),
         },
-        "studies_per_minute": table.num_rows / minutes if minutes else None,
+        "studies_per_minute": (table.num_rows - 1) / minutes if minutes else None,
         "models": sorted({f"{n} {v}" for n, v in zip(*(table[k].to_pylist() for k in MODEL), strict=True)}),
         "run_date": str(table["run_date"][0].as_py()) if table.num_rows else None,
     }
 
 
 MODEL = ("model_name", "model_version")
+MIN_SERIES_FOR_RATE = 20
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

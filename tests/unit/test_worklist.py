@@ -72,7 +72,8 @@ def test_the_night_at_a_glance() -> None:
     assert found["reasons"] == {"storage": 1, "truncated": 1}
     assert found["flags"] == {"contrast": 1}
     assert found["involvement"]["counts"] == [1, 1, 0, 0, 1, 0]
-    assert found["studies_per_minute"] == 6 / 5
+    assert found["studies_per_minute"] is None  # too few for a rate
+    assert worklist.summary(pa.concat_tables([ledger()] * 100))["studies_per_minute"] == 599 / 5
     assert found["models"] == ["covtanet 1"]
     json.dumps(found)
 
