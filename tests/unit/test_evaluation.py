@@ -1,11 +1,14 @@
 """Figures by hand, the paper's tables, promotion."""
 
+import math
 import re
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.promotion import Margins, compare
@@ -204,3 +207,11 @@ def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_s
     }  # fmt: skip
     assert chosen["best"].dice == pytest.approx(0.9)
     assert gallery.choose([row("c")]) == {}
+
+
+def test_curves_leave_out_what_was_not_measured() -> None:
+    """As the validation of a training that held nothing back: its panel would be empty."""
+    history = [{"train_loss": 0.5, "val_dice": math.nan, "alpha/encoder": 0.5, "best_epoch": 0.0}]
+    measured = [{**history[0], "val_dice": 0.7}]
+    widths = [Image.open(BytesIO(plots.curves("V7", each))).width for each in (history, measured)]
+    assert widths[0] * 3 == widths[1] * 2
