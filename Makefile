@@ -31,7 +31,7 @@ serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loo
 stop: .venv/.installed ## end what make serve started
 	@$(BIN)/python infra/local/endpoint.py --stop
 
-test: .venv/.installed ## the test suite (20 minutes)
+test: .venv/.installed ## the test suite (16 minutes on two cores)
 	@$(BIN)/python -m pytest tests/unit -n 2
 	@$(BIN)/python -m pytest tests/cluster
 

@@ -65,7 +65,7 @@ class TrainingConfig:
         _one_of("size", self.size, SIZES)
         _one_of("network", self.network, NAMES)
         _one_of("encoder", self.encoder, EFFICIENTNETS)
-        if self.size_px % 32:
+        if self.size_px < 0 or self.size_px % 32:
             raise ValueError(f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of {self.size}")
         if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(range(self.num_folds)):
             raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")

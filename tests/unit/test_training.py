@@ -252,6 +252,14 @@ def test_workers_must_divide_the_micro_batches() -> None:
         TrainingConfig(num_workers=4)
 
 
+def test_side_of_the_slices_is_the_sizes_own_or_a_multiple_of_32() -> None:
+    for size_px in (-32, 100):
+        with pytest.raises(ValueError, match=f"size_px is {size_px}, expected a multiple of 32"):
+            TrainingConfig(size_px=size_px)
+    assert TrainingConfig(size_px=160).window.size_px == 160
+    assert TrainingConfig(size="small").window.size_px == 128
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_golden_curve(phase: int) -> None:
     """A change that is not meant to move results shows the same curve; delete the file to write it anew."""
