@@ -7,6 +7,7 @@ CovtanetError
 ├── TrainingError    a training cannot go on; what it has done so far is kept
 ├── StudyError       one series cannot be screened, by its own fault
 ├── StudyTimeoutError  one series takes longer than it may
+├── DeadlineError    a request has ended or its time is over; nobody waits for the answer
 ├── UploadError      what a caller sent is no study, or more than may be sent
 ├── UnavailableError  what answers studies is not there now; worth another try
 └── DecoderError     a fault of this software, found in the decoder's child process
@@ -59,6 +60,10 @@ def _study_error(reason: str, message: str, series_uid: str) -> StudyError:
 
 class StudyTimeoutError(CovtanetError):
     """One series takes longer than it may."""
+
+
+class DeadlineError(CovtanetError):
+    """A request has ended, or its time is over, before its studies were screened."""
 
 
 class DecoderError(CovtanetError):

@@ -7,6 +7,7 @@ with each such byte as a character of a private range, and found again by it. Tr
 
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,10 @@ class AccessError(OSError):
 
 class ObjectChangedError(OSError):
     """An object is not what the listing said."""
+
+
+class TooManyObjectsError(OSError):
+    """A tree holds more objects than are wanted of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +95,20 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
 
 
-def walk(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def walk(root: str, max_objects: int | None = None) -> Iterator[tuple[str, list[ObjectInfo]]]:
     """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
 
     Holds the objects of one folder and of those above it, never the whole tree.
+
+    Raises:
+        TooManyObjectsError: the tree holds more than ``max_objects``; the listing goes no further than that.
     """
-    return _walk_s3(root) if is_s3(root) else _walk_disk(Path(root))
+    limit = math.inf if max_objects is None else max_objects
+    return _walk_s3(root, limit) if is_s3(root) else _walk_disk(Path(root), limit)
 
 
-def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def _walk_disk(root: Path, max_objects: float) -> Iterator[tuple[str, list[ObjectInfo]]]:
+    num_objects = 0
     if not root.is_dir():
         raise FileNotFoundError("there is no such folder")
     seen: set[tuple[int, int]] = set()
@@ -116,8 +126,15 @@ def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
             info = _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
             if info is not None:
                 found.append(info)
+        num_objects += len(found)
+        _check_count(num_objects, max_objects)
         if found:
             yield prefix, found
+
+
+def _check_count(num_objects: int, max_objects: float) -> None:
+    if num_objects > max_objects:
+        raise TooManyObjectsError(f"more than {max_objects} objects")
 
 
 def _file_info(path: Path, relative: str) -> ObjectInfo | None:
@@ -145,9 +162,10 @@ def _raise(error: OSError) -> None:
     raise OSError(f"a folder of the archive cannot be listed: {type(error).__name__}") from None
 
 
-def _walk_s3(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def _walk_s3(root: str, max_objects: float) -> Iterator[tuple[str, list[ObjectInfo]]]:
     """Group a flat listing. Keys come in order, so a folder is complete once a key no longer begins with it."""
     bucket, prefix = _split(root.rstrip("/") + "/")
+    num_objects = 0
     open_folders: list[tuple[str, list[ObjectInfo]]] = []
     with _as_os_error():
         for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
@@ -163,6 +181,8 @@ def _walk_s3(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
                     open_folders.append((folder, []))
                 info = ObjectInfo(path, int(item["Size"]), str(item.get("ETag", "")).strip('"'))
                 open_folders[-1][1].append(info)
+                num_objects += 1
+                _check_count(num_objects, max_objects)
     while open_folders:
         yield open_folders.pop()
 
@@ -185,15 +205,23 @@ def list_names(folder: str) -> list[str]:
 
 def exists(uri: str) -> bool:
     """Whether an object is there."""
+    return describe(uri) is not None
+
+
+def describe(uri: str) -> ObjectInfo | None:
+    """Return one object as a listing of its folder would show it, or null if there is none."""
+    name = uri.rpartition("/")[2]
     if not is_s3(uri):
-        return Path(uri).is_file()
+        return _file_info(_on_disk(uri), name) if _on_disk(uri).is_file() else None
     bucket, key = _split(uri)
+    if not key:  # a bucket is no object
+        return None
     try:
         with _as_os_error():
-            _client().head_object(Bucket=bucket, Key=key)
+            answer = _client().head_object(Bucket=bucket, Key=key)
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return ObjectInfo(name, int(answer["ContentLength"]), str(answer.get("ETag", "")).strip('"'))
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:

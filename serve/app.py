@@ -3,19 +3,23 @@
 serve run serve.app:app     (or make serve), with COVTANET_SERVE_CONFIG naming a TOML file, see ``settings``.
 
 Every route but the page itself, its script, ``/healthz`` and ``/readyz`` wants a bearer token, which is looked at
-before a byte of the body is read. Answers carry stable reason codes, never an error's own text.
+before a byte of the body is read; so does ``/openapi.json``, and there are no pages of FastAPI's own, which load
+scripts from elsewhere. Answers carry stable reason codes, never an error's own text.
 """
 
 import asyncio
-import hashlib
+import errno
 import logging
-import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import ray
@@ -30,21 +34,26 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
+from starlette.exceptions import HTTPException
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import ConfigError, UnavailableError, UploadError
+from covtanet.errors import ConfigError, DeadlineError, UnavailableError, UploadError
 from covtanet.report import worklist
 from covtanet.screening import intake, view
 from covtanet.screening.decode import place_of
 from covtanet.screening.records import FAILED, SCREENED
-from covtanet.screening.single import Screener
+from covtanet.screening.single import StudyLimits
 from covtanet.screening.stages import for_model
-from serve.batches import BatchConflictError, Batches
-from serve.deployments import RemoteNetwork, Segmenter
+from serve.batches import BatchConflictError, Batches, JobsUnavailableError, ModelNotAllowedError, TooManyBatchesError
+from serve.decoders import BusyError, Decoders, Slot
+from serve.deployments import Readiness, RemoteNetwork, Segmenter, StudyScreener
 from serve.metrics import cluster_metrics
+from serve.middleware import Audit, SecurityHeaders
+from serve.refusals import RefusedError
 from serve.schemas import BatchRequest, BatchState, Model, Problem, StudyAnswer, UriRequest
 from serve.settings import Caller, ServeConfig, load_settings
+from serve.uploads import Upload, Uploads
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -55,20 +64,22 @@ MAX_JSON_BYTES = 64 << 10
 KEY = r"^[0-9a-f]{32}$"
 BATCH_ID = r"^[0-9a-f]{16}$"
 Responses = dict[int | str, dict[str, Any]]
-PROBLEMS: Responses = {code: {"model": Problem} for code in (401, 403, 404, 422, 503)}
-STUDY_PROBLEMS: Responses = {**PROBLEMS, 408: {"model": Problem}, 413: {"model": Problem}, 415: {"model": Problem}}
-
-
-class RefusedError(Exception):
-    """A request is refused with a status, a reason code and a sentence."""
-
-    def __init__(self, status: int, reason: str, message: str, retry_after_s: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.reason, self.message, self.retry_after_s = status, reason, message, retry_after_s
-
-
-# Serve pickles the class where it is decorated: what it uses of this module stands above it.
-CSP = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:"
+PROBLEMS: Responses = {code: {"model": Problem} for code in (401, 403, 404, 405, 422, 500, 503)}
+BODY_PROBLEMS: Responses = {**PROBLEMS, 408: {"model": Problem}, 413: {"model": Problem}}
+# A study that was read and refused answers with its rows, under a status of a problem.
+STUDY_PROBLEMS: Responses = {
+    **BODY_PROBLEMS,
+    415: {"model": Problem},
+    504: {"model": Problem},
+    **{code: {"model": Problem | StudyAnswer} for code in (422, 500, 503)},
+}
+BATCH_PROBLEMS: Responses = {**BODY_PROBLEMS, 429: {"model": Problem}}
+READY_FOR_S = 5.0
+RETRY_STORAGE_S = 10
+BATCH_THREADS = 4
+RETRY_BATCH_S = 60
+MAX_BATCHES, MAX_OFFSET = 50, 1_000_000
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _where(error: Any) -> str:
@@ -81,11 +92,29 @@ def _json_of(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
+# Serve pickles the class of the routes where it is decorated: what it uses of this module stands above it.
+def _ledger_as(accept: str, table: pa.Table) -> Response:
+    """A ledger in the form that was asked for."""
+    if "application/json" in accept:
+        return JSONResponse(jsonable_encoder(table.to_pylist()))
+    buffer = BytesIO()
+    if "text/csv" in accept:
+        pa_csv.write_csv(view.for_spreadsheet(table), buffer)
+        return Response(buffer.getvalue(), media_type="text/csv")
+    pq.write_table(table, buffer)
+    return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+
+
 api = FastAPI(
     title="CovTANet on Ray",
     description="Screens chest CT for COVID-19. Research use only, not a medical device.",
     version="1",
+    openapi_url=None,
+    docs_url=None,
+    redoc_url=None,
 )
+api.add_middleware(Audit)
+api.add_middleware(SecurityHeaders)  # the last one added is the outermost
 
 
 @api.exception_handler(RefusedError)
@@ -101,34 +130,62 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
     return JSONResponse({"reason": "invalid_request", "message": _where(error.errors()[0])}, 422)
 
 
-@api.exception_handler(Exception)
-async def _internal(request: Request, error: Exception) -> JSONResponse:
-    logger.error("internal error, %s", place_of(error))
-    return JSONResponse({"reason": "internal_error", "message": "a fault of this software"}, 500)
+@api.exception_handler(HTTPException)
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+    reasons = {404: "no_such_route", 405: "method_not_allowed"}
+    reason = reasons.get(error.status_code, "invalid_request")
+    return JSONResponse({"reason": reason, "message": "see /openapi.json"}, error.status_code, error.headers)
 
 
-@ray_serve.deployment(health_check_period_s=5, ray_actor_options={"num_cpus": 0})  # its work is the child's
+@api.exception_handler(ConfigError)
+async def _other_version(request: Request, error: ConfigError) -> JSONResponse:
+    """Answer for a ledger or a record of another version of this software; what requests get wrong is told apart."""
+    logger.error("a request met what this version does not read, %s", place_of(error))
+    return JSONResponse({"reason": "other_version", "message": "written by another version of this software"}, 422)
+
+
+@api.exception_handler(OSError)
+async def _storage(request: Request, error: OSError) -> JSONResponse:
+    """Answer for storage, Ray's job server and a full disk: all worth another try, but for storage that refuses us."""
+    logger.error("a request met %s", place_of(error))
+    headers = {"Retry-After": str(RETRY_STORAGE_S)}
+    if isinstance(error, storage.AccessError):
+        message = "the object store refuses this endpoint"
+        return JSONResponse({"reason": "storage_refuses", "message": message}, 403)
+    if isinstance(error, JobsUnavailableError):
+        message = "Ray's job server does not answer"
+        return JSONResponse({"reason": "jobs_unavailable", "message": message}, 503, headers)
+    if error.errno in NO_SPACE:
+        message = "this endpoint has no room for the study"
+        return JSONResponse({"reason": "no_space", "message": message}, 503, headers)
+    return JSONResponse({"reason": "storage", "message": "storage does not answer"}, 503, headers)
+
+
+@ray_serve.deployment(health_check_period_s=5)
 @ray_serve.ingress(api)
 class Api:
     """The routes. Reads and decodes studies, each in a sandbox of this replica; the model answers from elsewhere."""
 
     def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
         self.segmenter, self.settings, self.screening = segmenter, settings, settings.screening
-        self.slots: asyncio.Queue[list[Screener]] = asyncio.Queue()
-        for _ in range(settings.num_decoders):
-            self.slots.put_nowait([])  # each holds a screener, once a model is known
-        self.num_waiting = 0
+        self.decoders = Decoders(settings.num_decoders, settings.max_waiting, settings.request_timeout_s)
+        self.uploads = Uploads(settings)
         self.batches = Batches(settings) if settings.ledger else None
+        # Batches ask storage and Ray; what they wait for must not keep a study waiting.
+        self.batch_threads = ThreadPoolExecutor(BATCH_THREADS, "batches")
+        self.readiness = Readiness(segmenter, READY_FOR_S)
         self.studies = Counter("covtanet_http_studies", "Series answered over HTTP.", ("status", "reason"))
         self.seconds = Histogram("covtanet_http_study_seconds", "From body to answer.", [0.5, 1, 2, 5, 10, 30, 60, 120])
 
     def _caller(self, request: Request) -> Caller:
+        """Return the caller whose token the request carries, and note it for the log."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise RefusedError(401, "no_token", "expected Authorization: Bearer TOKEN")
-        caller = self.settings.caller_of(token.strip())
+        caller = self.settings.caller_of(token)
         if caller is None:
             raise RefusedError(403, "wrong_token", "nobody has this token")
+        request.state.caller = caller.name
         return caller
 
     # Studies
@@ -141,20 +198,29 @@ class Api:
     })  # fmt: skip
     async def post_study(self, request: Request) -> Response:
         """Screen one .nii, .nii.gz, or zip of DICOM objects; the answer has the rows of all its series."""
-        self._caller(request)
+        caller = self._caller(request)
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise RefusedError(415, "unsupported_media", "expected a body without Content-Encoding")
-        self._check_length(int(request.headers.get("content-length") or 0))
-        async with self._slot() as slot:
-            with tempfile.TemporaryDirectory(prefix="covtanet-") as folder:
-                upload, objects = Path(folder) / "upload", Path(folder) / "objects"
-                objects.mkdir()
-                digest = await self._receive(request, upload)
-                try:
-                    await asyncio.to_thread(intake.lay_out, upload, objects, digest[:32], self.settings.limits)
-                except UploadError as error:
-                    raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
-                return await self._screen(slot, str(objects), f"upload:{digest}")
+        with ExitStack() as resources:
+            upload = await self._receive(request, caller, resources)
+
+            def lay_out(check: Callable[[], None]) -> str:
+                upload.objects.mkdir()
+                intake.lay_out(upload.path, upload.objects, upload.digest[:32], self.settings.limits, check)
+                return str(upload.objects)
+
+            # What was inflated may be more than was sent, within limits of its own.
+            limits = replace(self.settings.study, max_bytes=self.settings.limits.max_inflated_bytes)
+            source = f"upload:{upload.digest}"
+            return await self._screen(request, lay_out, limits, source, resources.pop_all())
+
+    async def _receive(self, request: Request, caller: Caller, resources: ExitStack) -> Upload:
+        try:
+            return await self.uploads.receive(request, caller, resources)
+        except UploadError as error:
+            raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
+        except BusyError:
+            raise self._busy() from None
 
     @api.post(
         "/v1/studies:by-uri", response_model=StudyAnswer, responses=STUDY_PROBLEMS, openapi_extra=_json_of(UriRequest)
@@ -163,83 +229,75 @@ class Api:
         """Screen a study that lies in storage, under a place that this caller may name."""
         caller = self._caller(request)
         body = await self._json(request, UriRequest)
-        if not caller.may_read(body.uri):
+        if not self.settings.may_read(caller, body.uri):
             raise RefusedError(403, "place_not_allowed", "the URI lies under none of this caller's places")
         place = storage.absolute(body.uri)
-        async with self._slot() as slot:
-            return await self._screen(slot, place, "")
+        return await self._screen(request, lambda check: place, self.settings.study, "", ExitStack())
 
     async def _json(self, request: Request, kind: type[M]) -> M:
         """A small JSON body, read after the token was looked at, as FastAPI itself would not."""
         data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > MAX_JSON_BYTES:
-                raise RefusedError(413, "too_large", f"expected at most {MAX_JSON_BYTES} bytes of JSON")
+        try:
+            async with asyncio.timeout(self.settings.upload_timeout_s):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > MAX_JSON_BYTES:
+                        raise RefusedError(413, "too_large", f"expected at most {MAX_JSON_BYTES} bytes of JSON")
+        except TimeoutError:
+            raise RefusedError(408, "slow_upload", f"the body took over {self.settings.upload_timeout_s:g} s") from None
         try:
             return kind.model_validate_json(bytes(data))
         except ValidationError as error:
             first = error.errors()[0]
             raise RefusedError(422, "invalid_request", _where(first)) from None
 
-    def _check_length(self, num_bytes: int) -> None:
-        if num_bytes > self.settings.limits.max_bytes:
-            raise RefusedError(413, "too_large", f"expected at most {self.settings.limits.max_bytes} bytes")
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[list[Screener]]:
-        """One of the decoders; at most ``max_waiting`` requests wait for one."""
-        if self.slots.empty() and self.num_waiting >= self.settings.max_waiting:
-            raise self._busy()
-        self.num_waiting += 1
-        try:
-            slot = await self.slots.get()
-        finally:
-            self.num_waiting -= 1
-        try:
-            yield slot
-        finally:
-            self.slots.put_nowait(slot)
-
     def _busy(self) -> RefusedError:
         return RefusedError(503, "busy", "too much to do just now", self.settings.retry_after_s)
 
-    async def _receive(self, request: Request, upload: Path) -> str:
-        """Write the body to disk as it comes; returns the SHA-256 of it."""
-        digest, num_bytes = hashlib.sha256(), 0
-        try:
-            async with asyncio.timeout(self.settings.upload_timeout_s):
-                with upload.open("wb") as file:
-                    async for chunk in request.stream():
-                        num_bytes += len(chunk)
-                        self._check_length(num_bytes)
-                        digest.update(chunk)
-                        file.write(chunk)
-        except TimeoutError:
-            raise RefusedError(408, "slow_upload", f"the body took over {self.settings.upload_timeout_s:g} s") from None
-        return digest.hexdigest()
+    async def _screen(
+        self,
+        request: Request,
+        find: Callable[[Callable[[], None]], str],
+        limits: StudyLimits,
+        source: str,
+        resources: ExitStack,
+    ) -> Response:
+        """Screen all series of a study with one version of the model.
 
-    async def _screen(self, slot: list[Screener], place: str, source: str) -> Response:
-        """All series of a place, with one version of the model."""
-        described = await self._describe()
-        screener = self._screener(slot, described)
+        find: called in the study's thread; returns where its objects lie. source: in place of that in the rows.
+        resources: what the study's thread reads; given up when the thread has ended.
+        """
+        with resources:
+            described = await self._describe()
+            kept = resources.pop_all()
+        started = time.monotonic()
         try:
-            started = asyncio.get_running_loop().time()
-            rows = await asyncio.to_thread(lambda: list(screener(place)))
-            self.seconds.observe(asyncio.get_running_loop().time() - started)
+            rows = await self.decoders.run(partial(self._read_study, find, limits, described), kept)
+        except UploadError as error:
+            raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
         except ConfigError:
             raise RefusedError(422, "no_series", "no series in it, expected a chest CT") from None
-        except UnavailableError:
+        except (UnavailableError, BusyError):
             raise self._busy() from None
-        except storage.AccessError:
-            raise RefusedError(403, "storage_refuses", "the object store refuses this endpoint") from None
-        except OSError:
-            raise RefusedError(503, "storage", "storage does not answer", self.settings.retry_after_s) from None
+        except DeadlineError:
+            limit_s = self.settings.request_timeout_s
+            raise RefusedError(504, "deadline", f"it took over {limit_s:g} s; an archive is a batch") from None
+        self.seconds.observe(time.monotonic() - started)
         for row in rows:
             self.studies.inc(tags={"status": row["status"], "reason": row["reason"] or ""})
             row["source_uri"] = source or row["source_uri"]
             row["model_name"], row["model_version"] = described["name"], described["version"]
+        request.state.series_keys = [row["series_key"] for row in rows]
         return self._answer(rows, described)
+
+    def _read_study(
+        self, find: Callable[[Callable[[], None]], str], limits: StudyLimits, described: dict[str, Any], slot: Slot
+    ) -> list[dict[str, Any]]:
+        """Read and screen a study, in a thread that has this slot to itself."""
+        place = find(slot.check)
+        screener = slot.screener(described["digest"], partial(self._make_screener, described))
+        slot.check()
+        return list(screener(place, limits=limits, deadline=slot.deadline))
 
     async def _describe(self) -> dict[str, Any]:
         """The version of the model that answers now."""
@@ -263,16 +321,10 @@ class Api:
                 status, headers = 503, {"Retry-After": str(self.settings.retry_after_s)}
         return JSONResponse(answer.model_dump(mode="json"), status, headers)
 
-    def _screener(self, slot: list[Screener], described: dict[str, Any]) -> Screener:
-        """The slot's screener, where it is of this version; its decoder's child stays warm."""
-        if slot and slot[0].model_digest == described["digest"]:
-            return slot[0]
-        while slot:
-            slot.pop().close()
+    def _make_screener(self, described: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, described["preprocessing"])
         window = WindowConfig(**described["preprocessing"]["window"])
-        slot.append(Screener(RemoteNetwork(self.segmenter, described), window, config, described["digest"]))
-        return slot[0]
+        return StudyScreener(RemoteNetwork(self.segmenter, described), window, config, described["digest"])
 
     # Batches
 
@@ -281,28 +333,40 @@ class Api:
             raise RefusedError(404, "no_ledger", "this endpoint has no ledger for batches")
         return self.batches
 
+    async def _in_batch_thread(self, ask: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.batch_threads, ask, *arguments)
+
     @api.post(
-        "/v1/batches", status_code=202, response_model=BatchState, responses=PROBLEMS,
+        "/v1/batches", status_code=202, response_model=BatchState, responses=BATCH_PROBLEMS,
         openapi_extra=_json_of(BatchRequest),
     )  # fmt: skip
     async def post_batch(
         self, request: Request, idempotency_key: Annotated[str, Header(max_length=200)] = ""
     ) -> BatchState:
         """Screen a whole archive with the job of ``jobs/screen.py``; the same request again is the same batch."""
-        caller = self._caller(request)
+        caller, batches = self._caller(request), self._batches()
         body = await self._json(request, BatchRequest)
-        if not caller.may_read(body.archive):
+        if not self.settings.may_read(caller, body.archive):
             raise RefusedError(403, "place_not_allowed", "the archive lies under none of this caller's places")
         try:
-            return await asyncio.to_thread(self._batches().submit, body, caller, idempotency_key)
+            return await self._in_batch_thread(batches.submit, body, caller, idempotency_key)
         except BatchConflictError as error:
             raise RefusedError(422, "idempotency_key_reused", str(error)) from None
+        except ModelNotAllowedError as error:
+            raise RefusedError(403, "model_not_allowed", str(error)) from None
+        except TooManyBatchesError as error:
+            raise RefusedError(429, "too_many_batches", str(error), RETRY_BATCH_S) from None
 
     @api.get("/v1/batches", response_model=list[BatchState], responses=PROBLEMS)
-    async def get_batches(self, request: Request) -> list[BatchState]:
-        """The caller's batches, the newest first."""
+    async def get_batches(
+        self,
+        request: Request,
+        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_BATCHES)] = MAX_BATCHES,
+    ) -> list[BatchState]:
+        """Some of the caller's batches, the newest first."""
         caller = self._caller(request)
-        return await asyncio.to_thread(self._batches().all_of, caller)
+        return await self._in_batch_thread(self._batches().page_of, caller, offset, limit)
 
     @api.get("/v1/batches/{batch_id}", response_model=BatchState, responses=PROBLEMS)
     async def get_batch(
@@ -327,14 +391,7 @@ class Api:
     ) -> Response:
         """The batch's ledger: Parquet, or JSON or CSV where Accept asks for it."""
         table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
-        if "application/json" in accept:
-            return JSONResponse(await asyncio.to_thread(lambda: jsonable_encoder(table.to_pylist())))
-        buffer = BytesIO()
-        if "text/csv" in accept:
-            pa_csv.write_csv(view.for_spreadsheet(table), buffer)
-            return Response(buffer.getvalue(), media_type="text/csv")
-        pq.write_table(table, buffer)
-        return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+        return await self._in_batch_thread(_ledger_as, accept, table)
 
     @api.get("/v1/batches/{batch_id}/series/{series_key}/{name}", responses=PROBLEMS)
     async def get_result(
@@ -352,11 +409,11 @@ class Api:
 
         data = await self._of_batch(read, batch_id, caller)
         kind = "image/png" if name.endswith(".png") else "application/gzip"
-        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
+        return Response(data, media_type=kind)
 
     async def _of_batch(self, ask: Callable[[str, Caller], T], batch_id: str, caller: Caller) -> T:
         try:
-            return await asyncio.to_thread(ask, batch_id, caller)
+            return await self._in_batch_thread(ask, batch_id, caller)
         except KeyError:
             raise RefusedError(404, "no_such_batch", "this caller has no such batch") from None
         except FileNotFoundError:
@@ -378,13 +435,16 @@ class Api:
 
     @api.get("/readyz", response_class=PlainTextResponse, responses={503: {"model": Problem}})
     async def readyz(self) -> str:
-        """The model answers: a real inference, of one slice."""
-        try:
-            async with asyncio.timeout(10):
-                await self.segmenter.is_ready.remote()
-        except Exception:
-            raise RefusedError(503, "not_ready", "the model does not answer", self.settings.retry_after_s) from None
+        """The model has answered a moment ago. Costs no inference, however often strangers ask."""
+        if not await self.readiness.is_ready():
+            raise RefusedError(503, "not_ready", "the model does not answer", self.settings.retry_after_s)
         return "ok"
+
+    @api.get("/openapi.json", include_in_schema=False)
+    async def openapi(self, request: Request) -> Response:
+        """The API's own description."""
+        self._caller(request)
+        return JSONResponse(api.openapi())
 
     @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics(self, request: Request) -> str:
@@ -403,39 +463,44 @@ class Api:
         status: Literal["", "screened", "rejected", "failed"] = "",
         grade: Literal["", "normal", "mild", "severe"] = "",
         text: Annotated[str, Query(max_length=200)] = "",
-        offset: Annotated[int, Query(ge=0)] = 0,
+        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=worklist.MAX_ROWS)] = worklist.MAX_ROWS,
     ) -> Response:
         """A finished batch at a glance, and some of its rows in the order asked for."""
         table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
-        found = await asyncio.to_thread(
+        show = partial(
             worklist.page, table, sort=sort, status=status, grade=grade, text=text, offset=offset, limit=limit
         )
-        return JSONResponse(found)
+        return JSONResponse(await self._in_batch_thread(show))
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> FileResponse:
         """The worklist; it asks for the token itself."""
-        return FileResponse(worklist.PAGE / "index.html", headers={"Content-Security-Policy": CSP})
+        return FileResponse(worklist.PAGE / "index.html")
 
     @api.get("/worklist/{name}", include_in_schema=False)
     async def page_part(self, name: Literal["worklist.js", "worklist.css"]) -> FileResponse:
         """Its script and style."""
-        return FileResponse(worklist.PAGE / name, headers={"X-Content-Type-Options": "nosniff"})
+        return FileResponse(worklist.PAGE / name)
 
 
 def build(settings: ServeConfig) -> Any:
     """The application. Replicas of the API come and go with the load."""
     segmenter = Segmenter.bind(settings.model, settings.reload_every_s, settings.screening)  # type: ignore[attr-defined]
-    busy = settings.num_decoders + settings.max_waiting
+    busy = settings.num_decoders + settings.max_waiting + settings.max_uploads
+    resources = {
+        "num_cpus": settings.num_decoders * settings.cpus_per_decoder,
+        "memory": settings.replica_memory_bytes,
+    }
     options = Api.options(  # type: ignore[attr-defined]
+        ray_actor_options=resources,
         max_ongoing_requests=2 * busy,  # what waits is refused by the replica, which knows what is heavy
         max_queued_requests=4 * busy,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=settings.retry_after_s),
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.num_api_replicas,
             max_replicas=max(settings.num_api_replicas, settings.max_api_replicas),
-            target_ongoing_requests=busy / 2,
+            target_ongoing_requests=(settings.num_decoders + settings.max_waiting) / 2,
         ),
     )
     return options.bind(segmenter, settings)

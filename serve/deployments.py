@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import math
 import os
 import tempfile
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray import serve as ray_serve
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from covtanet import tracking
-from covtanet.errors import CovtanetError, UnavailableError
+from covtanet.ct.window import WindowConfig
+from covtanet.errors import CovtanetError, DeadlineError, UnavailableError
 from covtanet.model.checkpoint import load_model
 from covtanet.screening.predictor import (
     Part,
@@ -30,6 +33,7 @@ from covtanet.screening.predictor import (
     predict,
     refuse_without_segmentation,
 )
+from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger("ray.serve")
@@ -40,6 +44,9 @@ BATCH_SLICES, PART_SLICES, PARTS_IN_FLIGHT = 64, 16, 2
 BATCH_WAIT_S = 0.005
 ANSWER_TIMEOUT_S = 120.0
 MODELS_KEPT = 2
+READY_TIMEOUT_S = 10.0
+# Six health checks; Serve ends a replica that fails three.
+ANSWERED_WITHIN_S = 30.0
 
 
 def count_slices(requests: list[tuple[str, Part]]) -> int:
@@ -56,6 +63,8 @@ class Segmenter:
         self.models: OrderedDict[str, tuple[Predictor, dict[str, Any]]] = OrderedDict()
         self.looked_at = 0.0
         self._load()
+        self._infer()
+        self.answered_at = time.monotonic()
 
     def _load(self) -> None:
         """Take up what the name leads to now.
@@ -90,6 +99,7 @@ class Segmenter:
     async def check_health(self) -> None:
         """A real inference; and now and then a look at whether the name leads to another model."""
         await asyncio.to_thread(self._infer)
+        self.answered_at = time.monotonic()
         if "@" not in self.ref or time.monotonic() - self.looked_at < self.reload_every_s:
             return  # only an alias moves
         self.looked_at = time.monotonic()
@@ -107,10 +117,9 @@ class Segmenter:
         size = predictor.window.size_px
         next(predictor.segment([Part(np.zeros((1, size, size), np.uint16), [0])]))
 
-    async def is_ready(self) -> bool:
-        """A real inference, asked for by ``/readyz``."""
-        await asyncio.to_thread(self._infer)
-        return True
+    def seconds_since_answer(self) -> float:
+        """How long ago the model last answered a health check."""
+        return time.monotonic() - self.answered_at
 
     async def segment(self, digest: str, part: Part) -> Segmented | None:
         """Answer some slices with this model; null where it is not held here."""
@@ -139,11 +148,53 @@ class Segmenter:
         return None if held is None else await asyncio.to_thread(held[0].diagnose, pooled)
 
 
+class Readiness:
+    """Whether the model has answered lately, asked of its replica once in a while and by one request at a time."""
+
+    def __init__(self, segmenter: DeploymentHandle, keep_s: float) -> None:
+        self.segmenter, self.keep_s = segmenter, keep_s
+        self._lock = asyncio.Lock()
+        self._asked_at, self._is_ready = -math.inf, False
+
+    async def is_ready(self) -> bool:
+        """Return what was known at most ``keep_s`` ago."""
+        if time.monotonic() - self._asked_at > self.keep_s:
+            async with self._lock:
+                if time.monotonic() - self._asked_at > self.keep_s:  # nobody asked while this one waited
+                    self._is_ready = await self._ask()
+                    self._asked_at = time.monotonic()
+        return self._is_ready
+
+    async def _ask(self) -> bool:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                return bool(await self.segmenter.seconds_since_answer.remote() < ANSWERED_WITHIN_S)
+        except Exception:  # whatever it is, the model does not answer
+            return False
+
+
+class StudyScreener(Screener):
+    """A screener whose model is a handle, and which another thread can end wherever it waits."""
+
+    def __init__(
+        self, network: "RemoteNetwork", window: WindowConfig, config: ScreeningConfig, model_digest: str
+    ) -> None:
+        super().__init__(network, window, config, model_digest)
+        self.network = network
+
+    def kill(self) -> None:
+        """End decoding and what was asked of the model."""
+        super().kill()
+        self.network.cancel()
+
+
 class RemoteNetwork:
     """One version of the model behind a handle, as a ``Network`` for threads of an API replica."""
 
     def __init__(self, segmenter: DeploymentHandle, described: dict[str, Any]) -> None:
         self.segmenter, self.digest, self.num_slices = segmenter, described["digest"], described["num_slices"]
+        self._is_cancelled = False
+        self._asked: deque[Any] = deque()
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
         """Answer one volume.
@@ -155,18 +206,44 @@ class RemoteNetwork:
 
     def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
         """Answer parts in their order, a few of them under way at a time."""
-        waiting, asked = iter(parts), []
-        for part in islice(waiting, PARTS_IN_FLIGHT):
-            asked.append(self.segmenter.segment.remote(self.digest, part))
-        while asked:
-            answer = _result(asked.pop(0))
-            asked += [self.segmenter.segment.remote(self.digest, part) for part in islice(waiting, 1)]
-            yield Segmented(*answer)
+        waiting = iter(parts)
+        try:
+            for part in islice(waiting, PARTS_IN_FLIGHT):
+                self._ask(self.segmenter.segment, part)
+            while self._asked:
+                answer = self._result()
+                for part in islice(waiting, 1):
+                    self._ask(self.segmenter.segment, part)
+                yield Segmented(*answer)
+        finally:  # on an error, what is still under way would hold a place in the model's queue
+            self._forget()
 
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
         """Answer a volume's pooled vectors."""
-        probabilities: Probabilities = _result(self.segmenter.diagnose.remote(self.digest, pooled))
+        self._ask(self.segmenter.diagnose, pooled)
+        probabilities: Probabilities = self._result()
         return probabilities
+
+    def cancel(self) -> None:
+        """End what is asked of the model, from another thread; whoever waits for it gets an error."""
+        self._is_cancelled = True
+        self._forget()
+
+    def _ask(self, method: Any, argument: Any) -> None:
+        if self._is_cancelled:
+            raise DeadlineError("the request ended while its study was read")
+        self._asked.append(method.remote(self.digest, argument))
+
+    def _result(self) -> Any:
+        """Wait for the oldest answer; it stays in the queue meanwhile, for ``cancel`` to find."""
+        answer = _result(self._asked[0])
+        self._asked.popleft()
+        return answer
+
+    def _forget(self) -> None:
+        while self._asked:
+            with suppress(IndexError):  # the other thread was first
+                self._asked.popleft().cancel()
 
 
 def _result(response: Any) -> Any:
@@ -174,7 +251,7 @@ def _result(response: Any) -> Any:
         answer = response.result(timeout_s=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError:  # an error of ours in the replica
         raise
-    except (ray.exceptions.RayError, BackPressureError, TimeoutError) as error:
+    except (ray.exceptions.RayError, RequestCancelledError, BackPressureError, TimeoutError) as error:
         raise UnavailableError(f"the model does not answer: {type(error).__name__}") from None
     if answer is None:
         raise UnavailableError("the model was replaced while this study was read")

@@ -4,6 +4,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.middleware import SecurityHeaders
 from serve.schemas import Problem
 
 RETRY_AFTER_S = 10
@@ -32,5 +33,8 @@ class RetryHint:
 
 
 def middlewares() -> list[Middleware]:
-    """What the proxy puts around every application."""
-    return [Middleware(RetryHint)]
+    """Return what the proxy puts around every application; the outermost first.
+
+    The headers stand here too, for what the proxy answers itself.
+    """
+    return [Middleware(SecurityHeaders), Middleware(RetryHint)]

@@ -1,9 +1,12 @@
 """Bodies of requests and answers, with the examples that the API's own description shows."""
 
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+MAX_LIMIT = 10_000_000
 
 EXAMPLE_ROW: dict[str, Any] = {
     "series_key": "5d1f3c0e8a6b4f7d9c2e1a0b3c4d5e6f", "status": "screened", "reason": None, "qc_flags": [],
@@ -49,7 +52,10 @@ class UriRequest(Strict):
 
 
 class BatchRequest(Strict):
-    """What ``jobs/screen.py`` is asked for. run_date: today where null. model: the endpoint's where empty."""
+    """What ``jobs/screen.py`` is asked for. run_date: today if null, else at most a day from it.
+
+    model: the endpoint's own if empty, else one that its configuration allows.
+    """
 
     archive: str = Field(examples=["s3://hospital/ct"], max_length=1024)
     run_date: date | None = Field(default=None, examples=["2026-11-23"])
@@ -58,11 +64,19 @@ class BatchRequest(Strict):
     )
     since: Literal["", "last"] = ""
     group_by: Literal["", "folder", "uid"] = ""
-    limit: int = Field(default=0, ge=0)
+    limit: int = Field(default=0, ge=0, le=MAX_LIMIT)
+
+    @field_validator("run_date")
+    @classmethod
+    def _is_near(cls, run_date: date | None) -> date | None:
+        today = datetime.now(UTC).date()
+        if run_date is not None and abs(run_date - today) > timedelta(days=1):
+            raise PydanticCustomError("date_too_far", "expected today, or a day before or after it")
+        return run_date
 
 
 class BatchState(BaseModel):
-    """How far a batch is. counts: rows by status, once it is committed."""
+    """How far a batch is. counts: rows by status, once it is committed. exit_code: of the job that ended last."""
 
     batch_id: str = Field(examples=["1f0c9a7e5b3d2468"])
     state: Literal["waiting", "running", "committed", "failed", "cancelled", "interrupted"]
@@ -79,3 +93,4 @@ class BatchState(BaseModel):
     per_minute: float | None = None
     seconds_left: float | None = None
     counts: dict[str, int] = Field(default_factory=dict)
+    exit_code: int | None = Field(default=None, description="as jobs/screen.py explains; 124: it took too long")

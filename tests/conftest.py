@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,6 +211,7 @@ def endpoint(
     write_config(
         folder / "serve.toml", token, model=str(screening.folder / "model"), ledger="s3://bucket/served",
         places=("s3://bucket/archive",), max_waiting=2, config=str(screening.folder / "screening.toml"),
+        max_uploads_per_caller=4,
     )  # fmt: skip
     (port,) = free_ports(1)
     started = start_endpoint(cluster.environment, port, folder / "serve.log", token)
@@ -217,7 +219,7 @@ def endpoint(
     started.service.stop()
 
 
-NIGHT = {"archive": "s3://bucket/archive", "run_date": "2026-11-23"}
+NIGHT = {"archive": "s3://bucket/archive", "run_date": datetime.now(UTC).date().isoformat()}
 NIGHT_HEADERS = {"Content-Type": "application/json", "Idempotency-Key": "one night"}
 
 

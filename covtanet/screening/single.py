@@ -1,18 +1,28 @@
 """One study screened in this process, by the same stages as an archive: a file or a folder to rows of the ledger."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, UploadError
 from covtanet.screening import stages
 from covtanet.screening.predictor import Answers
 from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
 from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyLimits:
+    """What one study may hold. max_bytes: of the objects as they are stored."""
+
+    max_series: int = 16
+    max_objects: int = 8192
+    max_bytes: int = 1 << 30
 
 
 class Screener:
@@ -23,15 +33,18 @@ class Screener:
         limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
         self.decoder = Sandbox(window, config.slice_step_mm, limits)
 
-    def __call__(self, place: str) -> Iterator[dict[str, Any]]:
+    def __call__(
+        self, place: str, limits: StudyLimits | None = None, deadline: float | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
 
         What belongs to a run of the screening job (run, registry version, software) is null.
 
         Raises:
             ConfigError: where there is no series.
+            UploadError: ``too_large``, with more series, objects or bytes than the limits; nothing is decoded then.
         """
-        root, objects = _listing(storage.absolute(place))
+        root, objects = _listing(storage.absolute(place), limits)
 
         def read_head(path: str, num_bytes: int) -> bytes:
             return storage.read_bytes(storage.join(root, path), num_bytes)
@@ -39,6 +52,8 @@ class Screener:
         found = [series for folder, items in objects for series in manifest.scan_folder(folder, items, read_head)[0]]
         if not found:
             raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
+        if limits is not None and len(found) > limits.max_series:
+            raise UploadError("too_large", f"{len(found)} series, expected at most {limits.max_series} in a request")
         for series in found:
             row = stages.decode_and_prepare(
                 series.to_row(), archive=root, window=self.window, config=self.config, decoder=self.decoder
@@ -51,17 +66,38 @@ class Screener:
             }
             yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
 
+    def kill(self) -> None:
+        """End the work under way, from another thread."""
+        self.decoder.close()
+
     def close(self) -> None:
         """End the decoder's child process."""
         self.decoder.close()
 
 
-def _listing(place: str) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
-    """Root and objects: a file with its folder as the root, or a folder with all below it."""
-    if not storage.exists(place):
-        return place, list(storage.walk(place))
-    root, _, name = place.rpartition("/")
-    for folder, items in storage.walk(root):
-        if not folder:
-            return root, [("", [item for item in items if item.path == name])]
-    return root, []
+def _listing(place: str, limits: StudyLimits | None) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
+    """Return root and objects: a file with its folder as the root, or a folder with all below it.
+
+    Raises:
+        UploadError: ``too_large``, with more objects or bytes than the limits.
+    """
+    item = storage.describe(place)
+    if item is not None:
+        listed = [("", [item])]
+        root = place.rpartition("/")[0]
+    else:
+        listed = _folders(place, limits)
+        root = place
+    num_bytes = sum(item.num_bytes for _, items in listed for item in items)
+    if limits is not None and num_bytes > limits.max_bytes:
+        raise UploadError("too_large", f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request")
+    return root, listed
+
+
+def _folders(place: str, limits: StudyLimits | None) -> list[tuple[str, list[storage.ObjectInfo]]]:
+    if limits is None:
+        return list(storage.walk(place))
+    try:
+        return list(storage.walk(place, limits.max_objects))
+    except storage.TooManyObjectsError:
+        raise UploadError("too_large", f"more than {limits.max_objects} objects, the most in a request") from None

@@ -48,7 +48,13 @@ model = "{model}"
 ledger = "{ledger}"
 reload_every_s = {reload_every_s}
 upload_timeout_s = {upload_timeout_s}
+request_timeout_s = {request_timeout_s}
 max_waiting = {max_waiting}
+max_uploads_per_caller = {max_uploads_per_caller}
+cpus_per_decoder = 0.25
+reserves_memory = false
+driver_cpus = 0.5
+driver_memory_mib = 0
 config = "{config}"
 
 [[callers]]
@@ -60,13 +66,19 @@ places = [{places}]
 
 def write_config(
     path: Path, token: str, *, model: str, ledger: str, places: tuple[str, ...], reload_every_s: float = 30,
-    max_waiting: int = 8, config: str = "", upload_timeout_s: float = 120,
+    max_waiting: int = 8, config: str = "", upload_timeout_s: float = 120, request_timeout_s: float = 300,
+    max_uploads_per_caller: int = 16,
 ) -> None:  # fmt: skip
-    """The endpoint's settings with one caller; the token itself is not in them."""
+    """The endpoint's settings with one caller; the token itself is not in them.
+
+    The shares of processors are those of ``NUM_LOGICAL_CPUS``: beside the endpoint and a batch's driver three are left
+    for the batch.
+    """
     path.write_text(
         CONFIG.format(
             model=model, ledger=ledger, reload_every_s=reload_every_s, max_waiting=max_waiting, config=config,
-            upload_timeout_s=upload_timeout_s,
+            upload_timeout_s=upload_timeout_s, request_timeout_s=request_timeout_s,
+            max_uploads_per_caller=max_uploads_per_caller,
             digest=hashlib.sha256(token.encode()).hexdigest(), places=", ".join(f'"{place}"' for place in places),
         )
     )  # fmt: skip
@@ -224,7 +236,7 @@ def run(services: list[Service], port: int, short: Path) -> None:
     write_private(HERE / "env", f"export COVTANET_URL={shlex.quote(url)}\nexport COVTANET_TOKEN={shlex.quote(token)}\n")
     print(f"ready     {url}  (the token is in {HERE / 'env'})")
     print(f"page      {url}/")
-    print(f"API       {url}/docs")
+    print(f"API       {url}/openapi.json  (with the token)")
     print(f"registry  {tracker.environment['MLFLOW_TRACKING_URI']}")
     print("Research use only, not a medical device. Ctrl-C ends it.", flush=True)
     while all(service.process.poll() is None for service in services):

@@ -23,8 +23,9 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_SECRET = "covtanet-on-loopback"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 5
-# More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one.
-NUM_LOGICAL_CPUS = 4
+# More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one; the
+# endpoint and the driver of a batch hold two, and leave the three that a screening needs.
+NUM_LOGICAL_CPUS = 5
 OBJECT_STORE_BYTES = 1 << 30
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
 # A proxy that a hospital sets for the world outside is none for loopback.

@@ -111,8 +111,10 @@ def test_a_wrong_token_is_told(browser: Any, endpoint: Endpoint) -> None:
 
 def committed_batch(s3: S3, batch: str, name: str, count: int) -> str:
     """A batch of many rows, made of those of a real one; returns its id."""
-    served = s3.folder / "served"
-    record = json.loads((served / "_batches" / f"{batch}.json").read_text())
+    root = s3.folder / "served" / "_batches"
+    (path,) = root.glob(f"callers/*/{batch}.json")
+    record = json.loads(path.read_text())
+    served = root / "ledger"
     named = json.loads((served / "_batches" / f"{batch}.run").read_text())
     table = pq.ParquetFile(served / f"date={named['run_date']}" / f"{named['run_id']}.parquet").read()
     rows = [row for row in table.to_pylist() if row["status"] == "screened"]
@@ -125,10 +127,11 @@ def committed_batch(s3: S3, batch: str, name: str, count: int) -> str:
     new = pa.Table.from_pylist(many, table.schema)
     sink = pa.BufferOutputStream()
     pq.write_table(new, sink)
-    storage.write_bytes(f"s3://bucket/served/date={named['run_date']}/{name}.parquet", sink.getvalue().to_pybytes())
-    storage.write_bytes(f"s3://bucket/served/_batches/{name}.run", json.dumps({**named, "run_id": name}).encode())
-    changed = {**record, "batch_id": name}
-    storage.write_bytes(f"s3://bucket/served/_batches/{name}.json", json.dumps(changed).encode())
+    own, callers = "s3://bucket/served/_batches/ledger", f"s3://bucket/served/_batches/callers/{path.parent.name}"
+    storage.write_bytes(f"{own}/date={named['run_date']}/{name}.parquet", sink.getvalue().to_pybytes())
+    storage.write_bytes(f"{own}/_batches/{name}.run", json.dumps({**named, "run_id": name}).encode())
+    storage.write_bytes(f"{callers}/{name}.json", json.dumps({**record, "batch_id": name, "ended": None}).encode())
+    storage.write_bytes(f"{callers}/newest/1-{name}", b"")
     return name
 
 
@@ -154,7 +157,7 @@ def test_the_report_opens_without_a_server(
 ) -> None:
     import report
 
-    uri = report.write_report("s3://bucket/served", "", "")
+    uri = report.write_report("s3://bucket/served/_batches/ledger", "", "")
     path = s3.folder / uri.removeprefix("s3://bucket/")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{16}\.html", path.name)
     requested: list[str] = []

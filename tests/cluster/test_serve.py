@@ -16,6 +16,8 @@ from hostile import gz, plain_nifti, slices
 
 from covtanet.screening import view
 
+UPLOAD_TIMEOUT_S = 120
+
 
 def zipped(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
@@ -132,12 +134,18 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: s
     assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
 
 
-def test_what_cannot_wait_is_told_to_come_again(endpoint: Endpoint) -> None:
-    """More slow uploads than decoders and places to wait: the next is refused at once, and served afterwards."""
+def test_stalled_uploads_hold_no_decoder_and_too_many_return_503(endpoint: Endpoint) -> None:
+    """Four bodies are stalled: another of this caller's is refused at once, and all are served in the end."""
     study = gz(plain_nifti())
-    slow = [endpoint.announce(len(study)) for _ in range(4)]  # two are being received, two wait
+    slow = [endpoint.announce(len(study)) for _ in range(3)]
     for connection in slow:
         connection.send(study[:100])
+    time.sleep(1)
+    started = time.monotonic()
+    assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
+    assert time.monotonic() - started < UPLOAD_TIMEOUT_S / 2
+    slow.append(endpoint.announce(len(study)))
+    slow[-1].send(study[:100])
     deadline = time.monotonic() + 20
     while (found := endpoint.ask("POST", "/v1/studies", b"no study"))[0] != 503:
         assert time.monotonic() < deadline, found
@@ -180,6 +188,7 @@ def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, bat
 
 
 def test_the_api_describes_itself(endpoint: Endpoint) -> None:
+    assert endpoint.ask("GET", "/openapi.json", headers={"Authorization": ""})[0] == 401
     described = endpoint.ask("GET", "/openapi.json")[1]
     assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(described["paths"])
     body = described["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -1,0 +1,158 @@
+"""The decoders of one API replica: each belongs to the thread that uses it, never to a request.
+
+A request may end before its thread does: the caller hangs up, or its time is over. Then the thread's decoder is killed,
+which ends the thread soon, and only the thread's own end gives its slot back. So no study ever meets the bytes or the
+answer of another one in a decoder, and no temporary folder is removed while a thread reads it.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Protocol, TypeVar
+
+from covtanet.errors import DeadlineError
+
+T = TypeVar("T")
+
+
+class BusyError(Exception):
+    """As many requests wait for a decoder as may."""
+
+
+class Killable(Protocol):
+    """A screener, as far as a slot needs to know it."""
+
+    model_digest: str
+
+    def kill(self) -> None:
+        """End the work under way, from another thread; the screener is of no more use."""
+        ...
+
+    def close(self) -> None:
+        """End the decoder's child process, from the thread that used it."""
+        ...
+
+
+class Slot:
+    """A place for one study at a time, with the screener that its thread keeps warm from study to study."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._screener: Killable | None = None
+        self._is_abandoned = False
+        self.deadline = 0.0
+
+    def screener(self, digest: str, make: Callable[[], T]) -> T:
+        """Return the slot's screener if it is of this version of the model, else a new one.
+
+        Raises:
+            DeadlineError: the request has ended.
+        """
+        with self._lock:
+            if self._is_abandoned:
+                raise DeadlineError("the request ended before its study was read")
+            if self._screener is None or self._screener.model_digest != digest:
+                if self._screener is not None:
+                    self._screener.close()
+                self._screener = make()  # type: ignore[assignment]
+            return self._screener  # type: ignore[return-value]
+
+    def check(self) -> None:
+        """Go on only while somebody waits for the answer.
+
+        Raises:
+            DeadlineError: the request has ended, or its time is over.
+        """
+        if self._is_abandoned or time.monotonic() > self.deadline:
+            raise DeadlineError("the request ended before its study was read")
+
+    def abandon(self) -> None:
+        """Kill what the slot's thread waits for; its request has ended."""
+        with self._lock:
+            self._is_abandoned = True
+            if self._screener is not None:
+                self._screener.kill()
+
+    def close(self) -> None:
+        """End the warm decoder; no thread may use the slot."""
+        if self._screener is not None:
+            self._screener.close()
+
+    def renewed(self) -> "Slot":
+        """Return this slot, or a fresh one if its screener was killed."""
+        return Slot() if self._is_abandoned else self
+
+
+class Decoders:
+    """The slots of a replica. max_waiting: requests that may wait for one; timeout_s: from waiting to the answer."""
+
+    def __init__(self, num_slots: int, max_waiting: int, timeout_s: float) -> None:
+        self.max_waiting, self.timeout_s = max_waiting, timeout_s
+        self._threads = ThreadPoolExecutor(num_slots, "decoder")
+        self._free: asyncio.Queue[Slot] = asyncio.Queue()
+        for _ in range(num_slots):
+            self._free.put_nowait(Slot())
+        self._num_waiting = 0
+
+    async def run(self, work: Callable[[Slot], T], resources: ExitStack) -> T:
+        """Run one study's work in a thread with a slot of its own.
+
+        resources: what the work reads; closed when its thread has ended, or at once if it never began.
+
+        Raises:
+            BusyError: as many requests wait as may.
+            DeadlineError: the answer takes longer than it may.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        with resources:
+            slot = await self._take(deadline)
+            slot.deadline = deadline
+            kept = resources.pop_all()  # from here on they are the thread's
+        # No await between taking a slot and starting its thread: a cancellation cannot come between them.
+        loop = asyncio.get_running_loop()
+        thread = loop.run_in_executor(self._threads, partial(_work_with, work, slot, kept))
+        thread.add_done_callback(partial(self._give_back, slot))
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()) as limit:
+                return await asyncio.shield(thread)
+        except TimeoutError:
+            if not limit.expired():  # the work's own
+                raise
+            slot.abandon()
+            raise DeadlineError("the request took longer than it may") from None
+        except asyncio.CancelledError:  # the caller hung up
+            slot.abandon()
+            raise
+
+    def close(self) -> None:
+        """End the decoders that wait for a study."""
+        self._threads.shutdown()
+        while not self._free.empty():
+            self._free.get_nowait().close()
+
+    async def _take(self, deadline: float) -> Slot:
+        if self._free.empty() and self._num_waiting >= self.max_waiting:
+            raise BusyError
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self._free.get()
+        except TimeoutError:
+            raise BusyError from None
+        finally:
+            self._num_waiting -= 1
+
+    def _give_back(self, slot: Slot, thread: "asyncio.Future[T]") -> None:
+        """Free the slot once its thread has ended."""
+        thread.exception()  # seen: nobody may wait for it any more, and asyncio would log its text
+        self._free.put_nowait(slot.renewed())
+
+
+def _work_with(work: Callable[[Slot], T], slot: Slot, resources: ExitStack) -> T:
+    """Do the work in this thread, and give up what it read only when it has ended."""
+    with resources:
+        return work(slot)

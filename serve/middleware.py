@@ -1,0 +1,108 @@
+"""What surrounds every route: headers that keep a browser safe, one log line a request, and no error's own text."""
+
+import logging
+import time
+
+from ray.util.metrics import Counter
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from covtanet.screening.decode import place_of
+
+logger = logging.getLogger("ray.serve")
+
+# Scripts, styles and pictures of this origin alone; no frame, no other base, no form to elsewhere.
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CSP,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    # Rows name studies, and a picture in the cache of a shared workstation needs no token.
+    "Cache-Control": "no-store",
+}
+HSTS = "max-age=31536000; includeSubDomains"
+
+
+class SecurityHeaders:
+    """Adds the headers to every answer, whoever gives it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        forwarded = Headers(scope=scope).get("x-forwarded-proto", "")
+        is_tls = scope.get("scheme") == "https" or forwarded == "https"
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                if is_tls:
+                    headers["Strict-Transport-Security"] = HSTS
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class Audit:
+    """Logs and counts who asked for which route and series, and how it ended; answers for errors that nobody caught.
+
+    An error that is raised further is logged by Ray Serve with its text, which may quote a study.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._requests: Counter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        status, started = 0, time.monotonic()
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_status)
+        except ClientDisconnect:
+            status = 499  # as nginx notes it: nobody is there to be answered
+        except Exception as error:
+            logger.error("internal error, %s", place_of(error))
+            if status == 0:
+                answer = JSONResponse({"reason": "internal_error", "message": "a fault of this software"}, 500)
+                await answer(scope, receive, note_status)
+        finally:
+            self._note(scope, state, status or 499, time.monotonic() - started)
+
+    def _note(self, scope: Scope, state: dict[str, object], status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        caller, series_keys = state.get("caller", "none"), state.get("series_keys", ())
+        if route in QUIET_ROUTES:
+            return
+        logger.info(
+            "request caller=%s method=%s route=%s status=%d seconds=%.2f series=%s",
+            caller, scope["method"], route, status, seconds, ",".join(map(str, series_keys)) or "none",  # type: ignore[call-overload]
+        )  # fmt: skip
+        if self._requests is None:
+            self._requests = Counter("covtanet_http_requests", "Requests by caller.", ("caller", "route", "status"))
+        self._requests.inc(tags={"caller": str(caller), "route": route, "status": str(status)})
+
+
+# Probes come every few seconds.
+QUIET_ROUTES = {"/healthz", "/readyz"}
