@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import faults_serving
 import psutil
@@ -26,7 +27,8 @@ import torch
 from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
+from services import LOOPBACK, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
+from slow import SlowDoor
 
 from covtanet.data.phantom_archive import configs, write_mosmed
 
@@ -430,8 +432,14 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         screening, serving = None, None
         try:
             if suite == "serve":
-                serving = faults_serving.Serving(folder=folder, environment={})
-                environment |= faults_serving.environment_of(folder)
+                (folder / "s3" / "bucket").mkdir(parents=True)
+                s3 = start_s3(folder / "s3", folder / "s3.log")
+                services.append(s3)
+                door = SlowDoor(urlsplit(s3.environment["AWS_ENDPOINT_URL"]).port or 0)
+                os.environ.update(s3.environment)
+                serving = faults_serving.Serving(folder=folder, environment={}, door=door)
+                environment |= faults_serving.environment_of(folder) | s3.environment
+                environment["AWS_ENDPOINT_URL"] = f"http://{LOOPBACK}:{door.port}"
             if suite == "screening":
                 screening = Screening(
                     folder=folder, bucket=folder / "s3" / "bucket", s3=start_s3(folder / "s3", folder / "s3.log")
@@ -439,8 +447,9 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
                 assert screening.s3 is not None
                 environment |= screening.s3.environment
                 os.environ.update(screening.s3.environment)
-            services.append(start_ray(folder / "ray.log", environment, token, Path(short)))
-            environment = {**os.environ, **environment, **services[0].environment}
+            ray = start_ray(folder / "ray.log", environment, token, Path(short))
+            services.append(ray)
+            environment = {**os.environ, **environment, **ray.environment}
             print("undisturbed ...", flush=True)
             if serving is not None:
                 serving.environment = environment
@@ -454,7 +463,7 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         finally:
             if serving is not None:
                 faults_serving.shut_down(serving)
-            for service in [*services, *([screening.s3] if screening and screening.s3 else [])]:
+            for service in [*reversed(services), *([screening.s3] if screening and screening.s3 else [])]:
                 service.stop()
 
 

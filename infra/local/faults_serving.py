@@ -1,17 +1,20 @@
 """The endpoint's half of make faults: kills, floods, slow and hostile callers against a real endpoint."""
 
 import contextlib
+import http.client
+import json
 import secrets
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import bombs
 import mlflow
 import psutil
 import requests
@@ -19,16 +22,21 @@ import torch
 from endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config
 from mlflow.tracking import MlflowClient
 from services import free_ports
+from slow import SlowDoor
 
-from covtanet import tracking
+from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.data.phantom import make_phantom
-from covtanet.data.phantom_archive import configs, nifti_grid
+from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
 
-RELOAD_EVERY_S, UPLOAD_TIMEOUT_S = 2.0, 4.0
+RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 20.0
+NUM_CALLERS, NUM_HANG_UPS = 8, 10
+SLOW_BYTES_PER_S = 100e3  # of one connection; eight are read at a time
+SLOW_STUDY = "s3://bucket/slow/study"
 BACK_WITHIN_S = 30.0
+NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")  # the last is of an upload's time on disk
 API, SEGMENTER, CONTROLLER = "ServeReplica:default:Api", "ServeReplica:default:Segmenter", "ServeController"
 
 
@@ -41,6 +49,8 @@ class Serving:
     study: bytes = b""
     expected: float = 0.0
     started: Endpoint | None = None
+    door: SlowDoor | None = None
+    others: dict[int, tuple[bytes, Any]] = field(default_factory=dict)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -73,6 +83,39 @@ class Serving:
             time.sleep(0.3)
         return time.monotonic() - started
 
+    def post_slow(self) -> http.client.HTTPConnection:
+        """Ask for the study that lies in the slow store, and do not wait for the answer."""
+        body = json.dumps({"uri": SLOW_STUDY}).encode()
+        headers = {"Authorization": f"Bearer {self.endpoint.token}", "Content-Type": "application/json"}
+        connection = self.endpoint.announce(len(body), "/v1/studies:by-uri", headers)
+        connection.send(body)
+        return connection
+
+    @contextlib.contextmanager
+    def slow_store(self, bytes_per_s: float) -> Iterator[None]:
+        """The object store answers slowly."""
+        assert self.door is not None
+        self.door.bytes_per_s = bytes_per_s
+        try:
+            yield
+        finally:
+            self.door.bytes_per_s = 0.0
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """The processes of this endpoint's Ray whose command line holds a text."""
+        token, found = self.environment["RAY_AUTH_TOKEN_PATH"], []
+        for process in psutil.process_iter(["cmdline"]):
+            with contextlib.suppress(psutil.Error):
+                is_part = part in " ".join(process.info["cmdline"] or ())
+                if is_part and process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
+                    found.append(process)
+        return found
+
+    def children(self) -> list[psutil.Process]:
+        """The decoders' child processes of this endpoint."""
+        found = [child for process in self.processes(API) for child in process.children(recursive=True)]
+        return [child for child in found if "sandbox_child" in " ".join(child.cmdline())]
+
     def versions(self) -> set[str]:
         """Versions of the model that answer now."""
         return {each["version"] for each in self.endpoint.ask("GET", "/v1/models")[1]}
@@ -96,8 +139,9 @@ def fill(serving: Serving) -> None:
     tracking.promote(register(serving, 0), {})
     token, (port,) = secrets.token_urlsafe(32), free_ports(1)
     write_config(
-        serving.folder / "serve.toml", token, model="models:/covtanet@champion", ledger="", places=(),
+        serving.folder / "serve.toml", token, model="models:/covtanet@champion", ledger="", places=("s3://bucket/slow",),
         reload_every_s=RELOAD_EVERY_S, max_waiting=2, upload_timeout_s=UPLOAD_TIMEOUT_S,
+        request_timeout_s=REQUEST_TIMEOUT_S,
     )  # fmt: skip
     serving.started = start_endpoint(serving.environment, port, serving.folder / "serve.log", token)
     (config,) = list(configs(2, 31, 256, 60))[1:]
@@ -106,6 +150,20 @@ def fill(serving: Serving) -> None:
     status, answer, _ = serving.post(serving.study)
     assert status == 200, answer
     serving.expected = answer["series"][0]["p_infected"]
+    slow, *others = configs(1 + NUM_CALLERS, 47, 128, 24)
+    for index, data in enumerate(dicom_objects(make_phantom(replace(slow, size_px=256, num_slices=60)), 47)):
+        storage.write_bytes(f"{SLOW_STUDY}/{index:04d}.dcm", data)
+    for index, config in enumerate(others):
+        phantom = make_phantom(config)
+        body = nifti.write(phantom.hu, nifti_grid(phantom))
+        status, answer, _ = serving.post(body)
+        assert status == 200, answer
+        serving.others[index] = body, compared(answer)
+
+
+def compared(answer: Any) -> list[dict[str, Any]]:
+    """What two answers about one study have in common, whoever asks beside it."""
+    return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in answer["series"]]
 
 
 def kill(environment: dict[str, str], part: str) -> None:
@@ -250,9 +308,122 @@ def wrong_digest(serving: Serving) -> str:
 
 
 def shut_down(serving: Serving) -> None:
-    """End the endpoint."""
+    """End the endpoint and its way to storage."""
     if serving.started is not None:
         serving.started.service.stop()
+    if serving.door is not None:
+        serving.door.close()
+
+
+def hang_up_during_decoding(serving: Serving) -> str:
+    """Callers hang up while their study comes from a slow store and is decoded, beside eight other callers."""
+    is_over, seen = threading.Event(), Counter[int]()
+    wrong: list[str] = []
+
+    def ask(index: int) -> None:
+        body, expected = serving.others[index]
+        while not is_over.is_set():
+            status, answer, wait_s = serving.post(body)
+            seen[status] += 1
+            if status == 200 and compared(answer) != expected:
+                names = ("status", "num_slices", "lesion_volume_ml", "series_uid")
+                got, due = ([[row[name] for name in names] for row in rows] for rows in (answer["series"], expected))
+                wrong.append(f"caller {index} got {got}, expected {due}")
+            if status not in (200, 503) or (status == 503 and not wait_s):
+                wrong.append(f"caller {index} got {status} {answer}")
+            time.sleep(0.05 + (0.3 if status == 503 else 0))
+
+    with serving.slow_store(SLOW_BYTES_PER_S), ThreadPoolExecutor(NUM_CALLERS) as pool:
+        asking = [pool.submit(ask, index) for index in range(NUM_CALLERS)]
+        for _ in range(NUM_HANG_UPS):
+            connection = serving.post_slow()
+            time.sleep(1.5)
+            assert connection.sock is not None
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+            time.sleep(0.5)
+        is_over.set()
+        for each in asking:
+            each.result()
+    assert not wrong, f"{len(wrong)} wrong answers, the first: {wrong[0]}"
+    assert seen[200] > NUM_CALLERS, seen
+    back_s = serving.back_after()
+    return f"{seen[200]} rows of others as without, {seen[503]} told to come again; right after {back_s:.0f} s"
+
+
+def timeouts(serving: Serving) -> str:
+    """Time runs out in the wait for a decoder, in storage, in the decoder and in the model."""
+    seen = {}
+    with serving.slow_store(2e3):
+        slow = [serving.post_slow() for _ in range(4)]  # two are read, two wait
+        time.sleep(1.0)
+        assert (status := serving.post(serving.study)[0]) == 503, status
+        answers = []
+        for connection in slow:
+            with contextlib.closing(connection), connection.getresponse() as answer:
+                answers.append((answer.status, json.loads(answer.read())["reason"]))
+        assert Counter(answers) == {(504, "deadline"): 2, (503, "busy"): 2}, answers
+        seen["storage and the wait for a decoder"] = "504 and 503"
+    seen["back after"] = f"{serving.back_after():.0f} s"
+    for name, stopped in (("decoder", serving.children), ("model", lambda: serving.processes(SEGMENTER))):
+        processes = stopped()
+        assert processes, f"no {name} runs"
+        for process in processes:
+            process.suspend()
+        started = time.monotonic()
+        status, answer, wait_s = serving.post(serving.study)
+        spent_s = time.monotonic() - started
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+        assert status == 504 or (status == 503 and wait_s), (name, status, answer)
+        assert spent_s < REQUEST_TIMEOUT_S + 10, (name, spent_s)
+        seen[name] = f"{status} after {spent_s:.0f} s, right {serving.back_after():.0f} s later"
+    return ", ".join(f"{name}: {what}" for name, what in seen.items())
+
+
+def bombs_of_three_kinds(serving: Serving) -> str:
+    """A zip's directory, headers and a mask that grow when they are read, each beside a sound study."""
+    (replica,) = serving.processes(API)[:1]
+    seen = {}
+    for name, body in (
+        ("zip", bombs.directory_bomb(500_000)),
+        ("lying zip", bombs.directory_bomb(500_000, 1)),
+        ("headers", bombs.header_bombs(16, 500_000)),
+        ("mask", bombs.mask_bomb(1024, 1000)),
+    ):
+        before = replica.memory_info().rss
+        started = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            bomb, sound = pool.submit(serving.post, body), pool.submit(serving.is_right)
+            status, answer, _ = bomb.result()
+            spent_s = time.monotonic() - started
+            assert sound.result(), f"a sound study beside the {name} bomb was not answered as ever"
+        grown_mib = (replica.memory_info().rss - before) / (1 << 20)
+        assert status in (413, 422), (name, status, answer)
+        assert grown_mib < 200, (name, grown_mib)
+        seen[name] = f"{status} {answer['reason']} after {spent_s:.1f} s"
+    assert serving.is_right()
+    return ", ".join(f"{name}: {what}" for name, what in seen.items())
+
+
+def slow_beside_fast(serving: Serving) -> str:
+    """Two bodies that stall, and a caller who does not."""
+    started = time.monotonic()
+    assert serving.is_right()
+    usual_s = time.monotonic() - started
+    slow = [serving.endpoint.announce(len(serving.study)) for _ in range(2)]
+    for connection in slow:
+        connection.send(serving.study[:1000])
+    time.sleep(0.5)
+    started = time.monotonic()
+    assert serving.is_right()
+    spent_s = time.monotonic() - started
+    assert spent_s < usual_s + UPLOAD_TIMEOUT_S / 2, (usual_s, spent_s)
+    for connection in slow:
+        with contextlib.closing(connection), connection.getresponse() as answer:
+            assert answer.status == 408, answer.status
+    return f"answered in {spent_s:.1f} s, {usual_s:.1f} s without them"
 
 
 Scenario = Callable[[Serving], str]
@@ -266,6 +437,10 @@ SERVING: dict[str, tuple[Scenario, str]] = {
     "body too large": (too_large, "413 before it is read"),
     "slow upload": (slow_upload, "408"),
     "callers gone": (client_gone, "their places are free again"),
+    "callers hang up during decoding": (hang_up_during_decoding, "every other caller's rows as without; 503 at most"),
+    "time runs out at each stage": (timeouts, "503 or 504; right again"),
+    "bombs": (bombs_of_three_kinds, "413 or 422, little memory; a study beside it is right"),
+    "slow uploads beside a fast caller": (slow_beside_fast, "408 for them, the usual time for the other"),
     "hostile bodies": (hostile, "a 4xx with a reason; the next is right"),
     "another champion": (another_champion, "taken up; no answer of two versions"),
     "files of another digest": (wrong_digest, "the version before goes on answering"),

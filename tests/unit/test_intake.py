@@ -1,12 +1,12 @@
 """What a caller may send, and what a zip may not hold."""
 
 import io
-import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
+from bombs import directory_bomb
 from hostile import gz, plain_nifti, slices
 
 from covtanet.errors import UploadError
@@ -113,22 +113,13 @@ def test_a_damaged_member_is_refused_by_its_checksum(tmp_path: Path) -> None:
 
 def test_zip_with_a_huge_directory_is_refused_before_its_entries_are_read(tmp_path: Path) -> None:
     """Half a million entries of one byte each: ``ZipFile`` would make an object of every one."""
-    name, num_entries = b"a", 500_000
-    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
-    directory = entry * num_entries
-    local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0) + name
-    for declared in (num_entries, 1):  # as the zip64 record says, or a lie
-        record = struct.pack(
-            "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, declared, declared, len(directory), len(local)
-        )
-        locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, len(local) + len(directory), 1)
-        end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-        folder = tmp_path / str(declared)
+    for num_declared in (500_000, 1):  # as the zip64 record says, or a lie
+        bomb, folder = directory_bomb(500_000, num_declared), tmp_path / str(num_declared)
         folder.mkdir()
         tracemalloc.start()
         with pytest.raises(UploadError, match="expected at most 40 in") as error:
-            spread(local + directory + record + locator + end, folder)
+            spread(bomb, folder)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert error.value.reason == "too_large"
-        assert peak < 4 * len(directory)  # the test's own copy of it; entries would take ten times as much
+        assert peak < 8 << 20  # entries as objects would take 124 MiB
