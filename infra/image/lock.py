@@ -98,7 +98,7 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         given, lock = Path(folder) / "requirements.in", Path(folder) / "pylock.toml"
         given.write_text("\n".join(requirements) + "\n")
-        command = [uv, "pip", "compile", "--quiet", "--no-config", "--no-deps", "--universal"]
+        command = [uv.absolute(), "pip", "compile", "--quiet", "--no-config", "--no-deps", "--universal"]
         command += ["--format", "pylock.toml", "--python-version", "3.11", "--output-file", lock, given]
         subprocess.run(command, check=True, cwd=folder)
         packages: list[dict[str, Any]] = tomllib.loads(lock.read_text())["packages"]
