@@ -2,10 +2,10 @@
 
 make lock     after every change of constraints.txt or of the dependencies in pyproject.toml
 
-Which distributions the image needs is read from the metadata of those in .venv, for Linux on x86_64 and aarch64;
-their versions from constraints.txt; their hashes from the package index, by uv (its UV_DEFAULT_INDEX names another one
-than its default). Source distributions are left out: installing one would run its setup.py. torch and torchvision come
-from an index of their own and are no part of the file, see infra/Containerfile.
+The metadata of .venv says which distributions the image needs on Linux, x86_64 and aarch64;
+constraints.txt says their versions; uv asks the package index for the hashes (its own default
+index, or the one that UV_DEFAULT_INDEX names). Source distributions are left out: installing one
+would run its setup.py. torch and torchvision come from another index, see infra/Containerfile.
 """
 
 import argparse
