@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -385,10 +386,9 @@ FROM_TORCHS_INDEX = {"torch", "torchvision"}
 
 
 def constraints() -> dict[str, str]:
-    """Version by name; setuptools, which `pip freeze` leaves out, as it is installed."""
+    """Version by name."""
     pins = [line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    found = {canonicalize_name(name): version for name, _, version in pins}
-    return {**found, "setuptools": metadata.version("setuptools")}
+    return {canonicalize_name(name): version for name, _, version in pins}
 
 
 def locked() -> dict[str, list[str]]:
@@ -436,10 +436,17 @@ def test_image_installs_every_distribution_by_version_and_hash() -> None:
     found, pins = locked(), constraints()
     assert not FROM_TORCHS_INDEX & set(found)
     for name, (version, *hashes) in found.items():
-        assert version == pins[name], name
+        assert version == pins.get(name, version), name
         assert hashes, name
         for each in hashes:
             assert re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each), name
+
+
+def test_image_builds_with_the_one_package_that_constraints_leave_out() -> None:
+    # pip freeze names no setuptools, which builds our own package and which torch needs.
+    assert set(locked()) - set(constraints()) == {"setuptools"}
+    (build,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert Requirement(build).specifier.contains(locked()["setuptools"][0])
 
 
 def test_image_installs_all_that_it_needs_and_no_more() -> None:
