@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve stop test test-all check bench faults fuzz audit clean
+.PHONY: help install demo screen serve stop test test-all check bench faults fuzz audit lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,10 @@ fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses
 audit: .venv/.installed ## known holes in what constraints.txt installs, where the network reaches the advisories
 	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit
 	@.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+lock: .venv/.installed ## infra/image/requirements.txt anew from constraints.txt, with hashes, where the network reaches the index
+	@$(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
+	@$(BIN)/python infra/image/lock.py --uv .venv/lock/bin/uv
 
 clean: ## remove what the demo and the benchmark left
 	rm -rf .demo .bench .fuzz

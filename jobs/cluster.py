@@ -11,6 +11,7 @@ import ray
 from pythonjsonlogger.json import JsonFormatter
 
 from covtanet import storage
+from covtanet.doors import check_endpoints
 from covtanet.errors import ConfigError
 
 MIN_LOGICAL_CPUS = 4
@@ -102,11 +103,12 @@ def place(uri: str, option: str) -> str:
 
 
 def check_tracking() -> None:
-    """Refuse a relative SQLite registry, which is MLflow's default, inside a Ray job.
+    """Refuse endpoints in clear text and, inside a Ray job, a relative SQLite registry, MLflow's default.
 
     Raises:
         ConfigError: with the form to use.
     """
+    check_endpoints(os.environ)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     scheme, _, path = uri.partition("sqlite:///")
     if is_ray_job() and not scheme and path and not path.startswith("/"):
