@@ -73,6 +73,7 @@ STUDY_PROBLEMS: Responses = {
     504: {"model": Problem},
     **{code: {"model": Problem | StudyAnswer} for code in (422, 500, 503)},
 }
+PARQUET = "application/vnd.apache.parquet"
 BATCH_PROBLEMS: Responses = {**BODY_PROBLEMS, 429: {"model": Problem}}
 READY_FOR_S = 5.0
 RETRY_STORAGE_S = 10
@@ -102,7 +103,12 @@ def _ledger_as(accept: str, table: pa.Table) -> Response:
         pa_csv.write_csv(view.for_spreadsheet(table), buffer)
         return Response(buffer.getvalue(), media_type="text/csv")
     pq.write_table(table, buffer)
-    return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+    return Response(buffer.getvalue(), media_type=PARQUET)
+
+
+def _content(*kinds: str) -> dict[str, Any]:
+    """A route's answer in the API's description, if it is no JSON model."""
+    return {"description": "Successful Response", "content": {kind: {} for kind in kinds}}
 
 
 api = FastAPI(
@@ -382,7 +388,11 @@ class Api:
         """Stop a batch; finished series are kept, and the same request again goes on."""
         return await self._of_batch(self._batches().cancel, batch_id, self._caller(request))
 
-    @api.get("/v1/batches/{batch_id}/ledger", responses=PROBLEMS)
+    @api.get(
+        "/v1/batches/{batch_id}/ledger",
+        response_class=Response,
+        responses={**PROBLEMS, 200: _content(PARQUET, "text/csv", "application/json")},
+    )
     async def get_ledger(
         self,
         request: Request,
@@ -393,7 +403,11 @@ class Api:
         table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
         return await self._in_batch_thread(_ledger_as, accept, table)
 
-    @api.get("/v1/batches/{batch_id}/series/{series_key}/{name}", responses=PROBLEMS)
+    @api.get(
+        "/v1/batches/{batch_id}/series/{series_key}/{name}",
+        response_class=Response,
+        responses={**PROBLEMS, 200: _content("image/png", "application/gzip")},
+    )
     async def get_result(
         self,
         request: Request,

@@ -39,14 +39,16 @@ class Caller:
 
     def may_read(self, uri: str) -> bool:
         """Whether an s3:// URI, taken apart by the one parser there is, lies under a place of this caller."""
+        if not storage.is_s3(uri) or not uri.isprintable():
+            return False
+        if set(uri) & set("?#%\\*") or "//" in uri.removeprefix("s3://"):
+            return False
         try:
             wanted = storage.absolute(uri)
         except ConfigError:
             return False
-        is_plain = storage.is_s3(uri) and not set(uri) & set("?#%\\*") and "//" not in uri.removeprefix("s3://")
-        is_plain = is_plain and uri.isprintable()
         allowed = (storage.absolute(place) for place in self.places)
-        return is_plain and any(wanted == place or wanted.startswith(f"{place}/") for place in allowed)
+        return any(wanted == place or wanted.startswith(f"{place}/") for place in allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ class Cluster:
 def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One Ray cluster with dashboard on free ports, shared by all tests that need one."""
     from endpoint import SERVE_ENVIRONMENT
-    from services import start_ray
+    from services import start_ray, write_private
 
     folder = tmp_path_factory.mktemp("ray")
     (folder / "token").write_text(secrets.token_hex(32))
@@ -146,10 +146,15 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         **SERVE_ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    with tempfile.TemporaryDirectory(prefix="cov") as short:
+    with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory(prefix="cov") as other:
+        # Somebody else's Ray was here before: whatever looks for "the" Ray of this machine finds two.
+        foreign_token = folder / "foreign_token"
+        write_private(foreign_token, secrets.token_hex(32))
+        foreign = start_ray(folder / "foreign.log", {}, foreign_token, Path(other), num_cpus=1)
         ray = start_ray(folder / "ray.log", environment, folder / "token", Path(short))
         yield Cluster({**os.environ, **ray.environment, "RAY_TMP": short})
         ray.stop()
+        foreign.stop()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def header_bomb(num_items: int) -> bytes:
     syntax = struct.pack("<2H2sH", 2, 0x10, b"UI", len(EXPLICIT_LITTLE_ENDIAN)) + EXPLICIT_LITTLE_ENDIAN
     meta = struct.pack("<2H2sHI", 2, 0, b"UL", 4, len(syntax)) + syntax
     items = struct.pack("<2HI", 0xFFFE, 0xE000, 0) * num_items
-    sequence = struct.pack("<2H2sHI", 8, 0x1115, b"SQ", 0, len(items)) + items
+    sequence = struct.pack("<2H2sHI", 8, 0x1115, b"SQ", 0, 0xFFFFFFFF) + items  # its end is only found by reading on
     return bytes(128) + b"DICM" + meta + sequence
 
 

@@ -139,7 +139,9 @@ def start_s3(
     return service
 
 
-def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: Path) -> Service:
+def start_ray(
+    log: Path, environment: dict[str, str], token: Path, temp_folder: Path, num_cpus: int = NUM_LOGICAL_CPUS
+) -> Service:
     """Start a Ray head on loopback with token authentication.
 
     environment: what workers see, since they get none from the driver. token: a file with mode 0600.
@@ -149,7 +151,7 @@ def start_ray(log: Path, environment: dict[str, str], token: Path, temp_folder: 
     port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
     command = [
         Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
-        f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={NUM_LOGICAL_CPUS}",
+        f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_folder}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}",

@@ -27,7 +27,8 @@ def test_digest_of_an_empty_token_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["s3://hospital/ct/a\nb", "s3://hospital/ct/a\x00", "s3://hospital/ct/*", "s3://hospital/ct/\x1b[0m"]
+    "uri",
+    ["s3://hospital/ct/a\nb", "s3://hospital/ct/a\x00", "s3://hospital/ct/*", "s3://hospital/ct/\x1b[0m", "~nobody/x"],
 )
 def test_uri_with_control_characters_or_wildcard_is_not_read(uri: str) -> None:
     caller = settings().callers[0]
