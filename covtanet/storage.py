@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +46,10 @@ class AccessError(OSError):
 
 class ObjectChangedError(OSError):
     """An object is not what the listing said."""
+
+
+class TooLargeError(OSError):
+    """An object has more bytes than it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,13 +323,58 @@ def _put(uri: str, file: IO[bytes], *, only_new: bool = False) -> bool:
     return True
 
 
-def download_folder(uri: str, target: Path) -> None:
-    """Copy a small folder, such as a model's, to a local one."""
-    for _, objects in walk(uri):
-        for item in objects:
-            path = target / item.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(read_bytes(join(uri, item.path)))
+def download_files(uri: str, sizes: Mapping[str, int], target: Path) -> None:
+    """Copy files of a folder by their names to a local folder; what else lies beside them is not even listed.
+
+    sizes: each file's name, and the most bytes that it may have.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TooLargeError: a file has more bytes.
+        ValueError: a name leads out of the target.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name, max_bytes in sizes.items():
+        save_chunks(read_whole(join(uri, name)), local_path(target, name), max_bytes)
+
+
+def save_chunks(chunks: Iterable[bytes], path: Path, max_bytes: int) -> None:
+    """Write chunks to a local file, as many bytes as it may have.
+
+    Raises:
+        TooLargeError: there are more.
+    """
+    num_bytes = 0
+    with path.open("wb") as out:
+        for chunk in chunks:
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise TooLargeError(f"{path.name} has more than {max_bytes} bytes")
+            out.write(chunk)
+
+
+def read_whole(uri: str) -> Iterator[bytes]:
+    """Read an object in chunks, whichever it is now."""
+    if not is_s3(uri):
+        with _on_disk(uri).open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+        return
+    bucket, key = _split(uri)
+    with _as_os_error():
+        yield from _client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+
+
+def local_path(target: Path, name: str) -> Path:
+    """Return the place of a name below a local folder; every name that comes from a listing has to pass here.
+
+    Raises:
+        ValueError: an absolute name, one with '..', or one that leads out of the folder by a link.
+    """
+    path = target / name
+    if name.startswith("/") or ".." in name.split("/") or not path.resolve().is_relative_to(target.resolve()):
+        raise ValueError("a name leads out of the folder that it is written to")
+    return path
 
 
 def delete(uri: str) -> None:
@@ -339,7 +388,11 @@ def delete(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all below it; nothing happens where there is none."""
+    """Delete a folder and all below it; nothing happens where there is none.
+
+    Raises:
+        OSError: the store kept some of it.
+    """
     if not is_s3(uri):
         shutil.rmtree(uri, ignore_errors=True)
         return
@@ -348,8 +401,12 @@ def delete_folder(uri: str) -> None:
         client = _client()
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
-            if keys:
-                client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if not keys:
+                continue
+            answer = client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if errors := answer.get("Errors"):  # the call as a whole is answered with 200
+                code = errors[0].get("Code", "")
+                raise OSError(f"{len(errors)} of {len(keys)} objects could not be deleted: {code}")
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

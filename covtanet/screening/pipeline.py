@@ -304,7 +304,7 @@ class _PredictorActor:
         from covtanet.screening.predictor import Predictor
 
         with tempfile.TemporaryDirectory() as folder:
-            storage.download_folder(run.work_uri("model"), Path(folder))
+            storage.download_files(run.work_uri("model"), checkpoint.MODEL_FILES, Path(folder))
             model = checkpoint.load_model(Path(folder), run.model_digest)
         self.run, self.config = run, config
         self.predictor = Predictor(
@@ -384,6 +384,8 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
 
     window: the model's preprocessing. results: where to write masks and previews, or empty.
     """
+    from covtanet.model.checkpoint import MODEL_FILES  # torch, which decoding and measuring do without
+
     _configure(preserve_order=False)
     todo_uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     finished = ledger.finished_keys(run)
@@ -399,7 +401,7 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
         todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
         ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
         storage.upload(path, todo_uri)
-    for name in ("weights.safetensors", "model.json"):  # to where every node can fetch them
+    for name in MODEL_FILES:  # to where every node can fetch them
         storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, todo_uri, planned), remaining)
 
