@@ -63,9 +63,7 @@ def test_a_store_that_lets_a_put_replace_a_file_is_found_out(s3: S3) -> None:
     assert not storage.honours_create(f"{s3.uri}/probe")  # rclone ignores the condition
 
 
-def test_model_download_writes_its_two_files_and_nothing_else(
-    strict: str, model_folder: Path, tmp_path: Path
-) -> None:
+def test_model_download_writes_its_two_files_and_nothing_else(strict: str, model_folder: Path, tmp_path: Path) -> None:
     """Whatever keys lie under the model's prefix: '..', an absolute path, a million others."""
     client, outside = boto3.client("s3"), tmp_path / "outside"
     outside.mkdir()
