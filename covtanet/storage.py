@@ -36,6 +36,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S, MAX_ATTEMPTS = 10, 60, 5
 CHUNK_BYTES = 1 << 20
 NO_ACCESS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+# The version of a link that leads out of the listed root.
+OUTSIDE = "outside"
 # A byte that is no UTF-8 stands in a listed path as one of these characters.
 ODD_BYTE_AT = 0xF700
 
@@ -94,30 +96,45 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
 
 
-def walk(root: str) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def walk(root: str, *, leaves_root: bool = False) -> Iterator[tuple[str, list[ObjectInfo]]]:
     """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
 
     Holds the objects of one folder and of those above it, never the whole tree.
+
+    leaves_root: follow links of a disk out of the root, as of data that the caller has put together. Otherwise a link
+    that leads out, to a file or a folder, is listed as an object whose version says so; reading it is refused, since
+    whoever may write into an archive could have any file of the machine read.
     """
-    return _walk_s3(root) if is_s3(root) else _walk_disk(Path(root))
+    return _walk_s3(root) if is_s3(root) else _walk_disk(Path(root), leaves_root)
 
 
-def _walk_disk(root: Path) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def _walk_disk(root: Path, leaves_root: bool) -> Iterator[tuple[str, list[ObjectInfo]]]:
     if not root.is_dir():
         raise FileNotFoundError("there is no such folder")
     seen: set[tuple[int, int]] = set()
+    real_root = root.resolve()
+
+    def leads_out(path: Path) -> bool:
+        is_out = not leaves_root and path.is_symlink() and not path.resolve().is_relative_to(real_root)
+        return is_out and path.exists()  # a link to nowhere is listed as such
+
     for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link back into the tree
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
+        outside = {name for name in [*subfolders, *names] if leads_out(Path(folder) / name)}
+        subfolders[:] = sorted(set(subfolders) - outside)
         relative = _listed(Path(folder).relative_to(root).as_posix())
         prefix = "" if relative == "." else f"{relative}/"
         found = []
-        for name in sorted(names):
-            info = _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
+        for name in sorted({*names, *outside}):
+            info = (
+                ObjectInfo(f"{prefix}{_listed(name)}", 0, OUTSIDE)
+                if name in outside
+                else _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
+            )
             if info is not None:
                 found.append(info)
         if found:

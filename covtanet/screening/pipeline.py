@@ -84,7 +84,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
         counts.update(each.series_uid for key, each in known.series.items() if each.series_uid)
         arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
         arranged = ({**row, "series_key": run.pseudonym(row["series_key"])} for row in arrange(_read(series), counts))
-        arranged = (row for row in arranged if not known.settles(row, run.software_version))
+        arranged = (row for row in arranged if not known.settles(row, run))
         if run.limit:
             arranged = (row for row, _ in zip(arranged, range(run.limit), strict=False))
         _note_series(run, folders, keys_by_folder, known)
@@ -98,29 +98,34 @@ class Before:
     series: dict[str, view.Known] = field(default_factory=dict)
     folders: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
-    def settles(self, row: dict[str, Any], software_version: str) -> bool:
+    def settles(self, row: dict[str, Any], run: Run) -> bool:
         """Whether a series need not be screened again."""
         known = self.series.get(row["series_key"])
-        return known is not None and known.is_settled(row["source_version"], software_version)
+        # Ledgers of older software hold the version as it is, even if they hide identities.
+        versions = {row["source_version"], run.pseudonym(row["source_version"])}
+        return known is not None and known.is_settled(versions, run.software_version)
 
     def settles_folder(self, folder: str, version: str, software_version: str) -> bool:
         """Whether a folder is as it was listed, and no series of it waits for another attempt."""
         before, keys = self.folders.get(folder, ("", []))
         found = [self.series.get(key) for key in keys]
         return before == version and all(
-            known is not None and known.is_settled(known.source_version, software_version) for known in found
+            known is not None and known.is_settled({known.source_version}, software_version) for known in found
         )
 
 
 def _what_is_known(run: Run) -> Before:
-    """The rows of this archive's committed runs, and the folders of the last of them that listed all."""
-    runs = [
-        known
-        for known in ledger.known_runs(run.ledger, run.work_root)
-        if known.is_committed and known.description["archive"] == run.archive
-    ]
+    """The rows of this archive's committed runs, and the folders of the last of them that listed all.
+
+    Only runs count whose model was asked for by the name that this one asks by: another one's, a challenger's, say
+    nothing about what this run has still to screen. Nor do runs with a date in the future.
+    """
+    all_runs = [known for known in ledger.known_runs(run.ledger, run.work_root) if known.is_committed]
+    runs = [known for known in all_runs if known.is_of(run) and not known.is_ahead]
+    if num_ahead := sum(known.is_ahead for known in all_runs):
+        logger.warning("%d runs with a date in the future are left out", num_ahead)
     series = view.known_series(run.ledger, {known.run_id for known in runs})
-    whole = [known.run_id for known in runs if not known.description["limit"]]
+    whole = [known.run_id for known in runs if not known.description.get("limit")]
     folders = ledger.read_folders(run.work_root, whole[-1]) if whole else {}
     logger.info("%d series are known from %d runs", len(series), len(runs))
     return Before(series=series, folders=folders)
