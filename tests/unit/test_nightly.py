@@ -6,6 +6,7 @@ import urllib.request
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nightly
@@ -31,7 +32,7 @@ class Nights:
         self.run, self.tmp_path, self.alerts, self.commands = run, tmp_path, list[dict[str, Any]](), list[list[str]]()
         self.code: int | None = None
         monkeypatch.setattr(nightly, "alert", lambda url_file, what: self.alerts.append(what))
-        monkeypatch.setattr(subprocess, "run", self._screen)
+        monkeypatch.setattr(nightly, "subprocess", SimpleNamespace(run=self._screen))
         self.monkeypatch = monkeypatch
 
     def commit(self, *reasons: str | None, status: str = "failed") -> None:
@@ -47,7 +48,10 @@ class Nights:
         self.commands.append(command)
         code = self.code
         if code is None:
-            code = screen.judge(nightly.view.account(self.run.committed_uri), 0.5, 0.05)
+            counts = ledger.Accounting()
+            for row in pq.ParquetFile(self.run.committed_uri).read().to_pylist():
+                counts.add(row)
+            code = screen.judge(counts, 0.5, 0.05)
         return subprocess.CompletedProcess(command, code)
 
     def start(self, *more: str) -> tuple[int, list[str]]:
