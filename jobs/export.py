@@ -50,10 +50,10 @@ def main() -> int:
         ledger = place(arguments.ledger, "--ledger")
         results = place(arguments.results, "--results") if arguments.results else storage.join(ledger, "_results")
         rows = chosen(ledger, arguments.run, arguments.series)
+        connect()
     except ConfigError as error:
         logger.error("%s", error)
         return 3
-    connect()
     found: Counter[str] = Counter()
     for row in ray.data.from_items(rows).map(partial(export, results=results), num_cpus=1).iter_rows():
         found[row["outcome"]] += 1

@@ -463,10 +463,7 @@ def commit(run: Run, *, is_exclusive: bool = True) -> Accounting:
         is_new = storage.create(path, run.committed_uri)
     if not (is_new and is_exclusive) and _driver_of(run) != driver:
         raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
-    try:
-        clean_up(run)
-    except OSError as error:  # the ledger stands; the next start of this run tidies up
-        logger.warning("work that is needed no more could not be removed: %s", type(error).__name__)
+    clean_up(run)
     return accounting
 
 
@@ -510,9 +507,15 @@ def _hide(run: Run, rows: Iterable[dict[str, Any]], linkage: pq.ParquetWriter) -
 
 
 def clean_up(run: Run) -> None:
-    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay."""
+    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay.
+
+    The ledger stands whether the store lets us or not; the next start of the run tries again.
+    """
     for name in ("rows", "model", "drivers", "attempts"):
-        storage.delete_folder(run.work_uri(name))
+        try:
+            storage.delete_folder(run.work_uri(name))
+        except OSError as error:
+            logger.warning("work that is needed no more could not be removed: %s", type(error).__name__)
 
 
 def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[dict[str, Any]]:
