@@ -24,8 +24,10 @@ PRIVATE_SUFFIXES = (".local", ".internal")
 # A first letter: digits alone are an IPv4 address to the resolver, 0x... as well.
 LABEL = r"[a-z](?:[a-z0-9-]*[a-z0-9])?"
 NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*")
-# Switches by which Ray Data unpickles what it finds in Parquet and Arrow files.
-UNPICKLE = "RAY_DATA_AUTOLOAD_"
+# Ray's switches that unpickle what a Parquet file brings along; all of them begin so.
+AUTOLOAD = "RAY_DATA_AUTOLOAD_"
+OFF = ("", "0", "false")
+LOOPBACK = "localhost"
 
 
 def check_endpoints(environment: Mapping[str, str]) -> None:
@@ -54,22 +56,32 @@ def check_endpoints(environment: Mapping[str, str]) -> None:
         )
 
 
-def check_authentication(environment: Mapping[str, str]) -> None:
-    """Refuse a Ray that answers without a token, or that unpickles data.
+def check_ray_doors(environment: Mapping[str, str]) -> None:
+    """Refuse a cluster on the network without Ray's token, and Ray Data that would unpickle what it reads.
 
-    For jobs that join a cluster and for the endpoint; a Ray that a job starts for itself is on loopback.
+    environment: this process' variables. RAY_ADDRESS may be absent, or ``local``, for a Ray of its own.
 
     Raises:
-        ConfigError: with the variable, what it is and what it must be.
+        ConfigError: with the variable, and what is expected of it.
     """
-    mode = environment.get("RAY_AUTH_MODE", "")
-    if mode != "token":
+    unsafe = [name for name, value in environment.items() if name.startswith(AUTOLOAD) and value.lower() not in OFF]
+    if unsafe:
+        raise ConfigError(f"{min(unsafe)} is set, expected unset: Ray Data would run code out of Parquet files")
+    address = environment.get("RAY_ADDRESS", "")
+    is_own = address in ("", "local")
+    if not is_own and not _is_loopback(address) and environment.get("RAY_AUTH_MODE", "").lower() != "token":
         raise ConfigError(
-            f"RAY_AUTH_MODE is {mode or 'not set'}, expected token: everybody who reaches this Ray would run code on it"
+            "RAY_ADDRESS is not on this machine, expected RAY_AUTH_MODE=token with a token of the cluster"
         )
-    for name in sorted(environment):
-        if name.startswith(UNPICKLE) and environment[name].lower() not in ("", "0", "false"):
-            raise ConfigError(f"{name} is set, expected unset: Ray Data would unpickle data files")
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether an address is HOST:PORT or ray://HOST:PORT of loopback; ``auto`` may be any cluster, so it is not."""
+    try:
+        host = urlsplit(address if "://" in address else f"ray://{address}").hostname or ""
+        return host == LOOPBACK or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _host(uri: str) -> str:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +37,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S, MAX_ATTEMPTS = 10, 60, 5
 CHUNK_BYTES = 1 << 20
 NO_ACCESS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+# The version of a link that leads out of the listed root.
+OUTSIDE = "outside"
 # A byte that is no UTF-8 stands in a listed path as one of these characters.
 ODD_BYTE_AT = 0xF700
 
@@ -51,6 +53,10 @@ class ObjectChangedError(OSError):
 
 class TooManyObjectsError(OSError):
     """A tree holds more objects than are wanted of it."""
+
+
+class TooLargeError(OSError):
+    """An object has more bytes than it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +101,52 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
 
 
-def walk(root: str, max_objects: int | None = None) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def walk(
+    root: str, *, max_objects: int | None = None, leaves_root: bool = False
+) -> Iterator[tuple[str, list[ObjectInfo]]]:
     """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
 
     Holds the objects of one folder and of those above it, never the whole tree.
+
+    leaves_root: follow links of a disk out of the root, as of data that the caller has put together. Otherwise a link
+    that leads out, to a file or a folder, is listed as an object whose version says so; reading it is refused, since
+    whoever may write into an archive could have any file of the machine read.
 
     Raises:
         TooManyObjectsError: the tree holds more than ``max_objects``; the listing goes no further than that.
     """
     limit = math.inf if max_objects is None else max_objects
-    return _walk_s3(root, limit) if is_s3(root) else _walk_disk(Path(root), limit)
+    return _walk_s3(root, limit) if is_s3(root) else _walk_disk(Path(root), limit, leaves_root)
 
 
-def _walk_disk(root: Path, max_objects: float) -> Iterator[tuple[str, list[ObjectInfo]]]:
+def _walk_disk(root: Path, max_objects: float, leaves_root: bool) -> Iterator[tuple[str, list[ObjectInfo]]]:
     num_objects = 0
     if not root.is_dir():
         raise FileNotFoundError("there is no such folder")
     seen: set[tuple[int, int]] = set()
+    real_root = root.resolve()
+
+    def leads_out(path: Path) -> bool:
+        is_out = not leaves_root and path.is_symlink() and not path.resolve().is_relative_to(real_root)
+        return is_out and path.exists()  # a link to nowhere is listed as such
+
     for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link back into the tree
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
+        outside = {name for name in [*subfolders, *names] if leads_out(Path(folder) / name)}
+        subfolders[:] = sorted(set(subfolders) - outside)
         relative = _listed(Path(folder).relative_to(root).as_posix())
         prefix = "" if relative == "." else f"{relative}/"
         found = []
-        for name in sorted(names):
-            info = _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
+        for name in sorted({*names, *outside}):
+            info = (
+                ObjectInfo(f"{prefix}{_listed(name)}", 0, OUTSIDE)
+                if name in outside
+                else _file_info(Path(folder) / name, f"{prefix}{_listed(name)}")
+            )
             if info is not None:
                 found.append(info)
         num_objects += len(found)
@@ -347,13 +370,58 @@ def _put(uri: str, file: IO[bytes], *, only_new: bool = False) -> bool:
     return True
 
 
-def download_folder(uri: str, target: Path) -> None:
-    """Copy a small folder, such as a model's, to a local one."""
-    for _, objects in walk(uri):
-        for item in objects:
-            path = target / item.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(read_bytes(join(uri, item.path)))
+def download_files(uri: str, sizes: Mapping[str, int], target: Path) -> None:
+    """Copy files of a folder by their names to a local folder; what else lies beside them is not even listed.
+
+    sizes: each file's name, and the most bytes that it may have.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TooLargeError: a file has more bytes.
+        ValueError: a name leads out of the target.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name, max_bytes in sizes.items():
+        save_chunks(read_whole(join(uri, name)), local_path(target, name), max_bytes)
+
+
+def save_chunks(chunks: Iterable[bytes], path: Path, max_bytes: int) -> None:
+    """Write chunks to a local file, as many bytes as it may have.
+
+    Raises:
+        TooLargeError: there are more.
+    """
+    num_bytes = 0
+    with path.open("wb") as out:
+        for chunk in chunks:
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise TooLargeError(f"{path.name} has more than {max_bytes} bytes")
+            out.write(chunk)
+
+
+def read_whole(uri: str) -> Iterator[bytes]:
+    """Read an object in chunks, whichever it is now."""
+    if not is_s3(uri):
+        with _on_disk(uri).open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+        return
+    bucket, key = _split(uri)
+    with _as_os_error():
+        yield from _client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+
+
+def local_path(target: Path, name: str) -> Path:
+    """Return the place of a name below a local folder; every name that comes from a listing has to pass here.
+
+    Raises:
+        ValueError: an absolute name, one with '..', or one that leads out of the folder by a link.
+    """
+    path = target / name
+    if name.startswith("/") or ".." in name.split("/") or not path.resolve().is_relative_to(target.resolve()):
+        raise ValueError("a name leads out of the folder that it is written to")
+    return path
 
 
 def delete(uri: str) -> None:
@@ -367,7 +435,11 @@ def delete(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all below it; nothing happens where there is none."""
+    """Delete a folder and all below it; nothing happens where there is none.
+
+    Raises:
+        OSError: the store kept some of it.
+    """
     if not is_s3(uri):
         shutil.rmtree(uri, ignore_errors=True)
         return
@@ -376,8 +448,12 @@ def delete_folder(uri: str) -> None:
         client = _client()
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
-            if keys:
-                client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if not keys:
+                continue
+            answer = client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if errors := answer.get("Errors"):  # the call as a whole is answered with 200
+                code = errors[0].get("Code", "")
+                raise OSError(f"{len(errors)} of {len(keys)} objects could not be deleted: {code}")
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

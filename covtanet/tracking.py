@@ -1,11 +1,16 @@
 """MLflow: runs, the registry, aliases and digests; the one place that imports mlflow.
 
-A registered version is a folder of plain files. It is read by downloading the files, checking the digest in the
-version's tags, and loading them ourselves: MLflow's own loaders run code that comes with a model.
+A registered version is a folder of plain files. It is read by downloading two of them by name, checking the digest in
+the version's tags, and loading them ourselves: MLflow's own loaders run code that comes with a model.
+
+The files are fetched from where the version's run keeps its artifacts, or from below COVTANET_MODEL_SOURCES, whatever
+else the registry says: a place in S3, behind the tracking server (mlflow-artifacts:/), or, of a registry on this
+machine, a folder. No other kind of place is followed.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -23,13 +28,16 @@ import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.rest_utils import http_request
 
 from covtanet import storage
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import model_digest
+from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +46,11 @@ DIGEST_TAG = "covtanet.model_digest"
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that was never set
 RUN_KEY_TAG = "covtanet.run_key"
 ARTIFACT = "model"
+# Where a version's folder, which MLflow lays out, holds our files.
+FILES_IN_VERSION = f"artifacts/{ARTIFACT}"
+MODEL_SOURCES = "COVTANET_MODEL_SOURCES"
+PROXIED = "mlflow-artifacts:"
+LOCAL_REGISTRIES = ("sqlite", "file", "")
 PYFUNC_CODE = Path(__file__).parent / "screening" / "pyfunc.py"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -58,25 +71,118 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     folder: an empty local folder for the files.
 
     Raises:
-        CheckpointError: where there is no such model or its digest differs from the registry's.
+        CheckpointError: there is no such model, its files are too large or not where they may be, or its digest differs
+            from the registry's.
     """
     if not ref.startswith("models:"):
         if storage.is_s3(ref):
-            storage.download_folder(ref, folder)
+            with _as_checkpoint_error(ref):
+                storage.download_files(storage.absolute(ref), MODEL_FILES, folder)
         else:
             folder = Path(storage.absolute(ref))
         digest = model_digest(folder)
         return ModelRef(folder=folder, name=Path(ref.rstrip("/")).name, version="unregistered", digest=digest)
     registered = _registered(ref)
-    try:
-        mlflow.artifacts.download_artifacts(artifact_uri=registered.source, dst_path=str(folder))
-    except (MlflowException, OSError) as error:
-        raise CheckpointError(f"the files of {ref} are not where the registry says") from error
-    found = next((path.parent for path in sorted(folder.rglob("model.json"))), folder)
-    digest = model_digest(found)
+    source = _source_of(registered, ref)
+    with _as_checkpoint_error(ref):
+        if source.startswith(PROXIED):
+            _download_proxied(storage.join(source, FILES_IN_VERSION), folder)
+        else:
+            storage.download_files(storage.join(source, FILES_IN_VERSION), MODEL_FILES, folder)
+    digest = model_digest(folder)
     if digest != registered.tags.get(DIGEST_TAG):
         raise CheckpointError(f"{ref}: the files differ from the digest in the registry")
-    return ModelRef(folder=found, name=registered.name, version=str(registered.version), digest=digest)
+    return ModelRef(folder=folder, name=registered.name, version=str(registered.version), digest=digest)
+
+
+@contextmanager
+def _as_checkpoint_error(ref: str) -> Iterator[None]:
+    """Tell a model that is missing or too large from a store that does not answer, which stays an OSError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no {DESCRIPTION} and weights where {ref} points, expected a saved model") from error
+    except storage.TooLargeError as error:
+        raise CheckpointError(f"{ref}: {error}") from error
+    except MlflowException as error:
+        raise OSError(f"the tracking server does not answer: {error.error_code}") from error
+
+
+def _source_of(registered: ModelVersion, ref: str) -> str:
+    """Return the folder of a registered version, where it may be followed.
+
+    Who may write into the registry may write any source there; with our credentials it would be fetched.
+
+    Raises:
+        CheckpointError: it lies neither with the version's run nor below a place of COVTANET_MODEL_SOURCES.
+    """
+    named = os.environ.get(MODEL_SOURCES, "").split()
+    if named:
+        roots = [_place(root, MODEL_SOURCES) for root in named]
+    elif registered.run_id:
+        roots = [_place(_artifacts_of(registered.run_id), ref)]
+    else:
+        raise CheckpointError(f"{ref} belongs to no run; name where its files may lie by {MODEL_SOURCES}")
+    source = _place(registered.source, ref)
+    is_local_registry = urlsplit(tracking_uri()).scheme in LOCAL_REGISTRIES
+    if source.startswith("/") and not named and not is_local_registry:
+        raise CheckpointError(f"{ref} lies on a disk and the registry does not; allow the folder by {MODEL_SOURCES}")
+    if not any(f"{source}/".startswith(f"{root.rstrip('/')}/") for root in roots):
+        allowed = MODEL_SOURCES if named else "its run's artifacts"
+        raise CheckpointError(f"{ref} lies outside of {allowed}, from where alone models are fetched")
+    return source
+
+
+def _artifacts_of(run_id: str) -> str:
+    """Return where a run keeps its artifacts.
+
+    Raises:
+        CheckpointError: there is no such run.
+        OSError: the registry does not answer.
+    """
+    try:
+        return str(MlflowClient().get_run(run_id).info.artifact_uri)
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            raise CheckpointError("the run of the registered version is gone") from error
+        raise OSError(f"the registry does not answer: {error.error_code}") from error
+
+
+def _place(uri: str, what: str) -> str:
+    """Return a place of model files in the one form that is compared: a real path, s3://, or mlflow-artifacts:/.
+
+    Raises:
+        ConfigError, CheckpointError: another kind of place, or one that is not plain.
+    """
+    parts = urlsplit(uri)
+    if uri.startswith("/") or parts.scheme == "file":
+        path = uri if uri.startswith("/") else unquote(parts.path)
+        if not path.startswith("/") or parts.netloc not in ("", "localhost"):
+            raise CheckpointError(f"{what}: a file:// URI of a model names another machine or a relative path")
+        return str(Path(path).resolve())
+    if storage.is_s3(uri):
+        return storage.absolute(uri)
+    if uri.startswith(PROXIED):
+        # The server unquotes what we send, so no '%'. Another server than the registry's own is none of ours.
+        if parts.netloc not in ("", urlsplit(tracking_uri()).netloc) or set("%?#\\") & set(uri):
+            raise CheckpointError(f"{what}: expected mlflow-artifacts:/PATH of the registry's own server")
+        if ".." in parts.path.split("/"):
+            raise CheckpointError(f"{what}: a place of a model holds '..'")
+        return f"{PROXIED}{parts.path.rstrip('/')}"
+    scheme = parts.scheme or "a relative path"
+    raise CheckpointError(f"{what}: models are not fetched by {scheme}, expected s3://, {PROXIED}/ or a folder")
+
+
+def _download_proxied(uri: str, folder: Path) -> None:
+    """Fetch a model's files through the tracking server, as many bytes as they may have."""
+    root = MlflowArtifactsRepository.resolve_uri(uri, tracking_uri())
+    for name, max_bytes in MODEL_FILES.items():
+        answer = http_request(get_default_host_creds(root), f"/{name}", "GET", stream=True, allow_redirects=False)
+        if answer.status_code == 404:
+            raise FileNotFoundError("the tracking server has no such file")
+        if answer.status_code != 200:
+            raise OSError(f"the tracking server answered {answer.status_code} to a file of a model")
+        storage.save_chunks(answer.iter_content(storage.CHUNK_BYTES), storage.local_path(folder, name), max_bytes)
 
 
 def _registered(ref: str) -> ModelVersion:
@@ -220,11 +326,12 @@ def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], a
             return str(known.version)
     place = f"{ARTIFACT}/{digest[:12]}"  # networks of one experiment share the run
     with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) / ARTIFACT
+        target, files = Path(temporary) / "version", Path(temporary) / ARTIFACT
+        storage.download_files(str(folder), MODEL_FILES, files)  # MLflow names its copy as this folder
         mlflow.pyfunc.save_model(
             target,
             python_model=PYFUNC_CODE,
-            artifacts={"model": str(folder)},
+            artifacts={"model": str(files)},
             pip_requirements=[f"covtanet=={version('covtanet')}"],
         )
         client.log_artifacts(run_id, str(target), place)

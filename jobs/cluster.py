@@ -11,8 +11,10 @@ import ray
 from pythonjsonlogger.json import JsonFormatter
 
 from covtanet import storage
-from covtanet.doors import check_endpoints
+from covtanet.doors import check_endpoints, check_ray_doors
 from covtanet.errors import ConfigError
+
+logger = logging.getLogger("covtanet.cluster")
 
 MIN_LOGICAL_CPUS = 4
 # Without these glibc keeps freed volumes for reuse, and every worker creeps towards the largest series it has seen.
@@ -55,7 +57,11 @@ def connect(*, with_dashboard: bool = False) -> None:
 
     with_dashboard: of a Ray of its own; Ray Train asks its state, and says so every second where there is none.
     A small machine gets more logical CPUs than it has cores: decoding, prediction and measuring each hold one.
+
+    Raises:
+        ConfigError: the cluster would let anybody in, or Ray Data would unpickle what it reads.
     """
+    check_ray_doors(os.environ)
     for name, value in {**ASK_TRACKER_BRIEFLY, **ASK_TRAINING_OFTEN}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
@@ -74,8 +80,14 @@ def connect(*, with_dashboard: bool = False) -> None:
 
 
 def _keep_token_private() -> None:
-    """Make Ray's token file before Ray does, which would leave it readable for everyone on the machine."""
+    """Make Ray's token file before Ray does, which would leave it readable for everyone on the machine.
+
+    One that Ray has made so is closed.
+    """
     path = Path.home() / ".ray" / "auth_token"
+    if path.exists() and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+        logger.warning("Ray's token file could be read by others; it has mode 0600 now")
     if not path.exists() and not os.environ.get("RAY_AUTH_TOKEN"):
         path.parent.mkdir(exist_ok=True)
         with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:

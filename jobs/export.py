@@ -12,6 +12,7 @@ Research use only, not a medical device.
 
 import gzip
 import logging
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -33,6 +34,7 @@ from covtanet.screening import view
 
 logger = logging.getLogger("covtanet.export")
 SEG, SR = "lesion.seg.dcm", "measurements.sr.dcm"
+HEX = re.compile(r"[0-9a-f]+")
 
 
 def main() -> int:
@@ -48,10 +50,10 @@ def main() -> int:
         ledger = place(arguments.ledger, "--ledger")
         results = place(arguments.results, "--results") if arguments.results else storage.join(ledger, "_results")
         rows = chosen(ledger, arguments.run, arguments.series)
+        connect()
     except ConfigError as error:
         logger.error("%s", error)
         return 3
-    connect()
     found: Counter[str] = Counter()
     for row in ray.data.from_items(rows).map(partial(export, results=results), num_cpus=1).iter_rows():
         found[row["outcome"]] += 1
@@ -83,6 +85,8 @@ def chosen(ledger: str, run_id: str, keys: list[str]) -> list[dict[str, Any]]:
 
 def export(row: dict[str, Any], results: str) -> dict[str, Any]:
     """Write one series' objects; its outcome in a few words that name nobody."""
+    if not all(HEX.fullmatch(row[name]) for name in ("run_id", "series_key")):  # they become a place on a disk
+        return {"series_key": "", "outcome": "run_id or series_key is no digest"}
     folder = storage.join(results, row["run_id"], row["series_key"])
     targets = [storage.join(folder, name) for name in (SEG, SR)]
     outcome = "written"

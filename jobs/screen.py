@@ -6,12 +6,13 @@ ray job submit --working-dir . -- python jobs/screen.py --archive URI --ledger U
 URIs are local paths or s3://BUCKET/PREFIX. REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a
 saved model. The last line of the log says how it ended:
 
-0  committed, now or before, or nothing new
+0  committed, now or before, or nothing new; a run that was committed before is judged by its file once more
 2  usage
 3  refused to start
 4  committed, but more series were rejected or failed than --max-rejected and --max-failed allow, or all were rejected
 5  another driver of this run committed first
-1  anything else; the same command continues, but where the log speaks of a fault of this software
+1  anything else; the same command continues, unless the log speaks of a fault of this software: then the ledger is
+   committed with it, and stays so
 
 Research use only, not a medical device.
 """
@@ -34,7 +35,7 @@ from covtanet.config import load_config
 from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError
 from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
-from covtanet.screening import ledger, pipeline
+from covtanet.screening import ledger, pipeline, view
 from covtanet.screening.predictor import refuse_without_segmentation, window_of
 from covtanet.screening.stages import config_values, for_model
 
@@ -134,8 +135,10 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     config = load_config(arguments.config).screening
     if arguments.group_by:
         config = replace(config, group_by=arguments.group_by)
+    check_date(arguments.run_date)
     is_path = not arguments.model.startswith("models:")
-    model = tracking.resolve_model(place(arguments.model, "--model") if is_path else arguments.model, folder)
+    ref = place(arguments.model, "--model") if is_path else arguments.model
+    model = tracking.resolve_model(ref, folder)
     loaded = load_model(model.folder, model.digest)
     window, config = window_of(loaded), for_model(config, loaded.preprocessing)
     refuse_without_segmentation(loaded)
@@ -144,6 +147,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
         logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
+    run = replace(run, model_ref=ref)
     run = hide_identities(run, arguments) if config.deidentify else run
     run = replace(run, run_date=arguments.run_date or ledger.choose_date(run))
     start_logging(run_id=run.run_id)
@@ -153,7 +157,7 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     if ledger.is_committed(run):
         ledger.clean_up(run)
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)
-        return 0
+        return judge(view.account(run.committed_uri), arguments.max_rejected, arguments.max_failed)
     is_exclusive = storage.honours_create(run.ledger)
     if not is_exclusive:
         logger.warning("this store lets a PUT replace a file; two drivers of one run are found out, not kept apart")
@@ -173,6 +177,16 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     print(screening_table(run, accounting, time.monotonic() - started))
     print(ignored_line(ledger.read_ignored(run)))
     return judge(accounting, arguments.max_rejected, arguments.max_failed)
+
+
+def check_date(run_date: date | None) -> None:
+    """Refuse a date in the future, which would make the run the newest of all for as long.
+
+    Raises:
+        ConfigError: with the latest date.
+    """
+    if run_date is not None and run_date > ledger.latest_date():
+        raise ConfigError(f"--run-date {run_date} lies in the future, expected at most {ledger.latest_date()}")
 
 
 def judge(accounting: ledger.Accounting, max_rejected: float, max_failed: float) -> int:

@@ -10,6 +10,7 @@ scripts from elsewhere. Answers carry stable reason codes, never an error's own 
 import asyncio
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from starlette.exceptions import HTTPException
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
+from covtanet.doors import check_endpoints, check_ray_doors
 from covtanet.errors import ConfigError, DeadlineError, UnavailableError, UploadError
 from covtanet.report import worklist
 from covtanet.screening import intake, view
@@ -521,5 +523,12 @@ def build(settings: ServeConfig) -> Any:
 
 
 def app(arguments: dict[str, str]) -> Any:
-    """What ``serve run serve.app:app`` starts."""
+    """What ``serve run serve.app:app`` starts.
+
+    Raises:
+        ConfigError: the settings, or a Ray or a store that would answer strangers or be read by them.
+    """
+    address = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
+    check_ray_doors({**os.environ, "RAY_ADDRESS": address})
+    check_endpoints(os.environ)
     return build(load_settings())

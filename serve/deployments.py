@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from covtanet import tracking
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import CovtanetError, DeadlineError, UnavailableError
+from covtanet.errors import DeadlineError, UnavailableError
 from covtanet.model.checkpoint import load_model
 from covtanet.screening.predictor import (
     Part,
@@ -47,6 +47,9 @@ MODELS_KEPT = 2
 READY_TIMEOUT_S = 10.0
 # Six health checks; Serve ends a replica that fails three.
 ANSWERED_WITHIN_S = 30.0
+# How long a health check waits for a reload; Ray Serve ends a replica whose check takes 30 s, and a registry that does
+# not answer is asked for longer than that.
+RELOAD_WAIT_S = 10.0
 
 
 def count_slices(requests: list[tuple[str, Part]]) -> int:
@@ -62,6 +65,7 @@ class Segmenter:
         self.ref, self.reload_every_s, self.config = ref, reload_every_s, config
         self.models: OrderedDict[str, tuple[Predictor, dict[str, Any]]] = OrderedDict()
         self.looked_at = 0.0
+        self.reloading: asyncio.Task[None] | None = None
         self._load()
         self._infer()
         self.answered_at = time.monotonic()
@@ -97,20 +101,30 @@ class Segmenter:
         return next(reversed(self.models.values()))[1]
 
     async def check_health(self) -> None:
-        """A real inference; and now and then a look at whether the name leads to another model."""
+        """Answer for the model by a real inference; and look now and then if its name leads to another one.
+
+        Only the inference says how this replica is: whatever goes wrong with another model, this one answers on.
+        """
         await asyncio.to_thread(self._infer)
         self.answered_at = time.monotonic()
-        if "@" not in self.ref or time.monotonic() - self.looked_at < self.reload_every_s:
-            return  # only an alias moves
-        self.looked_at = time.monotonic()
+        if self.reloading is not None and self.reloading.done():
+            self.reloading = None
+        is_due = "@" in self.ref and time.monotonic() - self.looked_at >= self.reload_every_s  # only an alias moves
+        if is_due and self.reloading is None:
+            self.looked_at = time.monotonic()
+            self.reloading = asyncio.create_task(self._reload())
+            await asyncio.wait({self.reloading}, timeout=RELOAD_WAIT_S)
+
+    async def _reload(self) -> None:
+        """Take up another model if the name leads to one; any error leaves the model that there is."""
         try:
             digest = await asyncio.to_thread(tracking.digest_of, self.ref)
             if digest in self.models:
                 self.models.move_to_end(digest)  # a champion that is taken back may still be held
             else:
                 await asyncio.to_thread(self._load)
-        except (CovtanetError, OSError) as error:
-            logger.error("the model stays as it is, its name leads nowhere now: %s", type(error).__name__)
+        except Exception as error:  # a description can be wrong in ways of its own
+            logger.error("the model stays as it is, its name leads to none now: %s", type(error).__name__)
 
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))

@@ -1,5 +1,6 @@
 """Shared builders: phantoms, a small saved model, a real S3 server, one Ray cluster for all tests that need one."""
 
+import importlib.util
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +32,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "infra" / "local"), str(ROOT / "jobs"), str(ROOT / "tests")]
+
+
+def load_job(name: str) -> ModuleType:
+    """A module of jobs/, some of whose names stand in infra/local too."""
+    spec = importlib.util.spec_from_file_location(f"jobs_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

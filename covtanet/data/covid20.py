@@ -28,7 +28,7 @@ def read(uri: str) -> list[LabelledVolume]:
     Raises:
         ConfigError: where there is no volume in this layout, or a mask is missing.
     """
-    paths = {item.path for _, objects in storage.walk(uri) for item in objects}
+    paths = {item.path for _, objects in storage.walk(uri, leaves_root=True) for item in objects}
     volumes = []
     for path in sorted(paths):
         if not (match := VOLUME.fullmatch(path)):

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from covtanet.ct import dicom
-from covtanet.storage import ObjectInfo, version_digest
+from covtanet.storage import OUTSIDE, ObjectInfo, version_digest
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -106,7 +106,9 @@ def scan_folder(
     members: dict[dicom.SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
     for item in objects:
         name = item.path.rsplit("/", 1)[-1].lower()
-        if name.endswith(NIFTI_SUFFIXES):
+        if item.version == OUTSIDE:  # a row whatever its name, since nobody has looked at what it leads to
+            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="unreadable"))
+        elif name.endswith(NIFTI_SUFFIXES):
             found.append(Series(source_path=item.path, source_format="nifti", objects=(item,)))
         elif name.endswith(CONTAINER_SUFFIXES):
             found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="container"))

@@ -28,7 +28,7 @@ def read(uri: str) -> list[LabelledVolume]:
     Raises:
         ConfigError: where there is no study in this layout.
     """
-    paths = [item.path for _, objects in storage.walk(uri) for item in objects]
+    paths = [item.path for _, objects in storage.walk(uri, leaves_root=True) for item in objects]
     masks = {match["name"]: path for path in paths if (match := MASK.fullmatch(path))}
     volumes = []
     for path in sorted(paths):

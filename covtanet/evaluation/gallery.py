@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from covtanet import storage
 from covtanet.data import prepared
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
-from covtanet.model.checkpoint import load_model
+from covtanet.model.checkpoint import MODEL_FILES, load_model
 from covtanet.report import overlay
 from covtanet.screening.predictor import Part, Predictor
 
@@ -85,5 +85,5 @@ def _read(prepared_uri: str, shown: Shown) -> tuple[NDArray[np.uint16], NDArray[
 
 def _load(uri: str) -> Predictor:
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(uri, Path(folder) / "model")
+        storage.download_files(uri, MODEL_FILES, Path(folder) / "model")
         return Predictor(load_model(Path(folder) / "model"), engine="eager")

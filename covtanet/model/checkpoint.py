@@ -21,6 +21,9 @@ from covtanet.model.covtanet import CovTANet, CovTANetConfig
 from covtanet.model.segnet import SegNetConfig
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+# All files of a saved model, each with the most bytes that it may have. The paper's network takes 86 MiB; a description
+# is a few kB, and some 80 kB with the digests of a thousand training volumes.
+MODEL_FILES = {DESCRIPTION: 4 << 20, WEIGHTS: 2 << 30}
 FORMAT_VERSION = 1
 
 
@@ -90,8 +93,10 @@ def load_model(folder: Path, expected_digest: str | None = None) -> SavedModel:
     """Read a model, in eval mode on the CPU.
 
     Raises:
-        CheckpointError: files missing, digests other than expected, or weights that do not fit the network.
+        CheckpointError: files missing or too large, digests other than expected, or weights that do not fit the
+            network.
     """
+    _check_sizes(folder)
     digest = model_digest(folder)
     if expected_digest and digest != expected_digest:
         raise CheckpointError(f"model digest {digest[:12]}, expected {expected_digest[:12]}: not the registered model")
@@ -101,18 +106,29 @@ def load_model(folder: Path, expected_digest: str | None = None) -> SavedModel:
             raise CheckpointError(f"model format {description['format_version']}, expected {FORMAT_VERSION}")
         if _sha256(folder / WEIGHTS) != description["weights_sha256"]:
             raise CheckpointError("the weights differ from the digest in the model's description")
-        network = CovTANet(network_config(description["network"]))
+        preprocessing, provenance = dict(description["preprocessing"]), dict(description["provenance"])
+        config = network_config(description["network"])
         state = load_file(folder / WEIGHTS)
+        # Shapes are compared on the meta device, before a description that asks for a huge network gets memory for it.
+        with torch.device("meta"):
+            _check_fits(CovTANet(config), state)
+        network = CovTANet(config)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"the saved model cannot be read: {type(error).__name__}") from error
-    _check_fits(network, state)
     network.load_state_dict(state)
     return SavedModel(
         network=network.eval().requires_grad_(False),
-        preprocessing=description["preprocessing"],
-        provenance=description["provenance"],
+        preprocessing=preprocessing,
+        provenance=provenance,
         digest=digest,
     )
+
+
+def _check_sizes(folder: Path) -> None:
+    for name, max_bytes in MODEL_FILES.items():
+        path = folder / name
+        if path.is_file() and path.stat().st_size > max_bytes:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, expected at most {max_bytes}")
 
 
 def network_config(values: dict[str, Any]) -> CovTANetConfig:

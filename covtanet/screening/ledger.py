@@ -6,7 +6,7 @@ LEDGER/_work/<run_id>/manifest.parquet    its series, frozen
 LEDGER/_work/<run_id>/ignored.parquet     objects that are no series
 LEDGER/_work/<run_id>/folders.parquet     every folder as it was listed, so that the next night reads only what changed
 LEDGER/_work/<run_id>/drivers/, model/    what workers read; gone after the commit
-LEDGER/_work/<run_id>/attempts/<series_key>.json  how often each stage was tried; gone after the commit
+LEDGER/_work/<run_id>/attempts/<driver>/<series_key>.json  how often each stage was tried; gone after the commit
 LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series; gone after the commit
 
 LEDGER/_batches/<batch_id>.run            which run a batch of the endpoint is
@@ -20,13 +20,14 @@ and what is left to do is the manifest less the names under ``rows/``. Readers o
 import hashlib
 import hmac
 import json
+import logging
 import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,8 @@ from covtanet.data.manifest import IGNORED_SCHEMA, MANIFEST_SCHEMA
 from covtanet.errors import AlreadyCommittedError, ConfigError
 from covtanet.screening.records import FAILED, LEDGER_SCHEMA, REJECTED, SCHEMA_VERSION, SCREENED
 
+logger = logging.getLogger(__name__)
+
 WORK = "_work"
 BATCHES = "_batches"
 RUN_ID_DIGITS = 16
@@ -48,8 +51,13 @@ SERIES_PER_GROUP = 64
 NUM_READ_THREADS = 16
 MAX_ATTEMPTS = 3
 PSEUDONYM_DIGITS = 32
-DRIVER = b"covtanet.driver"
+# Metadata of a committed file: who wrote it, and when its run began by the clock of the first driver.
+DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
 IDENTITIES = ("source_uri", "study_uid", "series_uid")
+# Plain digests of names and of content: whoever has the images could tell from them whose row it is.
+HIDDEN = (*IDENTITIES, "source_version", "source_digest")
+# How far the clock of a worker may be ahead of the driver's before its time is not believed.
+CLOCK_TOLERANCE = timedelta(minutes=5)
 FOLDERS_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
     pa.field("version", pa.string(), nullable=False),
@@ -64,8 +72,9 @@ LINKAGE_SCHEMA = pa.schema([
 class Run:
     """One screening of one archive with one model on one date.
 
-    limit: 0 screens all. since_last: only what is new or changed. site_key, linkage: where identities are hidden, the
-    key of their pseudonyms and the place that may hold them.
+    model_ref: the name that the model was asked for by. limit: 0 screens all. since_last: only what is new or changed.
+    site_key, linkage: if identities are hidden, the key of their pseudonyms and the place that may hold them; the key
+    does not leave the driver. driver: the process that made this run's object, by which attempts are counted.
     """
 
     archive: str
@@ -76,10 +85,16 @@ class Run:
     model_digest: str
     config_digest: str
     software_version: str
+    model_ref: str = ""
     limit: int = 0
     since_last: bool = False
     site_key: bytes = field(default=b"", repr=False)
     linkage: str = ""
+    driver: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to workers without the site's key, which none of them needs."""
+        return {**self.__dict__, "site_key": b""}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -110,6 +125,11 @@ class Run:
     def work_uri(self, *parts: str) -> str:
         """A place under this run's work in progress."""
         return storage.join(self.work_root, self.run_id, *parts)
+
+    @property
+    def line(self) -> str:
+        """The name by which the model was asked for; its name alone, of a run that did not note more."""
+        return self.model_ref or self.model_name
 
     def pseudonym(self, text: str) -> str:
         """A keyed digest in place of an identity; the text itself where identities are not hidden."""
@@ -169,18 +189,58 @@ class KnownRun:
         """By date, then by when it began."""
         return str(self.description["run_date"]), str(self.description.get("begun_at", ""))
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the run's date lies in the future, as no night's does."""
+        return str(self.description["run_date"]) > latest_date().isoformat()
+
+    @property
+    def begun_on(self) -> date:
+        """The day on which the run began, in UTC; that of the run if it did not note more."""
+        try:
+            return datetime.fromisoformat(self.description["begun_at"]).astimezone(UTC).date()
+        except (KeyError, ValueError, TypeError):
+            return date.fromisoformat(self.description["run_date"])
+
+    @property
+    def listing_of(self) -> tuple[str, str]:
+        """The archive that the run listed, and the name by which it asked for its model."""
+        line = self.description.get("model_ref") or self.description.get("model", "")
+        return str(self.description.get("archive")), str(line)
+
+    def is_of(self, run: Run) -> bool:
+        """Whether the run screened the same archive with a model that was asked for by the same name.
+
+        A run of older software noted name and version instead.
+        """
+        line = self.description.get("model_ref")
+        name = str(self.description.get("model", "")).rpartition("/")[0]
+        is_same_line = line == run.line if line else name == run.model_name
+        return is_same_line and self.description.get("archive") == run.archive
+
+
+def latest_date() -> date:
+    """The latest date that a run may have: tomorrow in UTC, which is today somewhere."""
+    return datetime.now(UTC).date() + timedelta(days=1)
+
 
 def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
-    """All runs with this ledger, oldest first."""
-    found = []
+    """All runs with this ledger, oldest first; what is no description of a run is left out."""
+    found, num_odd = [], 0
     for run_id in storage.list_names(work_root):
         try:
             description = json.loads(storage.read_bytes(storage.join(work_root, run_id, "run.json")))
+            date.fromisoformat(description["run_date"])
         except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            num_odd += 1
             continue
         committed = storage.join(ledger, f"date={description['run_date']}", f"{run_id}.parquet")
         is_committed = storage.exists(committed)
         found.append(KnownRun(run_id=run_id, description=description, is_committed=is_committed))
+    if num_odd:
+        logger.warning("%d runs are left out: their run.json cannot be read", num_odd)
     return sorted(found, key=lambda run: run.order)
 
 
@@ -188,7 +248,7 @@ def choose_date(run: Run) -> date:
     """The date of the newest unfinished run that is this one but for its date, else today in UTC."""
     for known in reversed(known_runs(run.ledger, run.work_root)):
         is_same = all(known.description.get(name) == value for name, value in run.key.items())
-        if is_same and not known.is_committed:
+        if is_same and not known.is_committed and not known.is_ahead:
             return date.fromisoformat(known.description["run_date"])
     return datetime.now(UTC).date()
 
@@ -251,6 +311,7 @@ def begin(run: Run) -> None:
         "run_date": run.run_date.isoformat(),
         "begun_at": datetime.now(UTC).isoformat(),
         "model": f"{run.model_name}/{run.model_version}",
+        "model_ref": run.model_ref,
     }
     storage.write_bytes(uri, json.dumps(description, indent=2).encode())
 
@@ -289,9 +350,10 @@ def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]
 def may_try(run: Run, series_key: str, stage: str) -> bool:
     """Count one more attempt of a stage at a series; returns whether it may be made.
 
-    A series that kills its worker comes back with the next worker, without end; this is what ends it.
+    A series that kills its worker comes back with the next worker, without end; this is what ends it. Each driver
+    counts for itself: its own death is no attempt of the series that were in flight.
     """
-    uri = run.work_uri("attempts", f"{series_key}.json")
+    uri = run.work_uri("attempts", run.driver, f"{series_key}.json")
     try:
         counts = json.loads(storage.read_bytes(uri))
     except FileNotFoundError:
@@ -375,7 +437,7 @@ def commit(run: Run, *, is_exclusive: bool = True) -> Accounting:
         RuntimeError: where rows and manifest differ; nothing is published then.
         AlreadyCommittedError: another driver of this run was first.
     """
-    driver = uuid.uuid4().hex.encode()
+    driver, now = uuid.uuid4().hex.encode(), datetime.now(UTC)
     expected = [row["series_key"] for row in read_manifest(run, ["series_key"])]
     if len(set(expected)) != len(expected):
         raise RuntimeError(f"{len(expected) - len(set(expected))} series of the manifest share a key, expected none")
@@ -385,10 +447,12 @@ def commit(run: Run, *, is_exclusive: bool = True) -> Accounting:
     accounting = Accounting()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.parquet"
-        schema = LEDGER_SCHEMA.with_metadata({**LEDGER_SCHEMA.metadata, DRIVER: driver})
+        about = {DRIVER: driver, BEGUN_AT: _begun_at(run, now).encode()}
+        schema = LEDGER_SCHEMA.with_metadata({**LEDGER_SCHEMA.metadata, **about})
         hidden = Path(folder) / "linkage.parquet"
         with pq.ParquetWriter(hidden, LINKAGE_SCHEMA) as linkage:
-            rows = _hide(run, _read_rows(run, expected, accounting), linkage)
+            stored = _believe_times(_read_rows(run, expected, accounting), now)
+            rows = _hide(run, stored, linkage)
             count = write_rows(path, schema, rows, ROWS_PER_GROUP)
         accounted = accounting.screened + accounting.rejected.total() + accounting.failed
         if not count == accounted == len(expected):
@@ -401,6 +465,26 @@ def commit(run: Run, *, is_exclusive: bool = True) -> Accounting:
         raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
     clean_up(run)
     return accounting
+
+
+def _begun_at(run: Run, now: datetime) -> str:
+    """When the run began by its first driver's clock."""
+    try:
+        return str(json.loads(storage.read_bytes(run.work_uri("run.json")))["begun_at"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return now.isoformat()
+
+
+def _believe_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[dict[str, Any]]:
+    """Put the commit's time in place of one that lies ahead of it: of a worker whose clock is wrong."""
+    num_ahead = 0
+    for row in rows:
+        if row["screened_at"] > now + CLOCK_TOLERANCE:
+            num_ahead += 1
+            row = {**row, "screened_at": now}
+        yield row
+    if num_ahead:
+        logger.warning("%d rows have a time ahead of this machine's clock; they get that of the commit", num_ahead)
 
 
 def _driver_of(run: Run) -> bytes:
@@ -419,13 +503,19 @@ def _hide(run: Run, rows: Iterable[dict[str, Any]], linkage: pq.ParquetWriter) -
                                      schema=LINKAGE_SCHEMA)
             )  # fmt: skip
         for row in group:
-            yield {**row, **{name: run.pseudonym(row[name]) for name in IDENTITIES if row[name] is not None}}
+            yield {**row, **{name: run.pseudonym(row[name]) for name in HIDDEN if row[name] is not None}}
 
 
 def clean_up(run: Run) -> None:
-    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay."""
+    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay.
+
+    The ledger stands whether the store lets us or not; the next start of the run tries again.
+    """
     for name in ("rows", "model", "drivers", "attempts"):
-        storage.delete_folder(run.work_uri(name))
+        try:
+            storage.delete_folder(run.work_uri(name))
+        except OSError as error:
+            logger.warning("work that is needed no more could not be removed: %s", type(error).__name__)
 
 
 def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[dict[str, Any]]:

@@ -84,7 +84,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
         counts.update(each.series_uid for key, each in known.series.items() if each.series_uid)
         arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
         arranged = ({**row, "series_key": run.pseudonym(row["series_key"])} for row in arrange(_read(series), counts))
-        arranged = (row for row in arranged if not known.settles(row, run.software_version))
+        arranged = (row for row in arranged if not known.settles(row, run))
         if run.limit:
             arranged = (row for row, _ in zip(arranged, range(run.limit), strict=False))
         _note_series(run, folders, keys_by_folder, known)
@@ -98,29 +98,34 @@ class Before:
     series: dict[str, view.Known] = field(default_factory=dict)
     folders: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
-    def settles(self, row: dict[str, Any], software_version: str) -> bool:
+    def settles(self, row: dict[str, Any], run: Run) -> bool:
         """Whether a series need not be screened again."""
         known = self.series.get(row["series_key"])
-        return known is not None and known.is_settled(row["source_version"], software_version)
+        # Ledgers of older software hold the version as it is, even if they hide identities.
+        versions = {row["source_version"], run.pseudonym(row["source_version"])}
+        return known is not None and known.is_settled(versions, run.software_version)
 
     def settles_folder(self, folder: str, version: str, software_version: str) -> bool:
         """Whether a folder is as it was listed, and no series of it waits for another attempt."""
         before, keys = self.folders.get(folder, ("", []))
         found = [self.series.get(key) for key in keys]
         return before == version and all(
-            known is not None and known.is_settled(known.source_version, software_version) for known in found
+            known is not None and known.is_settled({known.source_version}, software_version) for known in found
         )
 
 
 def _what_is_known(run: Run) -> Before:
-    """The rows of this archive's committed runs, and the folders of the last of them that listed all."""
-    runs = [
-        known
-        for known in ledger.known_runs(run.ledger, run.work_root)
-        if known.is_committed and known.description["archive"] == run.archive
-    ]
+    """The rows of this archive's committed runs, and the folders of the last of them that listed all.
+
+    Only runs count whose model was asked for by the name that this one asks by: another one's, a challenger's, say
+    nothing about what this run has still to screen. Nor do runs with a date in the future.
+    """
+    all_runs = [known for known in ledger.known_runs(run.ledger, run.work_root) if known.is_committed]
+    runs = [known for known in all_runs if known.is_of(run) and not known.is_ahead]
+    if num_ahead := sum(known.is_ahead for known in all_runs):
+        logger.warning("%d runs with a date in the future are left out", num_ahead)
     series = view.known_series(run.ledger, {known.run_id for known in runs})
-    whole = [known.run_id for known in runs if not known.description["limit"]]
+    whole = [known.run_id for known in runs if not known.description.get("limit")]
     folders = ledger.read_folders(run.work_root, whole[-1]) if whole else {}
     logger.info("%d series are known from %d runs", len(series), len(runs))
     return Before(series=series, folders=folders)
@@ -304,7 +309,7 @@ class _PredictorActor:
         from covtanet.screening.predictor import Predictor
 
         with tempfile.TemporaryDirectory() as folder:
-            storage.download_folder(run.work_uri("model"), Path(folder))
+            storage.download_files(run.work_uri("model"), checkpoint.MODEL_FILES, Path(folder))
             model = checkpoint.load_model(Path(folder), run.model_digest)
         self.run, self.config = run, config
         self.predictor = Predictor(
@@ -384,6 +389,8 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
 
     window: the model's preprocessing. results: where to write masks and previews, or empty.
     """
+    from covtanet.model.checkpoint import MODEL_FILES  # torch, which decoding and measuring do without
+
     _configure(preserve_order=False)
     todo_uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     finished = ledger.finished_keys(run)
@@ -399,7 +406,7 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
         todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
         ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
         storage.upload(path, todo_uri)
-    for name in ("weights.safetensors", "model.json"):  # to where every node can fetch them
+    for name in MODEL_FILES:  # to where every node can fetch them
         storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, todo_uri, planned), remaining)
 

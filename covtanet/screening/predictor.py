@@ -159,5 +159,12 @@ def refuse_without_segmentation(model: SavedModel) -> None:
 
 
 def window_of(model: SavedModel) -> WindowConfig:
-    """The preprocessing a model was trained with."""
-    return WindowConfig(**model.preprocessing["window"])
+    """The preprocessing a model was trained with.
+
+    Raises:
+        CheckpointError: the model does not say, or not as we read it.
+    """
+    try:
+        return WindowConfig(**model.preprocessing["window"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's preprocessing has no sound window: {type(error).__name__}") from error

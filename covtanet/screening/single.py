@@ -98,6 +98,6 @@ def _folders(place: str, limits: StudyLimits | None) -> list[tuple[str, list[sto
     if limits is None:
         return list(storage.walk(place))
     try:
-        return list(storage.walk(place, limits.max_objects))
+        return list(storage.walk(place, max_objects=limits.max_objects))
     except storage.TooManyObjectsError:
         raise UploadError("too_large", f"more than {limits.max_objects} objects, the most in a request") from None

@@ -3,8 +3,11 @@
 Not covered: series that are no longer in the archive keep their newest row.
 """
 
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from typing import Any
 
@@ -13,19 +16,30 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.errors import ConfigError
+from covtanet.screening.ledger import BEGUN_AT, WORK, Accounting, latest_date
 from covtanet.screening.records import LEDGER_SCHEMA, REJECTED, SCHEMA_VERSION, SCREENED
 
+logger = logging.getLogger(__name__)
+
+ACCOUNTED_COLUMNS = ["status", "reason", "diagnosis", "severity", "severity_by_involvement"]
 KNOWN_COLUMNS = ["series_key", "source_version", "status", "software_version", "series_uid"]
 
 
 def committed_files(ledger: str) -> list[str]:
-    """URIs of all committed runs, oldest date first."""
-    found = []
+    """URIs of all committed runs, oldest date first.
+
+    A run with a date in the future is left out: it would be the newest of all for ever.
+    """
+    found, num_ahead, latest = [], 0, f"date={latest_date().isoformat()}"
     for name in storage.list_names(ledger):
-        if name.startswith("date="):
+        if name > latest and name.startswith("date="):
+            num_ahead += 1
+        elif name.startswith("date="):
             folder = storage.join(ledger, name)
             names = storage.list_names(folder)
             found += [storage.join(folder, each) for each in names if each.endswith(".parquet") and each[0] not in "._"]
+    if num_ahead:
+        logger.warning("runs of %d dates in the future are left out", num_ahead)
     return found
 
 
@@ -47,30 +61,65 @@ def read(uri: str, columns: list[str] | None = None) -> pa.Table:
     Raises:
         ConfigError: a schema of another version than ours.
     """
+    return _open(uri).read(columns)
+
+
+def _open(uri: str) -> pq.ParquetFile:
     file = pq.ParquetFile(BytesIO(storage.read_bytes(uri)))
     version = (file.schema_arrow.metadata or {}).get(b"covtanet.schema_version", b"none").decode()
     if version != str(SCHEMA_VERSION):
         raise ConfigError(f"a ledger of schema version {version}, expected {SCHEMA_VERSION}")
-    return file.read(columns)
+    return file
+
+
+def account(uri: str) -> Accounting:
+    """Return the counts of a committed file's rows."""
+    counts = Accounting()
+    for row in read(uri, ACCOUNTED_COLUMNS).to_pylist():
+        counts.add(row)
+    return counts
+
+
+def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
+    """When a run began, by its driver's clock; the first moment of its date if it did not note more.
+
+    A moment that lies in the future is not believed.
+    """
+    ledger, folder, name = uri.rsplit("/", 2)
+    run_date = datetime.fromisoformat(folder.removeprefix("date=")).replace(tzinfo=UTC)
+    noted = (file.schema_arrow.metadata or {}).get(BEGUN_AT, b"").decode()
+    try:
+        if not noted:  # written by older software, which noted it beside
+            work = storage.join(ledger, WORK, name.removesuffix(".parquet"), "run.json")
+            noted = json.loads(storage.read_bytes(work))["begun_at"]
+        begun_at = datetime.fromisoformat(noted).astimezone(UTC)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return run_date
+    return run_date if begun_at > datetime.now(UTC) + timedelta(days=1) else begun_at
 
 
 def newest_rows(ledger: str, columns: list[str] | None = None, run_ids: set[str] | None = None) -> pa.Table:
-    """The current view: of each series the row that was screened last.
+    """The current view: of each series the row of the run that began last, and of its rows the one screened last.
 
-    run_ids: only of these runs. Rows of one series differ in when they were screened, whatever the runs' dates say.
+    run_ids: only of these runs. Runs come before rows, since a driver's clock orders them; a row's time is that of
+    whichever worker made it.
     """
     wanted = None if columns is None else sorted({*columns, "series_key", "screened_at"})
-    tables = [
-        read(uri, wanted)
-        for uri in committed_files(ledger)
-        if run_ids is None or uri.rsplit("/", 1)[-1].removesuffix(".parquet") in run_ids
-    ]
-    if not tables:
+    runs: list[tuple[datetime, pa.Table]] = []
+    for uri in committed_files(ledger):
+        if run_ids is None or uri.rsplit("/", 1)[-1].removesuffix(".parquet") in run_ids:
+            file = _open(uri)
+            runs.append((_begun_at(uri, file), file.read(wanted)))
+    if not runs:
         return LEDGER_SCHEMA.empty_table().select(wanted or LEDGER_SCHEMA.names)
+    runs.sort(key=lambda run: run[0])
+    tables = [table for _, table in runs]
     table = pa.concat_tables([each.replace_schema_metadata(LEDGER_SCHEMA.metadata) for each in tables])
-    numbered = table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
-    ordered = numbered.select(["series_key", "screened_at", "row"]).sort_by(
-        [("screened_at", "ascending"), ("row", "ascending")]
+    places = [place for place, each in enumerate(tables) for _ in range(each.num_rows)]
+    numbered = table.append_column("run", pa.array(places, pa.int64()))
+    numbered = numbered.append_column("row", pa.array(range(table.num_rows), pa.int64()))
+    ordered = numbered.select(["series_key", "run", "screened_at", "row"]).sort_by(
+        [("run", "ascending"), ("screened_at", "ascending"), ("row", "ascending")]
     )
     last = ordered.group_by("series_key", use_threads=False).aggregate([("row", "last")])
     return table.take(last["row_last"].combine_chunks().sort())
@@ -85,9 +134,12 @@ class Known:
     software_version: str
     series_uid: str | None
 
-    def is_settled(self, source_version: str, software_version: str) -> bool:
-        """Whether there is no reason to look again: the same bytes, screened, or refused by this very software."""
-        if self.source_version != source_version:
+    def is_settled(self, source_versions: Collection[str], software_version: str) -> bool:
+        """Whether there is no reason to look again: the same bytes, screened, or refused by this very software.
+
+        source_versions: the forms that the version of the bytes may have in a ledger.
+        """
+        if self.source_version not in source_versions:
             return False
         return self.status == SCREENED or (self.status == REJECTED and self.software_version == software_version)
 

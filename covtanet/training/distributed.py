@@ -120,7 +120,7 @@ def volume_keys(
     versions = {
         storage.join(root, item.path): f"{item.num_bytes} {item.version}"
         for root in roots
-        for _, objects in storage.walk(root)
+        for _, objects in storage.walk(root, leaves_root=True)
         for item in objects
     }
     return [

@@ -29,7 +29,7 @@ from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.pipeline import Task, evaluate
-from covtanet.model.checkpoint import SavedModel, load_model, save_model
+from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
 from covtanet.report import data_report, plots
 from covtanet.training import distributed
@@ -382,7 +382,7 @@ def register(experiment: Experiment) -> tuple[str, str]:
     fold = next(each for each in range(config.num_folds) if _described(experiment, each, 2) is not None)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model"
-        storage.download_folder(storage.join(experiment.fold_uri(fold), "model"), target)
+        storage.download_files(storage.join(experiment.fold_uri(fold), "model"), MODEL_FILES, target)
         digest = load_model(target).digest
         test = rows.from_parquet(storage.read_bytes(_evaluation_uri(experiment, fold)))
         tags = {

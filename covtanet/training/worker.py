@@ -32,7 +32,7 @@ from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.ranks import Ranks
-from covtanet.training.state import load_progress, save_progress
+from covtanet.training.state import FILES, load_progress, save_progress
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def _resume(told: Assignment, ranks: Ranks) -> Progress:
     for name in reversed(names):  # they are named by time
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.suppress(FileNotFoundError):  # one that was being deleted
-                storage.download_folder(storage.join(told.checkpoints_uri, name), Path(folder))
+                storage.download_files(storage.join(told.checkpoints_uri, name), FILES, Path(folder))
             try:
                 progress = load_progress(Path(folder))
             except CheckpointError as error:

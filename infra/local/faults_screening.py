@@ -153,7 +153,7 @@ def start_killer(setting: Screening, name: str) -> tuple[Job, str, int]:
 
     def is_over() -> bool:
         nonlocal attempts_seen
-        for path in (setting.bucket / name).glob(f"_work/*/attempts/{key}.json"):
+        for path in (setting.bucket / name).glob(f"_work/*/attempts/*/{key}.json"):
             with contextlib.suppress(OSError, ValueError):
                 attempts = json.loads(path.read_text()).get("decode", 0)
                 if attempts > attempts_seen:

@@ -116,11 +116,12 @@ def start_s3(
     folder.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [binary, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"{host}:{port}", folder],
+            [binary, "serve", "s3", "--addr", f"{host}:{port}", folder],
             stdout=out,
             stderr=out,
             start_new_session=True,
-            env={**os.environ, "RCLONE_CONFIG": os.devnull},
+            # Arguments can be read by everyone on the machine. A list in CSV, of one pair with a comma in it.
+            env={**os.environ, "RCLONE_CONFIG": os.devnull, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
         )
     service = Service(
         process,

@@ -6,7 +6,7 @@ import pytest
 from cluster import check_tracking
 from services import LOOPBACK_SECRET, check_token, start_mlflow, start_ray, start_s3
 
-from covtanet.doors import ALLOW_PLAIN_HTTP, ENDPOINTS, check_authentication, check_endpoints
+from covtanet.doors import ALLOW_PLAIN_HTTP, ENDPOINTS, check_endpoints
 from covtanet.errors import ConfigError
 
 
@@ -120,21 +120,3 @@ def test_jobs_refuse_plain_http_endpoints(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.hospital.example:5000")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is plain http"):
         check_tracking()
-
-
-TOKEN_MODE = {"RAY_AUTH_MODE": "token"}
-
-
-@pytest.mark.parametrize("mode", [None, "", "disabled", "TOKEN"])
-def test_ray_without_token_mode_is_refused(mode: str | None) -> None:
-    environment = {} if mode is None else {"RAY_AUTH_MODE": mode}
-    with pytest.raises(ConfigError, match=r"RAY_AUTH_MODE is .*, expected token"):
-        check_authentication(environment)
-    check_authentication(TOKEN_MODE)
-
-
-@pytest.mark.parametrize("name", ["RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE", "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR"])
-def test_ray_that_unpickles_from_parquet_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is set"):
-        check_authentication({**TOKEN_MODE, name: "1"})
-    check_authentication({**TOKEN_MODE, name: "0"})

@@ -1,6 +1,9 @@
 """A run's identity, its manifest and rows, the one commit, and the equality of ledgers."""
 
+import json
 import os
+import pickle
+import uuid
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,7 +19,7 @@ from covtanet import storage
 from covtanet.data.manifest import IGNORED_SCHEMA, Series
 from covtanet.errors import AlreadyCommittedError, ConfigError
 from covtanet.report.summary import findings
-from covtanet.screening import ledger, view
+from covtanet.screening import ledger, pipeline, view
 from covtanet.screening.records import LEDGER_SCHEMA, REASONS
 from covtanet.storage import ObjectInfo
 
@@ -125,9 +129,9 @@ def test_the_newest_row_of_each_series_is_the_view(run: ledger.Run, tmp_path: Pa
     }
     known = view.known_series(run.ledger, {replace(run, run_date=date(2026, 11, 20)).run_id})
     first, version = known[series("a")["series_key"]], series("a")["source_version"]
-    assert first.is_settled(version, "0.1.0")
-    assert not first.is_settled(version, "0.2.0")  # refused by older software
-    assert not first.is_settled("another", "0.1.0")
+    assert first.is_settled({version}, "0.1.0")
+    assert not first.is_settled({version}, "0.2.0")  # refused by older software
+    assert not first.is_settled({"another"}, "0.1.0")
 
 
 def test_a_series_screened_twice_leaves_one_row(run: ledger.Run, tmp_path: Path) -> None:
@@ -242,3 +246,172 @@ def test_a_file_name_that_is_no_utf8_is_listed_and_found_again(tmp_path: Path) -
     objects[0].path.encode()  # it is valid Unicode
     assert b"".join(storage.read_chunks(f"{tmp_path}/{objects[0].path}", objects[0])) == b"here"
     assert folder == "d\uf7ff/"
+
+
+def test_series_is_tried_three_times_by_each_driver(run: ledger.Run) -> None:
+    """A driver that dies takes the series in flight with it; that is no fault of theirs."""
+    for _ in range(5):
+        driver = replace(run, driver=uuid.uuid4().hex)
+        assert ledger.may_try(driver, "k", "decode")
+    one, other = (replace(run, driver=name) for name in ("one", "other"))
+    assert [ledger.may_try(each, "k", "decode") for each in (one, other) * 3] == [True] * 6
+    assert not ledger.may_try(one, "k", "decode")
+    assert make_again(run).driver != run.driver
+    assert make_again(run) == run
+
+
+def make_again(run: ledger.Run) -> ledger.Run:
+    """The same run, as another process makes it."""
+    return ledger.Run(**{name: value for name, value in vars(run).items() if name != "driver"})
+
+
+def test_row_from_2030_does_not_win(run: ledger.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker whose clock is years ahead: the run that began later has the newest row."""
+    future = datetime(2030, 1, 1, tzinfo=UTC)
+    (row,) = freeze(run, tmp_path, "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "complete_row", lambda *args: {**completed(*args), "screened_at": future})
+        ledger.store_row(run, record(row, reason="no_lung"))
+    table_before = pq.read_table(run.row_uri(row["series_key"]))
+    assert table_before["screened_at"][0].as_py() == future
+    ledger.commit(run)
+    assert view.read(run.committed_uri)["screened_at"][0].as_py() < datetime.now(UTC)
+    later = replace(run, run_date=date(2026, 11, 24))
+    commit_one(later, tmp_path, reason="not_hu")
+    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+
+
+completed = ledger.complete_row
+
+
+def test_newest_row_is_of_the_run_that_began_last_even_in_old_files(run: ledger.Run, tmp_path: Path) -> None:
+    """Files of older software bear no begun_at; their rows' times are a worker's, and say nothing between runs."""
+    commit_one(run, tmp_path, reason="no_lung")
+    later = replace(run, run_date=date(2026, 11, 24))
+    commit_one(later, tmp_path, reason="not_hu")
+    for each, moment in ((run, datetime(2030, 1, 1, tzinfo=UTC)), (later, datetime(2026, 11, 24, 2, tzinfo=UTC))):
+        table = pq.ParquetFile(each.committed_uri).read()
+        times = pa.array([moment], table.schema.field("screened_at").type)
+        old = table.set_column(3, table.schema.field("screened_at"), times)
+        pq.write_table(old.replace_schema_metadata(LEDGER_SCHEMA.metadata), each.committed_uri)
+    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+
+
+def commit_one(run: ledger.Run, tmp_path: Path, **values: Any) -> None:
+    (row,) = freeze(run, tmp_path, "a")
+    ledger.store_row(run, record(row, **values))
+    ledger.commit(run)
+
+
+def test_run_with_a_date_in_the_future_is_never_the_newest(
+    run: ledger.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ahead = replace(run, run_date=date(9999, 12, 31))
+    commit_one(run, tmp_path, reason="not_hu")
+    commit_one(ahead, tmp_path, reason="no_lung")
+    assert view.committed_files(run.ledger) == [run.committed_uri]
+    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+    assert "1 dates in the future" in caplog.text
+    night = replace(run, run_date=date(2026, 11, 25), since_last=True)
+    assert known_reasons(night) == {"rejected"}
+    assert pipeline._what_is_known(night).folders == {}
+    freeze(replace(ahead, limit=7), tmp_path)  # one that has begun is not continued either
+    assert ledger.choose_date(replace(run, limit=7)) == datetime.now(UTC).date()
+
+
+def known_reasons(night: ledger.Run) -> set[str]:
+    return {known.status for known in pipeline._what_is_known(night).series.values()}
+
+
+def test_challenger_never_hides_a_study_from_the_night(run: ledger.Run, tmp_path: Path) -> None:
+    """Whichever way it is tried: as an alias, as a version, in the ledger of the nights and on the same day."""
+    night = replace(run, model_ref="models:/covtanet@champion", since_last=True, run_date=date(2026, 11, 24))
+    for digit, ref in (("1", "models:/covtanet@challenger"), ("2", "models:/covtanet/2")):
+        trial = replace(run, model_ref=ref, model_version="2", model_digest=digit * 64, since_last=True)
+        commit_one(trial, tmp_path, status="screened", reason=None)
+    assert pipeline._what_is_known(night).series == {}
+    commit_one(replace(night, run_date=date(2026, 11, 23)), tmp_path, status="screened", reason=None)
+    promoted = replace(night, model_version="2", model_digest="2" * 64)
+    for each in (night, promoted):  # another version under the same name screens no series again
+        assert known_reasons(each) == {"screened"}
+
+
+def test_runs_of_older_software_settle_what_their_model_screened(run: ledger.Run, tmp_path: Path) -> None:
+    commit_one(run, tmp_path)
+    path = Path(run.work_uri("run.json"))
+    description = json.loads(path.read_text())
+    for name in ("model_ref", "begun_at", "limit"):
+        del description[name]
+    path.write_text(json.dumps(description))
+    night = replace(run, model_ref="models:/covtanet@champion", model_version="7", run_date=date(2026, 11, 24))
+    assert known_reasons(night) == {"rejected"}
+    assert known_reasons(replace(night, model_name="other")) == set()
+
+
+def test_run_json_that_cannot_be_read_is_left_out_and_counted(
+    run: ledger.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    freeze(run, tmp_path)
+    for name, text in (("odd", "{"), ("list", "[]"), ("undated", "{}")):
+        Path(run.work_root, name).mkdir()
+        Path(run.work_root, name, "run.json").write_text(text)
+    assert [known.run_id for known in ledger.known_runs(run.ledger, run.work_root)] == [run.run_id]
+    assert "3 runs are left out" in caplog.text
+
+
+def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(run: ledger.Run, tmp_path: Path) -> None:
+    hidden = replace(run, site_key=b"a secret of this hospital", linkage=str(tmp_path / "linkage"))
+    row = {**series("a"), "series_key": hidden.pseudonym("a")}
+    ignored = tmp_path / "ignored.parquet"
+    ledger.write_rows(ignored, IGNORED_SCHEMA, [], 10)
+    ledger.begin(hidden)
+    ledger.write_manifest(hidden, [row], ignored)
+    ledger.store_row(hidden, record(row, source_digest="5" * 64, status="screened", reason=None))
+    ledger.commit(hidden)
+    (found,) = view.read(hidden.committed_uri).to_pylist()
+    assert found["source_version"] == hidden.pseudonym(row["source_version"]) != row["source_version"]
+    assert found["source_digest"] == hidden.pseudonym("5" * 64)
+    night = replace(hidden, run_date=date(2026, 11, 24))
+    known = pipeline._what_is_known(night)
+    assert known.settles(row, night)
+    assert not known.settles({**row, "source_version": "another"}, night)
+    before = view.Known(row["source_version"], "screened", "0.1.0", None)  # of a ledger of older software
+    assert pipeline.Before(series={row["series_key"]: before}).settles(row, night)
+
+
+def test_site_key_does_not_travel_to_workers(run: ledger.Run) -> None:
+    hidden = replace(run, site_key=b"a secret of this hospital", linkage="/linkage")
+    text = pickle.dumps(hidden)
+    assert b"secret" not in text
+    found = pickle.loads(text)
+    assert (found.site_key, found.linkage, found.run_id, found.driver) == (
+        b"", "/linkage", hidden.run_id, hidden.driver,
+    )  # fmt: skip
+    assert hidden.site_key == b"a secret of this hospital"
+
+
+def test_commit_stands_if_its_work_cannot_be_removed(
+    run: ledger.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (row,) = freeze(run, tmp_path, "a")
+    ledger.store_row(run, record(row))
+
+    def fail(uri: str) -> None:
+        raise OSError("1 of 1 objects could not be deleted: AccessDenied")
+
+    monkeypatch.setattr(storage, "delete_folder", fail)
+    assert ledger.commit(run).series == 1
+    assert "could not be removed: OSError" in caplog.text
+
+
+def test_run_ids_of_existing_runs_stay_as_they_are(run: ledger.Run) -> None:
+    assert run.run_id == "d3d1e9fa23c262d3"
+    assert replace(run, model_ref="models:/covtanet@champion", driver="x").run_id == run.run_id
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/../../x", "link/x"])
+def test_name_that_leads_out_of_a_local_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        storage.download_files(str(tmp_path), {name: 10}, tmp_path / "target")

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import load_model, save_model
-from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier
+from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
+from covtanet.model.covtanet import SIZES, CovTANet, CovTANetConfig, JointClassifier, architecture
 from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrained_state
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
+from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
 from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
 
 SMALL = SIZES["small"]
@@ -172,3 +173,37 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.json"):
         load_model(tmp_path)
+
+
+def saved(config: CovTANetConfig) -> SavedModel:
+    return SavedModel(network=CovTANet(config).eval(), preprocessing={"window": {"size_px": 128}})
+
+
+def test_description_of_a_huge_network_gets_no_memory(tmp_path: Path) -> None:
+    """Its shapes are compared before: this one would take 2 TB."""
+    save_model(tmp_path / "model", saved(SIZES["tiny"]))
+    path = tmp_path / "model" / "model.json"
+    description = json.loads(path.read_text())
+    description["network"]["path_channels"] = 1 << 19
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="tensors do not fit the network"):
+        load_model(tmp_path / "model")
+
+
+def test_file_of_a_model_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", saved(SIZES["tiny"]))
+    with (tmp_path / "model" / "weights.safetensors").open("r+b") as file:
+        file.truncate(MODEL_FILES["weights.safetensors"] + 1)  # sparse
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors has \d+ bytes, expected at most"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [*SEGMENTERS, *CLASSIFIERS, *TABLE_I])
+def test_every_network_is_loaded_bit_for_bit(tmp_path: Path, name: str) -> None:
+    """Through the meta device, on which some networks could not be built."""
+    model = saved(architecture(name, SIZES["tiny"], 96))
+    save_model(tmp_path / "model", model)
+    found = load_model(tmp_path / "model").network.state_dict()
+    expected = model.network.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) and found[key].device.type == "cpu" for key in expected)

@@ -251,3 +251,18 @@ def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
     assert measured["qc_flags"] == ["no_diagnosis"]
     assert measured["severity_by_involvement"] in ("mild", "severe")
     assert measured["involvement"] is not None
+
+
+def test_link_out_of_the_archive_is_a_row_and_never_read(tmp_path: Path) -> None:
+    archive, outside = tmp_path / "archive", tmp_path / "outside"
+    for folder in (archive, outside):
+        folder.mkdir()
+    (outside / "a.nii").write_bytes(b"secret")
+    for name, target in (("linked.nii", outside / "a.nii"), ("folder", outside), ("noted.txt", outside / "a.nii")):
+        (archive / name).symlink_to(target)
+    rows = {row["source_path"]: row for row in manifest_rows(archive)}
+    assert set(rows) == {"linked.nii", "folder", "noted.txt"}
+    for row in rows.values():
+        record = json.loads(prepare(row, archive)["record"])
+        assert (record["status"], record["reason"], record["source_digest"]) == ("rejected", "unreadable", None)
+    assert [folder for folder, _ in walk(str(archive), leaves_root=True)] == ["", "folder/"]
