@@ -175,6 +175,7 @@ def _place(uri: str, what: str) -> str:
 
 def _download_proxied(uri: str, folder: Path) -> None:
     """Fetch a model's files through the tracking server, as many bytes as they may have."""
+    folder.mkdir(parents=True, exist_ok=True)
     root = MlflowArtifactsRepository.resolve_uri(uri, tracking_uri())
     for name, max_bytes in MODEL_FILES.items():
         answer = http_request(get_default_host_creds(root), f"/{name}", "GET", stream=True, allow_redirects=False)
