@@ -191,7 +191,7 @@ def deflated(bomb: int = 0) -> Objects:
         dataset.save_as(buffer, enforce_file_format=True)
         out.append(buffer.getvalue())
     if bomb:
-        from covtanet.ct.dicom import transfer_syntax
+        from covtanet.ct.dicom_head import transfer_syntax
 
         start = transfer_syntax(out[0])[1]
         stream = zlib.compressobj(9, zlib.DEFLATED, -15)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from covtanet.ct import dicom_head
 from covtanet.data.manifest import Series, flag_repeated, join_by_uid, scan_folder, series_from_row
 from covtanet.data.phantom import Phantom
 from covtanet.data.phantom_archive import dicom_objects
@@ -13,7 +14,11 @@ from covtanet.storage import ObjectInfo
 
 def scan(objects: dict[str, bytes], folder: str = "a/") -> tuple[list[Series], list[ObjectInfo]]:
     infos = [ObjectInfo(folder + name, len(data), "v1") for name, data in objects.items()]
-    return scan_folder(folder, infos, lambda path, num_bytes: objects[path.removeprefix(folder)][:num_bytes])
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        return objects[path.removeprefix(folder)][:num_bytes]
+
+    return scan_folder(folder, infos, read_head, dicom_head.read_identities)
 
 
 @pytest.fixture(scope="module")

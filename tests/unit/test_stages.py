@@ -13,6 +13,7 @@ import torch
 from conftest import REAL_DATA
 from test_ct import as_nifti
 
+from covtanet.ct import dicom_head
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.data.phantom import Phantom
@@ -36,7 +37,9 @@ def predictor(model_folder: Path) -> Predictor:
 def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     rows = []
     for folder, objects in walk(str(archive)):
-        found, _ = manifest.scan_folder(folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size))
+        found, _ = manifest.scan_folder(
+            folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size), dicom_head.read_identities
+        )
         rows += [series.to_row() for series in found]
     return rows
 
