@@ -53,8 +53,7 @@ def take_over(payload: str, program: str = HEADER_READER, before: str = "") -> t
     code = TAKEN_OVER.replace("{program}", program).replace("{before}", before)
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, ROOT, payload],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=child_process.ENVIRONMENT,
-        text=True, check=False,
+        input="", capture_output=True, env=child_process.ENVIRONMENT, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.startswith("shut "), done.stderr
     return done.returncode, done.stdout
