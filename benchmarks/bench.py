@@ -40,7 +40,7 @@ import torch
 import training
 
 from covtanet import storage
-from covtanet.ct import dicom, nifti
+from covtanet.ct import dicom, dicom_head, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
@@ -207,7 +207,7 @@ def deflated(data: bytes, num_bytes: int) -> bytes:
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     buffer = BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    start = dicom.transfer_syntax(buffer.getvalue())[1]
+    start = dicom_head.transfer_syntax(buffer.getvalue())[1]
     stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed = stream.compress(zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS) + bytes(num_bytes))
     return buffer.getvalue()[:start] + packed + stream.flush()
@@ -219,7 +219,7 @@ def peak_of_child(
     """The most memory that a fresh decoder's child takes for one series, in bytes beyond what it starts with."""
     limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
     sandbox = Sandbox(window, config.slice_step_mm, limits)
-    child = psutil.Process(sandbox._warm_child().pid)
+    child = psutil.Process(sandbox.child.warm().pid)
     before, peak, is_over = child.memory_info().rss, 0, threading.Event()
 
     def watch() -> None:
@@ -266,7 +266,7 @@ def plain_loop(folder: Path) -> None:
     predictor, decoder = Predictor(model, num_threads=CORES), stages.in_process(window, config)
     for prefix, objects in storage.walk(str(folder)):
         series, _ = manifest.scan_folder(
-            prefix, objects, lambda path, size: storage.read_bytes(f"{folder}/{path}", size)
+            prefix, objects, lambda path, size: storage.read_bytes(f"{folder}/{path}", size), dicom_head.read_identities
         )
         for each in series:
             row = stages.decode_and_prepare(

@@ -2,15 +2,18 @@
 
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
+│   └── WeakSandboxError  the kernel cannot shut the decoder's child process in
 ├── AlreadyCommittedError  another driver of the run was first
 ├── CheckpointError  a saved model is missing, damaged or not what its digest says
 ├── TrainingError    a training cannot go on; what it has done so far is kept
 ├── StudyError       one series cannot be screened, by its own fault
 ├── StudyTimeoutError  one series takes longer than it may
-├── DeadlineError    a request has ended or its time is over; nobody waits for the answer
 ├── UploadError      what a caller sent is no study, or more than may be sent
 ├── UnavailableError  what answers studies is not there now; worth another try
+├── DeadlineError    a request has taken as long as it may; it ends, whatever is still to do
+├── SandboxClosedError  another thread closed the sandbox under a request
 └── DecoderError     a fault of this software, found in the decoder's child process
+    └── DecoderStartError  the child process does not start
 
 Trouble with storage is an ``OSError``, as everywhere in Python; what makes every object fail is not one object's
 trouble and ends a job: ``covtanet.storage.AccessError``.
@@ -23,6 +26,10 @@ class CovtanetError(Exception):
 
 class ConfigError(CovtanetError):
     """The run cannot start as asked; the message says found, expected and where."""
+
+
+class WeakSandboxError(ConfigError):
+    """The decoder's child process cannot be shut in as it should; nothing is decoded."""
 
 
 class AlreadyCommittedError(CovtanetError):
@@ -62,12 +69,24 @@ class StudyTimeoutError(CovtanetError):
     """One series takes longer than it may."""
 
 
-class DeadlineError(CovtanetError):
-    """A request has ended, or its time is over, before its studies were screened."""
-
-
 class DecoderError(CovtanetError):
     """A fault of this software in the decoder's child process; the message is type and place."""
+
+
+class DecoderStartError(DecoderError):
+    """The decoder's child process does not start; no input is to blame."""
+
+
+class DeadlineError(CovtanetError):
+    """A request has taken as long as its caller waits for it, or its caller waits no more.
+
+    Not a ``TimeoutError``, which is an OSError and would be taken for trouble with storage: it ends the request, not
+    one series of it.
+    """
+
+
+class SandboxClosedError(CovtanetError, RuntimeError):
+    """The sandbox was closed, perhaps by another thread while it worked; its request ends."""
 
 
 class UploadError(CovtanetError):

@@ -2,7 +2,8 @@
 
 python jobs/export.py --ledger URI [--run RUN_ID] [--results URI] [--series SERIES_KEY ...]
 
-The run must have kept results (jobs/screen.py --results), and its archive must be where it was. Written beside them:
+The run must have kept results (jobs/screen.py --results), and its archive must be where and as it was: a series that
+was changed or replaced since is refused, by the listing's digest and by that of its content. Written beside them:
 RESULTS/RUN_ID/SERIES_KEY/lesion.seg.dcm (segments lesion and lung) and measurements.sr.dcm (TID 1500). Objects that are
 there are left alone. Enhanced multi-frame CT is not exported. Exit codes: 0 all written, 3 nothing to export, 4 some
 could not be.
@@ -11,11 +12,14 @@ Research use only, not a medical device.
 """
 
 import gzip
+import hashlib
 import logging
 import re
 import sys
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from io import BytesIO
 from typing import Any
 
@@ -26,11 +30,13 @@ import ray
 from cluster import connect, parser, place, start_logging
 
 from covtanet import storage
+from covtanet.ct.dicom_head import DEFLATED, transfer_syntax
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.data import manifest
 from covtanet.errors import ConfigError, StudyError
 from covtanet.report import dicom_results
-from covtanet.screening import view
+from covtanet.screening import heads, view
+from covtanet.screening.child_process import HEADER_READER, Child, Limits
 
 logger = logging.getLogger("covtanet.export")
 SEG, SR = "lesion.seg.dcm", "measurements.sr.dcm"
@@ -98,6 +104,8 @@ def export(row: dict[str, Any], results: str) -> dict[str, Any]:
                 storage.write_bytes(target, data)
         except StudyError as error:
             outcome = error.reason
+        except storage.ObjectChangedError:
+            outcome = "changed since it was screened"
         except OSError as error:
             outcome = f"storage: {type(error).__name__}"
     return {"series_key": row["series_key"], "outcome": outcome}
@@ -134,8 +142,12 @@ def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
 def source_headers(row: dict[str, Any]) -> list[pydicom.Dataset]:
     """The headers of a row's slices, without pixels.
 
+    They are parsed in this process, so only bytes that a sandboxed decoder has screened are: the listing and, if the
+    row has it, the digest of their content must be those of the row.
+
     Raises:
-        StudyError: ``unreadable`` where the series is not there as it was.
+        StudyError: ``unreadable`` if the series is not one object a slice, ``unsupported_syntax`` if it is deflated.
+        ObjectChangedError: if the series is not there as it was screened.
     """
     root = row["source_uri"].rstrip("/")
     listed = next((items for folder, items in storage.walk(root) if not folder), [])
@@ -143,12 +155,67 @@ def source_headers(row: dict[str, Any]) -> list[pydicom.Dataset]:
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(root, path), num_bytes)
 
-    series, _ = manifest.scan_folder("", listed, read_head)
+    series, _ = manifest.scan_folder("", listed, read_head, partial(heads.read_identities, header_reader()))
     found = [each for each in series if each.series_uid == row["series_uid"]]
     if len(found) != 1 or len(found[0].objects) != row["num_slices"]:
         raise StudyError("unreadable", "the series is not there as it was screened, one object a slice")
-    data = (storage.read_bytes(storage.join(root, each.path)) for each in found[0].objects)
-    return [pydicom.dcmread(BytesIO(each), stop_before_pixels=True) for each in data]
+    if not is_version(row["source_version"], root, found[0].objects):
+        raise storage.ObjectChangedError("the series is another than was screened, by names, sizes and versions")
+    return [parsed(data) for data in screened_bytes(row, root, found[0].objects)]
+
+
+@cache
+def header_reader() -> Child:
+    """The worker's child process that reads headers."""
+    return Child(HEADER_READER, Limits(memory_mib=512, timeout_s=60))
+
+
+def is_version(version: str, root: str, objects: Sequence[storage.ObjectInfo]) -> bool:
+    """Whether a listing of a folder is the one that a row's ``source_version`` was taken of.
+
+    The names in it are relative to the archive, which a row does not name: it is one of the folders above.
+    """
+    parts = root.split("/")
+    for above in range(len(parts) + 1):
+        prefix = "".join(f"{part}/" for part in parts[above:])
+        as_listed = [replace(item, path=prefix + item.path) for item in objects]
+        if storage.version_digest(as_listed) == version:
+            return True
+    return False
+
+
+def screened_bytes(row: dict[str, Any], root: str, objects: Sequence[storage.ObjectInfo]) -> Iterator[bytes]:
+    """The bytes of each object, once all of them were found to be those that were screened.
+
+    They are read twice, since a series may be larger than the memory of a worker, and compared once more.
+
+    Raises:
+        ObjectChangedError: if any is another.
+    """
+    digest, digests = storage.ContentDigest(), []
+    for item in objects:
+        one = hashlib.sha256()
+        for chunk in digest.passing(item.path, storage.read_chunks(storage.join(root, item.path), item)):
+            one.update(chunk)
+        digests.append(one.digest())
+    if row["source_digest"] is not None and digest.hexdigest() != row["source_digest"]:
+        raise storage.ObjectChangedError("the series is another than was screened, by its content")
+    for item, expected in zip(objects, digests, strict=True):
+        data = b"".join(storage.read_chunks(storage.join(root, item.path), item))
+        if hashlib.sha256(data).digest() != expected:
+            raise storage.ObjectChangedError("an object changed while it was read")
+        yield data
+
+
+def parsed(data: bytes) -> pydicom.Dataset:
+    """One object's header; a deflated object is refused, since a parser would inflate all of it."""
+    try:
+        syntax, _ = transfer_syntax(data)
+    except ValueError as error:
+        raise StudyError("unreadable", "an object has no end of its file meta") from error
+    if syntax == DEFLATED:
+        raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
+    return pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from covtanet.doors import check_endpoints, check_ray_doors
 from covtanet.errors import ConfigError, DeadlineError, UnavailableError, UploadError
 from covtanet.report import worklist
 from covtanet.screening import intake, view
+from covtanet.screening.child_process import Limits, refuse_weak_sandbox
 from covtanet.screening.decode import place_of
 from covtanet.screening.records import FAILED, SCREENED
 from covtanet.screening.single import StudyLimits
@@ -176,6 +177,8 @@ class Api:
 
     def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
         self.segmenter, self.settings, self.screening = segmenter, settings, settings.screening
+        limits = Limits(memory_mib=self.screening.decode_memory_mib, timeout_s=self.screening.decode_timeout_s)
+        refuse_weak_sandbox(limits, allow_weak=self.screening.allow_weak_sandbox)  # at the start, not with a study
         self.decoders = Decoders(settings.num_decoders, settings.max_waiting, settings.request_timeout_s)
         self.uploads = Uploads(settings)
         self.batches = Batches(settings) if settings.ledger else None

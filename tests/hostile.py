@@ -191,7 +191,7 @@ def deflated(bomb: int = 0) -> Objects:
         dataset.save_as(buffer, enforce_file_format=True)
         out.append(buffer.getvalue())
     if bomb:
-        from covtanet.ct.dicom import transfer_syntax
+        from covtanet.ct.dicom_head import transfer_syntax
 
         start = transfer_syntax(out[0])[1]
         stream = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -213,6 +213,14 @@ def nested(depth: int) -> Objects:
         at = data.index(struct.pack("<HH", 0x0010, 0x0010), 132)
         out.append(data[:at] + insert + data[at:])
     return named(out)
+
+
+def bomb_of_items() -> bytes:
+    """A head of 500,000 empty items in a sequence before the UIDs; deflated it would be 6 kB."""
+    data = slices()[0]
+    at = data.index(struct.pack("<HH", 0x0010, 0x0010), 132)
+    sequence = struct.pack("<HH2sHI", 0x0008, 0x1115, b"SQ", 0, 0xFFFFFFFF)
+    return data[:at] + sequence + struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 500_000 + data[at:]
 
 
 def declared_4gib() -> Objects:
@@ -421,6 +429,7 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "three colours": ("not_ct", lambda: with_values(SamplesPerPixel=3)),
     "a palette": ("not_ct", lambda: with_values(PhotometricInterpretation="PALETTE COLOR")),
     "a slice of another size": ("mixed_orientation", lambda: on_slice(2, Rows=32, PixelData=bytes(32 * 64 * 2))),
+    "a head of 500,000 items": ("unreadable", lambda: {"a.dcm": bomb_of_items()}),
     "2000 nested sequences": ("unreadable", lambda: nested(2000)),
     "frames without a description": ("unreadable", lambda: enhanced(num_described=5)),
     "more frames than pixels": ("unreadable", lambda: enhanced(NumberOfFrames=500)),

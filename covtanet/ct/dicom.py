@@ -4,15 +4,12 @@ Slices are ordered by their position in the patient and rescaled one by one; the
 Not covered: lossy JPEG, deflated objects, colour.
 """
 
-import hashlib
 import logging
-import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -24,12 +21,10 @@ from numpy.typing import NDArray
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
-from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     JPEG2000,
     UID,
     CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -41,13 +36,11 @@ from pydicom.uid import (
 )
 
 from covtanet.ct import nifti
+from covtanet.ct.dicom_head import DEFLATED, has_magic, transfer_syntax
 from covtanet.ct.frames import ENHANCED_CLASSES, PLAIN_SYNTAXES, Frame, frames_of
 from covtanet.ct.volume import MAX_SHEAR, Volume, canonical_volume
 from covtanet.errors import StudyError
 
-MAGIC_AT, MAGIC = 128, b"DICM"
-META_GROUP, SYNTAX_ELEMENT, LONG_VRS = b"\x02\x00", b"\x10\x00", (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR")
-MAX_INFLATED_HEAD_BYTES = 4 << 20
 DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     JPEGLossless: imagecodecs.jpegsof3_decode,
     JPEGLosslessSV1: imagecodecs.jpegsof3_decode,
@@ -67,9 +60,6 @@ ORIENTATION_ATOL = 1e-3
 PIXEL_SPACING_ATOL_MM = 1e-3
 # The cosine of the tilt that MAX_SHEAR allows, about half a degree.
 PERPENDICULAR_TOL = 1 - (1 - MAX_SHEAR**2) ** 0.5
-HEAD_TAGS: list[BaseTag | int] = [Tag("StudyInstanceUID"), Tag("SeriesInstanceUID")]
-SERIES_UID_TAG = BaseTag(0x0020000E)
-UID_TEXT = re.compile(r"[0-9.]{1,64}")
 READ_TAGS = [
     "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
@@ -93,61 +83,6 @@ NUMBERS = {
     "PixelRepresentation": 1,
     "NumberOfFrames": 1,
 }
-
-
-@dataclass(frozen=True)
-class SeriesIdentity:
-    """The UIDs that tell which series an object belongs to."""
-
-    study_uid: str | None
-    series_uid: str
-
-
-def has_magic(head: bytes) -> bool:
-    """Whether an object's first bytes carry the DICOM magic."""
-    return head[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
-
-
-def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | None:
-    """Return the UIDs of an object from its first bytes, or None where they cannot be read or are not there yet.
-
-    is_whole: ``head`` is all of the object.
-    """
-    if not has_magic(head):
-        return None
-    reached = []
-
-    def after_series_uid(tag: BaseTag, vr: str | None, length: int) -> bool:
-        if tag > SERIES_UID_TAG:
-            reached.append(tag)
-        return bool(reached)
-
-    with _quiet():
-        try:
-            syntax, start = transfer_syntax(head)
-            if syntax == DeflatedExplicitVRLittleEndian:
-                stream = zlib.decompressobj(-zlib.MAX_WBITS)
-                plain = stream.decompress(head[start:], MAX_INFLATED_HEAD_BYTES)
-                is_whole = is_whole and stream.eof
-                dataset = pydicom.filereader.read_dataset(
-                    BytesIO(plain), False, True, stop_when=after_series_uid, specific_tags=HEAD_TAGS
-                )
-            else:
-                dataset = pydicom.filereader.read_partial(
-                    BytesIO(head), stop_when=after_series_uid, specific_tags=HEAD_TAGS
-                )
-            series_uid, study_uid = dataset.get("SeriesInstanceUID"), dataset.get("StudyInstanceUID")
-        except Exception:  # any parser error on foreign bytes means the same: no identity
-            return None
-    if not series_uid or not (reached or is_whole):  # the value may have been cut
-        return None
-    return SeriesIdentity(_clean_uid(study_uid) if study_uid else None, _clean_uid(series_uid))
-
-
-def _clean_uid(value: object) -> str:
-    """A UID as it is, or a digest of what stands in its place: free text may name a patient."""
-    text = str(value)
-    return text if UID_TEXT.fullmatch(text) else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
@@ -249,24 +184,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def transfer_syntax(data: bytes) -> tuple[str | None, int]:
-    """The transfer syntax of an object and where its dataset begins, from the file meta alone.
-
-    Nothing is inflated for it, as a parser would do with a deflated object before anybody could ask.
-    """
-    at, syntax = MAGIC_AT + len(MAGIC), None
-    while data[at : at + 2] == META_GROUP and at + 12 <= len(data):
-        is_long = data[at + 4 : at + 6] in LONG_VRS
-        start = at + (12 if is_long else 8)
-        length = int.from_bytes(data[at + 8 : at + 12] if is_long else data[at + 6 : at + 8], "little")
-        if data[at + 2 : at + 4] == SYNTAX_ELEMENT:
-            syntax = data[start : start + length].decode("ascii", "replace").strip("\0 ")
-        at = start + length
-    return syntax, at
-
-
 def _parse(data: bytes) -> FileDataset:
-    if has_magic(data) and transfer_syntax(data)[0] == DeflatedExplicitVRLittleEndian:
+    try:
+        is_deflated = has_magic(data) and transfer_syntax(data)[0] == DEFLATED
+    except ValueError as error:
+        raise StudyError("unreadable", "an object of the series has no end of its file meta") from error
+    if is_deflated:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
         dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])

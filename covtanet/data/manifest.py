@@ -9,18 +9,25 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from covtanet.ct import dicom
+from covtanet.ct.dicom_head import SeriesIdentity, has_magic
 from covtanet.storage import OUTSIDE, ObjectInfo, version_digest
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 CONTAINER_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z")
 HEAD_BYTES, LONG_HEAD_BYTES = 16 << 10, 4 << 20
+# Heads in memory at a time: 1 MiB of them, or 16 MiB of long ones.
+HEADS_AT_A_TIME, LONG_HEADS_AT_A_TIME = 64, 4
 KEY_DIGITS = 32
+
+# (first bytes of objects, how many were asked for) -> their UIDs, None for an object without.
+Identify = Callable[[list[bytes], int], list[SeriesIdentity | None]]
+ReadHead = Callable[[str, int], bytes]
 
 OBJECT_TYPE = pa.struct([
     pa.field("path", pa.string()), pa.field("num_bytes", pa.int64()), pa.field("version", pa.string())
@@ -95,33 +102,31 @@ def series_from_row(row: dict[str, Any]) -> Series:
 
 
 def scan_folder(
-    folder: str, objects: Iterable[ObjectInfo], read_head: Callable[[str, int], bytes]
+    folder: str, objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify
 ) -> tuple[list[Series], list[ObjectInfo]]:
     """Sort the objects of one folder into series and what is ignored.
 
-    read_head: (path, number of bytes) -> the first bytes of an object.
+    read_head: (path, number of bytes) -> the first bytes of an object. identify: reads them, which nobody has looked
+    at, outside this process; raises nothing for one object's sake.
     """
     found: list[Series] = []
     ignored: list[ObjectInfo] = []
-    members: dict[dicom.SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
-    for item in objects:
-        name = item.path.rsplit("/", 1)[-1].lower()
-        if item.version == OUTSIDE:  # a row whatever its name, since nobody has looked at what it leads to
-            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="unreadable"))
-        elif name.endswith(NIFTI_SUFFIXES):
+    members: dict[SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
+    for item, kind in _kinds(objects, read_head, identify):
+        if isinstance(kind, SeriesIdentity):
+            members[kind].append(item)
+        elif kind == "nifti":
             found.append(Series(source_path=item.path, source_format="nifti", objects=(item,)))
-        elif name.endswith(CONTAINER_SUFFIXES):
-            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="container"))
+        elif kind == "container":
+            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason=kind))
+        elif kind == "outside":
+            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="unreadable"))
+        elif kind == "unreadable":
+            found.append(Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind))
+        elif kind == "vanished":  # it may be a slice: a row of its own, which fails when it is fetched
+            found.append(Series(source_path=item.path, source_format="other", objects=(item,)))
         else:
-            kind = _identify(item, name, read_head)
-            if isinstance(kind, dicom.SeriesIdentity):
-                members[kind].append(item)
-            elif kind == "unreadable":
-                found.append(Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind))
-            elif kind == "vanished":
-                found.append(Series(source_path=item.path, source_format="other", objects=(item,)))
-            else:
-                ignored.append(item)
+            ignored.append(item)
     for identity, items in _one_study_per_series(members).items():
         found.append(
             Series(
@@ -135,28 +140,71 @@ def scan_folder(
     return found, ignored
 
 
-def _identify(item: ObjectInfo, name: str, read_head: Callable[[str, int], bytes]) -> dicom.SeriesIdentity | str:
-    is_named = name.endswith(DICOM_SUFFIXES)
+def _kinds(
+    objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify
+) -> Iterator[tuple[ObjectInfo, SeriesIdentity | str]]:
+    """Each object with its series, or what else it is: nifti, container, outside, unreadable, vanished or ignored."""
+    waiting = iter(objects)
+    while group := list(islice(waiting, HEADS_AT_A_TIME)):
+        kinds: dict[ObjectInfo, SeriesIdentity | str] = {}
+        unsure: list[ObjectInfo] = []
+        heads: list[bytes] = []
+        for item in group:
+            kind, head = _kind_by_name(item, read_head)
+            if kind is None:
+                unsure.append(item)
+                heads.append(head)
+            else:
+                kinds[item] = kind
+        longer: list[ObjectInfo] = []
+        for item, identity in zip(unsure, identify(heads, HEAD_BYTES), strict=True):
+            kinds[item] = identity or "unreadable"
+            if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
+                longer.append(item)
+        for start in range(0, len(longer), LONG_HEADS_AT_A_TIME):
+            kinds.update(_kinds_by_long_head(longer[start : start + LONG_HEADS_AT_A_TIME], read_head, identify))
+        for item in group:
+            yield item, kinds[item]
+
+
+def _kind_by_name(item: ObjectInfo, read_head: ReadHead) -> tuple[str | None, bytes]:
+    """What an object is by its name and whether it carries the magic; None and its head if it must be read."""
+    name = item.path.rsplit("/", 1)[-1].lower()
+    if item.version == OUTSIDE:  # a row whatever its name, since nobody has looked at what it leads to
+        return "outside", b""
+    if name.endswith(NIFTI_SUFFIXES):
+        return "nifti", b""
+    if name.endswith(CONTAINER_SUFFIXES):
+        return "container", b""
     try:
         head = read_head(item.path, HEAD_BYTES)
-    except OSError:  # it may be a slice: a row of its own, which fails when it is fetched
-        return "vanished"
-    if not dicom.has_magic(head):
-        return "unreadable" if is_named else "ignored"
-    if not is_named and name == "dicomdir":
-        return "ignored"
-    identity = dicom.read_identity(head, is_whole=len(head) < HEAD_BYTES)
-    if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
-        longer = read_head(item.path, LONG_HEAD_BYTES)
-        identity = dicom.read_identity(longer, is_whole=len(longer) < LONG_HEAD_BYTES)
-    return identity or "unreadable"
+    except OSError:
+        return "vanished", b""
+    if not has_magic(head):
+        return ("unreadable" if name.endswith(DICOM_SUFFIXES) else "ignored"), b""
+    return ("ignored" if name == "dicomdir" else None), head
+
+
+def _kinds_by_long_head(
+    items: list[ObjectInfo], read_head: ReadHead, identify: Identify
+) -> dict[ObjectInfo, SeriesIdentity | str]:
+    kinds: dict[ObjectInfo, SeriesIdentity | str] = {}
+    heads: dict[ObjectInfo, bytes] = {}
+    for item in items:
+        try:
+            heads[item] = read_head(item.path, LONG_HEAD_BYTES)
+        except OSError:
+            kinds[item] = "vanished"
+    for item, identity in zip(heads, identify(list(heads.values()), LONG_HEAD_BYTES), strict=True):
+        kinds[item] = identity or "unreadable"
+    return kinds
 
 
 def _one_study_per_series(
-    members: dict[dicom.SeriesIdentity, list[ObjectInfo]],
-) -> dict[dicom.SeriesIdentity, list[ObjectInfo]]:
+    members: dict[SeriesIdentity, list[ObjectInfo]],
+) -> dict[SeriesIdentity, list[ObjectInfo]]:
     """Join objects that share a series UID but not their study UID: they are one series, of the first study."""
-    joined: dict[str, tuple[dicom.SeriesIdentity, list[ObjectInfo]]] = {}
+    joined: dict[str, tuple[SeriesIdentity, list[ObjectInfo]]] = {}
     for identity, items in members.items():
         joined.setdefault(identity.series_uid, (identity, []))[1].extend(items)
     return dict(joined.values())

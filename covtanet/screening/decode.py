@@ -4,11 +4,13 @@ Pure, and without torch or storage: this is what runs in the sandbox, on bytes t
 """
 
 import json
+import math
 import traceback
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from covtanet.ct.volume import SourceGrid, Volume
 from covtanet.ct.window import WindowConfig, thin_slices, to_input
 
 PACKAGE = Path(__file__).parents[1]
+MAX_MASK_HEADER_BYTES = 4096
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +46,98 @@ class StoredMasks:
 
     @classmethod
     def unpack(cls, data: bytes) -> "StoredMasks":
-        """The inverse of ``pack``."""
-        line, _, packed = data.partition(b"\n")
-        header = json.loads(line)
-        shape = tuple(header["shape"])
-        bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-        masks = np.unpackbits(bits, count=2 * int(np.prod(shape))).view(bool).reshape(2, *shape)
+        """The inverse of ``pack``.
+
+        Raises:
+            ValueError: if it is anything else, or more than a volume may be; no more is inflated than its shape asks.
+        """
+        header, packed = _mask_header(data)
+        shape = header["shape"]
+        num_voxels = math.prod(shape)
+        bits = np.empty(_num_packed(shape), np.uint8)
+        done = 0
+        for chunk in _inflated(packed, len(bits)):
+            bits[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+        masks = np.unpackbits(bits, count=2 * num_voxels).view(bool).reshape(2, *shape)
         return cls(
             lungs=lung.Lungs(lung_mask=masks[0], cavity_mask=masks[1], is_partial=header["is_partial"]),
             source=SourceGrid(shape=tuple(header["source_shape"]), affine=np.array(header["source_affine"])),
             spacing_mm=tuple(header["spacing_mm"]),
         )
+
+
+def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, float]) -> None:
+    """Compare packed masks with what else is known of their volume, without keeping what is inflated.
+
+    Raises:
+        ValueError: if they are no packed masks, or those of another volume.
+    """
+    header, packed = _mask_header(data)
+    if header["shape"][0] != num_slices or tuple(header["spacing_mm"]) != spacing_mm:
+        raise ValueError("the masks are of another volume")
+    for _ in _inflated(packed, _num_packed(header["shape"])):
+        pass
+
+
+def _mask_header(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The checked header of packed masks, and the compressed bits behind it."""
+    end = data.find(b"\n", 0, MAX_MASK_HEADER_BYTES)
+    try:
+        header = json.loads(data[: max(0, end)])
+    except RecursionError:
+        raise ValueError("the masks' header is nested too deeply") from None
+    if not isinstance(header, dict) or not isinstance(header.get("is_partial"), bool):
+        raise ValueError("the masks' header lacks is_partial")
+    for name in ("shape", "source_shape"):
+        _check_shape(header.get(name))
+    if sorted(header["shape"]) != sorted(header["source_shape"]):
+        raise ValueError("the masks' shape is not that of their source")
+    for name, shape in (("source_affine", (4, 4)), ("spacing_mm", (3,))):
+        _check_finite(header.get(name), shape)
+    if min(header["spacing_mm"]) <= 0:
+        raise ValueError("the masks' spacing is not above 0")
+    return header, memoryview(data)[end + 1 :]
+
+
+def _check_shape(value: object) -> None:
+    if not isinstance(value, list) or len(value) != 3 or any(type(length) is not int for length in value):
+        raise ValueError("the masks' shape is not three whole numbers")
+    if min(value) < 1 or max(value) > nifti.MAX_VOXELS or math.prod(value) > nifti.MAX_VOXELS:
+        raise ValueError(f"the masks' shape is {value}, expected at most {nifti.MAX_VOXELS} voxels")
+
+
+def _check_finite(value: object, shape: tuple[int, ...]) -> None:
+    """Plain nested lists of finite numbers."""
+    try:
+        numbers = np.array(value, np.float64)
+    except (TypeError, OverflowError):
+        raise ValueError("the masks' header holds something else than numbers") from None
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError(f"the masks' header has numbers of shape {numbers.shape}, expected {shape}, all finite")
+
+
+def _num_packed(shape: list[int]) -> int:
+    """Bytes of both masks, 8 voxels each."""
+    return (2 * math.prod(shape) + 7) // 8
+
+
+def _inflated(packed: memoryview, num_bytes: int) -> Iterator[bytes]:
+    """The inflated bytes in chunks, which must be as many as asked, and nothing behind them."""
+    stream, done = zlib.decompressobj(), 0
+    try:
+        for start in range(0, len(packed), CHUNK_BYTES):  # in pieces: what is not consumed of one is copied each time
+            waiting: bytes | memoryview = packed[start : start + CHUNK_BYTES]
+            while chunk := stream.decompress(waiting, CHUNK_BYTES):
+                done += len(chunk)
+                if done > num_bytes:
+                    raise ValueError(f"the masks inflate to more than {num_bytes} bytes")
+                yield chunk
+                waiting = stream.unconsumed_tail
+    except zlib.error:
+        raise ValueError("the masks are not compressed") from None
+    if done != num_bytes or not stream.eof or stream.unused_data:
+        raise ValueError(f"the masks inflate to {done} bytes, expected {num_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,8 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.errors import ConfigError
 from covtanet.report import overlay
-from covtanet.screening import ledger, stages, view
+from covtanet.screening import heads, ledger, stages, view
+from covtanet.screening.child_process import HEADER_READER, Child, refuse_weak_sandbox
 from covtanet.screening.ledger import Run
 from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
@@ -65,7 +66,12 @@ class Plan:
 
 
 def make_manifest(run: Run, config: ScreeningConfig) -> None:
-    """List the archive, read the headers on the cluster and freeze the manifest; nothing happens where it exists."""
+    """List the archive, read the headers on the cluster and freeze the manifest; nothing happens where it exists.
+
+    Raises:
+        ConfigError: if the archive is empty, or this machine cannot shut the sandbox.
+    """
+    refuse_weak_sandbox(_limits(config), allow_weak=config.allow_weak_sandbox)
     if storage.exists(run.work_uri("manifest.parquet")):
         return
     _configure(preserve_order=True)  # so that a limit means the same series each time
@@ -79,7 +85,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
         listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
         storage.upload(listing, listing_uri)
         series, ignored = Path(folder) / "series.parquet", Path(folder) / "ignored.parquet"
-        found = _scan(run, listing_uri) if num_new else iter(())
+        found = _scan(run, config, listing_uri) if num_new else iter(())
         counts, keys_by_folder = _split_scan(found, series, ignored, run.limit if config.group_by == "folder" else 0)
         counts.update(each.series_uid for key, each in known.series.items() if each.series_uid)
         arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
@@ -168,26 +174,40 @@ def _note_series(run: Run, folders: Path, keys_by_folder: dict[str, list[str]], 
     pq.write_table(table.set_column(2, ledger.FOLDERS_SCHEMA.field(2), pa.array(keys, pa.list_(pa.string()))), folders)
 
 
-def _scan(run: Run, listing_uri: str) -> Iterator[dict[str, Any]]:
+def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[str, Any]]:
     """Series and ignored objects of the listing, in its order."""
     filesystem, path = storage.filesystem(listing_uri)
     listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
     found = listing.map_batches(
-        _scan_folders, fn_kwargs={"archive": run.archive}, batch_format="pyarrow", batch_size=None
+        _scan_folders,
+        fn_kwargs={"archive": run.archive, "limits": _limits(config), "allow_weak": config.allow_weak_sandbox},
+        batch_format="pyarrow",
+        batch_size=None,
     )
     for batch in found.iter_batches(batch_format="pyarrow", batch_size=None):
         yield from batch.to_pylist()
 
 
-def _scan_folders(batch: pa.Table, archive: str) -> pa.Table:
+def _limits(config: ScreeningConfig) -> Limits:
+    return Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
+
+
+@cache
+def _header_reader(limits: Limits, allow_weak: bool) -> Child:
+    """The worker's child process that reads headers; it stays warm from batch to batch."""
+    return Child(HEADER_READER, limits, allow_weak=allow_weak)
+
+
+def _scan_folders(batch: pa.Table, archive: str, limits: Limits, allow_weak: bool) -> pa.Table:
     rows = []
+    identify = partial(heads.read_identities, _header_reader(limits, allow_weak))
 
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(archive, path), num_bytes)
 
     for folder in batch.to_pylist():
         objects = [storage.ObjectInfo(**item) for item in folder["objects"]]
-        series, ignored = manifest.scan_folder(folder["folder"], objects, read_head)
+        series, ignored = manifest.scan_folder(folder["folder"], objects, read_head, identify)
         rows += [{**item.to_row(), "is_ignored": False} for item in series]
         rows += [
             {
@@ -286,8 +306,7 @@ class _DecoderActor:
 
     def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
         self.run, self.window, self.config = run, window, config
-        limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-        self.decoder = Sandbox(window, config.slice_step_mm, limits)
+        self.decoder = Sandbox(window, config.slice_step_mm, _limits(config), allow_weak=config.allow_weak_sandbox)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if not ledger.may_try(self.run, row["series_key"], "decode"):
@@ -354,14 +373,24 @@ def _measure_in_time(row: dict[str, Any], run: Run, config: ScreeningConfig, res
         folder = storage.join(results, run.run_id, row["series_key"])
         for name, data in overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement):
             storage.write_bytes(storage.join(folder, name), data)
-    stored = ledger.store_row(run, measured.record)
-    _count(measured.record)
+    stored = _stored(run, measured.record)
+    _count(stored)
     return {
         "series_key": row["series_key"],
         "status": stored["status"],
         "reason": stored["reason"],
         "started_at": measured.record["started_at"],
     }
+
+
+def _stored(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """Store a series' row; a row that does not fit the ledger's schema ends as one that failed, not the run."""
+    try:
+        return ledger.store_row(run, record)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        if isinstance(error, OSError):  # of storage
+            raise
+        return ledger.store_row(run, stages.not_storable(record, error))
 
 
 @cache

@@ -29,7 +29,15 @@ from covtanet.ct import lung
 from covtanet.ct.nifti import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input
 from covtanet.data.manifest import Series, series_from_row
-from covtanet.errors import DecoderError, StudyError, StudyTimeoutError, UnavailableError
+from covtanet.errors import (
+    ConfigError,
+    DeadlineError,
+    DecoderError,
+    SandboxClosedError,
+    StudyError,
+    StudyTimeoutError,
+    UnavailableError,
+)
 from covtanet.screening import decode
 from covtanet.screening.decode import Prepared, StoredMasks
 from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
@@ -63,6 +71,8 @@ class ScreeningConfig:
     max_series_mib: a series of more bytes is refused unread. worker_timeout_s: a worker that a series takes this
     long is ended.
     deidentify: the ledger has keyed digests in place of names and UIDs.
+    allow_weak_sandbox: decode even if the kernel cannot shut the decoder in; no part of the run's
+    identity, since it changes no prediction.
     """
 
     group_by: str = "folder"
@@ -78,6 +88,7 @@ class ScreeningConfig:
     max_series_mib: int = 1024
     worker_timeout_s: float = 1800.0
     deidentify: bool = False
+    allow_weak_sandbox: bool = False
 
     def __post_init__(self) -> None:
         if self.group_by not in ("folder", "uid"):
@@ -123,14 +134,18 @@ def decode_and_prepare(
             raise StudyError("too_large", f"{row['num_objects']} objects, expected at most {MAX_SLICES}")
         digest = storage.ContentDigest()
         objects = fetch(series, archive, digest)
-        prepared = None
+        prepared, is_awaited = None, True
         try:
             prepared = decoder(series.source_format, objects)
         except StudyError as error:
             if error.reason != "decode_crash":
                 raise
+        except (DeadlineError, SandboxClosedError):
+            is_awaited = False
+            raise
         finally:
-            for chunks in objects:  # a refusal may come before the end; the digest is of all bytes
+            rest = objects if is_awaited else ()
+            for chunks in rest:  # a refusal may come before the end; the digest is of all bytes
                 for _ in chunks:
                     pass
             if digest.num_objects == len(series.objects):
@@ -321,9 +336,10 @@ def _identity(series: Series, row: Row, archive: str) -> Row:
 def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     """Do one stage's work; turn what goes wrong into the record's status and reason.
 
-    A StudyError is the input's fault. An OSError is the storage's; storage that refuses us altogether fails every
-    series alike, so that one is not caught here and ends the job. Anything else is ours: its type and place are
-    logged under the series key, never its text, which may quote the input.
+    A StudyError is the input's fault. An OSError is the storage's. Storage that refuses us altogether, a sandbox that
+    cannot be shut and a request whose time is over or whose sandbox was closed are no matter of one series: they are
+    not caught here and end the job or the request. Anything else is ours: its type and place are logged under the
+    series key, never its text, which may quote the input.
     """
     try:
         return work()
@@ -331,7 +347,7 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
         record.update(status=REJECTED, reason=error.reason, reason_detail=str(error))
     except StudyTimeoutError as error:
         record.update(status=FAILED, reason="timeout", reason_detail=str(error))
-    except (storage.AccessError, UnavailableError):
+    except (storage.AccessError, UnavailableError, ConfigError, DeadlineError, SandboxClosedError):
         raise
     except FileNotFoundError:
         record.update(status=FAILED, reason="vanished", reason_detail="an object is gone since it was listed")
@@ -340,13 +356,28 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     except OSError as error:
         record.update(status=FAILED, reason="storage", reason_detail=f"storage: {type(error).__name__}")
     except Exception as error:
-        where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
-        key = record["series_key"]
-        logger.error("series %s: internal error, %s", key, where, extra={"series_key": key})
-        record.update(status=FAILED, reason="internal_error", reason_detail=where)
+        _internal_error(record, error)
     return {}
 
 
+def not_storable(record: Row, error: Exception) -> Row:
+    """The row of a series whose own cannot be stored: what the manifest says of it, and that it is our fault."""
+    kept = {name: record[name] for name in IDENTITY}
+    _internal_error(kept, error)
+    return {**kept, "qc_flags": [], "started_at": record["started_at"]}
+
+
+def _internal_error(record: Row, error: Exception) -> None:
+    where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
+    key = record["series_key"]
+    logger.error("series %s: internal error, %s", key, where, extra={"series_key": key})
+    record.update(status=FAILED, reason="internal_error", reason_detail=where)
+
+
+IDENTITY = (
+    "series_key", "source_uri", "source_format", "source_version", "num_objects", "num_bytes",
+    "study_uid", "series_uid",
+)  # fmt: skip
 PREDICTIONS = (
     "num_slices", "num_slices_segmented", "spacing_z_mm", "spacing_y_mm", "spacing_x_mm", "p_infected", "p_severe",
 )  # fmt: skip
@@ -359,4 +390,6 @@ def _without_measurements(record: Row) -> Row:
 
 def config_values(window: WindowConfig, config: ScreeningConfig) -> dict[str, Any]:
     """Everything that can change a prediction, as plain values, for the configuration's digest."""
-    return {"window": asdict(window), "screening": asdict(config)}
+    screening = asdict(config)
+    del screening["allow_weak_sandbox"]  # changes where a series is decoded, not how
+    return {"window": asdict(window), "screening": screening}

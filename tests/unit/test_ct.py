@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
-from covtanet.ct import dicom, lung, nifti
+from covtanet.ct import dicom, dicom_head, lung, nifti
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import WindowConfig, from_input, mask_to_input, spread_slices, thin_slices, to_input
 from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
@@ -329,7 +329,7 @@ def test_a_uid_that_names_somebody_is_replaced(mild: Phantom) -> None:
     buffer = BytesIO()
     dataset.save_as(buffer)
     data = buffer.getvalue().replace(str(dataset.SeriesInstanceUID).encode()[:8], b"DOE^JOHN")
-    identity = dicom.read_identity(data, is_whole=True)
+    identity = dicom_head.read_identity(data, is_whole=True)
     assert identity is not None
     assert identity.series_uid.startswith("invalid-")
     assert "DOE" not in repr(identity)
@@ -337,11 +337,11 @@ def test_a_uid_that_names_somebody_is_replaced(mild: Phantom) -> None:
 
 def test_a_uid_that_the_head_cuts_is_no_identity(mild: Phantom) -> None:
     data = dicom_objects(mild, 5)[0]
-    whole = dicom.read_identity(data)
+    whole = dicom_head.read_identity(data)
     assert whole is not None
     place = data.rindex(whole.series_uid.encode())
     for cut in range(place, place + len(whole.series_uid) + 1):
-        assert dicom.read_identity(data[:cut]) is None
+        assert dicom_head.read_identity(data[:cut]) is None
 
 
 @pytest.mark.parametrize(("degrees", "is_refused"), [(0.3, False), (1.0, True), (16.5, True)])

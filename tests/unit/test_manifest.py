@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from covtanet.data.manifest import Series, flag_repeated, join_by_uid, scan_folder, series_from_row
+from covtanet.ct import dicom_head
+from covtanet.data.manifest import HEAD_BYTES, Series, flag_repeated, join_by_uid, scan_folder, series_from_row
 from covtanet.data.phantom import Phantom
 from covtanet.data.phantom_archive import dicom_objects
 from covtanet.storage import ObjectInfo
@@ -13,7 +14,11 @@ from covtanet.storage import ObjectInfo
 
 def scan(objects: dict[str, bytes], folder: str = "a/") -> tuple[list[Series], list[ObjectInfo]]:
     infos = [ObjectInfo(folder + name, len(data), "v1") for name, data in objects.items()]
-    return scan_folder(folder, infos, lambda path, num_bytes: objects[path.removeprefix(folder)][:num_bytes])
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        return objects[path.removeprefix(folder)][:num_bytes]
+
+    return scan_folder(folder, infos, read_head, dicom_head.read_identities)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,36 @@ def test_source_version_changes_with_an_object(series_objects: list[bytes]) -> N
         for objects in ((ObjectInfo("a/1", 5, "x"),), (ObjectInfo("a/1", 5, "y"),), (ObjectInfo("a/1", 6, "x"),))
     }
     assert len(versions) == 3
+
+
+def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(series_objects: list[bytes]) -> None:
+    """It has the magic and no UIDs in its first bytes, and is gone when more of it is read."""
+    item = ObjectInfo("a/1", 1 << 20, "v1")
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        if num_bytes > HEAD_BYTES:
+            raise FileNotFoundError("gone")
+        return bytes(128) + b"DICM"
+
+    found, ignored = scan_folder("a/", [item], read_head, dicom_head.read_identities)
+    assert [(each.source_path, each.source_format, each.reason) for each in found] == [("a/1", "other", None)]
+    assert ignored == []
+
+
+def test_many_objects_of_every_kind_keep_their_order_and_their_series(series_objects: list[bytes]) -> None:
+    """More than are read at a time."""
+    objects = {f"{k:03d}": series_objects[k % 3] for k in range(200)}
+    objects |= {f"{k:03d}.nii": b"" for k in range(0, 200, 50)} | {"070.dcm": b"no"} | {"071.txt": b"no"}
+    found, ignored = scan(dict(sorted(objects.items())))
+    assert [each.source_path for each in found[:-1]] == [
+        "a/000.nii",
+        "a/050.nii",
+        "a/070.dcm",
+        "a/100.nii",
+        "a/150.nii",
+    ]
+    assert len(found[-1].objects) == 200
+    assert [item.path for item in ignored] == ["a/071.txt"]
 
 
 def repeated() -> tuple[list[dict[str, object]], Counter[str]]:

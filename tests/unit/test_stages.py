@@ -2,25 +2,32 @@
 
 import json
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import REAL_DATA
 from test_ct import as_nifti
 
+from covtanet.ct import dicom_head
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.data.phantom import Phantom
 from covtanet.data.phantom_archive import dicom_objects
+from covtanet.errors import DeadlineError, SandboxClosedError, WeakSandboxError
 from covtanet.model.checkpoint import load_model
 from covtanet.report import overlay
-from covtanet.screening import decode, stages
+from covtanet.screening import decode, ledger, pipeline, stages
 from covtanet.screening.predictor import Predictor
+from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import read_bytes, walk
 
@@ -36,7 +43,9 @@ def predictor(model_folder: Path) -> Predictor:
 def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     rows = []
     for folder, objects in walk(str(archive)):
-        found, _ = manifest.scan_folder(folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size))
+        found, _ = manifest.scan_folder(
+            folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size), dicom_head.read_identities
+        )
         rows += [series.to_row() for series in found]
     return rows
 
@@ -266,3 +275,90 @@ def test_link_out_of_the_archive_is_a_row_and_never_read(tmp_path: Path) -> None
         record = json.loads(prepare(row, archive)["record"])
         assert (record["status"], record["reason"], record["source_digest"]) == ("rejected", "unreadable", None)
     assert [folder for folder, _ in walk(str(archive), leaves_root=True)] == ["", "folder/"]
+
+
+def test_weak_sandbox_is_no_part_of_a_runs_identity() -> None:
+    weak = replace(CONFIG, allow_weak_sandbox=True)
+    assert stages.config_values(WINDOW, weak) == stages.config_values(WINDOW, CONFIG)
+    other = replace(CONFIG, decode_timeout_s=1.0)
+    assert stages.config_values(WINDOW, other) != stages.config_values(WINDOW, CONFIG)
+
+
+@pytest.mark.parametrize("kind", [DeadlineError, SandboxClosedError, WeakSandboxError])
+def test_errors_that_are_no_series_fault_end_the_request(kind: type[Exception], tmp_path: Path, mild: Phantom) -> None:
+    """And nobody waits for the digest of what was not read yet."""
+    read = []
+    (tmp_path / "dicom").mkdir()
+    for index, data in enumerate(dicom_objects(mild, 5)):
+        (tmp_path / "dicom" / f"IM{index:02d}").write_bytes(data)
+    (row,) = manifest_rows(tmp_path)
+
+    def decoder(source_format: str, objects: Any) -> Any:
+        for chunks in objects:
+            read.extend(chunks)
+            raise kind("no more")
+
+    with pytest.raises(kind, match="no more"):
+        stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=decoder)
+    assert len(read) == 1
+
+
+@pytest.fixture
+def screener(predictor: Predictor) -> Iterator[Screener]:
+    found = Screener(predictor, WINDOW, CONFIG, "digest")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def study(tmp_path: Path, mild: Phantom) -> str:
+    """Two series."""
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).write_bytes(as_nifti(mild))
+    return str(tmp_path)
+
+
+def test_screener_answers_within_its_deadline(screener: Screener, study: str) -> None:
+    rows = list(screener(study, time.monotonic() + 600))
+    assert [row["status"] for row in rows] == ["screened"] * 2
+
+
+def test_screener_ends_at_its_deadline(screener: Screener, study: str) -> None:
+    with pytest.raises(DeadlineError, match="as long as it may"):
+        list(screener(study, time.monotonic()))
+
+
+def test_screener_gives_no_second_row_after_its_deadline(
+    screener: Screener, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = time.monotonic() + 600
+    rows = screener(study, deadline)
+    assert next(rows)["status"] == "screened"
+    monkeypatch.setattr(time, "monotonic", lambda: deadline)
+    with pytest.raises(DeadlineError, match="as long as it may"):
+        next(rows)
+
+
+def test_killed_screener_ends_its_study_with_an_error_and_no_row(screener: Screener, study: str) -> None:
+    rows = screener(study)
+    assert next(rows)["status"] == "screened"
+    screener.kill()
+    with pytest.raises(SandboxClosedError, match="the sandbox is closed"):
+        next(rows)
+
+
+def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(tmp_path: Path, mild: Phantom) -> None:
+    (tmp_path / "a.nii").write_bytes(as_nifti(mild))
+    (row,) = manifest_rows(tmp_path)
+    record = json.loads(prepare(row, tmp_path)["record"])
+    run = ledger.Run(
+        archive=str(tmp_path), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26), model_name="m",
+        model_version="1", model_digest="d", config_digest="c", software_version="0",
+    )  # fmt: skip
+    sound = pipeline._stored(run, record)
+    assert sound["status"] == "screened"
+    for lie in ({"num_slices": 10**12}, {"qc_flags": [1]}, {"reason_detail": "\ud800"}, {"p_infected": "x"}):
+        stored = pipeline._stored(run, {**record, **lie})
+        assert (stored["status"], stored["reason"], stored["num_slices"]) == ("failed", "internal_error", None)
+        assert (stored["series_key"], stored["source_uri"]) == (row["series_key"], f"{tmp_path}/a.nii")
+        assert pq.read_table(run.row_uri(row["series_key"])).to_pylist()[0]["reason"] == "internal_error"

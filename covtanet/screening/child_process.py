@@ -1,0 +1,391 @@
+"""The parent's side of the sandbox: a child process that answers one request at a time, and its end.
+
+Every request carries a nonce that the answer repeats, so that no request is given another one's
+answer. One thread asks; any thread may kill.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from covtanet.errors import (
+    DeadlineError,
+    DecoderError,
+    DecoderStartError,
+    SandboxClosedError,
+    StudyError,
+    StudyTimeoutError,
+    WeakSandboxError,
+)
+from covtanet.screening import seccomp
+from covtanet.screening.records import REASONS
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+DECODER, HEADER_READER = "sandbox_child", "header_child"
+CODE = "import sys; sys.path.insert(0, sys.argv[1]); from covtanet.screening.{} import main; main()"
+ROOT = str(Path(__file__).resolve().parents[2])
+PIPE_BYTES = 1 << 20
+HEADER_BYTES = 1 << 16
+LENGTH_BYTES = 4
+NONCE_BYTES = 16
+REQUESTS_PER_CHILD = 200
+START_TIMEOUT_S, DEATH_S = 60.0, 5.0
+MAX_MESSAGE, MAX_PLACE = 300, 200
+# Time that a request gets beyond the fixed limit, by what it weighs.
+BYTES_PER_EXTRA_S = 8 << 20
+# The child keeps what it has freed for its next series, unlike its parent: fresh pages for every
+# slice would cost it as much as decoding does. It is replaced long before that could pile up.
+ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may cost. memory_mib: beyond the child's own. timeout_s: not counting what storage takes."""
+
+    memory_mib: int
+    timeout_s: float
+
+
+class Child:
+    """A child process behind shut doors, started when first needed and replaced when it is no longer fit.
+
+    program: ``DECODER`` or ``HEADER_READER``. allow_weak: use it even if the kernel cannot shut all doors.
+    """
+
+    def __init__(self, program: str, limits: Limits, *, allow_weak: bool = False) -> None:
+        self.program, self.limits, self.allow_weak = program, limits, allow_weak
+        self._process: subprocess.Popen[bytes] | None = None
+        self._num_requests = 0
+        self._is_killed = False
+        self._busy = threading.Lock()  # held while a request is under way
+        self._state = threading.Lock()  # for moments: between a start and a kill
+
+    def ask(
+        self,
+        request: dict[str, Any],
+        objects: Iterable[Iterable[bytes]],
+        read: Callable[[dict[str, Any], IO[bytes]], T],
+        deadline: float | None = None,
+    ) -> T:
+        """Send a request, and what it is about, and read the answer.
+
+        objects: each in chunks. read: takes the answer's header and the pipe behind it. deadline: by the monotonic
+        clock, when nobody waits any more.
+
+        Raises:
+            StudyError: the child's refusal, or ``decode_crash`` if it died of the input or answers what cannot be.
+            StudyTimeoutError: if it takes longer than it may.
+            DeadlineError: if the deadline passes.
+            SandboxClosedError: if the child was killed, now or before.
+            DecoderError: a fault of this software, found in the child.
+            WeakSandboxError: if the kernel cannot shut it in.
+            RuntimeError: if a request is under way, which is a fault of the caller's.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("two threads use one sandbox at a time, expected a sandbox for each")
+        try:
+            return self._ask(request, objects, read, deadline)
+        except Exception as error:
+            if self._is_killed and not isinstance(error, SandboxClosedError):
+                raise SandboxClosedError("the sandbox was closed while it worked") from None
+            raise
+        finally:
+            self._busy.release()
+            if self._is_killed:  # while this thread was on its way out, perhaps
+                self.kill()
+
+    def kill(self) -> None:
+        """End the child, and any request with an error; from any thread, at any time. It cannot be used again."""
+        with self._state:
+            self._is_killed = True
+            if self._process is not None:
+                _kill(self._process)
+        if self._busy.acquire(blocking=False):  # else the thread that is inside does it
+            try:
+                self._drop()
+            finally:
+                self._busy.release()
+
+    def warm(self) -> subprocess.Popen[bytes]:
+        """The running process, started if there is none that is fit."""
+        process = self._process
+        if process is not None and (process.poll() is not None or self._num_requests >= REQUESTS_PER_CHILD):
+            self._drop()
+        if self._process is None:
+            try:
+                self._start()
+            except DecoderStartError:  # the machine may have ended it; no series is to blame
+                self._start()
+            self._num_requests = 0
+        assert self._process is not None
+        return self._process
+
+    def _ask(
+        self,
+        request: dict[str, Any],
+        objects: Iterable[Iterable[bytes]],
+        read: Callable[[dict[str, Any], IO[bytes]], T],
+        deadline: float | None,
+    ) -> T:
+        self._check(deadline)
+        process = self.warm()
+        self._num_requests += 1
+        assert process.stdout is not None
+        nonce = secrets.token_hex(NONCE_BYTES)
+        is_clean = False
+        try:
+            left_s = self._send(process, _framed({**request, "nonce": nonce}, objects), deadline)
+            with _killed_after(process, _sooner(left_s, deadline)) as is_late:
+                header = self._header(process, is_late, deadline)
+                if header.get("nonce") != nonce:
+                    # As of a child that an input has taken over. As a crash it is tried once more,
+                    # with a new child; a DecoderError would make one hostile file fail a sound one.
+                    logger.warning("the decoder answered another request; it is replaced")
+                    raise StudyError("decode_crash", "the decoder answered another request")
+                refusal = _refusal(header)
+                answer = None if refusal else read(header, process.stdout)
+            is_clean = header.get("is_last", False) is False
+        finally:
+            if not is_clean:  # what is in the pipes belongs to no request
+                self._drop()
+        if refusal:
+            raise refusal
+        return answer  # type: ignore[return-value]
+
+    def _check(self, deadline: float | None) -> None:
+        if self._is_killed:
+            raise SandboxClosedError("the sandbox is closed")
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlineError("the request has taken as long as it may")
+
+    def _start(self) -> None:
+        """Start a process and wait until it has loaded what it needs and shut the doors behind it."""
+        with self._state:  # a kill comes before, and forbids it, or after, and finds the process
+            self._check(None)
+            process = self._process = _started(self.program, self.limits)
+        assert process.stdout is not None
+        with _killed_after(process, START_TIMEOUT_S):
+            try:
+                open_doors = json.loads(process.stdout.readline(HEADER_BYTES) or "null")["open_doors"]
+            except (ValueError, TypeError, KeyError):
+                self._drop()
+                raise DecoderStartError("the decoder's child process does not start") from None
+        if open_doors and not self.allow_weak:
+            self._drop()
+            raise WeakSandboxError(
+                f"the decoder cannot be shut in here ({'; '.join(open_doors)}), expected Linux with "
+                "seccomp on x86_64 or aarch64, and for root the right to become another user; "
+                "allow_weak_sandbox = true under [screening] decodes all the same"
+            )
+
+    def _drop(self) -> None:
+        """End the process and free its pipes; the next request starts another."""
+        with self._state:
+            process, self._process = self._process, None
+        if process is not None:
+            _end(process)
+
+    def _send(
+        self, process: subprocess.Popen[bytes], parts: Iterable[bytes | memoryview], deadline: float | None
+    ) -> float:
+        """Write a request; returns how long the child may still take, which works on it while it comes."""
+        assert process.stdin is not None
+        left_s = self.limits.timeout_s
+        for part in parts:  # which are read from storage; its errors are not those of the pipe
+            self._check(deadline)
+            left_s += len(part) / BYTES_PER_EXTRA_S
+            try:
+                left_s -= _put(process.stdin.fileno(), part, _sooner(left_s, deadline))
+            except BrokenPipeError:  # it gave up before the end, and says or shows why
+                self._num_requests = REQUESTS_PER_CHILD
+                break
+            except TimeoutError:
+                raise self._too_long(deadline) from None
+        return left_s
+
+    def _header(
+        self, process: subprocess.Popen[bytes], is_late: threading.Event, deadline: float | None
+    ) -> dict[str, Any]:
+        assert process.stdout is not None
+        try:
+            header = json.loads(process.stdout.readline(HEADER_BYTES) or "null")
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise self._death(process, is_late, deadline)
+        return header
+
+    def _death(self, process: subprocess.Popen[bytes], is_late: threading.Event, deadline: float | None) -> Exception:
+        with _killed_after(process, DEATH_S) as is_stuck:
+            code = process.wait()
+        if is_stuck.is_set():
+            return StudyError("decode_crash", "the decoder's answer is none")
+        if is_late.is_set() or code == -signal.SIGXCPU:
+            return self._too_long(deadline)
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return StudyError("decode_crash", f"the decoder died of this input, {how}")
+
+    def _too_long(self, deadline: float | None) -> Exception:
+        if deadline is not None and time.monotonic() >= deadline:
+            return DeadlineError("the request has taken as long as it may")
+        return StudyTimeoutError(f"decoding took longer than {self.limits.timeout_s:g} s")
+
+
+@cache
+def refuse_weak_sandbox(limits: Limits, *, allow_weak: bool = False) -> None:
+    """Start a child once, to find out before any series whether this machine can shut it in.
+
+    Raises:
+        WeakSandboxError: if it cannot, and ``allow_weak`` is not set.
+    """
+    if allow_weak:
+        logger.warning("allow_weak_sandbox = true: a decoder that cannot be shut in is used, too")
+    child = Child(HEADER_READER, limits, allow_weak=allow_weak)
+    try:
+        child.warm()
+    finally:
+        child.kill()
+
+
+def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
+    """Read what an answer's header promises.
+
+    Raises:
+        StudyError: ``decode_crash`` if less comes.
+    """
+    kept = bytearray(num_bytes)
+    view, done = memoryview(kept), 0
+    while done < num_bytes:
+        count = pipe.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise StudyError("decode_crash", "the decoder died in the middle of its answer")
+        done += count
+    return kept
+
+
+def _refusal(header: dict[str, Any]) -> Exception | None:
+    """The error that an answer stands for; of its text no more is believed than that it is a line."""
+    if header.get("reason") in REASONS:
+        return StudyError(header["reason"], _line(header.get("message"), MAX_MESSAGE))
+    if "internal" in header:
+        return DecoderError(_line(header["internal"], MAX_PLACE))
+    return None
+
+
+def _line(text: object, length: int) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(text)[:length])
+
+
+def _framed(request: dict[str, Any], objects: Iterable[Iterable[bytes]]) -> Iterator[bytes | memoryview]:
+    """A line of JSON, then each object: a 1, chunks behind their lengths, a length of 0. A 0 ends the request."""
+    yield json.dumps(request).encode() + b"\n"
+    for chunks in objects:
+        yield b"\x01"
+        for chunk in chunks:
+            for part in _parts(chunk):
+                yield len(part).to_bytes(LENGTH_BYTES, "little")
+                yield part
+        yield bytes(LENGTH_BYTES)
+    yield b"\x00"
+
+
+def _started(program: str, limits: Limits) -> subprocess.Popen[bytes]:
+    seccomp.hide_memory()  # before there is anybody to read it
+    library_path = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", CODE.format(program), ROOT, json.dumps(asdict(limits))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=library_path | ENVIRONMENT,
+        cwd="/", start_new_session=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for pipe in (process.stdin, process.stdout):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
+
+
+@contextmanager
+def _killed_after(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[threading.Event]:
+    """Kill the process if the block takes longer; the event says that it did."""
+    is_late = threading.Event()
+
+    def kill() -> None:
+        is_late.set()
+        _kill(process)
+
+    timer = threading.Timer(timeout_s, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield is_late
+    finally:
+        timer.cancel()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and whatever is of its group; nothing happens once it has been waited for."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and close its pipes."""
+    _kill(process)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # what was not sent is lost with the process
+            if pipe is not None:
+                pipe.close()
+
+
+def _sooner(left_s: float, deadline: float | None) -> float:
+    return max(0.0, min(left_s, math.inf if deadline is None else deadline - time.monotonic()))
+
+
+def _put(descriptor: int, data: bytes | memoryview, timeout_s: float) -> float:
+    """Write all of it to a pipe that does not block; returns how long its reader let us wait.
+
+    Raises:
+        TimeoutError: if that is longer than it may be.
+        BrokenPipeError: if there is no reader any more.
+    """
+    ready, view, started = select.poll(), memoryview(data), time.monotonic()
+    ready.register(descriptor, select.POLLOUT)
+    while view:
+        spent_s = time.monotonic() - started
+        if not ready.poll(max(0.0, timeout_s - spent_s) * 1000):
+            raise TimeoutError
+        view = view[os.write(descriptor, view) :]
+    return time.monotonic() - started
+
+
+def _parts(chunk: bytes) -> Iterator[memoryview]:
+    view = memoryview(chunk)
+    for start in range(0, len(view), PIPE_BYTES):
+        yield view[start : start + PIPE_BYTES]

@@ -1,0 +1,120 @@
+"""The scan of DICOM heads: pydicom's answers for sound input, and a budget for all other."""
+
+import struct
+import time
+import tracemalloc
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import pydicom
+import pydicom.data
+import pytest
+from conftest import REAL_DATA
+from hostile import CATALOGUE, CONTROLS, bomb_of_items, nested, slices
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import UID
+
+from covtanet.ct import dicom_head
+from covtanet.ct.dicom_head import SeriesIdentity, read_identity
+from covtanet.data.manifest import HEAD_BYTES, LONG_HEAD_BYTES
+
+SLOW = ("dicom a head of 500,000 items", "dicom deflated bomb")  # for pydicom, half a minute
+UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "PixelData"]
+
+
+def by_pydicom(data: bytes) -> tuple[str | None, str] | None:
+    """Study and series of a whole object; None if pydicom cannot parse it or it names no series."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dataset = pydicom.dcmread(BytesIO(data), specific_tags=UIDS)
+        except Exception:
+            return None
+        uids = [str(dataset.get(name) or "") for name in UIDS[:2]]
+    study_uid, series_uid = (dicom_head._clean_uid(uid) if uid else None for uid in uids)
+    return (study_uid, series_uid) if series_uid else None
+
+
+def flat(data: bytes) -> tuple[str | None, str] | None:
+    """The same by the scan, from the lengths that the listing reads."""
+    for length in (HEAD_BYTES, LONG_HEAD_BYTES):
+        found = read_identity(data[:length], is_whole=len(data) < length)
+        if found is not None:
+            return found.study_uid, found.series_uid
+    return None
+
+
+def sound_files() -> list[Path]:
+    """Real CT with its damaged kinds, and the files that pydicom tests itself with, in every syntax there is."""
+    own = Path(pydicom.data.__file__).parent
+    return [path for path in (*REAL_DATA.rglob("*"), *own.rglob("*.dcm")) if path.is_file()]
+
+
+def test_scan_finds_what_pydicom_finds() -> None:
+    """Where pydicom reads on behind the UIDs and fails, the scan may know better; it never says something else."""
+    compared = 0
+    for path in sound_files():
+        data = path.read_bytes()
+        expected = by_pydicom(data) if dicom_head.has_magic(data) else None
+        if expected is not None:
+            assert flat(data) == expected, path.name
+            compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize("name", [name for name in CONTROLS if name.startswith("dicom")])
+def test_scan_reads_odd_but_sound_objects(name: str) -> None:
+    for data in CONTROLS[name]().values():
+        assert flat(data) == by_pydicom(data) != None  # noqa: E711
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name.startswith("dicom") and name not in SLOW])
+def test_scan_never_names_another_series_than_pydicom(name: str) -> None:
+    for data in CATALOGUE[name][1]().values():
+        expected = by_pydicom(data)
+        assert expected is None or flat(data) in (None, expected)
+
+
+def test_sequences_of_both_kinds_of_length_are_passed_in_every_syntax() -> None:
+    for syntax in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"):
+        for is_undefined in (True, False):
+            dataset = pydicom.dcmread(BytesIO(slices()[0]))
+            inner, outer = Dataset(), Dataset()
+            inner.SeriesInstanceUID = "9.9.9"
+            outer.ReferencedImageSequence = Sequence([inner, Dataset()])
+            dataset.ReferencedSeriesSequence = Sequence([outer, outer])
+            for sequence in (outer["ReferencedImageSequence"], dataset["ReferencedSeriesSequence"]):
+                sequence.is_undefined_length = is_undefined
+                for item in sequence.value:
+                    item.is_undefined_length_sequence_item = is_undefined
+            dataset.file_meta.TransferSyntaxUID = UID(syntax)
+            buffer = BytesIO()
+            dataset.save_as(buffer, enforce_file_format=True)
+            found = read_identity(buffer.getvalue(), is_whole=True)
+            assert found == SeriesIdentity(str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID))
+
+
+HEAD_BOMBS = {
+    "items of a sequence": bomb_of_items,
+    "sequences in sequences": lambda: next(iter(nested(2000).values())),
+    "empty elements": lambda: slices()[0][:132] + struct.pack("<HH2sH", 8, 8, b"CS", 0) * (LONG_HEAD_BYTES // 8),
+    "file meta without end": lambda: slices()[0][:132] + struct.pack("<HH2sH", 2, 3, b"UI", 0) * (LONG_HEAD_BYTES // 8),
+    "a deflated bomb": lambda: next(iter(CATALOGUE["dicom deflated bomb"][1]().values())),
+}
+
+
+@pytest.mark.parametrize("name", HEAD_BOMBS)
+def test_head_bomb_costs_little_time_and_memory(name: str) -> None:
+    data = HEAD_BOMBS[name]()[:LONG_HEAD_BYTES]
+    started = time.process_time()
+    found = read_identity(data)
+    spent_s = time.process_time() - started
+    tracemalloc.start()
+    read_identity(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is None or name == "a deflated bomb"  # whose first bytes are a sound head
+    assert spent_s < 0.2
+    assert peak < 50 << 20
