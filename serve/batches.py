@@ -239,6 +239,8 @@ class Batches:
         Raises:
             JobsUnavailableError: it does not answer.
         """
+        if not ray.is_initialized():  # else asking for it would start one
+            raise JobsUnavailableError("Ray's job server does not answer: this process is in no cluster")
         try:
             return JobSubmissionClient(ray.get_runtime_context().gcs_address)
         except (RuntimeError, ConnectionError):
