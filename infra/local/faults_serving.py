@@ -34,7 +34,7 @@ from covtanet.model.covtanet import SIZES, CovTANet
 RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 30.0
 NUM_CALLERS, NUM_HANG_UPS = 8, 10
 SLOW_BYTES_PER_S = 100e3  # of one connection; eight are read at a time
-SLOW_STUDY = "s3://bucket/slow/study"
+SLOW_STUDY, LEDGER = "s3://bucket/slow/study", "s3://bucket/ledger"
 BACK_WITHIN_S = 30.0
 NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")  # the last is of an upload's time on disk
 API, SEGMENTER, CONTROLLER = "ServeReplica:default:Api", "ServeReplica:default:Segmenter", "ServeController"
@@ -139,7 +139,7 @@ def fill(serving: Serving) -> None:
     tracking.promote(register(serving, 0), {})
     token, (port,) = secrets.token_urlsafe(32), free_ports(1)
     write_config(
-        serving.folder / "serve.toml", token, model="models:/covtanet@champion", ledger="", places=("s3://bucket/slow",),
+        serving.folder / "serve.toml", token, model="models:/covtanet@champion", ledger=LEDGER, places=("s3://bucket/slow",),
         reload_every_s=RELOAD_EVERY_S, max_waiting=2, upload_timeout_s=UPLOAD_TIMEOUT_S,
         request_timeout_s=REQUEST_TIMEOUT_S,
     )  # fmt: skip
@@ -412,6 +412,29 @@ def bombs_of_three_kinds(serving: Serving) -> str:
     return ", ".join(f"{name}: {what}" for name, what in seen.items())
 
 
+def store_is_down(serving: Serving) -> str:
+    """The object store lets nobody in: every route that asks it says so, and studies that are posted are answered."""
+    assert serving.door is not None
+    asked = json.dumps({"archive": "s3://bucket/slow"}).encode()
+    batch = f"/v1/batches/{'0' * 16}"
+    serving.door.is_shut = True
+    try:
+        seen = {}
+        for method, path, body in (
+            ("GET", "/v1/batches", None), ("POST", "/v1/batches", asked), ("GET", batch, None),
+            ("GET", f"{batch}/ledger", None), ("GET", f"{batch}/worklist", None), ("POST", f"{batch}:cancel", None),
+        ):  # fmt: skip
+            status, answer, headers = serving.endpoint.ask(method, path, body, {"Content-Type": "application/json"})
+            seen[f"{method} {path}"] = status, answer.get("reason"), bool(headers.get("Retry-After"))
+            assert serving.is_right()
+        assert set(seen.values()) == {(503, "storage", True)}, seen
+    finally:
+        serving.door.is_shut = False
+    status, answer, _ = serving.endpoint.ask("GET", "/v1/batches")
+    assert (status, answer) == (200, []), answer
+    return f"503 storage on {len(seen)} routes, posted studies answered meanwhile"
+
+
 def slow_beside_fast(serving: Serving) -> str:
     """Two bodies that stall, and a caller who does not."""
     started = time.monotonic()
@@ -445,6 +468,7 @@ SERVING: dict[str, tuple[Scenario, str]] = {
     "callers hang up during decoding": (hang_up_during_decoding, "every other caller's rows as without; 503 at most"),
     "time runs out at each stage": (timeouts, "503 or 504; right again"),
     "bombs": (bombs_of_three_kinds, "413 or 422, little memory; a study beside it is right"),
+    "the object store is down": (store_is_down, "503 storage with Retry-After on every route that asks it"),
     "slow uploads beside a fast caller": (slow_beside_fast, "408 for them, the usual time for the other"),
     "hostile bodies": (hostile, "a 4xx with a reason; the next is right"),
     "another champion": (another_champion, "taken up; no answer of two versions"),

@@ -3,18 +3,24 @@
 import contextlib
 import io
 import json
+import socket
 import time
 import zipfile
+from typing import Any
 
 import faults_serving
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 from conftest import NIGHT, NIGHT_HEADERS, Cluster
 from endpoint import Endpoint
 from faults_screening import Screening
 from hostile import gz, plain_nifti, slices
 
+from covtanet.data.phantom import make_phantom
+from covtanet.data.phantom_archive import configs, dicom_objects
 from covtanet.screening import view
+from serve.middleware import SECURITY_HEADERS
 
 UPLOAD_TIMEOUT_S = 120
 
@@ -132,6 +138,93 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: s
     assert endpoint.ask("GET", f"{path}/series/{'0' * 32}/preview.png")[0] == 404
     assert batch in [each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]]
     assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
+
+
+def test_caller_who_hangs_up_during_decoding_leaves_the_next_one_its_own_rows(endpoint: Endpoint) -> None:
+    """Both decoders in turn; make faults does it ten times, with a slow store and beside eight callers."""
+    study = gz(plain_nifti())
+    alone = endpoint.ask("POST", "/v1/studies", study)[1]["series"]
+    (config,) = list(configs(2, 17, 256, 80))[1:]
+    other = zipped({f"{index}.dcm": data for index, data in enumerate(dicom_objects(make_phantom(config), 17))})
+    names = ("status", "series_uid", "num_slices", "lesion_volume_ml", "p_infected", "source_digest")
+    for _ in range(4):
+        connection = endpoint.announce(len(other))
+        connection.send(other)
+        time.sleep(0.2)
+        assert connection.sock is not None
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        deadline = time.monotonic() + 60
+        while (found := endpoint.ask("POST", "/v1/studies", study))[0] == 503:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
+        assert [[row[name] for name in names] for row in found[1]["series"]] == [
+            [row[name] for name in names] for row in alone
+        ]
+
+
+def many_series(count: int) -> bytes:
+    """A zip of series of one object each."""
+    dataset = pydicom.dcmread(io.BytesIO(slices()[0]))
+    members = {}
+    for index in range(count):
+        dataset.SeriesInstanceUID = f"1.2.3.{index + 1}"
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        members[f"{index}.dcm"] = buffer.getvalue()
+    return zipped(members)
+
+
+def test_request_with_more_series_than_it_may_hold_returns_413_at_once(endpoint: Endpoint) -> None:
+    archive = json.dumps({"uri": "s3://bucket/archive"}).encode()
+    for path, body in (("/v1/studies", many_series(100)), ("/v1/studies:by-uri", archive)):
+        status, answer, _ = endpoint.ask("POST", path, body, {"Content-Type": "application/json"})
+        assert (status, answer["reason"]) == (413, "too_large"), (path, answer)
+
+
+def test_third_open_batch_of_a_caller_returns_429(endpoint: Endpoint, batch: str) -> None:
+    def post(**asked: object) -> tuple[int, Any, Any]:
+        body = json.dumps({"archive": "s3://bucket/archive", **asked}).encode()
+        return endpoint.ask("POST", "/v1/batches", body, {"Content-Type": "application/json"})
+
+    opened = [post(limit=limit) for limit in (1, 2)]
+    try:
+        assert [status for status, *_ in opened] == [202, 202]
+        status, answer, headers = post(limit=3)
+        assert (status, answer["reason"]) == (429, "too_many_batches")
+        assert int(headers["Retry-After"]) > 0
+        assert post(limit=2)[1]["batch_id"] == opened[1][1]["batch_id"]  # one that is open is found, not refused
+        # The one that was refused has left neither a record nor a job.
+        assert {each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]} == {
+            batch, *(answer["batch_id"] for _, answer, _ in opened)
+        }  # fmt: skip
+    finally:
+        for _, answer, _ in opened:
+            endpoint.ask("POST", f"/v1/batches/{answer['batch_id']}:cancel")
+    deadline = time.monotonic() + 60
+    for _, answer, _ in opened:
+        while (state := endpoint.ask("GET", f"/v1/batches/{answer['batch_id']}")[1]["state"]) != "cancelled":
+            assert time.monotonic() < deadline, state
+            time.sleep(0.5)
+    for asked, status, reason in (
+        ({"model": "models:/covtanet/7"}, 403, "model_not_allowed"),
+        ({"run_date": "9999-12-31"}, 422, "invalid_request"),
+    ):
+        found = post(**asked)
+        assert (found[0], found[1]["reason"]) == (status, reason), found
+
+
+def test_every_answer_has_the_headers_that_keep_a_browser_safe(endpoint: Endpoint) -> None:
+    """Those of the proxy itself, too; and without a token nobody but the five routes named answers 200."""
+    open_routes = {"/", "/worklist/worklist.js", "/worklist/worklist.css", "/healthz", "/readyz"}
+    closed = {"/openapi.json", "/docs", "/redoc", "/metrics", "/v1/models", "/v1/batches", "/nowhere", "/-/routes"}
+    for path in open_routes | closed:
+        status, body, headers = endpoint.ask("GET", path, headers={"Authorization": ""})
+        for name, value in SECURITY_HEADERS.items():
+            assert headers.get(name) == value, (path, name)
+        if path != "/-/routes":  # Serve's own: names of applications
+            assert (status == 200) == (path in open_routes), (path, status)
+        assert b"cdn." not in (body if isinstance(body, bytes) else str(body).encode())
 
 
 def test_stalled_uploads_hold_no_decoder_and_too_many_return_503(endpoint: Endpoint) -> None:
