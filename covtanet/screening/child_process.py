@@ -271,6 +271,12 @@ def refuse_weak_sandbox(limits: Limits, *, allow_weak: bool = False) -> None:
         child.kill()
 
 
+@cache
+def header_reader(limits: Limits, *, allow_weak: bool = False) -> Child:
+    """Return the child of this process that reads headers; it stays warm from call to call."""
+    return Child(HEADER_READER, limits, allow_weak=allow_weak)
+
+
 def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
     """Read what an answer's header promises.
 
