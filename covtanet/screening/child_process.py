@@ -186,7 +186,10 @@ class Child:
         """Start a process and wait until it has loaded what it needs and shut the doors behind it."""
         with self._state:  # a kill comes before, and forbids it, or after, and finds the process
             self._check(None)
-            process = self._process = _started(self.program, self.limits)
+            try:
+                process = self._process = _started(self.program, self.limits)
+            except OSError as error:  # no process to be had; not storage, which an OSError means elsewhere
+                raise DecoderStartError("the decoder's child process does not start") from error
         assert process.stdout is not None
         with _killed_after(process, START_TIMEOUT_S):
             try:
@@ -271,6 +274,12 @@ def refuse_weak_sandbox(limits: Limits, *, allow_weak: bool = False) -> None:
         child.kill()
 
 
+@cache
+def header_reader(limits: Limits, *, allow_weak: bool = False) -> Child:
+    """Return the child of this process that reads headers; it stays warm from call to call."""
+    return Child(HEADER_READER, limits, allow_weak=allow_weak)
+
+
 def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
     """Read what an answer's header promises.
 
@@ -324,7 +333,8 @@ def _started(program: str, limits: Limits) -> subprocess.Popen[bytes]:
     assert process.stdin is not None
     assert process.stdout is not None
     for pipe in (process.stdin, process.stdout):
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        with suppress(OSError):  # a user may have so many large pipes; a small one is but slower
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(process.stdin.fileno(), False)
     return process
 

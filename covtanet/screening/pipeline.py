@@ -30,7 +30,7 @@ from covtanet.data import manifest
 from covtanet.errors import ConfigError
 from covtanet.report import overlay
 from covtanet.screening import heads, ledger, stages, view
-from covtanet.screening.child_process import HEADER_READER, Child, refuse_weak_sandbox
+from covtanet.screening.child_process import header_reader, refuse_weak_sandbox
 from covtanet.screening.ledger import Run
 from covtanet.screening.sandbox import Limits, Sandbox
 from covtanet.screening.stages import ScreeningConfig
@@ -192,15 +192,9 @@ def _limits(config: ScreeningConfig) -> Limits:
     return Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
 
 
-@cache
-def _header_reader(limits: Limits, allow_weak: bool) -> Child:
-    """The worker's child process that reads headers; it stays warm from batch to batch."""
-    return Child(HEADER_READER, limits, allow_weak=allow_weak)
-
-
 def _scan_folders(batch: pa.Table, archive: str, limits: Limits, allow_weak: bool) -> pa.Table:
     rows = []
-    identify = partial(heads.read_identities, _header_reader(limits, allow_weak))
+    identify = partial(heads.read_identities, header_reader(limits, allow_weak=allow_weak))
 
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(archive, path), num_bytes)

@@ -102,10 +102,17 @@ def processes(setting: Screening, part: str) -> Iterator[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if part not in " ".join(process.info["cmdline"] or ()):
                 continue
-            # A decoder's child has an empty environment; its parent says whose it is.
-            owner = process.parent() if part == CHILD else process
-            if owner is not None and owner.environ().get("RAY_AUTH_TOKEN_PATH") == token:
+            # A decoder's child has an empty environment, and only root may read that of its parent: Ray's own
+            # process above both says whose they are.
+            if any(_token_of(each) == token for each in (process, *process.parents())):
                 yield process
+
+
+def _token_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RAY_AUTH_TOKEN_PATH")
+    except psutil.Error:
+        return None
 
 
 def kill_one(setting: Screening, part: str, sent: signal.Signals = signal.SIGKILL) -> Callable[[], bool]:

@@ -381,7 +381,9 @@ def timeouts(serving: Serving) -> str:
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.resume()
-        assert status == 504 or (status == 503 and wait_s), (name, status, answer)
+        # A model that stands still may be replaced by another replica in time.
+        is_right = name == "model" and status == 200 and answer["series"][0]["p_infected"] == serving.expected
+        assert is_right or status == 504 or (status == 503 and wait_s), (name, status)
         assert spent_s < REQUEST_TIMEOUT_S + 10, (name, spent_s)
         seen[name] = f"{status} after {spent_s:.0f} s, right {serving.back_after():.0f} s later"
     return ", ".join(f"{name}: {what}" for name, what in seen.items())

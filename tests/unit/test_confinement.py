@@ -4,12 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import date
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from covtanet.screening import child_process, seccomp
+from covtanet.errors import ConfigError
+from covtanet.screening import child_process, ledger, pipeline, seccomp
 from covtanet.screening.child_process import DECODER, HEADER_READER, Child, Limits
+from covtanet.screening.stages import ScreeningConfig
 
 # What the child does up to its first request, by its own functions; then the payload instead of requests.
 TAKEN_OVER = """
@@ -30,6 +34,7 @@ except (OSError, ValueError):  # the second of setrlimit
 """
 # Root's interpreter may lie where nobody may start it, so the user changes inside, as before any exec.
 BECOME_NOBODY = "confinement._become_nobody()"
+NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + child_process.CODE
 REFUSED, DIES = (0, "shut refused"), (-signal.SIGSYS, "shut ")
 PAYLOADS = {
     "a file, after a number is free": ("os.close(2); open('/etc/hostname')", REFUSED),
@@ -128,14 +133,36 @@ def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
 
 
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_filter = "import platform; platform.machine = lambda: 'vax'; "
-    monkeypatch.setattr(child_process, "CODE", no_filter + child_process.CODE)
+    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
     limits = Limits(memory_mib=256, timeout_s=3)
     with pytest.raises(child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"):
         Child(HEADER_READER, limits).warm()
     weak = Child(HEADER_READER, limits, allow_weak=True)
     assert weak.warm().poll() is None
     weak.kill()
+
+
+def test_job_refuses_to_start_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before it lists anything: no row fails for it."""
+    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    child_process.refuse_weak_sandbox.cache_clear()
+    run = ledger.Run(
+        archive=str(tmp_path / "nowhere"), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26),
+        model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="allow_weak_sandbox = true under"):
+        pipeline.make_manifest(run, ScreeningConfig())
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_weak_sandbox_that_is_allowed_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    child_process.refuse_weak_sandbox.cache_clear()
+    for _ in range(2):
+        child_process.refuse_weak_sandbox(Limits(memory_mib=256, timeout_s=3), allow_weak=True)
+    assert caplog.text.count("allow_weak_sandbox = true") == 1
 
 
 def test_filter_names_no_call_twice() -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from hostile import gz, plain_nifti, slices
+from hostile import CONTROLS, gz, plain_nifti, slices
+from pydicom.uid import RLELossless
+from test_ct import ENCODERS, encoded
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import DeadlineError, SandboxClosedError, StudyError, StudyTimeoutError
@@ -109,8 +111,9 @@ def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sa
     assert int(limits["Max address space"]) < process.memory_info().vms + (513 << 20)
 
 
-def test_what_needs_more_memory_than_allowed_is_too_large(sandbox: Sandbox) -> None:
+def test_what_needs_more_memory_than_allowed_is_too_large() -> None:
     """A header that keeps its word: 1024 x 1024 x 400 voxels of zeros, less than a megabyte as gzip."""
+    sandbox = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=60))
     header = bytearray(plain_nifti()[:352])
     header[40:48] = np.array([3, 1024, 1024, 400], "<i2").tobytes()
     bomb = gz(bytes(header)) + gz(bytes(1 << 20)) * 800
@@ -120,6 +123,7 @@ def test_what_needs_more_memory_than_allowed_is_too_large(sandbox: Sandbox) -> N
         sandbox("nifti", [[bomb]])
     assert error.value.reason == "too_large"
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
+    sandbox.close()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +157,30 @@ def test_no_child_is_left_behind() -> None:
     found.close()
     assert not process.is_running()
     assert threading.active_count() <= before
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Sandbox]:
+    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=1024, timeout_s=20))
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_odd_but_sound_input_is_decoded_behind_the_doors(name: str, warm: Sandbox) -> None:
+    check_decoded(warm, name[:5].rstrip(), list(CONTROLS[name]().values()))
+
+
+@pytest.mark.parametrize("syntax", [*ENCODERS, RLELossless])
+def test_every_syntax_is_decoded_behind_the_doors(syntax: str, warm: Sandbox) -> None:
+    check_decoded(warm, "dicom", encoded(slices(), syntax))
+
+
+def check_decoded(sandbox: Sandbox, source_format: str, objects: list[bytes]) -> None:
+    found = sandbox(source_format, [[data] for data in objects])
+    expected = decode.prepare(source_format, objects, WINDOW, 2.5)
+    np.testing.assert_array_equal(found.slices, expected.slices)
+    assert (found.masks, found.qc_flags) == (expected.masks, expected.qc_flags)
 
 
 def half_way(act: Callable[[], object]) -> Iterator[list[bytes]]:
