@@ -113,8 +113,12 @@ class Serving:
 
     def children(self) -> list[psutil.Process]:
         """The decoders' child processes of this endpoint."""
-        found = [child for process in self.processes(API) for child in process.children(recursive=True)]
-        return [child for child in found if "sandbox_child" in " ".join(child.cmdline())]
+        found = []
+        for process in self.processes(API):
+            with contextlib.suppress(psutil.Error):
+                children = process.children(recursive=True)
+                found += [child for child in children if "sandbox_child" in " ".join(child.cmdline())]
+        return found
 
     def versions(self) -> set[str]:
         """Versions of the model that answer now."""
@@ -351,6 +355,31 @@ def hang_up_during_decoding(serving: Serving) -> str:
     return f"{seen[200]} rows of others as without, {seen[503]} told to come again; right after {back_s:.0f} s"
 
 
+@contextlib.contextmanager
+def kept_still(find: Callable[[], list[psutil.Process]]) -> Iterator[None]:
+    """Suspend processes, those too that are started meanwhile, and let them go on at the end."""
+    is_over, still = threading.Event(), set[psutil.Process]()
+
+    def suspend_all() -> None:
+        while not is_over.wait(0.05):
+            for process in set(find()) - still:
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
+                    still.add(process)
+
+    thread = threading.Thread(target=suspend_all)
+    thread.start()
+    time.sleep(1)  # what runs now stands still before anything is asked of it
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        for process in still:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+
 def timeouts(serving: Serving) -> str:
     """Time runs out in the wait for a decoder, in storage, in the decoder and in the model."""
     seen = {}
@@ -365,22 +394,11 @@ def timeouts(serving: Serving) -> str:
         assert Counter(answers) == {(504, "deadline"): 2, (503, "busy"): 2}, answers
         seen["storage and the wait for a decoder"] = "504 and 503"
     seen["back after"] = f"{serving.back_after():.0f} s"
-    deadline = time.monotonic() + BACK_WITHIN_S
-    while len(serving.children()) < 2:  # a slot whose decoder was killed starts another with its next study
-        assert time.monotonic() < deadline, "not every slot has a decoder"
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(serving.post, [serving.study] * 2))
     for name, stopped in (("decoder", serving.children), ("model", lambda: serving.processes(SEGMENTER))):
-        processes = stopped()
-        assert processes, f"no {name} runs"
-        for process in processes:
-            process.suspend()
-        started = time.monotonic()
-        status, answer, wait_s = serving.post(serving.study)
-        spent_s = time.monotonic() - started
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.resume()
+        with kept_still(stopped):
+            started = time.monotonic()
+            status, answer, wait_s = serving.post(serving.study)
+            spent_s = time.monotonic() - started
         # A model that stands still may be replaced by another replica in time.
         is_right = name == "model" and status == 200 and answer["series"][0]["p_infected"] == serving.expected
         assert is_right or status == 504 or (status == 503 and wait_s), (name, status)

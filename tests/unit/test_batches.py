@@ -69,15 +69,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def test_page_of_a_thousand_batches_reads_its_own_records_only(
-    batches: Batches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for index in range(1000):
+def test_page_of_many_batches_reads_its_own_records_only(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(200):
         write(batches, ANN, index)
         write(batches, BOB, 5000 + index)
     seen = counted(monkeypatch)
     found = batches.page_of(ANN, 10, 50)
-    assert [each.batch_id for each in found] == [f"{index:016x}" for index in range(989, 939, -1)]
+    assert [each.batch_id for each in found] == [f"{index:016x}" for index in range(189, 139, -1)]
     assert seen == {"list_names": 1, "read_bytes": 50}
 
 
