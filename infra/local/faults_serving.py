@@ -383,7 +383,7 @@ def kept_still(find: Callable[[], list[psutil.Process]]) -> Iterator[None]:
 def timeouts(serving: Serving) -> str:
     """Time runs out in the wait for a decoder, in storage, in the decoder and in the model."""
     seen = {}
-    with serving.slow_store(2e3):
+    with serving.slow_store(8e3):
         slow = [serving.post_slow() for _ in range(4)]  # two are read, two wait
         time.sleep(1.0)
         assert (status := serving.post(serving.study)[0]) == 503, status
