@@ -79,6 +79,7 @@ STUDY_PROBLEMS: Responses = {
 PARQUET = "application/vnd.apache.parquet"
 BATCH_PROBLEMS: Responses = {**BODY_PROBLEMS, 429: {"model": Problem}}
 READY_FOR_S = 5.0
+DESCRIBE_TIMEOUT_S = 10.0
 RETRY_STORAGE_S = 10
 BATCH_THREADS = 4
 RETRY_BATCH_S = 60
@@ -313,8 +314,9 @@ class Api:
     async def _describe(self) -> dict[str, Any]:
         """The version of the model that answers now."""
         try:
-            found: dict[str, Any] = await self.segmenter.describe.remote()
-        except (ray.exceptions.RayError, BackPressureError):
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):  # a replica that stands still answers nobody
+                found: dict[str, Any] = await self.segmenter.describe.remote()
+        except (ray.exceptions.RayError, BackPressureError, TimeoutError):
             raise self._busy() from None
         return found
 
