@@ -52,7 +52,7 @@ from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
 from covtanet.screening import stages
 from covtanet.screening.engine import ENGINES, build_engine
 from covtanet.screening.predictor import Predictor
-from covtanet.screening.sandbox import Limits, Sandbox
+from covtanet.screening.sandbox import Sandbox
 from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig, for_model
 
@@ -217,8 +217,7 @@ def peak_of_child(
     window: WindowConfig, config: ScreeningConfig, source_format: str, objects: Iterable[list[bytes]]
 ) -> int:
     """The most memory that a fresh decoder's child takes for one series, in bytes beyond what it starts with."""
-    limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-    sandbox = Sandbox(window, config.slice_step_mm, limits)
+    sandbox = Sandbox(window, config.slice_step_mm, config.decode_limits)
     child = psutil.Process(sandbox.child.warm().pid)
     before, peak, is_over = child.memory_info().rss, 0, threading.Event()
 

@@ -22,7 +22,7 @@ from covtanet.ct.window import WindowConfig  # noqa: E402
 from covtanet.data.phantom import PhantomConfig, make_phantom  # noqa: E402
 from covtanet.data.phantom_archive import dicom_objects, nifti_grid  # noqa: E402
 from covtanet.screening import decode  # noqa: E402
-from covtanet.screening.sandbox import Limits, Sandbox  # noqa: E402
+from covtanet.screening.sandbox import Sandbox  # noqa: E402
 from covtanet.screening.stages import ScreeningConfig  # noqa: E402
 
 LARGE = PhantomConfig(seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9)
@@ -40,9 +40,7 @@ def measure() -> dict[str, float]:
 
 def main() -> int:
     window, config = WindowConfig(size_px=512), ScreeningConfig()
-    sandbox = Sandbox(
-        window, config.slice_step_mm, Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-    )
+    sandbox = Sandbox(window, config.slice_step_mm, config.decode_limits)
     ratios = {}
     for name, source_format, contents in series():
         works: tuple[Callable[[], object], ...] = (

@@ -2,6 +2,8 @@
 
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
+│   ├── NoSeriesError    there is no series where the input points
+│   ├── LedgerVersionError  a ledger was written by a version of this software with another schema
 │   └── WeakSandboxError  the kernel cannot shut the decoder's child process in
 ├── AlreadyCommittedError  another driver of the run was first
 ├── CheckpointError  a saved model is missing, damaged or not what its digest says
@@ -10,7 +12,6 @@ CovtanetError
 ├── StudyTimeoutError  one series takes longer than it may
 ├── UploadError      what a caller sent is no study, or more than may be sent
 ├── UnavailableError  what answers studies is not there now; worth another try
-├── DeadlineError    a request has taken as long as it may; it ends, whatever is still to do
 ├── SandboxClosedError  another thread closed the sandbox under a request
 └── DecoderError     a fault of this software, found in the decoder's child process
     └── DecoderStartError  the child process does not start
@@ -26,6 +27,14 @@ class CovtanetError(Exception):
 
 class ConfigError(CovtanetError):
     """The run cannot start as asked; the message says found, expected and where."""
+
+
+class NoSeriesError(ConfigError):
+    """There is no series where the input points."""
+
+
+class LedgerVersionError(ConfigError):
+    """A ledger was written by a version of this software with another schema."""
 
 
 class WeakSandboxError(ConfigError):
@@ -75,14 +84,6 @@ class DecoderError(CovtanetError):
 
 class DecoderStartError(DecoderError):
     """The decoder's child process does not start; no input is to blame."""
-
-
-class DeadlineError(CovtanetError):
-    """A request has taken as long as its caller waits for it, or its caller waits no more.
-
-    Not a ``TimeoutError``, which is an OSError and would be taken for trouble with storage: it ends the request, not
-    one series of it.
-    """
 
 
 class SandboxClosedError(CovtanetError, RuntimeError):

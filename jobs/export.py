@@ -3,7 +3,7 @@
 python jobs/export.py --ledger URI [--run RUN_ID] [--results URI] [--series SERIES_KEY ...]
 
 The run must have kept results (jobs/screen.py --results), and its archive must be where and as it was: a series that
-was changed or replaced since is refused, by the listing's digest and by that of its content. Written beside them:
+was changed or replaced since is refused, by the digest of its content. Written beside them:
 RESULTS/RUN_ID/SERIES_KEY/lesion.seg.dcm (segments lesion and lung) and measurements.sr.dcm (TID 1500). Objects that are
 there are left alone. Enhanced multi-frame CT is not exported. Exit codes: 0 all written, 3 nothing to export, 4 some
 could not be.
@@ -18,7 +18,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -41,7 +40,8 @@ from covtanet.screening.child_process import Limits, header_reader
 logger = logging.getLogger("covtanet.export")
 SEG, SR = "lesion.seg.dcm", "measurements.sr.dcm"
 HEX = re.compile(r"[0-9a-f]+")
-READER_LIMITS = Limits(memory_mib=512, timeout_s=60)
+# If the kernel cannot shut it in, the run has decoded all the same, as its site decided.
+READER_LIMITS = Limits(memory_mib=512, timeout_s=60, allow_weak=True)
 
 
 def main() -> int:
@@ -143,8 +143,8 @@ def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
 def source_headers(row: dict[str, Any]) -> list[pydicom.Dataset]:
     """The headers of a row's slices, without pixels.
 
-    They are parsed in this process, so only bytes that a sandboxed decoder has screened are: the listing and, if the
-    row has it, the digest of their content must be those of the row.
+    They are parsed in this process, so only bytes that a sandboxed decoder has screened are: the digest of their
+    content must be that of the row.
 
     Raises:
         StudyError: ``unreadable`` if the series is not one object a slice, ``unsupported_syntax`` if it is deflated.
@@ -156,29 +156,13 @@ def source_headers(row: dict[str, Any]) -> list[pydicom.Dataset]:
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(root, path), num_bytes)
 
-    # Where the kernel cannot shut it in, the run has decoded all the same, as its site decided.
-    reader = header_reader(READER_LIMITS, allow_weak=True)
-    series, _ = manifest.scan_folder("", listed, read_head, partial(heads.read_identities, reader))
+    series, _ = manifest.scan_folder(
+        "", listed, read_head, partial(heads.read_identities, header_reader(READER_LIMITS))
+    )
     found = [each for each in series if each.series_uid == row["series_uid"]]
     if len(found) != 1 or len(found[0].objects) != row["num_slices"]:
         raise StudyError("unreadable", "the series is not there as it was screened, one object a slice")
-    if not is_version(row["source_version"], root, found[0].objects):
-        raise storage.ObjectChangedError("the series is another than was screened, by names, sizes and versions")
     return [parsed(data) for data in screened_bytes(row, root, found[0].objects)]
-
-
-def is_version(version: str, root: str, objects: Sequence[storage.ObjectInfo]) -> bool:
-    """Whether a listing of a folder is the one that a row's ``source_version`` was taken of.
-
-    The names in it are relative to the archive, which a row does not name: it is one of the folders above.
-    """
-    parts = root.split("/")
-    for above in range(len(parts) + 1):
-        prefix = "".join(f"{part}/" for part in parts[above:])
-        as_listed = [replace(item, path=prefix + item.path) for item in objects]
-        if storage.version_digest(as_listed) == version:
-            return True
-    return False
 
 
 def screened_bytes(row: dict[str, Any], root: str, objects: Sequence[storage.ObjectInfo]) -> Iterator[bytes]:
@@ -195,7 +179,7 @@ def screened_bytes(row: dict[str, Any], root: str, objects: Sequence[storage.Obj
         for chunk in digest.passing(item.path, storage.read_chunks(storage.join(root, item.path), item)):
             one.update(chunk)
         digests.append(one.digest())
-    if row["source_digest"] is not None and digest.hexdigest() != row["source_digest"]:
+    if digest.hexdigest() != row["source_digest"]:
         raise storage.ObjectChangedError("the series is another than was screened, by its content")
     for item, expected in zip(objects, digests, strict=True):
         data = b"".join(storage.read_chunks(storage.join(root, item.path), item))

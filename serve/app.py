@@ -40,23 +40,23 @@ from starlette.exceptions import HTTPException
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.doors import check_endpoints, check_ray_doors
-from covtanet.errors import ConfigError, DeadlineError, UnavailableError, UploadError
+from covtanet.errors import LedgerVersionError, NoSeriesError, UnavailableError, UploadError
 from covtanet.report import worklist
 from covtanet.screening import intake, view
-from covtanet.screening.child_process import Limits, refuse_weak_sandbox
+from covtanet.screening.child_process import refuse_weak_sandbox
 from covtanet.screening.decode import place_of
 from covtanet.screening.records import FAILED, SCREENED
 from covtanet.screening.single import StudyLimits
 from covtanet.screening.stages import for_model
 from serve.batches import BatchConflictError, Batches, JobsUnavailableError, ModelNotAllowedError, TooManyBatchesError
-from serve.decoders import BusyError, Decoders, Slot
+from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 from serve.deployments import Readiness, RemoteNetwork, Segmenter, StudyScreener
 from serve.metrics import cluster_metrics
 from serve.middleware import Audit, SecurityHeaders
 from serve.refusals import RefusedError
 from serve.schemas import BatchRequest, BatchState, Model, Problem, StudyAnswer, UriRequest
 from serve.settings import Caller, ServeConfig, load_settings
-from serve.uploads import Upload, Uploads
+from serve.uploads import Uploads
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -147,10 +147,13 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"reason": reason, "message": "see /openapi.json"}, error.status_code, error.headers)
 
 
-@api.exception_handler(ConfigError)
-async def _other_version(request: Request, error: ConfigError) -> JSONResponse:
-    """Answer for a ledger or a record of another version of this software; what requests get wrong is told apart."""
-    logger.error("a request met what this version does not read, %s", place_of(error))
+@api.exception_handler(UploadError)
+async def _no_study(request: Request, error: UploadError) -> JSONResponse:
+    return JSONResponse({"reason": error.reason, "message": str(error)}, STATUS_OF[error.reason])
+
+
+@api.exception_handler(LedgerVersionError)
+async def _other_version(request: Request, error: LedgerVersionError) -> JSONResponse:
     return JSONResponse({"reason": "other_version", "message": "written by another version of this software"}, 422)
 
 
@@ -178,8 +181,7 @@ class Api:
 
     def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
         self.segmenter, self.settings, self.screening = segmenter, settings, settings.screening
-        limits = Limits(memory_mib=self.screening.decode_memory_mib, timeout_s=self.screening.decode_timeout_s)
-        refuse_weak_sandbox(limits, allow_weak=self.screening.allow_weak_sandbox)  # at the start, not with a study
+        refuse_weak_sandbox(self.screening.decode_limits)  # at the start, not with a study
         self.decoders = Decoders(settings.num_decoders, settings.max_waiting, settings.request_timeout_s)
         self.uploads = Uploads(settings)
         self.batches = Batches(settings) if settings.ledger else None
@@ -214,7 +216,10 @@ class Api:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise RefusedError(415, "unsupported_media", "expected a body without Content-Encoding")
         with ExitStack() as resources:
-            upload = await self._receive(request, caller, resources)
+            try:
+                upload = await self.uploads.receive(request, caller, resources)
+            except BusyError:
+                raise self._busy() from None
 
             def lay_out(check: Callable[[], None]) -> str:
                 upload.objects.mkdir()
@@ -224,15 +229,7 @@ class Api:
             # What was inflated may be more than was sent, within limits of its own.
             limits = replace(self.settings.study, max_bytes=self.settings.limits.max_inflated_bytes)
             source = f"upload:{upload.digest}"
-            return await self._screen(request, lay_out, limits, source, resources.pop_all())
-
-    async def _receive(self, request: Request, caller: Caller, resources: ExitStack) -> Upload:
-        try:
-            return await self.uploads.receive(request, caller, resources)
-        except UploadError as error:
-            raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
-        except BusyError:
-            raise self._busy() from None
+            return await self._screen(request, lay_out, limits, source, resources)
 
     @api.post(
         "/v1/studies:by-uri", response_model=StudyAnswer, responses=STUDY_PROBLEMS, openapi_extra=_json_of(UriRequest)
@@ -277,17 +274,13 @@ class Api:
         """Screen all series of a study with one version of the model.
 
         find: called in the study's thread; returns where its objects lie. source: in place of that in the rows.
-        resources: what the study's thread reads; given up when the thread has ended.
+        resources: what the study's thread reads; it takes them over.
         """
-        with resources:
-            described = await self._describe()
-            kept = resources.pop_all()
+        described = await self._describe()
         started = time.monotonic()
         try:
-            rows = await self.decoders.run(partial(self._read_study, find, limits, described), kept)
-        except UploadError as error:
-            raise RefusedError(STATUS_OF[error.reason], error.reason, str(error)) from None
-        except ConfigError:
+            rows = await self.decoders.run(partial(self._read_study, find, limits, described), resources)
+        except NoSeriesError:
             raise RefusedError(422, "no_series", "no series in it, expected a chest CT") from None
         except (UnavailableError, BusyError):
             raise self._busy() from None
@@ -308,8 +301,7 @@ class Api:
         """Read and screen a study, in a thread that has this slot to itself."""
         place = find(slot.check)
         screener = slot.screener(described["digest"], partial(self._make_screener, described))
-        slot.check()
-        return list(screener(place, limits=limits, deadline=slot.deadline))
+        return list(screener(place, limits))
 
     async def _describe(self) -> dict[str, Any]:
         """The version of the model that answers now."""

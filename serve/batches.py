@@ -234,7 +234,7 @@ class Batches:
     def _client(self) -> JobSubmissionClient:
         """Ask the Ray that this replica runs in, and no other one of the machine.
 
-        A new client each time: it costs one request, and lives through a restart of the dashboard.
+        A new client each time: it asks for the version twice, and lives through a restart of the dashboard.
 
         Raises:
             JobsUnavailableError: it does not answer.
@@ -264,30 +264,25 @@ class Batches:
         if record.get("ended"):
             return BatchState(**known, **record["ended"])
         run, job = self._run_of(record["batch_id"]), self._job(record["jobs"][-1])
-        run_id = None if run is None else run.run_id
-        ended = self._ended(run, job)
-        if ended is not None:
-            ended["run_id"] = run_id
-            self._write({**record, "ended": ended}, caller)
-            return BatchState(**known, **ended)
-        progress = {} if run is None else self._progress(run)
-        is_waiting = job.status == JobStatus.PENDING
-        return BatchState(**known, state="waiting" if is_waiting else "running", run_id=run_id, **progress)
-
-    def _ended(self, run: ledger.NamedRun | None, job: Any) -> dict[str, Any] | None:
-        """Return how a batch ended, as it is kept in its record; null while its job is open."""
         is_open = job is not None and job.status in OPEN
+        found = {"run_id": None if run is None else run.run_id, **self._found(run, job)}
+        if not is_open:  # as it is now it stays
+            self._write({**record, "ended": found}, caller)
+        return BatchState(**known, **found)
+
+    def _found(self, run: ledger.NamedRun | None, job: Any) -> dict[str, Any]:
+        """Return how far a batch is, by its run's ledger and Ray's word on its job."""
+        exit_code = None if job is None else job.driver_exit_code
         if run is not None and storage.exists(run.committed_uri(self.ledger)):
             table = view.read(run.committed_uri(self.ledger), ["status"])
             counts = {each["values"]: each["counts"] for each in table["status"].value_counts().to_pylist()}
-            exit_code = None if job is None or is_open else job.driver_exit_code
-            ended = {"state": "committed", "counts": counts, "series": table.num_rows, "exit_code": exit_code}
-            return None if is_open else ended
-        if is_open:
-            return None
+            return {"state": "committed", "counts": counts, "series": table.num_rows, "exit_code": exit_code}
         if job is None:
-            return {"state": "interrupted", "exit_code": None}
-        return {"state": ENDS_OF_JOB[job.status], "exit_code": job.driver_exit_code}
+            return {"state": "interrupted"}
+        if job.status in OPEN:
+            progress = {} if run is None else self._progress(run)
+            return {"state": "waiting" if job.status == JobStatus.PENDING else "running", **progress}
+        return {"state": ENDS_OF_JOB[job.status], "exit_code": exit_code}
 
     def _progress(self, run: ledger.NamedRun) -> dict[str, Any]:
         series, finished = ledger.progress(self.ledger, run)

@@ -12,78 +12,61 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from covtanet.errors import DeadlineError
+from covtanet.screening.single import Screener
 
 T = TypeVar("T")
 
 
 class BusyError(Exception):
-    """As many requests wait for a decoder as may."""
+    """As many requests wait for a decoder, or are being received, as may."""
 
 
-class Killable(Protocol):
-    """A screener, as far as a slot needs to know it."""
-
-    model_digest: str
-
-    def kill(self) -> None:
-        """End the work under way, from another thread; the screener is of no more use."""
-        ...
-
-    def close(self) -> None:
-        """End the decoder's child process, from the thread that used it."""
-        ...
+class DeadlineError(Exception):
+    """A request's time is over, or its caller has gone, before its study was screened."""
 
 
 class Slot:
-    """A place for one study at a time, with the screener that its thread keeps warm from study to study."""
+    """A place for one study at a time, with the screener that stays warm from study to study."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._screener: Killable | None = None
+        self._screener: Screener | None = None
         self._is_abandoned = False
-        self.deadline = 0.0
 
-    def screener(self, digest: str, make: Callable[[], T]) -> T:
+    def screener(self, digest: str, make: Callable[[], Screener]) -> Screener:
         """Return the slot's screener if it is of this version of the model, else a new one.
 
         Raises:
             DeadlineError: the request has ended.
         """
         with self._lock:
-            if self._is_abandoned:
-                raise DeadlineError("the request ended before its study was read")
+            self.check()
             if self._screener is None or self._screener.model_digest != digest:
                 if self._screener is not None:
                     self._screener.close()
-                self._screener = make()  # type: ignore[assignment]
-            return self._screener  # type: ignore[return-value]
+                self._screener = make()
+            return self._screener
 
     def check(self) -> None:
         """Go on only while somebody waits for the answer.
 
         Raises:
-            DeadlineError: the request has ended, or its time is over.
+            DeadlineError: the request has ended.
         """
-        if self._is_abandoned or time.monotonic() > self.deadline:
+        if self._is_abandoned:
             raise DeadlineError("the request ended before its study was read")
 
     def abandon(self) -> None:
-        """Kill what the slot's thread waits for; its request has ended."""
+        """End what the slot's thread waits for; nobody waits for the thread any more."""
         with self._lock:
             self._is_abandoned = True
             if self._screener is not None:
-                self._screener.kill()
-
-    def close(self) -> None:
-        """End the warm decoder; no thread may use the slot."""
-        if self._screener is not None:
-            self._screener.close()
+                self._screener.close()
 
     def renewed(self) -> "Slot":
-        """Return this slot, or a fresh one if its screener was killed."""
+        """Return this slot, or a fresh one if its screener was closed."""
         return Slot() if self._is_abandoned else self
 
 
@@ -101,20 +84,18 @@ class Decoders:
     async def run(self, work: Callable[[Slot], T], resources: ExitStack) -> T:
         """Run one study's work in a thread with a slot of its own.
 
-        resources: what the work reads; closed when its thread has ended, or at once if it never began.
+        resources: what the work reads. They are taken over once its thread begins, and closed when it has ended;
+        until then they are the caller's.
 
         Raises:
             BusyError: as many requests wait as may.
             DeadlineError: the answer takes longer than it may.
         """
         deadline = time.monotonic() + self.timeout_s
-        with resources:
-            slot = await self._take(deadline)
-            slot.deadline = deadline
-            kept = resources.pop_all()  # from here on they are the thread's
+        slot = await self._take(deadline)
         # No await between taking a slot and starting its thread: a cancellation cannot come between them.
         loop = asyncio.get_running_loop()
-        thread = loop.run_in_executor(self._threads, partial(_work_with, work, slot, kept))
+        thread = loop.run_in_executor(self._threads, partial(_work_with, work, slot, resources.pop_all()))
         thread.add_done_callback(partial(self._give_back, slot))
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit:
@@ -127,12 +108,6 @@ class Decoders:
         except asyncio.CancelledError:  # the caller hung up
             slot.abandon()
             raise
-
-    def close(self) -> None:
-        """End the decoders that wait for a study."""
-        self._threads.shutdown()
-        while not self._free.empty():
-            self._free.get_nowait().close()
 
     async def _take(self, deadline: float) -> Slot:
         if self._free.empty() and self._num_waiting >= self.max_waiting:

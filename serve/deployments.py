@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from covtanet import tracking
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import DeadlineError, UnavailableError
+from covtanet.errors import UnavailableError
 from covtanet.model.checkpoint import load_model
 from covtanet.screening.predictor import (
     Part,
@@ -188,7 +187,7 @@ class Readiness:
 
 
 class StudyScreener(Screener):
-    """A screener whose model is a handle, and which another thread can end wherever it waits."""
+    """A screener whose model is a handle; closing it ends what was asked of the model, too."""
 
     def __init__(
         self, network: "RemoteNetwork", window: WindowConfig, config: ScreeningConfig, model_digest: str
@@ -196,68 +195,70 @@ class StudyScreener(Screener):
         super().__init__(network, window, config, model_digest)
         self.network = network
 
-    def kill(self) -> None:
-        """End decoding and what was asked of the model."""
-        super().kill()
+    def close(self) -> None:
+        """End decoding and what was asked of the model, from any thread, for good."""
+        super().close()
         self.network.cancel()
 
 
 class RemoteNetwork:
-    """One version of the model behind a handle, as a ``Network`` for threads of an API replica."""
+    """One version of the model behind a handle, as a ``Network`` for one thread of an API replica."""
 
     def __init__(self, segmenter: DeploymentHandle, described: dict[str, Any]) -> None:
         self.segmenter, self.digest, self.num_slices = segmenter, described["digest"], described["num_slices"]
         self._is_cancelled = False
-        self._asked: deque[Any] = deque()
+        self._under_way: set[Any] = set()
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
         """Answer one volume.
 
         Raises:
-            UnavailableError: where no replica answers in time, or none holds this version any more.
+            UnavailableError: no replica answers in time, none holds this version any more, or another thread has
+                cancelled.
         """
         return predict(self, slices, PART_SLICES)
 
     def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
         """Answer parts in their order, a few of them under way at a time."""
-        waiting = iter(parts)
+        waiting, asked = iter(parts), deque[Any]()
         try:
-            for part in islice(waiting, PARTS_IN_FLIGHT):
-                self._ask(self.segmenter.segment, part)
-            while self._asked:
-                answer = self._result()
-                for part in islice(waiting, 1):
-                    self._ask(self.segmenter.segment, part)
+            asked.extend(self._ask(self.segmenter.segment, part) for part in islice(waiting, PARTS_IN_FLIGHT))
+            while asked:
+                answer = self._wait(asked.popleft())
+                asked.extend(self._ask(self.segmenter.segment, part) for part in islice(waiting, 1))
                 yield Segmented(*answer)
-        finally:  # on an error, what is still under way would hold a place in the model's queue
-            self._forget()
+        finally:  # after an error, what is still under way would hold a place in the model's queue
+            for response in asked:
+                response.cancel()
+                self._under_way.discard(response)
 
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
         """Answer a volume's pooled vectors."""
-        self._ask(self.segmenter.diagnose, pooled)
-        probabilities: Probabilities = self._result()
+        probabilities: Probabilities = self._wait(self._ask(self.segmenter.diagnose, pooled))
         return probabilities
 
     def cancel(self) -> None:
         """End what is asked of the model, from another thread; whoever waits for it gets an error."""
         self._is_cancelled = True
-        self._forget()
+        for response in tuple(self._under_way):
+            response.cancel()
 
-    def _ask(self, method: Any, argument: Any) -> None:
+    def _ask(self, method: Any, argument: Any) -> Any:
         if self._is_cancelled:
-            raise DeadlineError("the request ended while its study was read")
-        self._asked.append(method.remote(self.digest, argument))
+            raise UnavailableError("the request ended while its study was read")
+        response = method.remote(self.digest, argument)
+        self._under_way.add(response)
+        return response
 
-    def _result(self) -> Any:
-        """Wait for the oldest answer; it stays in the queue meanwhile, for ``cancel`` to find."""
-        answer = _result(self._asked[0])
-        self._asked.popleft()
-        return answer
-
-    def _forget(self) -> None:
-        while self._asked:
-            with suppress(IndexError):  # the other thread was first
-                self._asked.popleft().cancel()
+    def _wait(self, response: Any) -> Any:
+        """Wait for this answer and no other: none is ever left for the next study to find."""
+        try:
+            return _result(response)
+        except Exception:
+            response.cancel()
+            raise
+        finally:
+            self._under_way.discard(response)
 
 
 def _result(response: Any) -> Any:

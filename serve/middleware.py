@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 from ray.util.metrics import Counter
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,6 +27,8 @@ SECURITY_HEADERS = {
     # Rows name studies, and a picture in the cache of a shared workstation needs no token.
     "Cache-Control": "no-store",
 }
+# Probes come every few seconds.
+QUIET_ROUTES = {"/healthz", "/readyz"}
 HSTS = "max-age=31536000; includeSubDomains"
 
 
@@ -90,19 +93,15 @@ class Audit:
         finally:
             self._note(scope, state, status or 499, time.monotonic() - started)
 
-    def _note(self, scope: Scope, state: dict[str, object], status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")
-        caller, series_keys = state.get("caller", "none"), state.get("series_keys", ())
         if route in QUIET_ROUTES:
             return
+        caller, series_keys = state.get("caller", "none"), state.get("series_keys", [])
         logger.info(
             "request caller=%s method=%s route=%s status=%d seconds=%.2f series=%s",
-            caller, scope["method"], route, status, seconds, ",".join(map(str, series_keys)) or "none",  # type: ignore[call-overload]
+            caller, scope["method"], route, status, seconds, ",".join(series_keys) or "none",
         )  # fmt: skip
         if self._requests is None:
             self._requests = Counter("covtanet_http_requests", "Requests by caller.", ("caller", "route", "status"))
         self._requests.inc(tags={"caller": str(caller), "route": route, "status": str(status)})
-
-
-# Probes come every few seconds.
-QUIET_ROUTES = {"/healthz", "/readyz"}

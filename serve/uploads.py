@@ -93,16 +93,18 @@ class ReplicaFolder:
         parent = parent or Path(tempfile.gettempdir())
         for left in parent.glob(f"{PREFIX}*"):
             _remove_if_left(left)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
+        self._lock = os.open(made / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Only now under a name that others look for: before it was locked they would have removed it.
+        self.path = made.rename(parent / made.name.removeprefix("."))
 
 
 def _remove_if_left(folder: Path) -> None:
     """Remove the folder of a process that has ended; the kernel gave its lock back then."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # of another user, or made this moment and not locked yet
+    except OSError:  # of another user, or gone this moment
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

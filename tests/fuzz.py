@@ -13,7 +13,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "infra" / "local")]
 with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
     from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
 

@@ -10,6 +10,7 @@ from io import BytesIO
 import nibabel as nib
 import numpy as np
 import pydicom
+from bombs import empty_items
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -219,8 +220,7 @@ def bomb_of_items() -> bytes:
     """A head of 500,000 empty items in a sequence before the UIDs; deflated it would be 6 kB."""
     data = slices()[0]
     at = data.index(struct.pack("<HH", 0x0010, 0x0010), 132)
-    sequence = struct.pack("<HH2sHI", 0x0008, 0x1115, b"SQ", 0, 0xFFFFFFFF)
-    return data[:at] + sequence + struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 500_000 + data[at:]
+    return data[:at] + empty_items(500_000) + data[at:]
 
 
 def declared_4gib() -> Objects:

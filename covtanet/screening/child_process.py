@@ -7,7 +7,6 @@ answer. One thread asks; any thread may kill.
 import fcntl
 import json
 import logging
-import math
 import os
 import secrets
 import select
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from covtanet.errors import (
-    DeadlineError,
     DecoderError,
     DecoderStartError,
     SandboxClosedError,
@@ -64,20 +62,24 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may cost. memory_mib: beyond the child's own. timeout_s: not counting what storage takes."""
+    """What a child may cost. memory_mib: beyond its own. timeout_s: of a request, not counting what storage takes.
+
+    allow_weak: use a child even if the kernel cannot shut all its doors.
+    """
 
     memory_mib: int
     timeout_s: float
+    allow_weak: bool = False
 
 
 class Child:
     """A child process behind shut doors, started when first needed and replaced when it is no longer fit.
 
-    program: ``DECODER`` or ``HEADER_READER``. allow_weak: use it even if the kernel cannot shut all doors.
+    program: ``DECODER`` or ``HEADER_READER``.
     """
 
-    def __init__(self, program: str, limits: Limits, *, allow_weak: bool = False) -> None:
-        self.program, self.limits, self.allow_weak = program, limits, allow_weak
+    def __init__(self, program: str, limits: Limits) -> None:
+        self.program, self.limits = program, limits
         self._process: subprocess.Popen[bytes] | None = None
         self._num_requests = 0
         self._is_killed = False
@@ -89,17 +91,14 @@ class Child:
         request: dict[str, Any],
         objects: Iterable[Iterable[bytes]],
         read: Callable[[dict[str, Any], IO[bytes]], T],
-        deadline: float | None = None,
     ) -> T:
         """Send a request, and what it is about, and read the answer.
 
-        objects: each in chunks. read: takes the answer's header and the pipe behind it. deadline: by the monotonic
-        clock, when nobody waits any more.
+        objects: each in chunks. read: takes the answer's header and the pipe behind it.
 
         Raises:
             StudyError: the child's refusal, or ``decode_crash`` if it died of the input or answers what cannot be.
             StudyTimeoutError: if it takes longer than it may.
-            DeadlineError: if the deadline passes.
             SandboxClosedError: if the child was killed, now or before.
             DecoderError: a fault of this software, found in the child.
             WeakSandboxError: if the kernel cannot shut it in.
@@ -108,7 +107,7 @@ class Child:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("two threads use one sandbox at a time, expected a sandbox for each")
         try:
-            return self._ask(request, objects, read, deadline)
+            return self._ask(request, objects, read)
         except Exception as error:
             if self._is_killed and not isinstance(error, SandboxClosedError):
                 raise SandboxClosedError("the sandbox was closed while it worked") from None
@@ -130,6 +129,15 @@ class Child:
             finally:
                 self._busy.release()
 
+    def check_open(self) -> None:
+        """Go on only with a child that nobody has killed.
+
+        Raises:
+            SandboxClosedError: if it was.
+        """
+        if self._is_killed:
+            raise SandboxClosedError("the sandbox is closed")
+
     def warm(self) -> subprocess.Popen[bytes]:
         """The running process, started if there is none that is fit."""
         process = self._process
@@ -149,18 +157,17 @@ class Child:
         request: dict[str, Any],
         objects: Iterable[Iterable[bytes]],
         read: Callable[[dict[str, Any], IO[bytes]], T],
-        deadline: float | None,
     ) -> T:
-        self._check(deadline)
+        self.check_open()
         process = self.warm()
         self._num_requests += 1
         assert process.stdout is not None
         nonce = secrets.token_hex(NONCE_BYTES)
         is_clean = False
         try:
-            left_s = self._send(process, _framed({**request, "nonce": nonce}, objects), deadline)
-            with _killed_after(process, _sooner(left_s, deadline)) as is_late:
-                header = self._header(process, is_late, deadline)
+            left_s = self._send(process, _framed({**request, "nonce": nonce}, objects))
+            with _killed_after(process, left_s) as is_late:
+                header = self._header(process, is_late)
                 if header.get("nonce") != nonce:
                     # As of a child that an input has taken over. As a crash it is tried once more,
                     # with a new child; a DecoderError would make one hostile file fail a sound one.
@@ -176,16 +183,10 @@ class Child:
             raise refusal
         return answer  # type: ignore[return-value]
 
-    def _check(self, deadline: float | None) -> None:
-        if self._is_killed:
-            raise SandboxClosedError("the sandbox is closed")
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineError("the request has taken as long as it may")
-
     def _start(self) -> None:
         """Start a process and wait until it has loaded what it needs and shut the doors behind it."""
         with self._state:  # a kill comes before, and forbids it, or after, and finds the process
-            self._check(None)
+            self.check_open()
             try:
                 process = self._process = _started(self.program, self.limits)
             except OSError as error:  # no process to be had; not storage, which an OSError means elsewhere
@@ -197,7 +198,7 @@ class Child:
             except (ValueError, TypeError, KeyError):
                 self._drop()
                 raise DecoderStartError("the decoder's child process does not start") from None
-        if open_doors and not self.allow_weak:
+        if open_doors and not self.limits.allow_weak:
             self._drop()
             raise WeakSandboxError(
                 f"the decoder cannot be shut in here ({'; '.join(open_doors)}), expected Linux with "
@@ -212,62 +213,56 @@ class Child:
         if process is not None:
             _end(process)
 
-    def _send(
-        self, process: subprocess.Popen[bytes], parts: Iterable[bytes | memoryview], deadline: float | None
-    ) -> float:
+    def _send(self, process: subprocess.Popen[bytes], parts: Iterable[bytes | memoryview]) -> float:
         """Write a request; returns how long the child may still take, which works on it while it comes."""
         assert process.stdin is not None
         left_s = self.limits.timeout_s
         for part in parts:  # which are read from storage; its errors are not those of the pipe
-            self._check(deadline)
+            self.check_open()
             left_s += len(part) / BYTES_PER_EXTRA_S
             try:
-                left_s -= _put(process.stdin.fileno(), part, _sooner(left_s, deadline))
+                left_s -= _put(process.stdin.fileno(), part, left_s)
             except BrokenPipeError:  # it gave up before the end, and says or shows why
                 self._num_requests = REQUESTS_PER_CHILD
                 break
             except TimeoutError:
-                raise self._too_long(deadline) from None
+                raise self._too_long() from None
         return left_s
 
-    def _header(
-        self, process: subprocess.Popen[bytes], is_late: threading.Event, deadline: float | None
-    ) -> dict[str, Any]:
+    def _header(self, process: subprocess.Popen[bytes], is_late: threading.Event) -> dict[str, Any]:
         assert process.stdout is not None
         try:
             header = json.loads(process.stdout.readline(HEADER_BYTES) or "null")
         except (ValueError, RecursionError):
             header = None
         if not isinstance(header, dict):
-            raise self._death(process, is_late, deadline)
+            raise self._death(process, is_late)
         return header
 
-    def _death(self, process: subprocess.Popen[bytes], is_late: threading.Event, deadline: float | None) -> Exception:
+    def _death(self, process: subprocess.Popen[bytes], is_late: threading.Event) -> Exception:
         with _killed_after(process, DEATH_S) as is_stuck:
             code = process.wait()
         if is_stuck.is_set():
             return StudyError("decode_crash", "the decoder's answer is none")
         if is_late.is_set() or code == -signal.SIGXCPU:
-            return self._too_long(deadline)
+            return self._too_long()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return StudyError("decode_crash", f"the decoder died of this input, {how}")
 
-    def _too_long(self, deadline: float | None) -> Exception:
-        if deadline is not None and time.monotonic() >= deadline:
-            return DeadlineError("the request has taken as long as it may")
+    def _too_long(self) -> Exception:
         return StudyTimeoutError(f"decoding took longer than {self.limits.timeout_s:g} s")
 
 
 @cache
-def refuse_weak_sandbox(limits: Limits, *, allow_weak: bool = False) -> None:
+def refuse_weak_sandbox(limits: Limits) -> None:
     """Start a child once, to find out before any series whether this machine can shut it in.
 
     Raises:
-        WeakSandboxError: if it cannot, and ``allow_weak`` is not set.
+        WeakSandboxError: if it cannot, and the limits do not allow that.
     """
-    if allow_weak:
+    if limits.allow_weak:
         logger.warning("allow_weak_sandbox = true: a decoder that cannot be shut in is used, too")
-    child = Child(HEADER_READER, limits, allow_weak=allow_weak)
+    child = Child(HEADER_READER, limits)
     try:
         child.warm()
     finally:
@@ -275,9 +270,9 @@ def refuse_weak_sandbox(limits: Limits, *, allow_weak: bool = False) -> None:
 
 
 @cache
-def header_reader(limits: Limits, *, allow_weak: bool = False) -> Child:
+def header_reader(limits: Limits) -> Child:
     """Return the child of this process that reads headers; it stays warm from call to call."""
-    return Child(HEADER_READER, limits, allow_weak=allow_weak)
+    return Child(HEADER_READER, limits)
 
 
 def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
@@ -348,7 +343,7 @@ def _killed_after(process: subprocess.Popen[bytes], timeout_s: float) -> Iterato
         is_late.set()
         _kill(process)
 
-    timer = threading.Timer(timeout_s, kill)
+    timer = threading.Timer(max(0.0, timeout_s), kill)
     timer.daemon = True
     timer.start()
     try:
@@ -372,10 +367,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(OSError):  # what was not sent is lost with the process
             if pipe is not None:
                 pipe.close()
-
-
-def _sooner(left_s: float, deadline: float | None) -> float:
-    return max(0.0, min(left_s, math.inf if deadline is None else deadline - time.monotonic()))
 
 
 def _put(descriptor: int, data: bytes | memoryview, timeout_s: float) -> float:

@@ -16,40 +16,40 @@ MAX_TRIES = 2
 BYTES_PER_IDENTITY = 256
 
 
-def read_identities(child: Child, heads: list[bytes], head_bytes: int, deadline: float | None = None) -> Identities:
+def read_identities(child: Child, heads: list[bytes], head_bytes: int) -> Identities:
     """Return the UIDs of objects, None for one without.
 
     If the child dies of these heads it gets them once more, each alone and as often as a series is decoded: the head
     that kills it has no UIDs, and the others keep theirs. head_bytes: a head of fewer bytes is a whole object.
 
     Raises:
-        DeadlineError, SandboxClosedError, DecoderStartError, WeakSandboxError: as ``Child.ask``.
+        SandboxClosedError, DecoderStartError, WeakSandboxError: as ``Child.ask``.
     """
     if not heads:
         return []
-    found = _tried(child, heads, head_bytes, deadline)
+    found = _tried(child, heads, head_bytes)
     if found is not None:
         return found
-    return [_alone(child, head, head_bytes, deadline) for head in heads]
+    return [_alone(child, head, head_bytes) for head in heads]
 
 
-def _alone(child: Child, head: bytes, head_bytes: int, deadline: float | None) -> SeriesIdentity | None:
+def _alone(child: Child, head: bytes, head_bytes: int) -> SeriesIdentity | None:
     for _ in range(MAX_TRIES):
-        found = _tried(child, [head], head_bytes, deadline)
+        found = _tried(child, [head], head_bytes)
         if found is not None:
             return found[0]
     logger.warning("the header of an object ends its reader; the object counts as unreadable")
     return None
 
 
-def _tried(child: Child, heads: list[bytes], head_bytes: int, deadline: float | None) -> Identities | None:
+def _tried(child: Child, heads: list[bytes], head_bytes: int) -> Identities | None:
     """The UIDs, or None if the child dies of these heads, answers nonsense or takes too long."""
 
     def read(header: dict[str, Any], pipe: IO[bytes]) -> Identities:
         return _checked(header, pipe, len(heads))
 
     try:
-        return child.ask({"kind": "heads", "head_bytes": head_bytes}, [[head] for head in heads], read, deadline)
+        return child.ask({"kind": "heads", "head_bytes": head_bytes}, [[head] for head in heads], read)
     except DecoderStartError:
         raise
     except (StudyError, StudyTimeoutError, DecoderError):

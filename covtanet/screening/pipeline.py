@@ -71,7 +71,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
     Raises:
         ConfigError: if the archive is empty, or this machine cannot shut the sandbox.
     """
-    refuse_weak_sandbox(_limits(config), allow_weak=config.allow_weak_sandbox)
+    refuse_weak_sandbox(config.decode_limits)
     if storage.exists(run.work_uri("manifest.parquet")):
         return
     _configure(preserve_order=True)  # so that a limit means the same series each time
@@ -180,7 +180,7 @@ def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[
     listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
     found = listing.map_batches(
         _scan_folders,
-        fn_kwargs={"archive": run.archive, "limits": _limits(config), "allow_weak": config.allow_weak_sandbox},
+        fn_kwargs={"archive": run.archive, "limits": config.decode_limits},
         batch_format="pyarrow",
         batch_size=None,
     )
@@ -188,13 +188,9 @@ def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[
         yield from batch.to_pylist()
 
 
-def _limits(config: ScreeningConfig) -> Limits:
-    return Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-
-
-def _scan_folders(batch: pa.Table, archive: str, limits: Limits, allow_weak: bool) -> pa.Table:
+def _scan_folders(batch: pa.Table, archive: str, limits: Limits) -> pa.Table:
     rows = []
-    identify = partial(heads.read_identities, header_reader(limits, allow_weak=allow_weak))
+    identify = partial(heads.read_identities, header_reader(limits))
 
     def read_head(path: str, num_bytes: int) -> bytes:
         return storage.read_bytes(storage.join(archive, path), num_bytes)
@@ -300,7 +296,7 @@ class _DecoderActor:
 
     def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
         self.run, self.window, self.config = run, window, config
-        self.decoder = Sandbox(window, config.slice_step_mm, _limits(config), allow_weak=config.allow_weak_sandbox)
+        self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if not ledger.may_try(self.run, row["series_key"], "decode"):

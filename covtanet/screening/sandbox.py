@@ -32,19 +32,17 @@ __all__ = ["Limits", "Sandbox"]
 class Sandbox:
     """Decodes and prepares one series at a time in a child process, started when first needed.
 
-    One thread may use it at a time; ``kill`` is for any other.
+    One thread may use it at a time; ``close`` is for any other, too.
     """
 
-    def __init__(self, window: WindowConfig, slice_step_mm: float, limits: Limits, *, allow_weak: bool = False) -> None:
+    def __init__(self, window: WindowConfig, slice_step_mm: float, limits: Limits) -> None:
         self.window, self.slice_step_mm, self.limits = window, slice_step_mm, limits
-        self.child = Child(DECODER, limits, allow_weak=allow_weak)
+        self.child = Child(DECODER, limits)
 
-    def __call__(
-        self, source_format: str, objects: Iterable[Iterable[bytes]], deadline: float | None = None
-    ) -> Prepared:
+    def __call__(self, source_format: str, objects: Iterable[Iterable[bytes]]) -> Prepared:
         """Decode and prepare a series. objects: the bytes of its objects, each in chunks.
 
-        deadline: by the monotonic clock, when nobody waits any more. Raises: as ``Child.ask``.
+        Raises: as ``Child.ask``.
         """
         request = {
             "kind": "series",
@@ -52,14 +50,10 @@ class Sandbox:
             "window": asdict(self.window),
             "slice_step_mm": self.slice_step_mm,
         }
-        return self.child.ask(request, objects, self._read_prepared, deadline)
-
-    def kill(self) -> None:
-        """End the child, and a series that is being decoded with an error; from any thread, for good."""
-        self.child.kill()
+        return self.child.ask(request, objects, self._read_prepared)
 
     def close(self) -> None:
-        """The same, for the end of a block."""
+        """End the child, and a series that is being decoded with an error; from any thread, for good."""
         self.child.kill()
 
     def _read_prepared(self, header: dict[str, Any], pipe: IO[bytes]) -> Prepared:

@@ -3,7 +3,6 @@
 Headers and series are read in one sandbox.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,12 +12,12 @@ from typing import Any
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
-from covtanet.errors import ConfigError, DeadlineError, UploadError
+from covtanet.errors import NoSeriesError, UploadError
 from covtanet.screening import heads, stages
 from covtanet.screening.child_process import refuse_weak_sandbox
 from covtanet.screening.predictor import Answers
 from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
-from covtanet.screening.sandbox import Limits, Sandbox
+from covtanet.screening.sandbox import Sandbox
 from covtanet.screening.stages import ScreeningConfig
 
 
@@ -34,7 +33,7 @@ class StudyLimits:
 class Screener:
     """Screens one study after the other with one model, decoding in a sandbox of its own.
 
-    One thread may use it at a time; ``kill`` is for any other.
+    One thread may use it at a time; ``close`` is for any other, too.
 
     Raises:
         WeakSandboxError: if the kernel cannot shut the sandbox.
@@ -42,48 +41,38 @@ class Screener:
 
     def __init__(self, predictor: Answers, window: WindowConfig, config: ScreeningConfig, model_digest: str) -> None:
         self.predictor, self.window, self.config, self.model_digest = predictor, window, config, model_digest
-        limits = Limits(memory_mib=config.decode_memory_mib, timeout_s=config.decode_timeout_s)
-        refuse_weak_sandbox(limits, allow_weak=config.allow_weak_sandbox)
-        self.decoder = Sandbox(window, config.slice_step_mm, limits, allow_weak=config.allow_weak_sandbox)
+        refuse_weak_sandbox(config.decode_limits)
+        self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
-    def __call__(
-        self, place: str, deadline: float | None = None, limits: StudyLimits | None = None
-    ) -> Iterator[dict[str, Any]]:
+    def __call__(self, place: str, limits: StudyLimits | None = None) -> Iterator[dict[str, Any]]:
         """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
 
         What belongs to a run of the screening job (run, registry version, software) is null.
-        deadline: by the monotonic clock; a series gets no more time than what is left of it.
 
         Raises:
-            ConfigError: where there is no series.
+            NoSeriesError: there is no series.
             UploadError: ``too_large``, with more series, objects or bytes than the limits; nothing is decoded then.
-            DeadlineError: once the deadline is past, and no read of storage nor prediction is
-                under way.
-            SandboxClosedError: once it is killed.
+            SandboxClosedError: once it is closed, as soon as no read of storage is under way.
         """
         root, objects = _listing(storage.absolute(place), limits)
 
         def read_head(path: str, num_bytes: int) -> bytes:
-            _check(deadline)
+            self.decoder.child.check_open()
             return storage.read_bytes(storage.join(root, path), num_bytes)
 
-        identify = partial(heads.read_identities, self.decoder.child, deadline=deadline)
+        identify = partial(heads.read_identities, self.decoder.child)
         found: list[manifest.Series] = []
         for folder, items in objects:
             found += manifest.scan_folder(folder, items, read_head, identify)[0]
         if not found:
-            raise ConfigError("no series where the input points, expected a NIfTI file or a folder with CT")
+            raise NoSeriesError("no series where the input points, expected a NIfTI file or a folder with CT")
         if limits is not None and len(found) > limits.max_series:
             raise UploadError("too_large", f"{len(found)} series, expected at most {limits.max_series} in a request")
         for series in found:
             row = stages.decode_and_prepare(
-                series.to_row(),
-                archive=root,
-                window=self.window,
-                config=self.config,
-                decoder=partial(self.decoder, deadline=deadline),
+                series.to_row(), archive=root, window=self.window, config=self.config, decoder=self.decoder
             )
-            _check(deadline)
+            self.decoder.child.check_open()  # a series that was refused before asks the child nothing
             record = stages.measure(stages.predict(row, self.predictor), self.config).record
             known = {
                 "schema_version": SCHEMA_VERSION,
@@ -92,18 +81,9 @@ class Screener:
             }
             yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
 
-    def kill(self) -> None:
-        """End the decoder's child process and with it the study under way; from any thread, for good."""
-        self.decoder.kill()
-
     def close(self) -> None:
-        """End the decoder's child process."""
+        """End the decoder's child process and with it the study under way; from any thread, for good."""
         self.decoder.close()
-
-
-def _check(deadline: float | None) -> None:
-    if deadline is not None and time.monotonic() >= deadline:
-        raise DeadlineError("the request has taken as long as it may")
 
 
 def _listing(place: str, limits: StudyLimits | None) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:

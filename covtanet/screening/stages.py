@@ -30,15 +30,15 @@ from covtanet.ct.nifti import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input
 from covtanet.data.manifest import Series, series_from_row
 from covtanet.errors import (
-    ConfigError,
-    DeadlineError,
     DecoderError,
     SandboxClosedError,
     StudyError,
     StudyTimeoutError,
     UnavailableError,
+    WeakSandboxError,
 )
 from covtanet.screening import decode
+from covtanet.screening.child_process import Limits
 from covtanet.screening.decode import Prepared, StoredMasks
 from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
 
@@ -90,6 +90,13 @@ class ScreeningConfig:
     deidentify: bool = False
     allow_weak_sandbox: bool = False
 
+    @property
+    def decode_limits(self) -> Limits:
+        """What the decoder's child process may cost."""
+        return Limits(
+            memory_mib=self.decode_memory_mib, timeout_s=self.decode_timeout_s, allow_weak=self.allow_weak_sandbox
+        )
+
     def __post_init__(self) -> None:
         if self.group_by not in ("folder", "uid"):
             raise ValueError(f"group_by is {self.group_by}, expected folder or uid")
@@ -140,7 +147,7 @@ def decode_and_prepare(
         except StudyError as error:
             if error.reason != "decode_crash":
                 raise
-        except (DeadlineError, SandboxClosedError):
+        except SandboxClosedError:
             is_awaited = False
             raise
         finally:
@@ -337,8 +344,8 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     """Do one stage's work; turn what goes wrong into the record's status and reason.
 
     A StudyError is the input's fault. An OSError is the storage's. Storage that refuses us altogether, a sandbox that
-    cannot be shut and a request whose time is over or whose sandbox was closed are no matter of one series: they are
-    not caught here and end the job or the request. Anything else is ours: its type and place are logged under the
+    cannot be shut in, and one that was closed because nobody waits any more, are no matter of one series: they are not
+    caught here and end the job or the request. Anything else is ours: its type and place are logged under the
     series key, never its text, which may quote the input.
     """
     try:
@@ -347,7 +354,7 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
         record.update(status=REJECTED, reason=error.reason, reason_detail=str(error))
     except StudyTimeoutError as error:
         record.update(status=FAILED, reason="timeout", reason_detail=str(error))
-    except (storage.AccessError, UnavailableError, ConfigError, DeadlineError, SandboxClosedError):
+    except (storage.AccessError, UnavailableError, WeakSandboxError, SandboxClosedError):
         raise
     except FileNotFoundError:
         record.update(status=FAILED, reason="vanished", reason_detail="an object is gone since it was listed")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from covtanet import storage
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, LedgerVersionError
 from covtanet.screening.ledger import BEGUN_AT, WORK, Accounting, latest_date
 from covtanet.screening.records import LEDGER_SCHEMA, REJECTED, SCHEMA_VERSION, SCREENED
 
@@ -59,7 +59,7 @@ def read(uri: str, columns: list[str] | None = None) -> pa.Table:
     """One committed file.
 
     Raises:
-        ConfigError: a schema of another version than ours.
+        LedgerVersionError: a schema of another version than ours.
     """
     return _open(uri).read(columns)
 
@@ -68,7 +68,7 @@ def _open(uri: str) -> pq.ParquetFile:
     file = pq.ParquetFile(BytesIO(storage.read_bytes(uri)))
     version = (file.schema_arrow.metadata or {}).get(b"covtanet.schema_version", b"none").decode()
     if version != str(SCHEMA_VERSION):
-        raise ConfigError(f"a ledger of schema version {version}, expected {SCHEMA_VERSION}")
+        raise LedgerVersionError(f"a ledger of schema version {version}, expected {SCHEMA_VERSION}")
     return file
 
 

@@ -5,6 +5,7 @@ import io
 import struct
 import zipfile
 
+import nibabel as nib
 import numpy as np
 
 EXPLICIT_LITTLE_ENDIAN = b"1.2.840.10008.1.2.1\x00"
@@ -23,13 +24,16 @@ def directory_bomb(num_entries: int, num_declared: int | None = None) -> bytes:
     return local + directory + record + locator + end
 
 
+def empty_items(num_items: int) -> bytes:
+    """Make a sequence of this many empty items, in Explicit VR Little Endian; its end is only found by reading on."""
+    return struct.pack("<2H2sHI", 8, 0x1115, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<2HI", 0xFFFE, 0xE000, 0) * num_items
+
+
 def header_bomb(num_items: int) -> bytes:
-    """Make a DICOM object whose header is a sequence of this many empty items, before any UID of its series."""
+    """Make a DICOM object whose header is such a sequence, before any UID of its series."""
     syntax = struct.pack("<2H2sH", 2, 0x10, b"UI", len(EXPLICIT_LITTLE_ENDIAN)) + EXPLICIT_LITTLE_ENDIAN
     meta = struct.pack("<2H2sHI", 2, 0, b"UL", 4, len(syntax)) + syntax
-    items = struct.pack("<2HI", 0xFFFE, 0xE000, 0) * num_items
-    sequence = struct.pack("<2H2sHI", 8, 0x1115, b"SQ", 0, 0xFFFFFFFF) + items  # its end is only found by reading on
-    return bytes(128) + b"DICM" + meta + sequence
+    return bytes(128) + b"DICM" + meta + empty_items(num_items)
 
 
 def header_bombs(num_objects: int, num_items: int) -> bytes:
@@ -44,23 +48,16 @@ def header_bombs(num_objects: int, num_items: int) -> bytes:
 
 
 def mask_bomb(side_px: int, num_slices: int) -> bytes:
-    """Make a gzipped NIfTI mask of one byte a voxel, all zero but for a corner: a kilobyte for every megabyte."""
-    header = bytearray(352)
-    struct.pack_into("<i", header, 0, 348)
-    struct.pack_into("<8h", header, 40, 3, side_px, side_px, num_slices, 1, 1, 1, 1)
-    struct.pack_into("<2h", header, 70, 2, 8)
-    struct.pack_into("<8f", header, 76, 1, 1, 1, 2, 1, 1, 1, 1)
-    struct.pack_into("<f", header, 108, 352)
-    struct.pack_into("<f", header, 112, 1)
-    header[123] = 2
-    struct.pack_into("<2h", header, 252, 0, 1)
-    struct.pack_into("<12f", header, 280, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 2, 0)
-    header[344:348] = b"n+1\x00"
+    """Make a gzipped NIfTI mask of one byte a voxel, all zero: a kilobyte for every megabyte."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((side_px, side_px, num_slices))
+    header.set_sform(np.diag([1, 1, 2, 1]), code=1)
+    header.set_xyzt_units("mm")
+    header["vox_offset"], header["magic"] = 352, b"n+1"
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=6) as file:
-        file.write(header)
-        plane = bytearray(side_px * side_px)
-        plane[:8] = b"\x01" * 8
+        file.write(header.binaryblock + bytes(4))
         for _ in range(num_slices):
-            file.write(plane)
+            file.write(bytes(side_px * side_px))
     return buffer.getvalue()

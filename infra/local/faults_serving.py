@@ -103,13 +103,7 @@ class Serving:
 
     def processes(self, part: str) -> list[psutil.Process]:
         """The processes of this endpoint's Ray whose command line holds a text."""
-        token, found = self.environment["RAY_AUTH_TOKEN_PATH"], []
-        for process in psutil.process_iter(["cmdline"]):
-            with contextlib.suppress(psutil.Error):
-                is_part = part in " ".join(process.info["cmdline"] or ())
-                if is_part and process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
-                    found.append(process)
-        return found
+        return processes_of(self.environment, part)
 
     def children(self) -> list[psutil.Process]:
         """The decoders' child processes of this endpoint."""
@@ -170,18 +164,22 @@ def compared(answer: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in answer["series"]]
 
 
-def kill(environment: dict[str, str], part: str) -> None:
-    """Kill a process of the Ray of this environment as a crash would."""
-    token = environment["RAY_AUTH_TOKEN_PATH"]
+def processes_of(environment: dict[str, str], part: str) -> list[psutil.Process]:
+    """The processes of the Ray of this environment whose command line holds a text."""
+    token, found = environment["RAY_AUTH_TOKEN_PATH"], []
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
-            if (
-                part in " ".join(process.info["cmdline"] or ())
-                and process.environ().get("RAY_AUTH_TOKEN_PATH") == token
-            ):
-                process.kill()
-                return
-    raise AssertionError(f"no {part} runs")
+            is_part = part in " ".join(process.info["cmdline"] or ())
+            if is_part and process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
+                found.append(process)
+    return found
+
+
+def kill(environment: dict[str, str], part: str) -> None:
+    """Kill a process of the Ray of this environment as a crash would."""
+    found = processes_of(environment, part)
+    assert found, f"no {part} runs"
+    found[0].kill()
 
 
 def tokens(serving: Serving) -> str:

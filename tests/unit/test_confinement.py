@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -134,10 +135,10 @@ def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
 
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "CODE", NO_FILTER)
-    limits = Limits(memory_mib=256, timeout_s=3)
+    limits = Limits(memory_mib=256, timeout_s=3, allow_weak=False)
     with pytest.raises(child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"):
         Child(HEADER_READER, limits).warm()
-    weak = Child(HEADER_READER, limits, allow_weak=True)
+    weak = Child(HEADER_READER, replace(limits, allow_weak=True))
     assert weak.warm().poll() is None
     weak.kill()
 
@@ -161,7 +162,7 @@ def test_weak_sandbox_that_is_allowed_is_said_once(
     monkeypatch.setattr(child_process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     for _ in range(2):
-        child_process.refuse_weak_sandbox(Limits(memory_mib=256, timeout_s=3), allow_weak=True)
+        child_process.refuse_weak_sandbox(Limits(memory_mib=256, timeout_s=3, allow_weak=True))
     assert caplog.text.count("allow_weak_sandbox = true") == 1
 
 

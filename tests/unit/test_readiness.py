@@ -4,9 +4,11 @@ import asyncio
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
-from covtanet.errors import DeadlineError
+from covtanet.errors import UnavailableError
+from covtanet.screening.predictor import Part
 from serve.deployments import Readiness, RemoteNetwork
 
 
@@ -60,5 +62,36 @@ def test_cancelled_network_drops_what_it_asked_and_asks_no_more() -> None:
     thread.start()
     thread.join()
     assert [each.is_cancelled for each in asked] == [True]
-    with pytest.raises(DeadlineError, match="the request ended"):
+    with pytest.raises(UnavailableError, match="the request ended"):
         network._ask(network.segmenter.segment, None)
+
+
+def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
+    """A study whose diagnosis failed leaves nothing behind for the study after it."""
+
+    class Answer:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+        def result(self, timeout_s: float) -> Any:
+            if isinstance(self.value, Exception):
+                raise self.value
+            return self.value
+
+        def cancel(self) -> None:
+            pass
+
+    class Method:
+        def __init__(self, *values: Any) -> None:
+            self.values = list(values)
+
+        def remote(self, *arguments: object) -> Answer:
+            return Answer(self.values.pop(0))
+
+    class Segmenter:
+        segment, diagnose = Method(("levels", "pooled")), Method(TimeoutError())
+
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})  # type: ignore[arg-type]
+    with pytest.raises(UnavailableError, match="TimeoutError"):
+        network.diagnose(np.zeros(1, np.float32))
+    assert list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])])) == [("levels", "pooled")]

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pydicom.uid import RLELossless
 from test_ct import ENCODERS, encoded
 
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import DeadlineError, SandboxClosedError, StudyError, StudyTimeoutError
+from covtanet.errors import SandboxClosedError, StudyError, StudyTimeoutError
 from covtanet.screening import child_process as module
 from covtanet.screening import decode
 from covtanet.screening.sandbox import Limits, Sandbox
@@ -206,22 +205,22 @@ def test_second_thread_is_refused_and_the_first_gets_its_own_answer(sandbox: San
     assert "two threads use one sandbox" in str(refused[0])
 
 
-def test_killed_sandbox_ends_the_series_that_is_being_sent_and_takes_no_other(sandbox: Sandbox) -> None:
+def test_closed_sandbox_ends_the_series_that_is_being_sent_and_takes_no_other(sandbox: Sandbox) -> None:
     process = child(sandbox)
 
     def kill() -> None:
         with ThreadPoolExecutor(1) as other:
-            other.submit(sandbox.kill).result(timeout=20)
+            other.submit(sandbox.close).result(timeout=20)
 
     with pytest.raises(SandboxClosedError, match="closed"):
         sandbox("dicom", half_way(kill))
     assert not process.is_running()
     with pytest.raises(RuntimeError, match="the sandbox is closed"):
         sandbox("dicom", [[data] for data in slices()])
-    sandbox.kill()
+    sandbox.close()
 
 
-def test_killed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
+def test_closed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
     """The child is stopped with all of a series in its pipe, so that nothing but the kill can end the wait."""
     found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=600))
     process = child(found)
@@ -235,19 +234,19 @@ def test_killed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
     with ThreadPoolExecutor(1) as other:
         answer = other.submit(found, "dicom", objects())
         assert waiting.wait(60)
-        found.kill()
+        found.close()
         assert isinstance(answer.exception(timeout=60), SandboxClosedError)
     assert not process.is_running()
 
 
-def test_kill_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
     started, killers, processes = module._started, [], []
 
     def start_and_kill(*arguments: object) -> "subprocess.Popen[bytes]":
         process = started(*arguments)  # type: ignore[arg-type]
         processes.append(process)
-        killers.append(threading.Thread(target=found.kill))
+        killers.append(threading.Thread(target=found.close))
         killers[-1].start()
         return process
 
@@ -257,24 +256,3 @@ def test_kill_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyP
     killers[0].join()
     assert len(processes) == 1
     assert processes[0].returncode == -signal.SIGKILL
-
-
-def test_deadline_ends_a_series_before_its_own_time_is_over(sandbox: Sandbox) -> None:
-    process, deadline = child(sandbox), time.monotonic() + 1
-    with pytest.raises(DeadlineError, match="as long as it may"):
-        sandbox("dicom", half_way(lambda: process.send_signal(signal.SIGSTOP)), deadline)
-    assert time.monotonic() >= deadline
-    assert not process.is_running()
-    assert sandbox("dicom", [[data] for data in slices()], time.monotonic() + 600).num_slices == 12
-
-
-def test_deadline_that_is_past_starts_nothing(sandbox: Sandbox) -> None:
-    with pytest.raises(DeadlineError, match="as long as it may"):
-        sandbox("dicom", [[data] for data in slices()], time.monotonic())
-    assert sandbox.child._process is None
-
-
-def test_time_of_a_series_ends_before_a_later_deadline(sandbox: Sandbox) -> None:
-    process = child(sandbox)
-    with pytest.raises(StudyTimeoutError, match="longer than 3 s"):
-        sandbox("dicom", half_way(lambda: process.send_signal(signal.SIGSTOP)), time.monotonic() + 600)
