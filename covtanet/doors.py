@@ -24,7 +24,7 @@ PRIVATE_SUFFIXES = (".local", ".internal")
 # A first letter: digits alone are an IPv4 address to the resolver, 0x... as well.
 LABEL = r"[a-z](?:[a-z0-9-]*[a-z0-9])?"
 NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*")
-# Ray's switches that unpickle what a Parquet file brings along; all of them begin so.
+# All of Ray's switches that unpickle values of a Parquet file begin with this.
 AUTOLOAD = "RAY_DATA_AUTOLOAD_"
 OFF = ("", "0", "false")
 LOOPBACK = "localhost"
@@ -33,7 +33,7 @@ LOOPBACK = "localhost"
 def check_endpoints(environment: Mapping[str, str]) -> None:
     """Refuse http:// to a store or registry beyond this machine and this cluster.
 
-    Allowed are https:// and values that are no URL of a server; http:// to loopback or to a
+    Allowed are https:// and values that name a file or a database; http:// to loopback or to a
     Service of the cluster (a name without a dot, ``NAME.NAMESPACE.svc``,
     ``NAME.NAMESPACE.svc.cluster.local``); and, with COVTANET_ALLOW_PLAIN_HTTP=1, http:// to a
     private address or to a ``.local`` or ``.internal`` name.
@@ -62,7 +62,7 @@ def check_ray_doors(environment: Mapping[str, str]) -> None:
     environment: this process' variables. RAY_ADDRESS may be absent, or ``local``, for a Ray of its own.
 
     Raises:
-        ConfigError: with the variable, and what is expected of it.
+        ConfigError: with the variable and its expected value.
     """
     unsafe = [name for name, value in environment.items() if name.startswith(AUTOLOAD) and value.lower() not in OFF]
     if unsafe:
@@ -85,7 +85,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _host(uri: str) -> str:
-    """The host of a URL in small letters, without brackets and a last dot; empty if there is none."""
+    """Return the host of a URL in lower case, without brackets and a trailing dot; empty if it is missing."""
     try:
         return (urlsplit(uri).hostname or "").removesuffix(".")
     except ValueError:
@@ -108,7 +108,7 @@ def _is_near(host: str) -> bool:
 
 
 def _is_private(host: str) -> bool:
-    """Whether a host is of a private network; its own link and the unspecified address are none."""
+    """Return whether a host is in a private network; link-local and unspecified addresses are not."""
     address = _address(host)
     if address is not None:
         return address.is_private and not address.is_link_local and not address.is_unspecified

@@ -2,7 +2,7 @@
 
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
-│   ├── NoSeriesError    there is no series where the input points
+│   ├── NoSeriesError    the input holds no series
 │   ├── LedgerVersionError  a ledger was written by a version of this software with another schema
 │   └── WeakSandboxError  the kernel cannot shut the decoder's child process in
 ├── AlreadyCommittedError  another driver of the run was first
@@ -30,7 +30,7 @@ class ConfigError(CovtanetError):
 
 
 class NoSeriesError(ConfigError):
-    """There is no series where the input points."""
+    """The input holds no series."""
 
 
 class LedgerVersionError(ConfigError):

@@ -109,8 +109,8 @@ def walk(
     Holds the objects of one folder and of those above it, never the whole tree.
 
     leaves_root: follow links of a disk out of the root, as of data that the caller has put together. Otherwise a link
-    that leads out, to a file or a folder, is listed as an object whose version says so; reading it is refused, since
-    whoever may write into an archive could have any file of the machine read.
+    that leads out, to a file or a folder, is listed as an object whose version says so; reading it is refused: with
+    such a link in an archive any file of the machine could be read.
 
     Raises:
         TooManyObjectsError: the tree holds more than ``max_objects``; the listing goes no further than that.
@@ -232,12 +232,12 @@ def exists(uri: str) -> bool:
 
 
 def describe(uri: str) -> ObjectInfo | None:
-    """Return one object as a listing of its folder would show it, or null if there is none."""
+    """Return one object as a listing of its folder would show it; None if it does not exist."""
     name = uri.rpartition("/")[2]
     if not is_s3(uri):
         return _file_info(_on_disk(uri), name) if _on_disk(uri).is_file() else None
     bucket, key = _split(uri)
-    if not key:  # a bucket is no object
+    if not key:  # a whole bucket
         return None
     try:
         with _as_os_error():
@@ -371,7 +371,7 @@ def _put(uri: str, file: IO[bytes], *, only_new: bool = False) -> bool:
 
 
 def download_files(uri: str, sizes: Mapping[str, int], target: Path) -> None:
-    """Copy files of a folder by their names to a local folder; what else lies beside them is not even listed.
+    """Copy files of a folder by their names to a local folder; other objects beside them are not listed.
 
     sizes: each file's name, and the most bytes that it may have.
 
@@ -435,7 +435,7 @@ def delete(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all below it; nothing happens where there is none.
+    """Delete a folder and all below it, if it exists.
 
     Raises:
         OSError: the store kept some of it.

@@ -71,8 +71,8 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     folder: an empty local folder for the files.
 
     Raises:
-        CheckpointError: there is no such model, its files are too large or not where they may be, or its digest differs
-            from the registry's.
+        CheckpointError: the model is missing, too large or outside the allowed locations, or its digest differs from
+            the registry's.
     """
     if not ref.startswith("models:"):
         if storage.is_s3(ref):
@@ -101,7 +101,7 @@ def _as_checkpoint_error(ref: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"no {DESCRIPTION} and weights where {ref} points, expected a saved model") from error
+        raise CheckpointError(f"{ref} has no {DESCRIPTION} or weights, expected a saved model") from error
     except storage.TooLargeError as error:
         raise CheckpointError(f"{ref}: {error}") from error
     except MlflowException as error:
@@ -109,7 +109,7 @@ def _as_checkpoint_error(ref: str) -> Iterator[None]:
 
 
 def _source_of(registered: ModelVersion, ref: str) -> str:
-    """Return the folder of a registered version, where it may be followed.
+    """Return the folder of a registered version if it lies in an allowed location.
 
     Who may write into the registry may write any source there; with our credentials it would be fetched.
 
@@ -122,22 +122,22 @@ def _source_of(registered: ModelVersion, ref: str) -> str:
     elif registered.run_id:
         roots = [_place(_artifacts_of(registered.run_id), ref)]
     else:
-        raise CheckpointError(f"{ref} belongs to no run; name where its files may lie by {MODEL_SOURCES}")
+        raise CheckpointError(f"{ref} belongs to no run; allow the location of its files by {MODEL_SOURCES}")
     source = _place(registered.source, ref)
     is_local_registry = urlsplit(tracking_uri()).scheme in LOCAL_REGISTRIES
     if source.startswith("/") and not named and not is_local_registry:
         raise CheckpointError(f"{ref} lies on a disk and the registry does not; allow the folder by {MODEL_SOURCES}")
     if not any(f"{source}/".startswith(f"{root.rstrip('/')}/") for root in roots):
         allowed = MODEL_SOURCES if named else "its run's artifacts"
-        raise CheckpointError(f"{ref} lies outside of {allowed}, from where alone models are fetched")
+        raise CheckpointError(f"{ref} lies outside of {allowed}, the only allowed location of models")
     return source
 
 
 def _artifacts_of(run_id: str) -> str:
-    """Return where a run keeps its artifacts.
+    """Return the location of a run's artifacts.
 
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: the run does not exist.
         OSError: the registry does not answer.
     """
     try:
@@ -163,7 +163,7 @@ def _place(uri: str, what: str) -> str:
     if storage.is_s3(uri):
         return storage.absolute(uri)
     if uri.startswith(PROXIED):
-        # The server unquotes what we send, so no '%'. Another server than the registry's own is none of ours.
+        # The server unquotes what we send, so no '%'. Only the registry's own server is trusted.
         if parts.netloc not in ("", urlsplit(tracking_uri()).netloc) or set("%?#\\") & set(uri):
             raise CheckpointError(f"{what}: expected mlflow-artifacts:/PATH of the registry's own server")
         if ".." in parts.path.split("/"):

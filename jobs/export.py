@@ -93,7 +93,7 @@ def chosen(ledger: str, run_id: str, keys: list[str]) -> list[dict[str, Any]]:
 def export(row: dict[str, Any], results: str) -> dict[str, Any]:
     """Write one series' objects; its outcome in a few words that name nobody."""
     if not all(HEX.fullmatch(row[name]) for name in ("run_id", "series_key")):  # they become a place on a disk
-        return {"series_key": "", "outcome": "run_id or series_key is no digest"}
+        return {"series_key": "", "outcome": "run_id or series_key is not a digest in hex"}
     folder = storage.join(results, row["run_id"], row["series_key"])
     targets = [storage.join(folder, name) for name in (SEG, SR)]
     outcome = "written"

@@ -89,7 +89,7 @@ def main() -> int:
 
 @dataclass
 class Watch:
-    """What is to be told of one start, and whether it was."""
+    """Content of one start's alert, and whether it was raised."""
 
     url_file: Path | None
     about: dict[str, Any] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def marked(found: dict[str, Any], night: date, watch: Watch) -> int:
 
 
 def acknowledge(ledger_uri: str, night: date, why: str) -> int:
-    """Write into a night's mark who has seen its alert, and why it may count as done.
+    """Write into a night's mark the person who has seen its alert, and the reason why it counts as done.
 
     Raises:
         ConfigError: the night has no mark, so that there is nothing to acknowledge.
@@ -273,7 +273,7 @@ def alert(url_file: Path | None, what: dict[str, Any]) -> None:
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the listener is the one whose URL was given, or none."""
+    """Follow no redirect: only the configured URL gets the alert."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -287,7 +287,7 @@ def check_alert_url(url: str) -> None:
 
     Raises:
         ConfigError: for either.
-        ValueError: it is no URL.
+        ValueError: the text cannot be parsed as a URL.
     """
     parts = urlsplit(url)
     is_local = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")
@@ -296,7 +296,7 @@ def check_alert_url(url: str) -> None:
 
 
 def prune(arguments: argparse.Namespace, night: date, ledger_uri: str) -> None:
-    """Remove what no later night needs: old work that was never committed, listings but the last, old results."""
+    """Remove old files: work that was never committed, listings but the last, old results."""
     linkage = place(arguments.linkage, "--linkage") if arguments.linkage else ""
     roots = [storage.join(each, ledger.WORK) for each in (ledger_uri, linkage) if each]
     for root in roots:

@@ -111,7 +111,7 @@ def _ledger_as(accept: str, table: pa.Table) -> Response:
 
 
 def _content(*kinds: str) -> dict[str, Any]:
-    """A route's answer in the API's description, if it is no JSON model."""
+    """Describe a route's answer that is not a JSON model."""
     return {"description": "Successful Response", "content": {kind: {} for kind in kinds}}
 
 

@@ -105,7 +105,7 @@ class Batches:
             raise TooManyBatchesError("as many batches are open as this endpoint runs at a time")
 
     def _callers_of_open_jobs(self) -> list[str]:
-        """Return who asked for each batch that is open, by the metadata of Ray's jobs."""
+        """Return the caller of each open batch, from the metadata of Ray's jobs."""
         try:
             jobs = self._client().list_jobs()
         except RuntimeError:
@@ -121,7 +121,7 @@ class Batches:
         if is_new:
             order = LAST_ORDER - int(now.timestamp() * 1000)
             storage.write_bytes(self._uri(caller, "newest", f"{order}-{record['batch_id']}"), b"")
-        self._write(record, caller)  # before the job starts: one that nobody knows of would be lost
+        self._write(record, caller)  # before the job starts: a job without a record would be lost
         try:
             self._client().submit_job(
                 entrypoint=shlex.join(self._command(record)),
@@ -211,7 +211,7 @@ class Batches:
         return storage.join(self.root, "callers", digest, *parts)
 
     def _read(self, batch_id: str, caller: Caller) -> dict[str, Any] | None:
-        """Return a record; null if there is none, or none that can be read."""
+        """Return a record; None if it is missing or unreadable."""
         if len(batch_id) != ID_DIGITS or set(batch_id) - set("0123456789abcdef"):
             return None
         try:
@@ -247,7 +247,7 @@ class Batches:
             raise JobsUnavailableError("Ray's job server does not answer") from None
 
     def _job(self, job: str) -> Any:
-        """Return what Ray knows of a job; null if Ray was started anew since."""
+        """Return Ray's details of a job; None if Ray was restarted since."""
         try:
             return self._client().get_job_info(job)
         except RuntimeError as error:

@@ -59,7 +59,7 @@ class Slot:
             raise DeadlineError("the request ended before its study was read")
 
     def abandon(self) -> None:
-        """End what the slot's thread waits for; nobody waits for the thread any more."""
+        """Close the screener that the slot's thread waits for; its request has ended."""
         with self._lock:
             self._is_abandoned = True
             if self._screener is not None:
@@ -123,11 +123,11 @@ class Decoders:
 
     def _give_back(self, slot: Slot, thread: "asyncio.Future[T]") -> None:
         """Free the slot once its thread has ended."""
-        thread.exception()  # seen: nobody may wait for it any more, and asyncio would log its text
+        thread.exception()  # asyncio logs the text of an exception that is never looked at
         self._free.put_nowait(slot.renewed())
 
 
 def _work_with(work: Callable[[Slot], T], slot: Slot, resources: ExitStack) -> T:
-    """Do the work in this thread, and give up what it read only when it has ended."""
+    """Do the work in this thread and close its resources when it has ended."""
     with resources:
         return work(slot)

@@ -123,7 +123,7 @@ class Segmenter:
             else:
                 await asyncio.to_thread(self._load)
         except Exception as error:  # a description can be wrong in ways of its own
-            logger.error("the model stays as it is, its name leads to none now: %s", type(error).__name__)
+            logger.error("the model stays as it is, another one cannot be loaded: %s", type(error).__name__)
 
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))
@@ -238,7 +238,7 @@ class RemoteNetwork:
         return probabilities
 
     def cancel(self) -> None:
-        """End what is asked of the model, from another thread; whoever waits for it gets an error."""
+        """End what is asked of the model, from another thread; the waiting thread gets an error."""
         self._is_cancelled = True
         for response in tuple(self._under_way):
             response.cancel()
@@ -251,7 +251,7 @@ class RemoteNetwork:
         return response
 
     def _wait(self, response: Any) -> Any:
-        """Wait for this answer and no other: none is ever left for the next study to find."""
+        """Wait for this answer; it is forgotten afterwards, so that the next study cannot get it."""
         try:
             return _result(response)
         except Exception:

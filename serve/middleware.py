@@ -1,4 +1,4 @@
-"""What surrounds every route: headers that keep a browser safe, one log line a request, and no error's own text."""
+"""Middleware of all routes: security headers, one log line for each request, and errors without their text."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ HSTS = "max-age=31536000; includeSubDomains"
 
 
 class SecurityHeaders:
-    """Adds the headers to every answer, whoever gives it."""
+    """Adds the security headers to every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -58,7 +58,7 @@ class SecurityHeaders:
 
 
 class Audit:
-    """Logs and counts who asked for which route and series, and how it ended; answers for errors that nobody caught.
+    """Logs and counts every request with caller, route, series and status; turns uncaught errors into 500.
 
     An error that is raised further is logged by Ray Serve with its text, which may quote a study.
     """
@@ -84,7 +84,7 @@ class Audit:
         try:
             await self.app(scope, receive, note_status)
         except ClientDisconnect:
-            status = 499  # as nginx notes it: nobody is there to be answered
+            status = 499  # nginx's code for a caller who has hung up
         except Exception as error:
             logger.error("internal error, %s", place_of(error))
             if status == 0:

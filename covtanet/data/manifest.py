@@ -106,8 +106,8 @@ def scan_folder(
 ) -> tuple[list[Series], list[ObjectInfo]]:
     """Sort the objects of one folder into series and what is ignored.
 
-    read_head: (path, number of bytes) -> the first bytes of an object. identify: reads them, which nobody has looked
-    at, outside this process; raises nothing for one object's sake.
+    read_head: (path, number of bytes) -> the first bytes of an object. identify: parses these
+    untrusted bytes outside this process; one bad object makes it raise nothing.
     """
     found: list[Series] = []
     ignored: list[ObjectInfo] = []
@@ -143,7 +143,7 @@ def scan_folder(
 def _kinds(
     objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify
 ) -> Iterator[tuple[ObjectInfo, SeriesIdentity | str]]:
-    """Each object with its series, or what else it is: nifti, container, outside, unreadable, vanished or ignored."""
+    """Yield each object with its series or its kind: nifti, container, outside, unreadable, vanished or ignored."""
     waiting = iter(objects)
     while group := list(islice(waiting, HEADS_AT_A_TIME)):
         kinds: dict[ObjectInfo, SeriesIdentity | str] = {}
@@ -168,9 +168,9 @@ def _kinds(
 
 
 def _kind_by_name(item: ObjectInfo, read_head: ReadHead) -> tuple[str | None, bytes]:
-    """What an object is by its name and whether it carries the magic; None and its head if it must be read."""
+    """Return the kind of an object by its name and magic number; None and its head if the header must be read."""
     name = item.path.rsplit("/", 1)[-1].lower()
-    if item.version == OUTSIDE:  # a row whatever its name, since nobody has looked at what it leads to
+    if item.version == OUTSIDE:  # a row whatever its name: the link's target is never read
         return "outside", b""
     if name.endswith(NIFTI_SUFFIXES):
         return "nifti", b""

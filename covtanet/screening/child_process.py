@@ -46,7 +46,7 @@ NONCE_BYTES = 16
 REQUESTS_PER_CHILD = 200
 START_TIMEOUT_S, DEATH_S = 60.0, 5.0
 MAX_MESSAGE, MAX_PLACE = 300, 200
-# Time that a request gets beyond the fixed limit, by what it weighs.
+# A request gets a second more for each of these bytes.
 BYTES_PER_EXTRA_S = 8 << 20
 # The child keeps what it has freed for its next series, unlike its parent: fresh pages for every
 # slice would cost it as much as decoding does. It is replaced long before that could pile up.
@@ -97,7 +97,7 @@ class Child:
         objects: each in chunks. read: takes the answer's header and the pipe behind it.
 
         Raises:
-            StudyError: the child's refusal, or ``decode_crash`` if it died of the input or answers what cannot be.
+            StudyError: the child's refusal, or ``decode_crash`` if it died of the input or contradicts itself.
             StudyTimeoutError: if it takes longer than it may.
             SandboxClosedError: if the child was killed, now or before.
             DecoderError: a fault of this software, found in the child.
@@ -130,16 +130,16 @@ class Child:
                 self._busy.release()
 
     def check_open(self) -> None:
-        """Go on only with a child that nobody has killed.
+        """Refuse to go on with a child that was killed.
 
         Raises:
-            SandboxClosedError: if it was.
+            SandboxClosedError: it was.
         """
         if self._is_killed:
             raise SandboxClosedError("the sandbox is closed")
 
     def warm(self) -> subprocess.Popen[bytes]:
-        """The running process, started if there is none that is fit."""
+        """Return the running process; start one if it is missing, dead or due to be replaced."""
         process = self._process
         if process is not None and (process.poll() is not None or self._num_requests >= REQUESTS_PER_CHILD):
             self._drop()
@@ -177,7 +177,7 @@ class Child:
                 answer = None if refusal else read(header, process.stdout)
             is_clean = header.get("is_last", False) is False
         finally:
-            if not is_clean:  # what is in the pipes belongs to no request
+            if not is_clean:  # bytes in the pipes would be taken for the next answer
                 self._drop()
         if refusal:
             raise refusal
@@ -243,7 +243,7 @@ class Child:
         with _killed_after(process, DEATH_S) as is_stuck:
             code = process.wait()
         if is_stuck.is_set():
-            return StudyError("decode_crash", "the decoder's answer is none")
+            return StudyError("decode_crash", "the decoder's answer is missing")
         if is_late.is_set() or code == -signal.SIGXCPU:
             return self._too_long()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -276,7 +276,7 @@ def header_reader(limits: Limits) -> Child:
 
 
 def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
-    """Read what an answer's header promises.
+    """Read the bytes that an answer's header announces.
 
     Raises:
         StudyError: ``decode_crash`` if less comes.
@@ -364,7 +364,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):  # what was not sent is lost with the process
+        with suppress(OSError):  # unsent bytes are lost with the process
             if pipe is not None:
                 pipe.close()
 
@@ -374,7 +374,7 @@ def _put(descriptor: int, data: bytes | memoryview, timeout_s: float) -> float:
 
     Raises:
         TimeoutError: if that is longer than it may be.
-        BrokenPipeError: if there is no reader any more.
+        BrokenPipeError: the reader has gone.
     """
     ready, view, started = select.poll(), memoryview(data), time.monotonic()
     ready.register(descriptor, select.POLLOUT)

@@ -1,4 +1,4 @@
-"""What every child process of the sandbox does: shut the doors behind it, then answer requests.
+"""Main loop of a sandboxed child process: give up all rights, then answer requests.
 
 A request is a line of JSON and objects: each a 1, chunks behind their lengths, then a length of 0;
 a 0 ends them all. An answer is a line of JSON, which repeats the request's nonce, and what follows
@@ -36,7 +36,7 @@ def run(work: dict[str, Work], warm_up: Callable[[], None]) -> None:
     """
     limits = json.loads(sys.argv[2])
     requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what anybody prints is no answer
+    os.dup2(2, 1)  # printed text must not look like an answer
     warm_up()
     cpu_s = CPU_LIMIT_FACTOR * limits["timeout_s"]
     _write(answers, {"open_doors": shut_the_doors(limits["memory_mib"] << 20, CPU_LIMIT_REQUESTS * cpu_s)})
@@ -46,7 +46,7 @@ def run(work: dict[str, Work], warm_up: Callable[[], None]) -> None:
         contents = _receive(requests)
         header, buffers = work[request["kind"]](request, contents)
         if not header.get("is_last"):
-            for _ in contents:  # what a refusal left unread; behind it the next request begins
+            for _ in contents:  # unread bytes of a refused series; the next request begins behind them
                 pass
         if _cpu_s() - started_s > (CPU_LIMIT_REQUESTS - 1) * cpu_s:
             header["is_last"] = True
@@ -58,7 +58,7 @@ def run(work: dict[str, Work], warm_up: Callable[[], None]) -> None:
 def shut_the_doors(memory_bytes: int, cpu_s: float) -> list[str]:
     """Give up files, sockets, processes, signals and more memory or time than agreed, for good.
 
-    Files that are open stay so. Returns what could not be done, in words.
+    Files that are open stay so. Returns the steps that failed, in words.
     """
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE_BYTES
     cpu_limit_s = int(_cpu_s() + cpu_s) + 1

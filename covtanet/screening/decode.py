@@ -68,10 +68,10 @@ class StoredMasks:
 
 
 def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, float]) -> None:
-    """Compare packed masks with what else is known of their volume, without keeping what is inflated.
+    """Compare packed masks with their volume's slice count and spacing, without keeping the inflated bytes.
 
     Raises:
-        ValueError: if they are no packed masks, or those of another volume.
+        ValueError: they cannot be unpacked, or belong to another volume.
     """
     header, packed = _mask_header(data)
     if header["shape"][0] != num_slices or tuple(header["spacing_mm"]) != spacing_mm:

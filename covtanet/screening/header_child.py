@@ -14,7 +14,7 @@ def main() -> None:
 
 
 def read_heads(request: dict[str, Any], heads: Iterator[bytes]) -> confinement.Answer:
-    """The UIDs of objects from their first bytes; null if there are none."""
+    """Return the UIDs of objects from their first bytes; null for an object without."""
     found = dicom_head.read_identities(heads, request["head_bytes"])
     rows = [None if each is None else [each.study_uid, each.series_uid] for each in found]
     body = json.dumps(rows).encode()
@@ -22,6 +22,6 @@ def read_heads(request: dict[str, Any], heads: Iterator[bytes]) -> confinement.A
 
 
 def warm_up() -> None:
-    """Load what the reader needs before files can no longer be opened."""
+    """Load the reader's code before files can no longer be opened."""
     uid = b"\x20\x00\x0e\x00UI\x08\x00not.one\0"
     dicom_head.read_identity(bytes(dicom_head.MAGIC_AT) + dicom_head.MAGIC + uid, is_whole=True)

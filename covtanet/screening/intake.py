@@ -43,7 +43,7 @@ def lay_out(
     """Put the objects of an upload into an empty folder.
 
     digest: hex digits of its bytes, after which a single file is named, so that the same bytes are the same series.
-    check: called with every chunk; raises if nobody waits for the objects any more.
+    check: called with every chunk; raises once the request has ended.
 
     Raises:
         UploadError: for what is none of the three kinds, or a zip that breaks a rule.
@@ -81,8 +81,8 @@ def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[],
 def _check_directory(upload: Path, limits: IntakeLimits) -> None:
     """Refuse a central directory that is larger than its members explain, before ``ZipFile`` reads all of it.
 
-    ``ZipFile`` makes an object of every entry: 500,000 entries cost it 2.8 s and 124 MiB. Its own function finds the
-    directory, so that both mean the same one.
+    ``ZipFile`` makes an object of every entry: 500,000 entries cost it some seconds and over 100 MiB. Its own function
+    finds the directory, so that both mean the same one.
     """
     with upload.open("rb") as file:
         try:

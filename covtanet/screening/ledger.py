@@ -51,10 +51,10 @@ SERIES_PER_GROUP = 64
 NUM_READ_THREADS = 16
 MAX_ATTEMPTS = 3
 PSEUDONYM_DIGITS = 32
-# Metadata of a committed file: who wrote it, and when its run began by the clock of the first driver.
+# Metadata of a committed file: the driver that wrote it, and when its run began by the clock of the first driver.
 DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
 IDENTITIES = ("source_uri", "study_uid", "series_uid")
-# Plain digests of names and of content: whoever has the images could tell from them whose row it is.
+# Plain digests of names and of content would link a row to its images.
 HIDDEN = (*IDENTITIES, "source_version", "source_digest")
 # How far the clock of a worker may be ahead of the driver's before its time is not believed.
 CLOCK_TOLERANCE = timedelta(minutes=5)
@@ -225,7 +225,7 @@ def latest_date() -> date:
 
 
 def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
-    """All runs with this ledger, oldest first; what is no description of a run is left out."""
+    """Return all runs with this ledger, oldest first; an unreadable run.json is left out and counted."""
     found, num_odd = [], 0
     for run_id in storage.list_names(work_root):
         try:
@@ -351,7 +351,7 @@ def may_try(run: Run, series_key: str, stage: str) -> bool:
     """Count one more attempt of a stage at a series; returns whether it may be made.
 
     A series that kills its worker comes back with the next worker, without end; this is what ends it. Each driver
-    counts for itself: its own death is no attempt of the series that were in flight.
+    counts for itself: its own death does not count as an attempt at the series in flight.
     """
     uri = run.work_uri("attempts", run.driver, f"{series_key}.json")
     try:
@@ -476,7 +476,7 @@ def _begun_at(run: Run, now: datetime) -> str:
 
 
 def _believe_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[dict[str, Any]]:
-    """Put the commit's time in place of one that lies ahead of it: of a worker whose clock is wrong."""
+    """Replace times that lie ahead of the commit, from workers with a wrong clock, by the commit's time."""
     num_ahead = 0
     for row in rows:
         if row["screened_at"] > now + CLOCK_TOLERANCE:
@@ -507,7 +507,7 @@ def _hide(run: Run, rows: Iterable[dict[str, Any]], linkage: pq.ParquetWriter) -
 
 
 def clean_up(run: Run) -> None:
-    """Remove what a committed run needs no more; run.json, manifest, folders and ignored objects stay.
+    """Remove the work of a committed run; run.json, manifest, folders and ignored objects stay.
 
     The ledger stands whether the store lets us or not; the next start of the run tries again.
     """

@@ -66,7 +66,7 @@ class Plan:
 
 
 def make_manifest(run: Run, config: ScreeningConfig) -> None:
-    """List the archive, read the headers on the cluster and freeze the manifest; nothing happens where it exists.
+    """List the archive, read the headers on the cluster and freeze the manifest, unless it exists.
 
     Raises:
         ConfigError: if the archive is empty, or this machine cannot shut the sandbox.

@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "x86_64": Architecture(audit=0xC000003E, column=0, seccomp=317),
     "aarch64": Architecture(audit=0xC00000B7, column=1, seccomp=277),
 }
-# System calls by name: number on x86_64, on aarch64; -1 where there is none. The most frequent first.
+# System calls by name: number on x86_64, on aarch64; -1 if missing. The most frequent first.
 ALLOWED = {
     "read": (0, 63),  # requests come in
     "write": (1, 64),  # answers go out
@@ -119,7 +119,7 @@ def install() -> None:
     """Put the filter on all threads of this process.
 
     Raises:
-        ConfigError: if there is no table for this architecture.
+        ConfigError: the tables lack this architecture.
         OSError: if the kernel has no filters or does not allow them.
     """
     machine = ARCHITECTURES.get(platform.machine())

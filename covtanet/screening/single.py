@@ -23,7 +23,7 @@ from covtanet.screening.stages import ScreeningConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StudyLimits:
-    """What one study may hold. max_bytes: of the objects as they are stored."""
+    """Limits of one study. max_bytes: of the objects as they are stored."""
 
     max_series: int = 16
     max_objects: int = 8192
@@ -50,7 +50,7 @@ class Screener:
         What belongs to a run of the screening job (run, registry version, software) is null.
 
         Raises:
-            NoSeriesError: there is no series.
+            NoSeriesError: the input holds no series.
             UploadError: ``too_large``, with more series, objects or bytes than the limits; nothing is decoded then.
             SandboxClosedError: once it is closed, as soon as no read of storage is under way.
         """
@@ -65,7 +65,7 @@ class Screener:
         for folder, items in objects:
             found += manifest.scan_folder(folder, items, read_head, identify)[0]
         if not found:
-            raise NoSeriesError("no series where the input points, expected a NIfTI file or a folder with CT")
+            raise NoSeriesError("the input holds no series, expected a NIfTI file or a folder with CT")
         if limits is not None and len(found) > limits.max_series:
             raise UploadError("too_large", f"{len(found)} series, expected at most {limits.max_series} in a request")
         for series in found:

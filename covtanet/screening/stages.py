@@ -92,7 +92,7 @@ class ScreeningConfig:
 
     @property
     def decode_limits(self) -> Limits:
-        """What the decoder's child process may cost."""
+        """Limits of the decoder's child process."""
         return Limits(
             memory_mib=self.decode_memory_mib, timeout_s=self.decode_timeout_s, allow_weak=self.allow_weak_sandbox
         )
@@ -368,7 +368,7 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
 
 
 def not_storable(record: Row, error: Exception) -> Row:
-    """The row of a series whose own cannot be stored: what the manifest says of it, and that it is our fault."""
+    """Return the row of a series whose own row cannot be stored: its identity and ``internal_error``."""
     kept = {name: record[name] for name in IDENTITY}
     _internal_error(kept, error)
     return {**kept, "qc_flags": [], "started_at": record["started_at"]}

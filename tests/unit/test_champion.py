@@ -96,7 +96,7 @@ def test_champion_without_window_leaves_the_old_model_answering(
         asyncio.run(segmenter.check_health())
     assert segmenter.describe()["version"] == first
     told = [record.getMessage() for record in caplog.records if "stays as it is" in record.getMessage()]
-    assert told == [f"the model stays as it is, its name leads to none now: {error}"] * 3
+    assert told == [f"the model stays as it is, another one cannot be loaded: {error}"] * 3
 
 
 def test_error_that_nobody_thought_of_leaves_the_old_model_answering(
@@ -110,7 +110,7 @@ def test_error_that_nobody_thought_of_leaves_the_old_model_answering(
 
     monkeypatch.setattr(tracking, "digest_of", fail)
     asyncio.run(segmenter.check_health())
-    assert "its name leads to none now: KeyError" in caplog.text
+    assert "another one cannot be loaded: KeyError" in caplog.text
     assert "Doe" not in caplog.text
 
 
