@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import ray.data
 
-from covtanet import storage
+from covtanet import ray_data, storage
 from covtanet.data import prepared
 from covtanet.data.prepared import PreparedVolume
 from covtanet.evaluation.rows import answer
@@ -40,8 +40,7 @@ def evaluate(task: Task, volumes: Sequence[PreparedVolume]) -> list[Row]:
     """One row per volume; an empty list for none."""
     if not volumes:
         return []
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray_data.configure(preserve_order=True)
     items = [{"found": prepared.to_json(volume)} for volume in volumes]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Evaluator,

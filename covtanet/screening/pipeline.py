@@ -24,7 +24,7 @@ import ray
 import ray.data
 from ray.util import metrics
 
-from covtanet import storage
+from covtanet import ray_data, storage
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.errors import ConfigError
@@ -74,7 +74,7 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
     refuse_weak_sandbox(config.decode_limits)
     if storage.exists(run.work_uri("manifest.parquet")):
         return
-    _configure(preserve_order=True)  # so that a limit means the same series each time
+    ray_data.configure(preserve_order=True)  # so that a limit means the same series each time
     known = _what_is_known(run) if run.since_last else Before()
     with tempfile.TemporaryDirectory() as folder:
         listing, folders = Path(folder) / "listing.parquet", Path(folder) / "folders.parquet"
@@ -410,7 +410,7 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
     """
     from covtanet.model.checkpoint import MODEL_FILES  # torch, which decoding and measuring do without
 
-    _configure(preserve_order=False)
+    ray_data.configure(preserve_order=False)
     todo_uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     finished = ledger.finished_keys(run)
     planned = plan(run)
@@ -479,11 +479,3 @@ def _follow(rows: ray.data.Dataset, remaining: int) -> None:
             logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s, extra=extra)
             reported = now
     logger.info("%d series in %.1f s since work on the first began", remaining, time.time() - started)
-
-
-def _configure(preserve_order: bool) -> None:
-    """Settings of Ray Data that every plan of ours needs: no lost blocks, no bars in a log."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
-    context.execution_options.preserve_order = preserve_order

@@ -22,7 +22,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from covtanet import storage, tracking
+from covtanet import ray_data, storage, tracking
 from covtanet.ct.window import WindowConfig
 from covtanet.data import prepared
 from covtanet.data.folds import Split
@@ -184,6 +184,7 @@ def train_phase1(
 
     encoder_weights: a local file that a pretrained encoder starts from; without one its library fetches them.
     """
+    ray_data.configure(preserve_order=True)
     datasets: dict[str, ray.data.Dataset] = {}
     specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
     filesystem, _ = storage.filesystem(prepared_uri)
@@ -298,9 +299,7 @@ class _FrozenSegNet:
 
 def _items(rows: list[Row]) -> ray.data.Dataset:
     """A dataset of small rows, one per block, that keeps its order: reruns then see the same."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+    ray_data.configure(preserve_order=True)
     return ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
 
 

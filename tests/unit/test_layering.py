@@ -12,18 +12,25 @@ PACKAGE = ROOT / "covtanet"
 ALLOWED = {
     "errors": set(),
     "doors": set(),
+    "ray_data": set(),
     "storage": set(),
     "ct": set(),
     "model": set(),
     "data": {"ct", "storage"},
     "report": {"ct", "data", "storage"},
     "tracking": {"model.checkpoint", "storage"},
-    "training": {"ct", "data", "evaluation", "model", "report", "storage", "tracking"},
-    "evaluation": {"data", "model", "report", "screening.predictor", "screening.records", "storage"},
-    "screening": {"ct", "model", "data.manifest", "storage", "report"},
+    "training": {"ct", "data", "evaluation", "model", "ray_data", "report", "storage", "tracking"},
+    "evaluation": {"data", "model", "ray_data", "report", "screening.predictor", "screening.records", "storage"},
+    "screening": {"ct", "model", "data.manifest", "ray_data", "storage", "report"},
     "config": {"screening.stages", "training.config"},
 }
-RAY_PLACES = {"training/worker.py", "training/distributed.py", "screening/pipeline.py", "evaluation/pipeline.py"}
+RAY_PLACES = {
+    "ray_data.py",
+    "training/worker.py",
+    "training/distributed.py",
+    "screening/pipeline.py",
+    "evaluation/pipeline.py",
+}
 MLFLOW_PLACES = {"tracking.py", "screening/pyfunc.py"}
 
 
