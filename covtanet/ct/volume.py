@@ -45,12 +45,15 @@ class Volume:
 
     hu: (z, y, x), int16 where the source's values are whole numbers, else float32.
     affine: 4x4, index (z, y, x) -> LPS mm.
+    has_known_spacing: False if the voxel size is nominal, 1 x 1 x 1 without a unit: no length, area or volume of this
+    series means anything then.
     """
 
     hu: NDArray[Any]
     affine: NDArray[np.float64]
     source: SourceGrid
     qc_flags: tuple[str, ...] = field(default=())
+    has_known_spacing: bool = True
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -13,12 +13,15 @@ REASONS = (
     "container",
     "label_map",
     "not_ct",
+    "projection",
     "unsupported_syntax",
     "truncated",
     "undecodable",
     "decode_crash",
     "mixed_patients",
+    "mixed_acquisitions",
     "missing_position",
+    "implausible_spacing",
     "missing_rescale",
     "orientation_conflict",
     "mixed_orientation",
@@ -36,6 +39,7 @@ FAILURES = ("storage", "vanished", "changed", "timeout", "worker_died", "interna
 
 QC_FLAGS = (
     "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding", "no_diagnosis",
+    "reformatted", "implausible_lungs", "unknown_spacing", "blank_slices", "localizer_dropped", "duplicate_objects",
 )  # fmt: skip
 
 # Lesion probability travels as uint8 in these steps, so that 127 is one half.
