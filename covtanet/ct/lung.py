@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from covtanet.ct.body import (
+    AERATED_HU,
     AIR_HU,
     BODY_HU,
     IN_PLANE,
-    ROOM_AIR_HU,
+    SURELY_AIR_HU,
     Mask,
     beside_unmeasured,
     blank_slices,
-    body_hull,
     convex_hull,
     diamond,
     find_outside,
+    inside_body,
     touching_border,
 )
 from covtanet.ct.volume import Volume
@@ -32,7 +33,6 @@ from covtanet.errors import StudyError
 
 GRID_MM = 2.5
 GRID_Z_MM = 2.5
-AERATED_HU = -400
 PURE_AIR_HU = -920
 PURE_AIR_CM2 = 0.6
 CLOSING_MM = 12.0
@@ -139,7 +139,7 @@ def is_implausible_volume(lungs: Lungs, num_voxels: int, voxel_ml: float | None)
     if voxel_ml is None or lungs.is_partial:
         return False
     low, high = LUNGS_ML
-    return not low <= num_voxels * voxel_ml <= high
+    return bool(not low <= num_voxels * voxel_ml <= high)
 
 
 def find_lungs(volume: Volume) -> Lungs:
@@ -241,12 +241,16 @@ def _shrink(hu: NDArray[Any], wanted: NDArray[np.intp], step_y: int, step_x: int
     rows, columns = -(-height // step_y), -(-width // step_x)
     out = np.empty((len(wanted), rows, columns), np.float32)
     pad = ((0, rows * step_y - height), (0, columns * step_x - width))
+    is_whole = hu.dtype.kind == "i"
     for index, z in enumerate(wanted):
-        if step_y == step_x == 1:
-            out[index] = hu[z]
-            continue
-        padded = np.pad(hu[z], pad, mode="edge").astype(np.float32)
-        out[index] = padded.reshape(rows, step_y, columns, step_x).mean(axis=(1, 3))
+        slice_hu = hu[z] if pad == ((0, 0), (0, 0)) else np.pad(hu[z], pad, mode="edge")
+        if is_whole:  # exact either way; this order is four times as fast
+            sums = slice_hu.reshape(rows, step_y, -1).sum(axis=1, dtype=np.int32)
+            sums = sums.reshape(rows, columns, step_x).sum(axis=2, dtype=np.int32)
+            out[index] = sums.astype(np.float32) / np.float32(step_y * step_x)
+        else:
+            blocks = slice_hu.astype(np.float32).reshape(rows, step_y, columns, step_x)
+            out[index] = blocks.mean(axis=(1, 3))
     return out
 
 
@@ -278,8 +282,8 @@ def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
     if not aerated.any():
         return aerated
     median_hu = float(np.median(scan.hu[aerated]))
-    is_dense = aerated & (scan.hu > ROOM_AIR_HU)
-    if median_hu < ROOM_AIR_HU and is_dense.any():  # more room air than lung is left
+    is_dense = aerated & (scan.hu > SURELY_AIR_HU)
+    if median_hu < SURELY_AIR_HU and is_dense.any():  # more room air than lung is left
         median_hu = float(np.median(scan.hu[is_dense]))
     threshold = min((median_hu + AIR_HU) / 2, PURE_AIR_HU)
     core = ndimage.binary_opening(aerated & (scan.hu < threshold), structure=IN_PLANE)
@@ -310,8 +314,8 @@ def _is_in_body(piece: Mask, scan: _Scan) -> bool:
     """Tell lung from closed air beside the body, as in a table, by a few of its slices."""
     shown = np.flatnonzero(piece.any(axis=(1, 2)))
     checked = shown[np.unique(np.linspace(0, len(shown) - 1, BODY_CHECK_SLICES).astype(int))]
-    hull = np.stack([body_hull(scan.hu[z], scan.unmeasured[z], scan.grid_mm) for z in checked])
-    return bool(2 * np.count_nonzero(piece[checked] & hull) >= np.count_nonzero(piece[checked]))
+    inside = inside_body(scan.hu[checked], scan.unmeasured[checked], scan.grid_mm)
+    return bool(2 * np.count_nonzero(piece[checked] & inside) >= np.count_nonzero(piece[checked]))
 
 
 def _halves(both: Mask) -> list[Mask]:
@@ -394,10 +398,9 @@ def _is_partial(closed: Mask, scan: _Scan) -> bool:
         return False
     above = np.count_nonzero(closed[:-1] & scan.unmeasured[1:], axis=(1, 2)).max(initial=0)
     below = np.count_nonzero(closed[1:] & scan.unmeasured[:-1], axis=(1, 2)).max(initial=0)
-    if max(above, below) * scan.pixel_cm2 > PARTIAL_CM2:
-        return True
     contact = np.count_nonzero(closed & beside_unmeasured(scan.unmeasured, scan.hu))
-    return contact * scan.grid_mm[0] * max(scan.grid_mm[1:]) / 100.0 > CONTACT_CM2
+    contact_cm2 = float(contact) * scan.grid_mm[0] * max(scan.grid_mm[1:]) / 100.0
+    return max(above, below) * scan.pixel_cm2 > PARTIAL_CM2 or contact_cm2 > CONTACT_CM2
 
 
 def _lacks_a_lung(lone: Mask, scan: _Scan) -> bool:
@@ -422,14 +425,35 @@ def _lacks_a_lung(lone: Mask, scan: _Scan) -> bool:
 
 def _enlarge(mask: Mask, shape: tuple[int, ...], steps: tuple[int, int, int]) -> Mask:
     """Repeat the voxels of the working grid on the volume's grid."""
-    z, y, x = (np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(shape, steps, mask.shape, strict=True))
-    return np.asarray(mask.take(z, axis=0).take(y, axis=1).take(x, axis=2))
+    out = np.zeros(shape, bool)
+    index_z, index_y, index_x = _nearest_voxels(mask.shape, shape, steps)
+    rows = _span(np.asarray(mask.any(axis=(0, 2)))[index_y])
+    columns = _span(np.asarray(mask.any(axis=(0, 1)))[index_x])
+    for z, at in enumerate(index_z):
+        out[z, rows, columns] = mask[at].take(index_y[rows], axis=0).take(index_x[columns], axis=1)
+    return out
 
 
 def _sharpen(closed: Mask, volume: Volume, steps: tuple[int, int, int]) -> Mask:
     """Follow the aerated outline at full resolution within one voxel of the working grid."""
     core = ndimage.binary_erosion(closed, structure=IN_PLANE)
     reach = ndimage.binary_dilation(closed, structure=IN_PLANE)
-    shape = volume.hu.shape
-    aerated = volume.hu < AERATED_HU
-    return _enlarge(core, shape, steps) | (_enlarge(reach, shape, steps) & aerated)
+    out = _enlarge(reach, volume.hu.shape, steps)
+    core = _enlarge(core, volume.hu.shape, steps)
+    for slice_mask, slice_core, slice_hu in zip(out, core, volume.hu, strict=True):
+        rows, columns = _span(slice_mask.any(axis=1)), _span(slice_mask.any(axis=0))
+        inner = slice_mask[rows, columns]
+        inner &= slice_core[rows, columns] | (slice_hu[rows, columns] < AERATED_HU)
+    return out
+
+
+def _nearest_voxels(
+    grid: tuple[int, ...], shape: tuple[int, ...], steps: tuple[int, int, int]
+) -> list[NDArray[np.intp]]:
+    """Return the index on the working grid of each index of the source, by axis."""
+    return [np.minimum(np.arange(n) // step, m - 1) for n, step, m in zip(shape, steps, grid, strict=True)]
+
+
+def _span(is_shown: Mask) -> slice:
+    shown = np.flatnonzero(is_shown)
+    return slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, 0)

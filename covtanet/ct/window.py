@@ -99,9 +99,7 @@ def _to_levels(hu: Any, window: WindowConfig) -> Any:
     return (np.clip(hu, window.low_hu, window.high_hu) - np.float32(window.low_hu)) * scale
 
 
-def mask_to_input(
-    slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0
-) -> NDArray[np.uint8]:
+def mask_to_input(slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0) -> NDArray[np.uint8]:
     """Resize masks as ``to_input`` resizes slices.
 
     A pixel belongs to the mask if at least half of it does.
@@ -115,9 +113,7 @@ def mask_to_input(
     return out
 
 
-def from_input(
-    probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0
-) -> NDArray[np.float32]:
+def from_input(probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0) -> NDArray[np.float32]:
     """Bring one slice of the network's output back to the source's in-plane shape (y, x).
 
     The inverse of ``to_input``.
