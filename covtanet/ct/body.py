@@ -21,7 +21,7 @@ AIR_HU = -1000
 AERATED_HU = -400
 # Nothing that is measured lies below: air is -1000, and noise averages out within a block.
 UNMEASURED_HU = -1100
-# No fill value lies between these, the HU of soft tissue and contrast.
+# Soft tissue, which is flat where an image was made without noise.
 TISSUE_HU = (1, 300)
 # Half the voxels of severe emphysema lie below -950. Room air was measured at -1000 to -930, foam of
 # tables and cushions is alike: between the limits only the place tells air from lung.
@@ -34,11 +34,10 @@ CUT_LUNG_CM2 = 2.0
 FRAME_PX = 2
 BEHIND_FRAME_CM2 = 10.0
 # Of all tissue in a slice: a ring of room air lies around the body, joined lungs around the heart.
-RING_SHARE = 0.5
-# Shells of tables are thinner, chest walls thicker.
-SHELL_MM = 10.0
-# Of the largest piece of tissue; arms are smaller.
-TRUNK_SHARE = 0.3
+RING_SHARE = 0.4
+# Cables and clothes are thinner than chest walls, and so are most shells of tables.
+THIN_MM, SHELL_MM = 7.0, 12.0
+TISSUE_CM2 = 3.0
 INSIDE_SHARE = 0.7
 
 IN_PLANE = np.zeros((3, 3, 3), bool)
@@ -92,30 +91,23 @@ def touching_border(mask: Mask) -> Mask:
     return np.asarray(_touching(labels, count)[labels])
 
 
-def inside_body(hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres) -> Mask:
-    """Return the pixels of slices with the trunk's tissue on both sides, along x or along y.
-
-    Arms and shells of tables are no trunk.
-    """
-    # Every other pixel will do, and takes a fourth of the time.
-    step_y, step_x = (2 if 3 * mm <= SHELL_MM else 1 for mm in grid_mm[1:])
-    empty = unmeasured[:, ::step_y, ::step_x]
-    tissue = (hu[:, ::step_y, ::step_x] >= BODY_HU) & ~empty
-    thick = [max(1, round(SHELL_MM / 2 / mm)) for mm in (grid_mm[1] * step_y, grid_mm[2] * step_x)]
-    thick_tissue = ndimage.binary_erosion(tissue | empty, structure=diamond(thick)[None], border_value=1)
-    labels, _ = ndimage.label(thick_tissue & tissue, structure=IN_PLANE)
-    trunk = np.zeros_like(tissue)
-    for slice_trunk, slice_labels in zip(trunk, labels, strict=True):
-        sizes = np.bincount(slice_labels.ravel())
-        sizes[0] = 0
-        slice_trunk |= ((sizes >= TRUNK_SHARE * sizes.max()) & (sizes > 0))[slice_labels]
-    inside = np.zeros_like(trunk)
+def inside_body(
+    hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres, thicker_than_mm: float = THIN_MM
+) -> Mask:
+    """Return the pixels of slices that have thick tissue on both sides, along x or along y."""
+    tissue = (hu >= BODY_HU) & ~unmeasured
+    reach = [int(thicker_than_mm / 2 / mm) for mm in grid_mm[1:]]
+    thick = ndimage.binary_erosion(tissue | unmeasured, structure=diamond(reach)[None], border_value=1)
+    labels, count = ndimage.label(thick & tissue, structure=IN_PLANE)
+    is_large = np.bincount(labels.ravel(), minlength=count + 1) * grid_mm[1] * grid_mm[2] / 100.0 >= TISSUE_CM2
+    is_large[0] = False
+    body = is_large[labels]
+    inside = np.zeros_like(body)
     for axis in (1, 2):
-        before = np.maximum.accumulate(trunk, axis=axis)
-        behind = np.flip(np.maximum.accumulate(np.flip(trunk, axis), axis=axis), axis)
+        before = np.maximum.accumulate(body, axis=axis)
+        behind = np.flip(np.maximum.accumulate(np.flip(body, axis), axis=axis), axis)
         inside |= before & behind
-    height, width = unmeasured.shape[1:]
-    return inside.repeat(step_y, axis=1)[:, :height].repeat(step_x, axis=2)[:, :, :width]
+    return inside
 
 
 def convex_hull(slice_mask: Mask) -> Mask:
@@ -136,7 +128,7 @@ def convex_hull(slice_mask: Mask) -> Mask:
 
 def diamond(reach_px: list[int]) -> Mask:
     """Return the pixels that as many steps along y and x reach, as a structuring element."""
-    y, x = (np.abs(np.arange(-reach, reach + 1)) / reach for reach in reach_px)
+    y, x = (np.abs(np.arange(-reach, reach + 1)) / max(1, reach) for reach in reach_px)
     return np.asarray(y[:, None] + x[None, :] <= 1 + 1e-9)
 
 
@@ -178,9 +170,18 @@ def _fill_values(slice_hu: NDArray[np.float32]) -> set[float]:
         value = float(slice_hu[y, x])
         beside = (slice_hu[y, 1 if x == 0 else -2], slice_hu[1 if y == 0 else -2, x])
         is_flat = all(abs(float(other) - value) <= FLAT_TOL_HU for other in beside)
-        if value < UNMEASURED_HU or (is_flat and not TISSUE_HU[0] <= value <= TISSUE_HU[1]):
+        if value < UNMEASURED_HU or (is_flat and not _may_be_tissue(value, slice_hu)):
             values.add(value)
     return values
+
+
+def _may_be_tissue(value: float, slice_hu: NDArray[np.float32]) -> bool:
+    """Tell whether flat corners may be tissue, as in images without any noise."""
+    if not TISSUE_HU[0] <= value <= TISSUE_HU[1]:
+        return False
+    others = np.abs(slice_hu[:, :-1] - value) > FLAT_TOL_HU
+    is_flat = np.abs(np.diff(slice_hu, axis=1)) <= FLAT_TOL_HU
+    return bool(2 * np.count_nonzero(is_flat & others) >= np.count_nonzero(others))
 
 
 def _is_flat(hu: NDArray[np.float32]) -> Mask:
