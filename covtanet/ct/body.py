@@ -33,6 +33,7 @@ BLANK_SAMPLES = 32
 CUT_LUNG_CM2 = 2.0
 FRAME_PX = 2
 BEHIND_FRAME_CM2 = 10.0
+LEAK_CM2 = 10.0
 # Of all tissue in a slice: a ring of room air lies around the body, joined lungs around the heart.
 RING_SHARE = 0.4
 # Cables and clothes are thinner than chest walls, and so are most shells of tables.
@@ -77,12 +78,17 @@ def find_outside(hu: NDArray[np.float32], samples: NDArray[Any], grid_mm: Millim
     is_outside = _touching(labels, count)
     if unmeasured.any():
         is_outside[labels[beside_unmeasured(unmeasured, hu)]] = True
+    is_behind_frame = np.zeros_like(is_outside)
     for edge in _edges(labels[:, FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]):
-        is_outside[edge] |= is_large[edge]
-    is_outside &= ~_cut_lung(labels, is_outside, hu, samples, unmeasured, grid_mm)
+        is_behind_frame[edge] = is_large[edge] & ~is_outside[edge]
+    candidates = is_outside | is_behind_frame
+    is_lung, is_thick = _cut_lung(labels, candidates, hu, samples, unmeasured, grid_mm)
+    is_outside = (is_outside | (is_behind_frame & is_thick)) & ~is_lung
     is_outside |= _rings(labels, is_large & ~is_outside, hu, unmeasured)
     is_outside[0] = False
-    return is_outside[labels] | unmeasured, unmeasured
+    room_air = is_outside[labels]
+    _remove_leaks(room_air, hu, unmeasured, grid_mm)
+    return room_air | unmeasured, unmeasured
 
 
 def touching_border(mask: Mask) -> Mask:
@@ -130,6 +136,12 @@ def diamond(reach_px: list[int]) -> Mask:
     """Return the pixels that as many steps along y and x reach, as a structuring element."""
     y, x = (np.abs(np.arange(-reach, reach + 1)) / max(1, reach) for reach in reach_px)
     return np.asarray(y[:, None] + x[None, :] <= 1 + 1e-9)
+
+
+def rim(grid_mm: Millimetres) -> Mask:
+    """Return a structuring element that reaches two pixels along the finer axis of a slice."""
+    finer = min(grid_mm[1:])
+    return diamond([max(1, round(2 * finer / mm)) for mm in grid_mm[1:]])[None]
 
 
 def beside_unmeasured(unmeasured: Mask, hu: NDArray[np.float32]) -> Mask:
@@ -225,7 +237,7 @@ def _cut_lung(
     samples: NDArray[Any],
     unmeasured: Mask,
     grid_mm: Millimetres,
-) -> Mask:
+) -> tuple[Mask, Mask]:
     """Tell which candidates, labels of pieces within a slice each, are lung that the edge cuts."""
     # Two pixels of rim are partly something else. The edge that cuts a piece is no rim of it.
     solid = ndimage.binary_erosion(candidates[labels] | unmeasured, structure=IN_PLANE, iterations=2, border_value=1)
@@ -237,17 +249,34 @@ def _cut_lung(
 
     # The median is above a limit if more than half of the samples are.
     num_all = np.bincount(inner, minlength=len(candidates))
-    is_lung = num_all * grid_mm[1] * grid_mm[2] / 100.0 >= CUT_LUNG_CM2
-    is_lung &= (2 * count(values > SURELY_AIR_HU) > num_all) & (2 * count(values > AERATED_HU) < num_all)
-    if not is_lung.any():
-        return is_lung
+    is_thick = num_all * grid_mm[1] * grid_mm[2] / 100.0 >= CUT_LUNG_CM2
+    is_lung = is_thick & (2 * count(values > SURELY_AIR_HU) > num_all)
+    is_lung &= 2 * count(values > AERATED_HU) < num_all
     is_unsure = is_lung & (2 * count(values > SURELY_DENSE_HU) <= num_all)
     num_inside = np.zeros(len(candidates), int)
     shown = (is_unsure[labels] & solid).any(axis=(1, 2))
     if shown.any():
         inside = inside_body(hu[shown], unmeasured[shown], grid_mm) & solid[shown]
         num_inside += np.bincount(labels[shown][inside], minlength=len(candidates))
-    return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all))
+    return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all)), is_thick
+
+
+def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres) -> None:
+    """Take from the room air, in place, lung that a thin chest wall or a fill value joined to it."""
+    pixel_cm2 = grid_mm[1] * grid_mm[2] / 100.0
+    dense = room_air & (hu > SURELY_DENSE_HU) & (hu < AERATED_HU)
+    # The blurred rim of the body has no pixel with eight such neighbours.
+    rows = dense[:, :-2] & dense[:, 1:-1] & dense[:, 2:]
+    core = rows[:, :, :-2] & rows[:, :, 1:-1] & rows[:, :, 2:]
+    shown = np.count_nonzero(core, axis=(1, 2)) * pixel_cm2 >= LEAK_CM2 / 2
+    if not shown.any():
+        return
+    inside = room_air[shown] & inside_body(hu[shown], unmeasured[shown], grid_mm)
+    core = ndimage.binary_opening(dense[shown] & inside, structure=IN_PLANE)
+    labels, count = ndimage.label(core, structure=IN_PLANE)
+    is_large = np.bincount(labels.ravel(), minlength=count + 1) * pixel_cm2 >= LEAK_CM2
+    is_large[0] = False
+    room_air[shown] &= ~(inside & ndimage.binary_dilation(is_large[labels], structure=rim(grid_mm)))
 
 
 def _rings(labels: NDArray[Any], candidates: Mask, hu: NDArray[np.float32], unmeasured: Mask) -> Mask:

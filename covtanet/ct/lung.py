@@ -27,6 +27,7 @@ from covtanet.ct.body import (
     diamond,
     find_outside,
     inside_body,
+    rim,
     touching_border,
 )
 from covtanet.ct.volume import Volume
@@ -181,7 +182,7 @@ def find_lungs(volume: Volume) -> Lungs:
     closed &= ~scan.outside
     cavity = _cavity(closed, scan)
     # Lung that consolidation cut off from the rest; what hems gas is its rim, not lung.
-    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=_rim(scan))
+    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=rim(scan.grid_mm))
     is_partial = _is_partial(closed, scan) or (len(pieces) == 1 and _lacks_a_lung(pieces[0], scan))
     return _on_source(volume, scan, sound, closed, cavity, is_partial)
 
@@ -270,13 +271,6 @@ def _samples(
     return out
 
 
-def _rim(scan: _Scan) -> Mask:
-    """Return the structuring element that reaches two pixels of the finer axis."""
-    finer = min(scan.grid_mm[1:])
-    reach = [max(1, round(2 * finer / mm)) for mm in scan.grid_mm[1:]]
-    return diamond(reach)[None]
-
-
 def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
     """Return trachea, main bronchi and gas in the bowel, with their rim.
 
@@ -294,7 +288,7 @@ def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
     labels, count = ndimage.label(core, structure=IN_PLANE)
     is_large = np.bincount(labels.ravel(), minlength=count + 1) * scan.pixel_cm2 >= PURE_AIR_CM2
     is_large[0] = False
-    return aerated & ndimage.binary_dilation(is_large[labels], structure=_rim(scan))
+    return aerated & ndimage.binary_dilation(is_large[labels], structure=rim(scan.grid_mm))
 
 
 def _lung_pieces(aerated: Mask, scan: _Scan) -> list[Mask]:
