@@ -13,7 +13,6 @@ from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-import highdicom.spatial as spatial
 import imagecodecs
 import numpy as np
 import pydicom
@@ -38,7 +37,8 @@ from pydicom.uid import (
 from covtanet.ct import nifti
 from covtanet.ct.dicom_head import DEFLATED, has_magic, transfer_syntax
 from covtanet.ct.frames import ENHANCED_CLASSES, PLAIN_SYNTAXES, Frame, frames_of
-from covtanet.ct.volume import MAX_SHEAR, Volume, canonical_volume
+from covtanet.ct.series_geometry import check_positions, fit_stack
+from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.errors import StudyError
 
 DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
@@ -55,11 +55,6 @@ _decode_rle = imagecodecs.dicomrle_decode  # loaded now: the sandbox opens no fi
 GREY = {"", "MONOCHROME1", "MONOCHROME2"}
 HU_TYPES = {"", "HU", "HU_MOD", "US"}
 AIR_PADDING_HU = -1024
-SPACING_RTOL = 0.05
-ORIENTATION_ATOL = 1e-3
-PIXEL_SPACING_ATOL_MM = 1e-3
-# The cosine of the tilt that MAX_SHEAR allows, about half a degree.
-PERPENDICULAR_TOL = 1 - (1 - MAX_SHEAR**2) ** 0.5
 READ_TAGS = [
     "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
@@ -120,33 +115,24 @@ def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
         _check_numbers(frame.dataset)
         _check_complete(frame)
     headers = [frame.dataset for frame in frames]
-    shapes = {(int(header.Rows), int(header.Columns)) for header in headers}
     num_voxels = sum(int(header.Rows) * int(header.Columns) for header in headers)
     is_large = num_voxels > nifti.MAX_VOXELS
     decoded: list[NDArray[Any]] = []
     if not is_large:
         with ThreadPoolExecutor(num_threads) as pool:
             decoded = list(pool.map(_decode, frames))
-    _check_position_and_rescale(headers)
-    spacing_mm, order = _slice_order(headers, shapes)
+    check_positions(headers)
+    _check_rescale(headers)
+    stack = fit_stack(headers)
     if is_large:
         raise StudyError("too_large", f"{num_voxels} voxels, expected at most {nifti.MAX_VOXELS}")
-    slopes = [(float(headers[i].RescaleSlope), float(headers[i].RescaleIntercept)) for i in order]
-    hu = _stack_hu([decoded[index] for index in order], slopes)
-    is_padded = _replace_padding(hu, [decoded[index] for index in order], [headers[index] for index in order])
+    slopes = [(float(headers[i].RescaleSlope), float(headers[i].RescaleIntercept)) for i in stack.order]
+    hu = _stack_hu([decoded[index] for index in stack.order], slopes)
+    is_padded = _replace_padding(hu, [decoded[i] for i in stack.order], [headers[i] for i in stack.order])
     nifti.check_hu(hu)
     if len(hu) < nifti.MIN_SLICES:
         raise StudyError("too_few_slices", f"{len(hu)} slices, expected at least {nifti.MIN_SLICES}")
-    bottom = headers[order[0]]
-    affine = spatial.create_affine_matrix_from_attributes(
-        image_position=bottom.ImagePositionPatient,
-        image_orientation=bottom.ImageOrientationPatient,
-        pixel_spacing=bottom.PixelSpacing,
-        spacing_between_slices=spacing_mm,
-        index_convention="DR",
-        slices_first=True,
-    )
-    volume = canonical_volume(hu, np.asarray(affine, np.float64))
+    volume = canonical_volume(hu, stack.affine)
     has_contrast = any(_text(dataset, "ContrastBolusAgent") for dataset in datasets)
     flags = [name for name, holds in (("contrast", has_contrast), ("padding", is_padded)) if holds]
     return replace(volume, qc_flags=(*volume.qc_flags, *flags))
@@ -305,14 +291,7 @@ def decode_rle(frame: bytes, dtype: np.dtype[Any]) -> bytes:
     return bytes(_decode_rle(frame, dtype))
 
 
-def _check_position_and_rescale(datasets: Sequence[Dataset]) -> None:
-    for dataset in datasets:
-        for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
-            values = dataset.get(name)
-            if values is None or len(values) != length or not np.isfinite(np.asarray(values, float)).all():
-                raise StudyError("missing_position", f"a slice has no {name}")
-        if min(float(mm) for mm in dataset.PixelSpacing) <= 0:
-            raise StudyError("missing_position", "a slice's PixelSpacing is not above 0")
+def _check_rescale(datasets: Sequence[Dataset]) -> None:
     for dataset in datasets:
         for name in ("RescaleSlope", "RescaleIntercept"):
             value = dataset.get(name)
@@ -320,50 +299,6 @@ def _check_position_and_rescale(datasets: Sequence[Dataset]) -> None:
                 raise StudyError("missing_rescale", f"a slice has no {name}, so its values are not HU")
         if _text(dataset, "RescaleType").upper() not in HU_TYPES:
             raise StudyError("not_hu", "a slice's RescaleType is not HU, as of a dual-energy image")
-
-
-def _slice_order(datasets: Sequence[Dataset], shapes: set[tuple[int, int]]) -> tuple[float, list[int]]:
-    """Distance between slices in mm and the indices of the datasets along the stack."""
-    orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
-    spacings = np.array([dataset.PixelSpacing for dataset in datasets], float)
-    if len(shapes) > 1 or np.ptp(spacings, axis=0).max() > PIXEL_SPACING_ATOL_MM:
-        raise StudyError("mixed_orientation", "slices differ in size or pixel spacing, expected one grid")
-    if np.ptp(orientations, axis=0).max() > ORIENTATION_ATOL:
-        raise StudyError("mixed_orientation", "slices differ in orientation, expected one direction")
-
-    def positions(**allow: Any) -> tuple[float | None, list[int] | None]:
-        found: tuple[float | None, list[int] | None] = spatial.get_series_volume_positions(
-            datasets,
-            rtol=SPACING_RTOL,
-            orientation_tol=ORIENTATION_ATOL,
-            perpendicular_tol=PERPENDICULAR_TOL,
-            index_convention="DR",
-            **allow,
-        )
-        return found
-
-    spacing_mm, places = positions()
-    if spacing_mm is None or places is None:
-        _refuse_stack(datasets, positions)
-        raise StudyError("irregular_spacing", "distances between slices differ by more than 5 %, expected one step")
-    return float(spacing_mm), [int(index) for index in np.argsort(places)]
-
-
-def _refuse_stack(datasets: Sequence[Dataset], positions: Any) -> None:
-    """Say why the slices are no regular stack; returns where no more than their distances are irregular."""
-    normal = np.cross(*np.array(datasets[0].ImageOrientationPatient, float).reshape(2, 3))
-    places = np.array([dataset.ImagePositionPatient for dataset in datasets], float)
-    depth = places @ normal
-    stack = places[depth.argmax()] - places[depth.argmin()]
-    length = float(np.linalg.norm(stack))
-    if length and np.ptp(depth) / length < 1 - PERPENDICULAR_TOL:
-        angle = float(np.degrees(np.arccos(np.ptp(depth) / length)))
-        raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
-    gaps = np.diff(np.sort(depth))
-    if gaps.min() < 1e-3:
-        raise StudyError("duplicate_slice", f"{int((gaps < 1e-3).sum())} slices share a position with another")
-    if positions(allow_missing_positions=True)[1] is not None:
-        raise StudyError("missing_slices", f"a gap of {gaps.max():.2f} mm, expected {gaps.min():.2f} mm throughout")
 
 
 def _stack_hu(stored: list[NDArray[Any]], rescales: Sequence[tuple[float, float]]) -> NDArray[Any]:
