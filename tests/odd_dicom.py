@@ -102,8 +102,10 @@ def at_depths(depths_mm: Sequence[float], decimals: int = 6) -> list[FileDataset
     return found
 
 
-def turned(degrees: Sequence[float], decimals: int, step_mm: float = STEP_MM) -> list[FileDataset]:
-    """The patient turned about z and x; cosines of so many decimals, positions as they are."""
+def turned(
+    degrees: Sequence[float], decimals: int, step_mm: float = STEP_MM, position_decimals: int = 6
+) -> list[FileDataset]:
+    """The patient turned about z and x; cosines and positions of so many decimals."""
     (cos_z, sin_z), (cos_x, sin_x) = ((np.cos(angle), np.sin(angle)) for angle in np.radians(degrees))
     about_z = np.array([[cos_z, -sin_z, 0], [sin_z, cos_z, 0], [0, 0, 1]])
     turn = about_z @ np.array([[1, 0, 0], [0, cos_x, -sin_x], [0, sin_x, cos_x]])
@@ -111,7 +113,8 @@ def turned(degrees: Sequence[float], decimals: int, step_mm: float = STEP_MM) ->
     start = turn @ np.array(series[0].ImagePositionPatient, float)
     for index, dataset in enumerate(series):
         dataset.ImageOrientationPatient = [f"{cosine:.{decimals}f}" for cosine in (*turn[:, 0], *turn[:, 1])]
-        dataset.ImagePositionPatient = [f"{mm:.6f}" for mm in start + index * step_mm * turn[:, 2]]
+        position = start + index * step_mm * turn[:, 2]
+        dataset.ImagePositionPatient = [f"{mm:.{position_decimals}f}" for mm in position]
     return series
 
 

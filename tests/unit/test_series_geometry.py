@@ -34,7 +34,10 @@ def wavering(step_mm: float, share: float, count: int = 40) -> list[float]:
 
 SOUND_POSITIONS: dict[str, Callable[[], list[FileDataset]]] = {
     "as they are": datasets,
-    "0.6 mm, 1 decimal": lambda: at_depths(np.arange(120) * 0.6, 1),
+    "0.6 mm oblique, 1 decimal": lambda: turned((25, 35), 6, 0.6, 1),
+    "0.6 mm oblique, 1 decimal, cosines of 3": lambda: turned((25, 35), 3, 0.6, 1),
+    "0.66 mm, 1 decimal": lambda: at_depths(np.arange(120) * 0.66, 1),
+    "3.33 mm, 1 decimal": lambda: at_depths(np.arange(120) * 3.33, 1),
     "0.625 mm, 1 decimal": lambda: at_depths(-300 + np.arange(120) * 0.625, 1),
     "0.5 mm, 1 decimal": lambda: at_depths(100 + np.arange(60) * 0.5, 1),
     "1.25 mm downwards, 1 decimal": lambda: at_depths(-np.arange(60) * 1.25, 1),
