@@ -114,7 +114,7 @@ def _element(header: Dataset, tag: BaseTag) -> DataElement | None:
         return None
     try:
         element, representation = header[tag], dictionary_VR(tag)
-        if element.VR != representation:
+        if representation != element.VR:
             value = element.value
             if not isinstance(value, str | PersonName):  # bytes or items in the place of a text
                 return None
