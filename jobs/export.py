@@ -56,6 +56,7 @@ from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.data import manifest
 from covtanet.errors import ConfigError, StudyError
 from covtanet.report import dicom_results
+from covtanet.report.dicom_source import quiet
 from covtanet.screening import decode, heads, view
 from covtanet.screening.child_process import Limits, header_reader
 
@@ -209,6 +210,7 @@ def write(row: dict[str, Any], folder: str) -> str:
     return "written"
 
 
+@quiet()
 def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
     """SEG and SR of a row.
 

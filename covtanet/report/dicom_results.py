@@ -4,13 +4,9 @@ Both refer to the source series. Their UIDs follow from the run and the series, 
 object. No pixel of the source is read, and nothing of a patient is written that the source's own header does not say.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from io import BytesIO
-from typing import ParamSpec, TypeVar
 
 import highdicom as hd
 import numpy as np
@@ -33,7 +29,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
 from covtanet.errors import StudyError
-from covtanet.report.dicom_source import completed
+from covtanet.report.dicom_source import completed, quiet
 
 MAKER, DEVICE = "CovTANet on Ray", "covtanet"
 SCHEME = "99COVTANET"
@@ -42,22 +38,6 @@ LESION, LUNG = 1, 2
 MAX_OFF_GRID = 0.05
 NO_UNITS = Code("1", "UCUM", "no units")
 MILLILITER = Code("ml", "UCUM", "milliliter")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _quiet(make: Callable[P, R]) -> Callable[P, R]:
-    """Without warnings and log lines: those of highdicom and pydicom quote patients' names."""
-
-    @wraps(make)
-    def quietly(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in ("highdicom", "pydicom"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return make(*args, **kwargs)
-
-    return quietly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +88,7 @@ def frames_of(
     return np.stack(frames)
 
 
-@_quiet
+@quiet()
 def segmentation(
     headers: Sequence[pydicom.Dataset], lesion: NDArray[np.bool_], lung: NDArray[np.bool_], finding: Finding
 ) -> hd.seg.Segmentation:
@@ -153,7 +133,7 @@ def segmentation(
     return found
 
 
-@_quiet
+@quiet()
 def structured_report(
     headers: Sequence[pydicom.Dataset], seg: hd.seg.Segmentation, finding: Finding
 ) -> Comprehensive3DSR:
@@ -217,7 +197,7 @@ def _measured(name: Code, value: float | None, unit: Code, digits: int) -> list[
     return [] if value is None else [Measurement(name=name, value=round(value, digits), unit=unit)]
 
 
-@_quiet
+@quiet()
 def to_bytes(dataset: pydicom.Dataset) -> bytes:
     """The object as a DICOM file."""
     buffer = BytesIO()

@@ -5,7 +5,10 @@ present and empty if it is unknown is left empty; nothing of a patient is made u
 whether its results can be written.
 """
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -32,6 +35,16 @@ UTF_8 = "ISO_IR 192"
 # Sets of two bytes, which stand behind a set of one byte (PS3.3 C.12.1.1.2).
 MULTI_BYTE_SETS = ("ISO 2022 IR 87", "ISO 2022 IR 159", "ISO 2022 IR 149", "ISO 2022 IR 58")
 PIXEL_GROUP, FILE_META_GROUP = 0x7FE0, 0x0002
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and log lines of highdicom and pydicom, which quote patients' names, out of the log."""
+    for name in ("highdicom", "pydicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def completed(headers: Sequence[Dataset]) -> list[Dataset]:
