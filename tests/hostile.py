@@ -39,7 +39,7 @@ QFORM_CODE, SFORM_CODE, QUATERN, SROW, MAGIC = 252, 254, 256, 280, 344
 
 @cache
 def phantom() -> Phantom:
-    return make_phantom(PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=22))
+    return make_phantom(PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18))
 
 
 @cache
@@ -64,7 +64,7 @@ def patched(*changes: tuple[int, str, object], data: bytes | None = None) -> Obj
 def stored(array: np.ndarray) -> Objects:
     """An array of voxels with the sound file's geometry."""
     image = nib.Nifti1Image.from_bytes(plain_nifti())
-    return {"a.nii": nib.Nifti1Image(array, image.affine).to_bytes()}
+    return {"a.nii": nib.Nifti1Image(array, image.affine, dtype=array.dtype).to_bytes()}
 
 
 def voxels() -> np.ndarray:
