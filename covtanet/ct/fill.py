@@ -11,7 +11,7 @@ from scipy import ndimage
 
 FILL_HU = -1024
 # Noise of air in the sharpest kernels stays above; -2000, -2048 and -3024 are the fill values of scanners.
-LOWEST_SCALE_HU, HIGHEST_SCALE_HU = -1500.0, 40000.0
+LOWEST_SCALE_HU, HIGHEST_SCALE_HU = -1500, 40000
 # Streaks of metal inside the body are off the scale, too. With more than that it is the scale that is wrong.
 MAX_STRAY_SHARE = 0.01
 
@@ -31,12 +31,13 @@ def replace_fill(hu: NDArray[Any]) -> tuple[NDArray[Any], bool]:
     outside: dict[int, NDArray[np.bool_]] = {}
     num_outside = num_stray = 0
     for index, slice_hu in enumerate(hu):
+        if slice_hu.min() >= LOWEST_SCALE_HU and slice_hu.max() <= HIGHEST_SCALE_HU:  # false for NaN
+            continue
         is_off = ~on_scale(slice_hu)
-        if is_off.any():
-            outside[index] = _touching_edge(is_off)
-            num_here = int(np.count_nonzero(outside[index]))
-            num_outside += num_here
-            num_stray += int(np.count_nonzero(is_off)) - num_here
+        outside[index] = _touching_edge(is_off)
+        num_here = int(np.count_nonzero(outside[index]))
+        num_outside += num_here
+        num_stray += int(np.count_nonzero(is_off)) - num_here
     if not num_outside or num_stray > MAX_STRAY_SHARE * num_outside:
         return hu, False
     replaced = hu.copy()
