@@ -21,13 +21,17 @@ from covtanet.errors import StudyError
 
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WBITS = 31
+PIECE_BYTES = 1 << 20
 HEADER_BYTES, EXTENSION_BYTES = 544, 4
 # nibabel repairs at this level and above: units, codes, lengths below 0. A missing qfac is below it, and common.
 REPAIRED_LEVEL = 30
 SILENT = logging.getLogger("covtanet.ct.nifti.silent")
 SILENT.disabled = True
 SINGLE_FILE_MAGIC = (b"n+1", b"n+2\0\r\n\x1a\n", b"n+2")
+# 2048 slices of 512 x 512. The decoder's memory holds such a volume twice (decode_memory_mib), as stored and in HU or
+# in HU and with two masks, if a voxel has 16 bits; of wider ones as many fewer.
 MAX_VOXELS = 1 << 29
+MAX_BYTES = 2 * MAX_VOXELS
 MAX_SLICES = 4096
 # Deflate cannot do better; a header that asks for more than that of a gzipped file asks for what is not there.
 MAX_INFLATION = 1032
@@ -56,10 +60,12 @@ def read(data: bytes) -> Volume:
             ``too_few_slices`` or ``too_large``.
     """
     array, header = _stored_array(data)
+    del data  # neither the file nor what it stores is needed beside the HU: each may be 1 GiB
     if _is_label_map(array, *(_slope_and_intercept(header) or (1.0, 0.0))):
         raise StudyError("label_map", f"at most {MAX_LABELS} different values, none below 0: a label map, expected HU")
     affine, flags = _affine(header)
     volume = canonical_volume(_to_hu(array, header), affine)
+    del array
     hu, is_padded = replace_fill(volume.hu)
     flags = (*volume.qc_flags, *flags, *(("padding",) if is_padded else ()))
     volume = replace(volume, hu=hu, qc_flags=flags, has_known_spacing=_has_known_spacing(header))
@@ -134,6 +140,7 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
     if num_voxels > MAX_VOXELS or start > MAX_VOXELS or start < 0:
         raise StudyError("too_large", f"{num_voxels} voxels from byte {start}, expected at most {MAX_VOXELS}")
     num_bytes = num_voxels * dtype.itemsize
+    _check_bytes(num_voxels, dtype)
     if is_gzip and start + num_bytes > MAX_INFLATION * len(data):
         raise StudyError("truncated", f"{len(data)} compressed bytes, the header asks for {start + num_bytes}")
     if max(shape) > MAX_SLICES:
@@ -145,7 +152,13 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
     return array, header
 
 
-def _header(head: bytes) -> Any:
+def _check_bytes(num_voxels: int, dtype: np.dtype[Any]) -> None:
+    limit = MAX_BYTES // dtype.itemsize
+    if num_voxels > limit:
+        raise StudyError("too_large", f"{num_voxels} voxels of {dtype.itemsize} bytes, expected at most {limit}")
+
+
+def _header(head: bytes | bytearray) -> Any:
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         size = kind.template_dtype.itemsize
         if len(head) >= size and kind.may_contain_header(head[:size]):
@@ -163,31 +176,37 @@ def _header(head: bytes) -> Any:
     raise StudyError("unreadable", "the file does not begin with a NIfTI header")
 
 
-def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytes:
-    """Inflate the first ``num_bytes``; with ``to_end`` go on to the end, member after member, keeping nothing of it."""
-    stream = isal_zlib.decompressobj(wbits=GZIP_WBITS)
+def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytearray:
+    """Inflate the first ``num_bytes``; with ``to_end`` go on to the end, member after member, keeping nothing of it.
+
+    In pieces, so that no more than the stream and what is kept of it is in memory.
+    """
+    stream, view, at = isal_zlib.decompressobj(wbits=GZIP_WBITS), memoryview(data), 0
     kept, surplus = bytearray(), 0
     try:
-        kept += stream.decompress(data, num_bytes)
         while to_end or len(kept) < num_bytes:
-            if stream.eof and stream.unused_data[:2] != GZIP_MAGIC:
-                break
-            pending = stream.unused_data if stream.eof else stream.unconsumed_tail
             if stream.eof:
+                at -= len(stream.unused_data)
+                if view[at : at + 2] != GZIP_MAGIC:
+                    break
                 stream = isal_zlib.decompressobj(wbits=GZIP_WBITS)
-            more = stream.decompress(pending, max(1 << 20, num_bytes - len(kept)))
+            pending: bytes | memoryview = stream.unconsumed_tail
+            if not pending:
+                pending = view[at : at + PIECE_BYTES]
+                at += len(pending)
+            more = stream.decompress(pending, PIECE_BYTES)
             room = num_bytes - len(kept)
             kept += more[:room]
             surplus += max(0, len(more) - room)
             if to_end and surplus > num_bytes:
                 raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
-            if not more and not stream.unconsumed_tail and not stream.eof:
+            if not more and not pending and not stream.eof:
                 if not to_end:
                     break
                 raise StudyError("truncated", "the gzip stream ends before its checksum")
     except IsalError as error:  # type: ignore[misc]
         raise StudyError("undecodable", "the gzip stream is damaged: bad data or checksum") from error
-    return bytes(kept)
+    return kept
 
 
 def _affine(header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
@@ -279,7 +298,14 @@ def _to_hu(array: NDArray[Any], header: Any) -> NDArray[Any]:
     slope_and_intercept = _slope_and_intercept(header)
     if slope_and_intercept is None:
         raise StudyError("missing_rescale", "slope or intercept is no number")
-    return rescale(array, *slope_and_intercept)
+    dtype = _hu_dtype(array, *slope_and_intercept)
+    _check_bytes(array.size, dtype)
+    if array.dtype == dtype and slope_and_intercept == (1.0, 0.0):
+        return array
+    hu = np.empty(array.shape, dtype, order="F")
+    for index in range(array.shape[2]):  # what is between takes more memory than both
+        hu[:, :, index] = _rescaled(array[:, :, index], *slope_and_intercept, dtype)
+    return hu
 
 
 def _slope_and_intercept(header: Any) -> tuple[float, float] | None:
@@ -295,13 +321,23 @@ def _slope_and_intercept(header: Any) -> tuple[float, float] | None:
 
 def rescale(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
     """Stored values to HU: int16 where slope, intercept and values are whole numbers that fit, else float32."""
+    return _rescaled(array, slope, intercept, _hu_dtype(array, slope, intercept))
+
+
+def _hu_dtype(array: NDArray[Any], slope: float, intercept: float) -> np.dtype[Any]:
     if array.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
-        if array.dtype == np.int16 and slope == 1 and intercept == 0:
-            return array
         low, high = (int(array.min()) * int(slope) + int(intercept), int(array.max()) * int(slope) + int(intercept))
         if min(low, high) >= -32768 and max(low, high) <= 32767:
-            wide = array.astype(np.int16 if array.dtype.itemsize == 1 else np.int32, copy=False)
-            return (wide * int(slope) + int(intercept)).astype(np.int16, copy=False)
+            return np.dtype(np.int16)
+    return np.dtype(np.float32)
+
+
+def _rescaled(array: NDArray[Any], slope: float, intercept: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype == np.int16:
+        if array.dtype == np.int16 and slope == 1 and intercept == 0:
+            return array
+        wide = array.astype(np.int16 if array.dtype.itemsize == 1 else np.int32, copy=False)
+        return (wide * int(slope) + int(intercept)).astype(np.int16, copy=False)
     with np.errstate(over="ignore"):  # fill values of float64 become infinite, which is off the scale as well
         return array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
@@ -311,11 +347,12 @@ def _is_label_map(array: NDArray[Any], slope: float, intercept: float) -> bool:
 
     A CT is told apart by its first voxel below 0 HU, mostly in its middle slice.
     """
-    for values in (array[:, :, array.shape[2] // 2], array):
-        hu = values if (slope, intercept) == (1.0, 0.0) else rescale(values, slope, intercept)
-        if ((hu < 0) & on_scale(hu)).any():
+    depth = array.shape[2]
+    for index in (depth // 2, *range(depth)):
+        slice_hu = rescale(array[:, :, index], slope, intercept)
+        if ((slice_hu < 0) & on_scale(slice_hu)).any():
             return False
-    labels = array[np.isfinite(array)]
+    labels = array if array.dtype.kind in "iu" else array[np.isfinite(array)]
     if not labels.size or (labels.dtype.kind == "f" and (np.rint(labels) != labels).any()):
         return False
     return _num_different(labels) <= MAX_LABELS
@@ -325,7 +362,7 @@ def _num_different(whole: NDArray[Any]) -> int:
     low, high = int(whole.min()), int(whole.max())
     if high - low > MAX_COUNTED:
         return len(np.unique(whole))
-    return int(np.count_nonzero(np.bincount((whole - whole.min()).astype(np.uint16))))
+    return int(np.count_nonzero(np.bincount((whole - whole.min()).astype(np.uint16).ravel(order="K"))))
 
 
 def check_hu(hu: NDArray[Any]) -> None:
