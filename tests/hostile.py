@@ -424,7 +424,7 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "two numbers for a position": ("unreadable", lambda: element("ImagePositionPatient", b"1\\2")),
     "two patients": ("mixed_patients", lambda: on_slice(3, PatientID="SOMEONE ELSE")),
     "two studies": ("mixed_patients", lambda: on_slice(3, StudyInstanceUID="1.2.3.4")),
-    "a localizer among the slices": ("not_ct", lambda: on_slice(0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
+    "localizers alone": ("not_ct", lambda: with_values(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
     "secondary capture": ("not_ct", lambda: with_values(SOPClassUID=SecondaryCaptureImageStorage)),
     "three colours": ("not_ct", lambda: with_values(SamplesPerPixel=3)),
     "a palette": ("not_ct", lambda: with_values(PhotometricInterpretation="PALETTE COLOR")),
