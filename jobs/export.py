@@ -50,8 +50,9 @@ import ray
 from cluster import connect, parser, place, start_logging
 
 from covtanet import storage
-from covtanet.ct.dicom_head import DEFLATED, transfer_syntax
+from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, transfer_syntax
 from covtanet.ct.frames import ENHANCED_CLASSES
+from covtanet.ct.image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.data import manifest
 from covtanet.errors import ConfigError, StudyError
@@ -274,7 +275,7 @@ def source_headers(row: dict[str, Any]) -> list[pydicom.Dataset]:
         raise NotExportedError("vanished") from error
     if any(header.get("SOPClassUID") in ENHANCED_CLASSES for header in headers):
         raise NotExportedError("enhanced_multi_frame")
-    return [header for header in headers if "LOCALIZER" not in (header.get("ImageType") or [])]
+    return [header for header in headers if not is_localizer(header)]
 
 
 def is_place(uri: str) -> bool:
@@ -332,8 +333,9 @@ def parsed(data: bytes) -> pydicom.Dataset:
         raise StudyError("unreadable", "an object has no end of its file meta") from error
     if syntax == DEFLATED:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
-    # By force: an object that was screened may lack the preamble.
-    return pydicom.dcmread(BytesIO(data), stop_before_pixels=True, force=True)
+    if not has_magic(data):  # an object that was screened may lack the preamble
+        data = bytes(MAGIC_AT) + MAGIC + data[data_start(data) :]
+    return pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,17 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
+from covtanet.ct.series_geometry import off_grid_limit_mm
 from covtanet.errors import StudyError
 from covtanet.report.dicom_source import completed, quiet
 
 MAKER, DEVICE = "CovTANet on Ray", "covtanet"
 SCHEME = "99COVTANET"
 LESION, LUNG = 1, 2
-# A slice's corner lies on a voxel of the mask, but for what decimal strings lose.
-MAX_OFF_GRID = 0.05
+# One pixel further in the source is one voxel further in the mask, but for what decimal strings lose.
+MAX_OFF_STEP = 0.05
+# A mask keeps its affine as float32.
+STORED_AFFINE_MM = 1e-3
 NO_UNITS = Code("1", "UCUM", "no units")
 MILLILITER = Code("ml", "UCUM", "milliliter")
 
@@ -72,6 +75,8 @@ def frames_of(
         StudyError: ``missing_position`` where a slice does not lie on the mask's grid.
     """
     to_index = np.linalg.inv(affine)
+    voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    limits = np.array([off_grid_limit_mm(float(mm)) for mm in voxel_mm]) + STORED_AFFINE_MM
     frames = []
     for header in headers:
         corner = np.array([*header.ImagePositionPatient, 1.0], float)
@@ -79,7 +84,8 @@ def frames_of(
         down_mm, across_mm = (float(value) for value in header.PixelSpacing)
         exact = [to_index @ corner, to_index @ (down * down_mm), to_index @ (across * across_mm)]
         start, by_row, by_column = (np.rint(each[:3]).astype(int) for each in exact)
-        is_on_grid = all(np.abs(each[:3] - np.rint(each[:3])).max() < MAX_OFF_GRID for each in exact)
+        off_corner, *off_steps = (np.abs(each[:3] - np.rint(each[:3])) for each in exact)
+        is_on_grid = (off_corner * voxel_mm <= limits).all() and np.max(off_steps) < MAX_OFF_STEP
         rows, columns = np.arange(header.Rows)[:, None], np.arange(header.Columns)[None, :]
         index = [start[k] + by_row[k] * rows + by_column[k] * columns for k in range(3)]
         if not is_on_grid or any(each.min() < 0 or each.max() >= mask.shape[k] for k, each in enumerate(index)):

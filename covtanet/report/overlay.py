@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from covtanet.ct import nifti
 from covtanet.ct.lung import Involvement
-from covtanet.ct.window import INTENSITY_STEPS, WindowConfig
+from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, mask_to_input, pixel_aspect
 
 if TYPE_CHECKING:
     from covtanet.screening.decode import StoredMasks
@@ -37,6 +37,9 @@ def result_files(
     yield "lesion_mask.nii.gz", nifti.write(found.lesion_mask, masks.source)
     yield "lung_mask.nii.gz", nifti.write(found.lung_mask, masks.source)
     lesions, lungs = found.lesion_mask[chosen], found.lung_mask[chosen]
+    aspect = pixel_aspect(masks.spacing_mm)
+    if aspect != 1:  # else a square around the source's own pixels shows the same
+        lesions, lungs = (mask_to_input(each, window, aspect) > 0 for each in (lesions, lungs))
     yield "preview.png", png(preview(slices, lesions, lungs))
     yield "viewer.png", png(viewer(slices, lesions, lungs, window))
 
