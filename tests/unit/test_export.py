@@ -144,11 +144,10 @@ def test_segment_lies_in_the_patient_where_its_mask_lies(plane: str, chest: Phan
 
 def exported(row: dict[str, Any], objects: list[bytes], results: Path) -> tuple[dict[str, Any], Path]:
     """The outcome of a series whose masks are a box, and the folder of its results."""
-    sound = [data for data in objects if b"LOCALIZER" not in data]
-    volume = dicom.read_series(dict.fromkeys(sound))
+    volume = dicom.read_series(objects)
     box = np.zeros(volume.hu.shape, bool)
     box[2:-2, 20:60, 30:70] = True
-    folder = keep_masks(row, results, box, list(dict.fromkeys(sound)))
+    folder = keep_masks(row, results, box, objects)
     return export.export(row, str(results)), folder
 
 
@@ -165,37 +164,67 @@ def edited(edit: Edit) -> list[bytes]:
 
 
 def repeat_one(datasets: list[Dataset]) -> None:
-    datasets.append(datasets[3])
+    datasets.insert(0, datasets[3])
 
 
-def test_repeated_object_is_exported_once(tmp_path: Path) -> None:
-    """Headers of what was screened: a byte-identical object is no slice of its own."""
-    objects = edited(repeat_one)
+def add_localizer(datasets: list[Dataset]) -> None:
+    scout = pydicom.dcmread(BytesIO(slices()[0]))
+    scout.ImageType, scout.SOPInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], "1.2.3.9"
+    scout.file_meta.MediaStorageSOPInstanceUID = "1.2.3.9"
+    scout.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
+    datasets.insert(0, scout)
+
+
+def waver(datasets: list[Dataset]) -> None:
+    """A table that is half a millimetre off now and then, in all directions."""
+    for number, dataset in enumerate(datasets):
+        x, y, z = (float(mm) for mm in dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [
+            f"{x + 0.2 * (number % 2):.1f}",
+            f"{y:.1f}",
+            f"{z + 0.5 * (number % 3 - 1):.1f}",
+        ]
+
+
+def round_cosines(datasets: list[Dataset]) -> None:
+    """3 decimals of a small rotation, about which the positions turn exactly."""
+    turn = np.radians(3.5)
+    across, down = np.array([np.cos(turn), np.sin(turn), 0]), np.array([-np.sin(turn), np.cos(turn), 0])
+    for dataset in datasets:
+        x, y, z = (float(mm) for mm in dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [f"{mm:.3f}" for mm in (across * x + down * y + [0, 0, z])]
+        dataset.ImageOrientationPatient = [f"{cosine:.3f}" for cosine in (*across, *down)]
+
+
+def test_series_that_screening_accepts_is_exported_with_the_slices_that_were_screened(tmp_path: Path) -> None:
+    edits: dict[str, Edit] = {
+        "as it is": lambda _: None,
+        "repeated object": repeat_one,
+        "localizer": add_localizer,
+        "wavering table": waver,
+        "rounded cosines": round_cosines,
+    }
+    for name, edit in edits.items():
+        objects = edited(edit)
+        write_objects(tmp_path / name / "archive" / "scan", objects)
+        row = screened_row(tmp_path / name / "archive")
+        assert row.get("reason") is None, name
+        found, folder = exported(row, objects, tmp_path / name / "results")
+        assert found["outcome"] == "written", name
+        seg = pydicom.dcmread(folder / export.SEG)
+        referenced = {each.ReferencedSOPInstanceUID for each in seg.SourceImageSequence}
+        assert referenced == {pydicom.dcmread(BytesIO(data)).SOPInstanceUID for data in slices()}, name
+        assert len(seg.SourceImageSequence) == 12, name
+
+
+@pytest.mark.parametrize("start", [132, 128])
+def test_object_without_preamble_is_exported(start: int, tmp_path: Path) -> None:
+    """Without the 128 bytes, and without the magic too."""
+    objects = [data[start:] for data in slices()]
     write_objects(tmp_path / "archive" / "scan", objects)
-    digest = storage.ContentDigest()
-    for index, data in enumerate(objects):
-        assert b"".join(digest.passing(f"{index:03d}.dcm", iter([data]))) == data
-    row = {"source_uri": str(tmp_path / "archive" / "scan"), "source_digest": digest.hexdigest()}
-    headers = source_headers({**row, "series_uid": pydicom.dcmread(BytesIO(objects[0])).SeriesInstanceUID})
-    assert len(headers) == 12
-    assert len({header.SOPInstanceUID for header in headers}) == 12
-
-
-def test_localizer_under_the_series_uid_is_not_exported(tmp_path: Path) -> None:
-    def add_localizer(datasets: list[Dataset]) -> None:
-        scout = pydicom.dcmread(BytesIO(slices()[0]))
-        scout.ImageType, scout.SOPInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], "1.2.3.9"
-        scout.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
-        datasets.insert(0, scout)
-
-    objects = edited(add_localizer)
-    write_objects(tmp_path / "archive" / "scan", objects)
-    digest = storage.ContentDigest()
-    for index, data in enumerate(objects):
-        assert b"".join(digest.passing(f"{index:03d}.dcm", iter([data]))) == data
-    row = {"source_uri": str(tmp_path / "archive" / "scan"), "source_digest": digest.hexdigest()}
-    headers = source_headers({**row, "series_uid": pydicom.dcmread(BytesIO(objects[1])).SeriesInstanceUID})
-    assert [header.InstanceNumber for header in headers] == list(range(1, 13))
+    row = screened_row(tmp_path / "archive")
+    found, _ = exported(row, objects, tmp_path / "results")
+    assert found["outcome"] == "written"
 
 
 def test_series_without_attributes_is_exported_beside_the_others(tmp_path: Path) -> None:
