@@ -64,7 +64,7 @@ def patched(*changes: tuple[int, str, object], data: bytes | None = None) -> Obj
 def stored(array: np.ndarray) -> Objects:
     """An array of voxels with the sound file's geometry."""
     image = nib.Nifti1Image.from_bytes(plain_nifti())
-    return {"a.nii": nib.Nifti1Image(array, image.affine).to_bytes()}
+    return {"a.nii": nib.Nifti1Image(array, image.affine, dtype=array.dtype).to_bytes()}
 
 
 def voxels() -> np.ndarray:

@@ -8,7 +8,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -31,11 +30,11 @@ from pydicom.uid import (
 from covtanet.ct import nifti
 from covtanet.ct.acquisitions import check_one_acquisition
 from covtanet.ct.contrast import has_contrast
-from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, has_magic, transfer_syntax
+from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, looks_like_dicom, transfer_syntax
 from covtanet.ct.frames import ACQUISITION, CONTRAST, ENHANCED_CLASSES, KIND, Frame, frames_of
 from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
-from covtanet.ct.pixels import SYNTAXES, Pixels, check_complete, decode, stack_hu
-from covtanet.ct.series_geometry import check_positions, fit_stack
+from covtanet.ct.pixels import SYNTAXES, check_complete, decode_stack
+from covtanet.ct.series_geometry import Stack, check_positions, fit_stack
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.errors import StudyError
 
@@ -43,8 +42,6 @@ HEAD_AXIS = 2  # of LPS
 GREY = {"", "MONOCHROME1", "MONOCHROME2"}
 # In capitals, without blanks and brackets; US is unspecified.
 HU_TYPE = re.compile(r"|HUS?|HU_MOD|US|UNSPECIFIED|(CT_?)?HOUN[DS]*FIELDS?[A-Z_]*|CT_?NUMBERS?")
-# The first elements of a data set without preamble: of the file meta or of the group 0008, in either byte order.
-FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")
 READ_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
@@ -116,21 +113,25 @@ def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
     check_complete(frames)
     num_voxels = sum(int(header.Rows) * int(header.Columns) for header in headers)
     is_large = num_voxels > nifti.MAX_VOXELS
-    decoded: list[Pixels] = []
+    stack, problem = None, None
+    try:  # the geometry tells the place of a slice before it is decoded; a damaged slice is the first reason
+        stack = _stack_of(datasets, headers)
+    except StudyError as error:
+        problem = error
+    hu, is_padded = None, False
     if not is_large:
-        with ThreadPoolExecutor(num_threads) as pool:
-            decoded = list(pool.map(decode, frames))
-    _check_one_patient(datasets)
-    check_one_acquisition(headers)
-    check_positions(headers)
-    _check_rescale(headers)
-    stack = fit_stack(headers)
+        hu, is_padded = decode_stack(frames, None if stack is None else stack.order, num_threads=num_threads)
+    if stack is None:
+        assert problem is not None
+        raise problem
     if not all(_is_hu(header) for header in headers):
         raise StudyError("not_hu", "a slice's RescaleType is not HU, as of a dual-energy image")
-    if is_large:
-        raise StudyError("too_large", f"{num_voxels} voxels, expected at most {nifti.MAX_VOXELS}")
-    slopes = [(float(headers[i].RescaleSlope), float(headers[i].RescaleIntercept)) for i in stack.order]
-    hu = stack_hu([decoded[index] for index in stack.order], slopes)
+    if hu is None:
+        raise StudyError(
+            "too_large",
+            f"{num_voxels} voxels, expected at most {nifti.MAX_BYTES} bytes of HU, which are "
+            f"{nifti.MAX_VOXELS} voxels if all are whole numbers, and half of it if not",
+        )
     nifti.check_hu(hu)
     if len(hu) < nifti.MIN_SLICES:
         raise StudyError("too_few_slices", f"{len(hu)} slices, expected at least {nifti.MIN_SLICES}")
@@ -138,11 +139,20 @@ def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
     is_axial = int(np.abs(stack.affine[:3, 0]).argmax()) == HEAD_AXIS
     flags = {
         "contrast": any(has_contrast(header) for header in headers),
-        "padding": any(pixels.padding is not None for pixels in decoded),
+        "padding": is_padded,
         "reformatted": not is_axial or any(is_reformatted(header) for header in headers),
         "localizer_dropped": num_localizers > 0,
     }
     return replace(volume, qc_flags=(*volume.qc_flags, *(name for name, holds in flags.items() if holds)))
+
+
+def _stack_of(datasets: Sequence[FileDataset], headers: Sequence[Dataset]) -> Stack:
+    """The slices' places along the stack, if they are of one patient and acquisition and can be rescaled."""
+    _check_one_patient(datasets)
+    check_one_acquisition(headers)
+    check_positions(headers)
+    _check_rescale(headers)
+    return fit_stack(headers)
 
 
 def _slices_of(datasets: Sequence[FileDataset]) -> tuple[list[Frame], int]:
@@ -189,9 +199,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _parse(data: bytes) -> FileDataset:
-    is_bare = not has_magic(data) and data.startswith(FIRST_GROUPS)
+    is_bare = not has_magic(data) and looks_like_dicom(data)
     if is_bare:  # an object without preamble; what it is instead of DICOM shows when its elements are asked for
-        data = bytes(MAGIC_AT) + MAGIC + data
+        data = bytes(MAGIC_AT) + MAGIC + data[data_start(data) :]
     try:
         is_deflated = has_magic(data) and transfer_syntax(data)[0] == DEFLATED
     except ValueError as error:

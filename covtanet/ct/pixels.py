@@ -3,13 +3,16 @@
 Not covered: lossy JPEG, packed bits, pixels of floating point.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -172,17 +175,50 @@ def decode_rle(frame: bytes, dtype: np.dtype[Any]) -> bytes:
     return bytes(_decode_rle(frame, dtype))
 
 
-def stack_hu(slices: Sequence[Pixels], rescales: Sequence[tuple[float, float]]) -> NDArray[Any]:
-    """Rescale slice by slice, padding to air; int16 if every slice stays in whole numbers that fit, else float32."""
-    out: NDArray[Any] = np.empty((len(slices), *slices[0].values.shape), np.int16)
-    for index, (pixels, rescale) in enumerate(zip(slices, rescales, strict=True)):
-        values = pixels.values
-        if pixels.padding is not None:  # its HU may not fit
-            values = np.where(pixels.padding, values.dtype.type(0), values)
-        slice_hu = nifti.rescale(values, *rescale)
-        if slice_hu.dtype != np.int16 and out.dtype == np.int16:
-            out = out.astype(np.float32)
-        out[index] = slice_hu
-        if pixels.padding is not None:
-            out[index][pixels.padding] = AIR_PADDING_HU
-    return out
+def decode_stack(
+    frames: Sequence[Frame], order: Sequence[int] | None, *, num_threads: int = 1
+) -> tuple[NDArray[Any] | None, bool]:
+    """Decode all slices into one volume in HU, in a given order, and say whether any of it was padding, now air.
+
+    int16 if every slice stays in whole numbers that fit, else float32. Each slice is let go once it is rescaled: all of
+    them beside the volume would double the memory that a series takes. None instead of the volume if there is no order,
+    or if it is larger as float32 than volumes may be; the slices are decoded all the same, to find the damaged ones.
+
+    Raises:
+        StudyError: ``undecodable``.
+    """
+    out, is_padded = None if order is None else _allocate(frames, np.dtype(np.int16)), False
+    place = {source: index for index, source in enumerate(order or ())}
+    with ThreadPoolExecutor(num_threads) as pool:
+        decoded = map(decode, frames) if num_threads == 1 else pool.map(decode, frames)
+        for source, pixels in enumerate(decoded):
+            is_padded |= pixels.padding is not None
+            if out is None:
+                continue
+            slice_hu = _to_hu(pixels, frames[source].dataset)
+            if slice_hu.dtype != np.int16 and out.dtype == np.int16:
+                wide = _allocate(frames, np.dtype(np.float32))
+                if wide is not None:
+                    wide[:] = out
+                out = wide
+            if out is not None:
+                out[place[source]] = slice_hu
+    return out, is_padded
+
+
+def _allocate(frames: Sequence[Frame], dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    """A volume of the slices' size, None if it would be larger than volumes may be."""
+    first = frames[0].dataset
+    shape = (len(frames), int(first.Rows), int(first.Columns))
+    return np.zeros(shape, dtype) if math.prod(shape) * dtype.itemsize <= nifti.MAX_BYTES else None
+
+
+def _to_hu(pixels: Pixels, header: Dataset) -> NDArray[Any]:
+    """One slice in HU, padding as air."""
+    values = pixels.values
+    if pixels.padding is not None:  # its HU may not fit
+        values = np.where(pixels.padding, values.dtype.type(0), values)
+    slice_hu = nifti.rescale(values, float(header.RescaleSlope), float(header.RescaleIntercept))
+    if pixels.padding is None:
+        return slice_hu
+    return np.where(pixels.padding, slice_hu.dtype.type(AIR_PADDING_HU), slice_hu)
