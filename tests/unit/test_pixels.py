@@ -8,6 +8,7 @@ from odd_dicom import (
     bare,
     changed,
     datasets,
+    item,
     pixels,
     put,
     read,
@@ -174,6 +175,31 @@ def test_optional_number_that_is_none_costs_no_series(name: str) -> None:
         objects.append(data[: at + 8] + b"x " + data[at + 10 :])
     volume = dicom.read_series(objects)
     np.testing.assert_array_equal(volume.hu, phantom().hu)
+
+
+def replaced(data: bytes, name: str, old: bytes, new: bytes) -> bytes:
+    """The value of an element of the same length, past every check of the writer."""
+    tag = pydicom.tag.Tag(name)
+    raw = tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little")
+    at = data.index(raw, 132) + 8
+    assert data[at : at + len(old)] == old
+    return data[:at] + new + data[at + len(old) :]
+
+
+def test_optional_value_of_a_frame_that_makes_no_sense_costs_no_series() -> None:
+    groups = with_groups(lambda index, frame: setattr(frame, "CTXRayDetailsSequence", item(KVP="120")))
+    (data,) = to_bytes([groups])
+    volume = dicom.read_series([replaced(data, "KVP", b"120", b"x20")])
+    np.testing.assert_array_equal(volume.hu, phantom().hu)
+
+
+def test_contrast_agent_whose_number_makes_no_sense_costs_no_series() -> None:
+    (agent,) = item(CodeValue="1", CodingSchemeDesignator="99X", CodeMeaning="Iohexol", ContrastBolusAgentNumber=7)
+    objects = to_bytes(with_values(ContrastBolusAgentSequence=pydicom.Sequence([agent])))
+    number = b"\x18\x00\x37\x93US\x02\x00\x07\x00"
+    damaged = [data.replace(number, number[:4] + b"IS\x02\x00x ") for data in objects]
+    assert damaged != objects
+    assert dicom.read_series(damaged).qc_flags == ()
 
 
 def test_truncated_object_comes_before_two_patients() -> None:
