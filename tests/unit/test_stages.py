@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import REAL_DATA
+from PIL import Image
 from test_ct import as_nifti
 
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_head, lung
+from covtanet.ct.volume import canonical_volume
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.data.phantom import Phantom
@@ -177,6 +180,19 @@ def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: P
     assert measured.record["lesion_volume_ml"] == pytest.approx(voxels * mild_volume.voxel_ml)
     assert measured.record["involvement"] == pytest.approx(mild.involvement, abs=0.03)
     assert measured.record["severity_by_involvement"] == "mild"
+
+
+@pytest.mark.parametrize("aspect", [1, 2])
+def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -> None:
+    """Also of pixels that are not square, whose masks are drawn in the network's own grid."""
+    volume = canonical_volume(mild_volume.hu[:, ::aspect], mild_volume.affine @ np.diag([1.0, aspect, 1.0, 1.0]))
+    window = replace(WINDOW, low_hu=-1350.0, high_hu=150.0)
+    masks, chosen, slices = decode.prepare_volume(volume, window, CONFIG.slice_step_mm)
+    nothing = np.zeros(volume.hu.shape, bool)
+    found = lung.measure_involvement(masks.lungs, nothing, volume.voxel_ml)
+    files = dict(overlay.result_files(slices, chosen, masks, found, window))
+    picture = np.asarray(Image.open(BytesIO(files["viewer.png"])))
+    assert np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4").tolist() == [-1350.0, 150.0]
 
 
 EXPECTED_REAL = {
