@@ -19,6 +19,8 @@ Mask = NDArray[np.bool_]
 AIR_PADDING_HU = -1024
 # The end of the extended scale of 16 bits with a slope of 10; metal is on the scale.
 HIGHEST_HU = 30_710.0
+# Below it no volume is taken for HU.
+LOWEST_HU = -10_000.0
 # A padding value up to here is read as air anyway.
 AIR_HU = -900.0
 # The corners beside a round field of view are 5 % each; a clump of noise of one value has a few pixels.
@@ -79,17 +81,18 @@ def _declared_range(header: Dataset, bits: int) -> tuple[int, int] | tuple[None,
 def _undeclared(
     stored: NDArray[Any], pixels: NDArray[Any], header: Dataset, slope: float, intercept: float
 ) -> Mask | None:
-    """Negative padding in pixels that the header calls unsigned, such as 63536 for -2000: one value, off the scale."""
-    if pixels.dtype.kind != "u":
-        return None
-    signed = stored.view(f"i{stored.dtype.itemsize}")
+    """One negative value, off the scale, that nothing declares: -32768, or 63536 for -2000 in unsigned pixels."""
+    signed, is_unsigned = stored.view(f"i{stored.dtype.itemsize}"), pixels.dtype.kind == "u"
     value = int(signed.min())
-    num_unused = 8 * stored.dtype.itemsize - int(header.get("BitsStored") or 8 * stored.dtype.itemsize)
-    # Bits above BitsStored that are all set carry a sign; others are an old overlay's.
-    if value >= 0 or (num_unused and value < -(1 << (8 * stored.dtype.itemsize - num_unused))):
+    if value >= 0 or value * slope + intercept >= (AIR_PADDING_HU if is_unsigned else LOWEST_HU):
         return None
-    is_off_scale = num_unused > 0 or int(pixels.max()) * slope + intercept > HIGHEST_HU
-    if not is_off_scale or value * slope + intercept >= AIR_PADDING_HU or (signed[signed < 0] != value).any():
+    bits = 8 * stored.dtype.itemsize
+    bits_stored = int(header.get("BitsStored") or bits)
+    if bits_stored < bits:  # the bits above carry a sign if they are all set; others are an old overlay's
+        is_off_scale = value >= -(1 << bits_stored)
+    else:
+        is_off_scale = not is_unsigned or int(pixels.max()) * slope + intercept > HIGHEST_HU
+    if not is_off_scale or (is_unsigned and (signed[signed < 0] != value).any()):
         return None
     found = _outside(signed == value)
     return found if found.any() else None

@@ -9,9 +9,11 @@ from odd_dicom import (
     changed,
     clock,
     copied,
+    datasets,
     interleaved,
     item,
     reason_of,
+    reformatted,
     sets,
     with_groups,
 )
@@ -144,6 +146,9 @@ ONE_STACK: dict[str, Callable[[], list[FileDataset]]] = {
     "slabs that overlap by a slice": lambda: stack(
         sets(AcquisitionNumber=lambda k: 1 + (k + (k % 8 == 7) - (k % 8 == 0)) // 8)
     ),
+    "slabs of two events that overlap by four slices": lambda: stack(
+        sets(IrradiationEventUID=lambda k: f"1.2.{int(k > 27 or (k > 19 and k % 2 == 1))}")
+    ),
     "an event per slice": lambda: stack(sets(IrradiationEventUID=lambda k: f"1.2.3.{k}")),
     "written in parallel": lambda: stack(sets(ContentTime=lambda k: clock(36000, 0.05)(int(SHUFFLED[k])))),
     "written in any order within two seconds": lambda: stack(
@@ -175,6 +180,14 @@ def test_acquisitions_without_positions_have_no_order() -> None:
     for dataset in series:
         del dataset.ImagePositionPatient
     assert reason_of(series) == "missing_position"
+
+
+def test_acquisitions_of_two_directions_have_no_order() -> None:
+    other = changed(sets(AcquisitionNumber=2), reformatted("coronal"))
+    for number, dataset in enumerate(other):
+        dataset.StudyInstanceUID = datasets()[0].StudyInstanceUID
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{number}"
+    assert reason_of([*changed(sets(AcquisitionNumber=1)), *other]) == "mixed_orientation"
 
 
 def test_two_patients_come_before_two_acquisitions() -> None:

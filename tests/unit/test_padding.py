@@ -55,6 +55,7 @@ PADDED: dict[str, Callable[[], list[FileDataset]]] = {
     "unsigned 65535": lambda: padded(65535, is_signed=False, **value("US", 65535)),
     "unsigned 63536 that nothing declares": lambda: padded(63536, is_signed=False),
     "unsigned 63536, another declared": lambda: padded(63536, is_signed=False, **value("US", 0)),
+    "-32768 that nothing declares": lambda: padded(-32768, is_signed=True, intercept=0),
     "12 bits signed, -2000": lambda: padded(-2000, is_signed=True, bits=12, intercept=0, **value("SS", -2000)),
     "12 bits unsigned, 63536": lambda: padded(63536, is_signed=False, bits=12, **value("US", 63536)),
     "12 bits unsigned, 63536, called -2000": lambda: padded(63536, is_signed=False, bits=12, **value("SS", -2000)),

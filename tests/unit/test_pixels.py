@@ -117,9 +117,10 @@ def test_object_that_is_there_twice_is_read_once() -> None:
 
 
 def test_same_instance_uid_with_other_bytes_is_a_duplicate_slice() -> None:
-    twins = datasets()[3:5]
+    twins = datasets()[3:6]
     twins[0].SeriesDescription = "another header"
-    put(twins[1], pixels(twins[1]) + 1)
+    twins[1].InstanceNumber = 9  # as long as it was
+    put(twins[2], pixels(twins[2]) + 1)
     for twin in twins:
         assert reason_of([*datasets(), twin]) == "duplicate_slice"
 

@@ -87,11 +87,21 @@ def test_affine_of_rounded_positions_is_that_of_the_fitted_grid() -> None:
     np.testing.assert_allclose(volume.affine[2, 3], -300, atol=0.03)
 
 
-def test_cosines_of_three_decimals_give_perpendicular_axes_of_the_true_voxel_size() -> None:
-    volume = read(turned((12, -7), 3))
+@pytest.mark.parametrize("degrees", [(3, 3), (12, -7), (25, 35)])
+def test_cosines_of_three_decimals_give_unit_vectors_at_a_right_angle(degrees: tuple[float, float]) -> None:
+    volume = read(turned(degrees, 3))
     np.testing.assert_allclose(volume.spacing_mm, (STEP_MM, 5.6, 5.6), atol=1e-3)
-    axes = volume.affine[:3, :3] / volume.spacing_mm
-    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=2e-3)
+    across, down = (volume.source.affine[:3, column] / 5.6 for column in (2, 1))
+    np.testing.assert_allclose((across @ across, down @ down, across @ down), (1, 1, 0), atol=1e-12)
+
+
+def rounded_corner() -> list[FileDataset]:
+    """A stack of 3.5 mm whose upper half is written 0.1 mm to the left: as a tilt it would be 1.6 degrees."""
+    return changed(lambda index, one: move(one, 0.1 * (index > 3), 0, 0), at_depths(np.arange(8) * 0.5))
+
+
+def test_sideways_step_within_the_limit_is_rounding_and_no_tilt() -> None:
+    assert reason_of(rounded_corner()) == ""
 
 
 @pytest.mark.parametrize(("voxel_mm", "limit_mm"), [(0.2, 0.06), (0.625, 0.1), (5.0, 0.5), (18.0, 1.0)])
@@ -120,6 +130,7 @@ BAD_POSITIONS: dict[str, tuple[str, Callable[[], list[FileDataset]]]] = {
     ),
     "two at one place": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.0])),
     "two at nearly one place": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.0004])),
+    "two that are 0.02 mm apart": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.02])),
     "all at one place": ("duplicate_slice", lambda: at_depths([5.0] * 12)),
     "tilt of 5 degrees": ("gantry_tilt", lambda: changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))),
     "tilt and a slice missing": (
