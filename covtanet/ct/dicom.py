@@ -31,7 +31,7 @@ from covtanet.ct import nifti
 from covtanet.ct.acquisitions import check_one_acquisition
 from covtanet.ct.contrast import has_contrast
 from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, looks_like_dicom, transfer_syntax
-from covtanet.ct.frames import ACQUISITION, CONTRAST, ENHANCED_CLASSES, KIND, Frame, frames_of
+from covtanet.ct.frames import ENHANCED_CLASSES, OPTIONAL, Frame, frames_of, is_sound
 from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
 from covtanet.ct.pixels import SYNTAXES, check_complete, decode_stack
 from covtanet.ct.series_geometry import Stack, check_positions, fit_stack
@@ -49,8 +49,6 @@ READ_TAGS = [
     "PixelRepresentation", "PixelData", "PatientID", "PhotometricInterpretation", "RescaleType",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
-# What a series can be read without: a value that makes no sense is none.
-OPTIONAL_TAGS = ["PixelPaddingValue", "PixelPaddingRangeLimit", *ACQUISITION, *KIND, *CONTRAST]
 
 
 NUMBERS = {
@@ -209,13 +207,13 @@ def _parse(data: bytes) -> FileDataset:
     if is_deflated:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
-        dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS, *OPTIONAL_TAGS])
+        dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS, *OPTIONAL])
         dataset.buffer = None  # all of the object, beside the values that were read from it
         for name in READ_TAGS:  # pydicom converts a value when it is first asked for
             if isinstance(dataset.get(name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
                 raise ValueError("a sequence in the place of a value")
-        for name in OPTIONAL_TAGS:
-            if not _is_sound(dataset, name):
+        for name in OPTIONAL:
+            if not is_sound(dataset, name):
                 del dataset[name]
         syntax = dataset.file_meta.get("TransferSyntaxUID") or _found_syntax(dataset)
         if syntax is not None:
@@ -227,14 +225,6 @@ def _parse(data: bytes) -> FileDataset:
     if is_bare and not _text(dataset, "SeriesInstanceUID"):
         raise StudyError("unreadable", "an object of the series has no DICOM header")
     return dataset
-
-
-def _is_sound(dataset: Dataset, name: str) -> bool:
-    """Whether an attribute that a series can be read without is missing, or of its kind and can be converted."""
-    try:
-        return isinstance(dataset.get(name), pydicom.Sequence) == (dictionary_VR(name) == "SQ") or name not in dataset
-    except Exception:  # pydicom raises many kinds
-        return False
 
 
 def _found_syntax(dataset: FileDataset) -> UID | None:

@@ -1,11 +1,15 @@
 """DICOM objects to frames: one header and one stream of pixels for each slice, from single and multi-frame objects."""
 
-from collections.abc import Iterator, Sequence
+import collections
+from collections.abc import Iterator
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import get_frame
+from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
@@ -59,6 +63,8 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 # A group with an item for each contrast agent.
 USAGE = "ContrastBolusUsageSequence"
+# What a series can be read without: a value that makes no sense is none.
+OPTIONAL = ("PixelPaddingValue", "PixelPaddingRangeLimit", *ACQUISITION, *KIND, *CONTRAST)
 
 
 @dataclass(frozen=True)
@@ -88,13 +94,28 @@ class Frame:
         return get_frame(self.source.PixelData, self.index, number_of_frames=self.count)
 
 
-def frames_of(datasets: Sequence[FileDataset]) -> list[Frame]:
+def frames_of(datasets: AnySequence[FileDataset]) -> list[Frame]:
     """All frames of a series' objects.
 
     Raises:
         StudyError: ``unreadable`` where a multi-frame object does not describe each of its frames.
     """
     return [frame for dataset in datasets for frame in _frames(dataset)]
+
+
+def is_sound(dataset: Dataset, name: str) -> bool:
+    """Whether an attribute is missing, or of its kind and can be converted, as far down as it goes."""
+    try:
+        if name not in dataset:
+            return True
+        element = dataset[name]
+        is_sequence = isinstance(element.value, Sequence)
+        if is_sequence:
+            for item in element.value:
+                collections.deque(item.iterall(), maxlen=0)
+        return is_sequence == (dictionary_VR(name) == "SQ")
+    except Exception:  # pydicom converts a value when it is first asked for, with errors of many kinds
+        return False
 
 
 def _frames(dataset: FileDataset) -> Iterator[Frame]:
@@ -117,10 +138,13 @@ def _frames(dataset: FileDataset) -> Iterator[Frame]:
         for sequence, names in GROUPS.items():
             items = own.get(sequence) or groups.get(sequence) or []
             for name, name_in_group in names.items():
-                if len(items) and name_in_group in items[0]:
-                    element = items[0][name_in_group]
-                    frame[name] = element if name == name_in_group else DataElement(name, element.VR, element.value)
-        usages = own.get(USAGE) or groups.get(USAGE)
-        if usages:
-            setattr(frame, USAGE, usages)
+                if not len(items) or name_in_group not in items[0]:
+                    continue
+                if name in OPTIONAL and not is_sound(items[0], name_in_group):
+                    continue
+                element = items[0][name_in_group]
+                frame[name] = element if name == name_in_group else DataElement(name, element.VR, element.value)
+        group = own if USAGE in own else groups
+        if USAGE in group and is_sound(group, USAGE):
+            frame[USAGE] = group[USAGE]
         yield Frame(frame, dataset, index, count)

@@ -170,7 +170,7 @@ def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: P
     measured = stages.measure(row, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
-    files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement))
+    files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))
     assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"}
     (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
     voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
