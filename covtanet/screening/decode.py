@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.ct import dicom, lung, nifti
+from covtanet.ct.body import Mask
 from covtanet.ct.volume import SourceGrid, Volume
 from covtanet.ct.window import WindowConfig, pixel_aspect, thin_slices, to_input
 
@@ -48,8 +49,8 @@ class StoredMasks:
             "spacing_mm": self.spacing_mm,
             "has_known_spacing": self.has_known_spacing,
         }
-        bits = np.packbits(np.stack([self.lungs.lung_mask, self.lungs.cavity_mask]))
-        return json.dumps(header).encode() + b"\n" + zlib.compress(bits.tobytes(), 1)
+        bits = _packed_bits(self.lungs.lung_mask, self.lungs.cavity_mask)
+        return json.dumps(header).encode() + b"\n" + zlib.compress(bits.data, 1)
 
     @classmethod
     def unpack(cls, data: bytes) -> "StoredMasks":
@@ -127,6 +128,15 @@ def _check_finite(value: object, shape: tuple[int, ...]) -> None:
         raise ValueError("the masks' header holds something else than numbers") from None
     if numbers.shape != shape or not np.isfinite(numbers).all():
         raise ValueError(f"the masks' header has numbers of shape {numbers.shape}, expected {shape}, all finite")
+
+
+def _packed_bits(first: Mask, second: Mask) -> NDArray[np.uint8]:
+    """Return the bits of two masks, one behind the other, without a copy of both: they may be 1 GiB."""
+    plain, num_whole = first.ravel(), first.size - first.size % 8
+    rest = second.ravel()
+    if num_whole < first.size:  # a byte that holds bits of both
+        rest = np.concatenate([plain[num_whole:], rest])
+    return np.concatenate([np.packbits(plain[:num_whole]), np.packbits(rest)])
 
 
 def _num_packed(shape: list[int]) -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from test_ct import as_nifti
 from test_field_of_view import averaged, chest
 
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_head, lung
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
@@ -175,7 +175,7 @@ def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: P
     measured = stages.measure(row, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
-    files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement))
+    files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))
     assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"}
     (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
     voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
@@ -310,6 +310,19 @@ def test_lesion_that_makes_lungs_implausible_is_flagged(mild_volume: Volume) -> 
     assert record["lung_volume_ml"] > 12000
     assert "implausible_lungs" in record["qc_flags"]
     assert record["involvement"] is None
+
+
+@pytest.mark.parametrize("aspect", [1, 2])
+def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -> None:
+    """Also of pixels that are not square, whose masks are drawn in the network's own grid."""
+    volume = canonical_volume(mild_volume.hu[:, ::aspect], mild_volume.affine @ np.diag([1.0, aspect, 1.0, 1.0]))
+    window = replace(WINDOW, low_hu=-1350.0, high_hu=150.0)
+    masks, chosen, slices = decode.prepare_volume(volume, window, CONFIG.slice_step_mm)
+    nothing = np.zeros(volume.hu.shape, bool)
+    found = lung.measure_involvement(masks.lungs, nothing, volume.voxel_ml)
+    files = dict(overlay.result_files(slices, chosen, masks, found, window))
+    picture = np.asarray(Image.open(BytesIO(files["viewer.png"])))
+    assert np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4").tolist() == [-1350.0, 150.0]
 
 
 EXPECTED_REAL = {
