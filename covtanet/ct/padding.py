@@ -43,9 +43,10 @@ def find_padding(stored: NDArray[Any], pixels: NDArray[Any], header: Dataset) ->
 def _declared(
     stored: NDArray[Any], pixels: NDArray[Any], header: Dataset, slope: float, intercept: float
 ) -> Mask | None:
-    low, high = _declared_range(header, 8 * stored.dtype.itemsize)
-    if low is None or high is None:
+    value, limit = (_integer(header.get(f"PixelPadding{what}")) for what in ("Value", "RangeLimit"))
+    if value is None:
         return None
+    low, high = sorted((value, value if limit is None else limit))
     ends = sorted((low * slope + intercept, high * slope + intercept))
     if ends[0] >= AIR_PADDING_HU and ends[1] <= AIR_HU:
         return None
@@ -65,17 +66,6 @@ def _declared(
         hu = values * slope + intercept
         found = is_padding & ((hu < AIR_PADDING_HU) | (hu > HIGHEST_HU))
     return found if found.any() else None
-
-
-def _declared_range(header: Dataset, bits: int) -> tuple[int, int] | tuple[None, None]:
-    """Lowest and highest padding value, both signed or both unsigned; one without PixelPaddingRangeLimit."""
-    value, limit = (_integer(header.get(f"PixelPadding{what}")) for what in ("Value", "RangeLimit"))
-    if value is None:
-        return None, None
-    ends = [value, value if limit is None else limit]
-    if min(ends) < 0:
-        ends = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in ends]
-    return min(ends), max(ends)
 
 
 def _undeclared(
@@ -119,9 +109,7 @@ def _rescale(header: Dataset) -> tuple[float, float] | None:
 
 
 def _integer(value: Any) -> int | None:
-    """The value, also of unknown representation; None if it is no whole number of 16 or 32 bits."""
-    if isinstance(value, bytes):
-        value = int.from_bytes(value, "little") if len(value) in (2, 4) else None
+    """The value; None if it is no whole number of 16 or 32 bits."""
     if not isinstance(value, int) or not -(1 << 31) <= value < 1 << 32:
         return None
     return int(value)

@@ -81,8 +81,7 @@ def _check_bits(frame: Frame) -> None:
     if not 0 < stored <= allocated:
         raise StudyError("undecodable", f"{stored} of {allocated} bits are stored")
     shift = _num_bits_below(frame)
-    is_codec = frame.syntax in DECODERS  # whose samples have no bits above or below
-    if shift and (is_codec or not 0 < shift <= allocated - stored):
+    if shift and not 0 < shift <= allocated - stored:
         raise StudyError("undecodable", f"{stored} of {allocated} bits, the highest of them {stored + shift - 1}")
 
 
