@@ -1,8 +1,8 @@
 """Pixels of a CT slice that the scanner padded, which are no part of the image (PS3.3 C.7.5.1.1.2).
 
-A declared padding value is not believed blindly: many objects declare one that is also a HU, such as 0 for water. Off
-the scale of HU it is padding wherever it stands; on the scale only outside, which is connected to the edge of the
-image, so that nothing is cut out of a body.
+A declared padding value is not believed blindly: many objects declare one that is also a HU, such
+as 0 for water. Off the scale of HU it is padding wherever it stands; on the scale only outside,
+which is connected to the edge of the image, so that nothing is cut out of a body.
 
 Not covered: padding on the scale of HU that nothing declares.
 """
@@ -23,15 +23,16 @@ HIGHEST_HU = 30_710.0
 LOWEST_HU = -10_000.0
 # A padding value up to here is read as air anyway.
 AIR_HU = -900.0
-# The corners beside a round field of view are 5 % each; a clump of noise of one value has a few pixels.
+# The corners beside a round field of view are 5 % each; a clump of noise of one value has a few
+# pixels.
 MIN_SHARE = 0.001
 
 
 def find_padding(stored: NDArray[Any], pixels: NDArray[Any], header: Dataset) -> Mask | None:
     """Return where a slice is padded with something else than air, None if nowhere.
 
-    stored: the values with all their allocated bits, in which padding is written even if fewer bits are declared.
-    pixels: the values that BitsStored leaves.
+    stored: the values with all their allocated bits, in which padding is written even if fewer bits
+    are declared. pixels: the values that BitsStored leaves.
     """
     rescale = _rescale(header)
     if rescale is None:
@@ -50,7 +51,8 @@ def _declared(
     ends = sorted((low * slope + intercept, high * slope + intercept))
     if ends[0] >= AIR_PADDING_HU and ends[1] <= AIR_HU:
         return None
-    # The value's own sign tells how it is meant: it may be written as signed for unsigned pixels, and the reverse.
+    # The value's own sign tells how it is meant: it may be written as signed for unsigned pixels,
+    # and the reverse.
     values = stored.view(f"{'i' if low < 0 else 'u'}{stored.dtype.itemsize}")
     is_padding = (values >= low) & (values <= high)
     if stored is not pixels:
