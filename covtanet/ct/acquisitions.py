@@ -1,12 +1,14 @@
 """Whether the slices of a series are of one acquisition, or of two whose slices lie between each other.
 
-Two that lie end to end, as of a step-and-shoot scan, are one stack. Two that interleave are two breath-holds or two
-reconstructions: no volume, although their slices may lie at regular distances.
+Two that lie end to end, as of a step-and-shoot scan, are one stack. Two that interleave are two
+breath-holds or two reconstructions: no volume, although their slices may lie at regular distances.
 
-A time or a number per slice is normal, in either direction along the stack, with a jump at midnight or at a slab that
-was taken again. Only if two runs through the stack, one after the other in time, lie between each other are they two.
+A time or a number per slice is normal, in either direction along the stack, with a jump at midnight
+or at a slab that was taken again. Only if two runs through the stack, one after the other in time,
+lie between each other are they two.
 
-Not covered: acquisitions that nothing in the headers tells apart; two at the same places, which are duplicate slices.
+Not covered: acquisitions that nothing in the headers tells apart; two at the same places, which are
+duplicate slices.
 """
 
 import re
@@ -30,10 +32,12 @@ NAMES = (
 # Slices so near share their place: two phases whose table positions differ in the last digit.
 SAME_PLACE_SHARE = 0.05
 MIN_BETWEEN = 2
-# At the border of two overlapping slabs some slices of each lie between the other's, at most a part of them.
+# At the border of two overlapping slabs some slices of each lie between the other's, at most a part
+# of them.
 MIN_SHARE_BETWEEN = 0.5
 MIN_SHARE_OF_STACK, MIN_SHARE_OF_STACK_BY_CONTENT = 1 / 8, 1 / 4
-# Slices are reconstructed in parallel and written in any order, within seconds; breath-holds lie further apart.
+# Slices are reconstructed in parallel and written in any order, within seconds; breath-holds lie
+# further apart.
 MIN_CONTENT_GAP_S, MIN_CONTENT_TIMES = 5.0, 3
 # Of an adversary's thousands of names only so many are compared.
 MAX_GROUPS = 64

@@ -6,7 +6,8 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset
 
-# What is left once letters and digits are all that counts: "W/O CONTRAST" is "W O CONTRAST", "-" is nothing.
+# What is left once letters and digits are all that counts: "W/O CONTRAST" is "W O CONTRAST", "-" is
+# nothing.
 NO_AGENT = re.compile(
     r"(N|NO|NON|NONE|NIL|NULL|NA|N A|0|FALSE|WITHOUT|W O|WO|WOUT|NC|NEG(ATIVE)?|UNKNOWN|UNSPECIFIED|UNENHANCED"
     r"|NATIVE?|NATIVO|NATIVA|PLAIN|BLANK|SANS|SIN|SENZA|SEM|OHNE|KEINE?[SNMR]?"
@@ -30,8 +31,8 @@ def names_agent(text: str) -> bool:
 def has_contrast(header: Dataset) -> bool:
     """Whether a slice was taken with a contrast agent.
 
-    An Enhanced CT lists the agents of all its frames (PS3.3 C.7.6.4b) and says of each frame which of them had been
-    administered; an agent of which it says nothing was.
+    An Enhanced CT lists the agents of all its frames (PS3.3 C.7.6.4b) and says of each frame which
+    of them had been administered; an agent of which it says nothing was.
     """
     if names_agent(str(header.get("ContrastBolusAgent") or "")):
         return True

@@ -23,7 +23,8 @@ from covtanet.errors import StudyError
 
 PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
 ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
-# Attributes of a single-frame object beside those that say how its pixels are stored and where they lie.
+# Attributes of a single-frame object beside those that say how its pixels are stored and where they
+# lie.
 ACQUISITION = (
     "AcquisitionNumber", "AcquisitionUID", "IrradiationEventUID", "AcquisitionDateTime", "AcquisitionDate",
     "AcquisitionTime", "ContentDate", "ContentTime", "ConvolutionKernel", "FilterType", "KVP",
@@ -36,14 +37,15 @@ COMMON = (
     "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
     "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", *ACQUISITION, *KIND, *CONTRAST,
 )  # fmt: skip
-# Where an Enhanced CT keeps what a single-frame object says of its one slice (PS3.3 C.7.6.16.2, C.8.15.3), under the
-# name that it has there.
+# Where an Enhanced CT keeps what a single-frame object says of its one slice (PS3.3 C.7.6.16.2,
+# C.8.15.3), under the name that it has there.
 GROUPS: dict[str, dict[str, str]] = {
     "PlanePositionSequence": {"ImagePositionPatient": "ImagePositionPatient"},
     "PlaneOrientationSequence": {"ImageOrientationPatient": "ImageOrientationPatient"},
     "PixelMeasuresSequence": {"PixelSpacing": "PixelSpacing"},
     "PixelValueTransformationSequence": {name: name for name in ("RescaleSlope", "RescaleIntercept", "RescaleType")},
-    # A converted object keeps here what its sources say and the functional groups have no place for.
+    # A converted object keeps here what its sources say and the functional groups have no place
+    # for.
     "UnassignedSharedConvertedAttributesSequence": {name: name for name in (*ACQUISITION, *CONTRAST)},
     "UnassignedPerFrameConvertedAttributesSequence": {name: name for name in (*ACQUISITION, *CONTRAST)},
     "FrameContentSequence": {

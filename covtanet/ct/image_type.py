@@ -1,8 +1,8 @@
 """What kind of CT image an object says it is: a localizer, a projection, or slices computed from others.
 
-By ImageType, whose values from the third on are the vendors' own (PS3.3 C.8.2.1.1.1), by what an Enhanced CT says of
-its frames (PS3.3 C.8.16.2) and by the codes of a derivation (CID 7203). Derived and secondary alone say nothing:
-anonymizers and compressors write that.
+By ImageType, whose values from the third on are the vendors' own (PS3.3 C.8.2.1.1.1), by what an
+Enhanced CT says of its frames (PS3.3 C.8.16.2) and by the codes of a derivation (CID 7203). Derived
+and secondary alone say nothing: anonymizers and compressors write that.
 
 Not covered: free text, as in SeriesDescription.
 """
@@ -25,7 +25,8 @@ REFORMATTED = re.compile(r"\b((CSA ?)?MPR|MPVR|REFORMAT(TED)?|RESAMPLED|MULTI ?P
 
 PROJECTION_TECHNIQUES = {"MAX_IP", "MIN_IP", "VOLUME_RENDER", "SURFACE_RENDER", "CURVED_MPR"}
 REFORMATTED_TECHNIQUES = {"MPR"}
-# Codes of DCM: pixel by pixel maximum and minimum, curved reformat, volume and surface rendering, MIP and MinIP.
+# Codes of DCM: pixel by pixel maximum and minimum, curved reformat, volume and surface rendering,
+# MIP and MinIP.
 PROJECTION_CODES = {"113048", "113051", "113073", "113074", "113075", "113078", "113079"}
 REFORMATTED_CODES = {"113049", "113072"}  # pixel by pixel mean, multiplanar reformat
 

@@ -1,8 +1,8 @@
 """Pixels of a CT slice that the scanner padded, which are no part of the image (PS3.3 C.7.5.1.1.2).
 
-A declared padding value is not believed blindly: many objects declare one that is also a HU, such as 0 for water. Off
-the scale of HU it is padding wherever it stands; on the scale only outside, which is connected to the edge of the
-image, so that nothing is cut out of a body.
+A declared padding value is not believed blindly: many objects declare one that is also a HU, such
+as 0 for water. Off the scale of HU it is padding wherever it stands; on the scale only outside,
+which is connected to the edge of the image, so that nothing is cut out of a body.
 
 Not covered: padding on the scale of HU that nothing declares.
 """
@@ -23,15 +23,16 @@ HIGHEST_HU = 30_710.0
 LOWEST_HU = -10_000.0
 # A padding value up to here is read as air anyway.
 AIR_HU = -900.0
-# The corners beside a round field of view are 5 % each; a clump of noise of one value has a few pixels.
+# The corners beside a round field of view are 5 % each; a clump of noise of one value has a few
+# pixels.
 MIN_SHARE = 0.001
 
 
 def find_padding(stored: NDArray[Any], pixels: NDArray[Any], header: Dataset) -> Mask | None:
     """Return where a slice is padded with something else than air, None if nowhere.
 
-    stored: the values with all their allocated bits, in which padding is written even if fewer bits are declared.
-    pixels: the values that BitsStored leaves.
+    stored: the values with all their allocated bits, in which padding is written even if fewer bits
+    are declared. pixels: the values that BitsStored leaves.
     """
     rescale = _rescale(header)
     if rescale is None:
@@ -43,13 +44,15 @@ def find_padding(stored: NDArray[Any], pixels: NDArray[Any], header: Dataset) ->
 def _declared(
     stored: NDArray[Any], pixels: NDArray[Any], header: Dataset, slope: float, intercept: float
 ) -> Mask | None:
-    low, high = _declared_range(header, 8 * stored.dtype.itemsize)
-    if low is None or high is None:
+    value, limit = (_integer(header.get(f"PixelPadding{what}")) for what in ("Value", "RangeLimit"))
+    if value is None:
         return None
+    low, high = sorted((value, value if limit is None else limit))
     ends = sorted((low * slope + intercept, high * slope + intercept))
     if ends[0] >= AIR_PADDING_HU and ends[1] <= AIR_HU:
         return None
-    # The value's own sign tells how it is meant: it may be written as signed for unsigned pixels, and the reverse.
+    # The value's own sign tells how it is meant: it may be written as signed for unsigned pixels,
+    # and the reverse.
     values = stored.view(f"{'i' if low < 0 else 'u'}{stored.dtype.itemsize}")
     is_padding = (values >= low) & (values <= high)
     if stored is not pixels:
@@ -65,17 +68,6 @@ def _declared(
         hu = values * slope + intercept
         found = is_padding & ((hu < AIR_PADDING_HU) | (hu > HIGHEST_HU))
     return found if found.any() else None
-
-
-def _declared_range(header: Dataset, bits: int) -> tuple[int, int] | tuple[None, None]:
-    """Lowest and highest padding value, both signed or both unsigned; one without PixelPaddingRangeLimit."""
-    value, limit = (_integer(header.get(f"PixelPadding{what}")) for what in ("Value", "RangeLimit"))
-    if value is None:
-        return None, None
-    ends = [value, value if limit is None else limit]
-    if min(ends) < 0:
-        ends = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in ends]
-    return min(ends), max(ends)
 
 
 def _undeclared(
@@ -119,9 +111,7 @@ def _rescale(header: Dataset) -> tuple[float, float] | None:
 
 
 def _integer(value: Any) -> int | None:
-    """The value, also of unknown representation; None if it is no whole number of 16 or 32 bits."""
-    if isinstance(value, bytes):
-        value = int.from_bytes(value, "little") if len(value) in (2, 4) else None
+    """The value; None if it is no whole number of 16 or 32 bits."""
     if not isinstance(value, int) or not -(1 << 31) <= value < 1 << 32:
         return None
     return int(value)

@@ -81,8 +81,7 @@ def _check_bits(frame: Frame) -> None:
     if not 0 < stored <= allocated:
         raise StudyError("undecodable", f"{stored} of {allocated} bits are stored")
     shift = _num_bits_below(frame)
-    is_codec = frame.syntax in DECODERS  # whose samples have no bits above or below
-    if shift and (is_codec or not 0 < shift <= allocated - stored):
+    if shift and not 0 < shift <= allocated - stored:
         raise StudyError("undecodable", f"{stored} of {allocated} bits, the highest of them {stored + shift - 1}")
 
 
@@ -180,9 +179,10 @@ def decode_stack(
 ) -> tuple[NDArray[Any] | None, bool]:
     """Decode all slices into one volume in HU, in a given order, and say whether any of it was padding, now air.
 
-    int16 if every slice stays in whole numbers that fit, else float32. Each slice is let go once it is rescaled: all of
-    them beside the volume would double the memory that a series takes. None instead of the volume if there is no order,
-    or if it is larger as float32 than volumes may be; the slices are decoded all the same, to find the damaged ones.
+    int16 if every slice stays in whole numbers that fit, else float32. Each slice is let go once it
+    is rescaled: all of them beside the volume would double the memory that a series takes. None
+    instead of the volume if there is no order, or if it is larger as float32 than volumes may be;
+    the slices are decoded all the same, to find the damaged ones.
 
     Raises:
         StudyError: ``undecodable``.

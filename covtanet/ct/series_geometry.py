@@ -1,7 +1,7 @@
 """The voxel grid of a DICOM series: the regular grid fitted to its slices, and whether each lies on its place.
 
-The reader judges a series by ``off_grid_limit_mm`` and so does the export of SEG and SR, so that it takes every series
-that the reader takes.
+The reader judges a series by ``off_grid_limit_mm`` and so does the export of SEG and SR, so that it
+takes every series that the reader takes.
 
 Not covered: series whose slices have different orientations.
 """
@@ -17,9 +17,10 @@ from pydicom.dataset import Dataset
 from covtanet.ct.volume import MAX_SHEAR, check_spacing
 from covtanet.errors import StudyError
 
-# How far a slice may lie off its place, along each axis of the grid: a tenth of the voxel leaves room for a table that
-# wavers by 0.5 mm under slices of 5 mm. Positions of one decimal are up to 0.05 mm off along an axis of the patient,
-# 0.087 mm along an oblique normal: 0.1 mm, but never so much of the distance that the place itself is in doubt.
+# How far a slice may lie off its place, along each axis of the grid: a tenth of the voxel leaves
+# room for a table that wavers by 0.5 mm under slices of 5 mm. Positions of one decimal are up to
+# 0.05 mm off along an axis of the patient, 0.087 mm along an oblique normal: 0.1 mm, but never so
+# much of the distance that the place itself is in doubt.
 MAX_OFF_GRID_SHARE, MAX_OFF_GRID_MM = 0.1, 1.0
 MIN_OFF_GRID_MM, LARGEST_OFF_GRID_SHARE = 0.1, 0.3
 # A stack that is exact to a micrometre, as most are, needs no fit: its first slice is the origin.
@@ -29,8 +30,8 @@ DUPLICATE_MM, DUPLICATE_SHARE = 1e-3, 0.01
 SMALLEST_STEP_SHARE = 0.3
 ORIENTATION_ATOL = 1e-3
 PIXEL_SPACING_ATOL_MM = 1e-3
-# Of 20,000 random orientations, rounding the cosines to 3 decimals takes unit vectors at most 0.0008 off their length
-# and 0.0014 off a right angle, 2 decimals 0.008 and 0.014.
+# Of 20,000 random orientations, rounding the cosines to 3 decimals takes unit vectors at most
+# 0.0008 off their length and 0.0014 off a right angle, 2 decimals 0.008 and 0.014.
 UNIT_ATOL = 0.02
 # Cosines of 5 decimals and more are used as they stand.
 EXACT_COSINES_ATOL = 2e-5

@@ -57,6 +57,9 @@ PADDED: dict[str, Callable[[], list[FileDataset]]] = {
     "unsigned 63536, another declared": lambda: padded(63536, is_signed=False, **value("US", 0)),
     "-32768 that nothing declares": lambda: padded(-32768, is_signed=True, intercept=0),
     "12 bits signed, -2000": lambda: padded(-2000, is_signed=True, bits=12, intercept=0, **value("SS", -2000)),
+    "12 bits signed, -2000 without a sign above": lambda: padded(
+        2096, is_signed=True, bits=12, intercept=0, **value("SS", -2000)
+    ),
     "12 bits unsigned, 63536": lambda: padded(63536, is_signed=False, bits=12, **value("US", 63536)),
     "12 bits unsigned, 63536, called -2000": lambda: padded(63536, is_signed=False, bits=12, **value("SS", -2000)),
     "12 bits unsigned, 63536 that nothing declares": lambda: padded(63536, is_signed=False, bits=12),
