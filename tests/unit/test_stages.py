@@ -233,7 +233,7 @@ def test_pictures_of_anisotropic_slices_show_masks_where_the_network_sees_the_lu
     volume = canonical_volume(hu, phantom.affine @ np.diag([1, 4, 1, 1]))
     masks, chosen, slices = decode.prepare_volume(volume, WINDOW, CONFIG.slice_step_mm)
     _, measured = screened(volume)
-    files = dict(overlay.result_files(slices, chosen, masks, measured.involvement))
+    files = dict(overlay.result_files(slices, chosen, masks, measured.involvement, WINDOW))
     tiles = np.asarray(Image.open(BytesIO(files["viewer.png"])))
     is_lung, is_dark = tiles[:, :, 1] > 0, (tiles[:, :, 0] > 5) & (tiles[:, :, 0] < 90)
     assert np.count_nonzero(is_lung & is_dark) > 0.7 * np.count_nonzero(is_lung)
