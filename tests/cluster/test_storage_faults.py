@@ -186,7 +186,10 @@ def test_broken_stream_is_resumed_by_range(
 
 @pytest.mark.parametrize("num_bytes", [OBJECT_BYTES, OBJECT_BYTES + 1])
 def test_object_overwritten_while_its_stream_was_broken_is_changed(
-    num_bytes: int, s3: S3, stored: tuple[str, bytes, storage.ObjectInfo], through: Callable[[CuttingProxy], Any]
+    num_bytes: int,
+    s3: S3,
+    stored: tuple[str, bytes, storage.ObjectInfo],
+    through: Callable[[CuttingProxy], Any],
 ) -> None:
     """Half of one object and half of another are no series, even if they have the same size."""
     uri, _, info = stored
@@ -267,7 +270,9 @@ def expiring(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         second.stop()
 
 
-def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(expiring: Callable[[], None]) -> None:
+def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(
+    expiring: Callable[[], None],
+) -> None:
     """Listed with good keys, read with keys that the server takes no longer."""
     storage.write_bytes("s3://bucket/archive/a.nii", plain_nifti())
     (row,) = rows_of("s3://bucket/archive")

@@ -56,7 +56,8 @@ else:
 
 
 @pytest.mark.parametrize(
-    ("stage", "line"), [("decode", "decode_and_prepare"), ("predict", "predict"), ("measure", "measure")]
+    ("stage", "line"),
+    [("decode", "decode_and_prepare"), ("predict", "predict"), ("measure", "measure")],
 )
 def test_worker_of_a_stage_that_hangs_is_ended(stage: str, line: str, tmp_path: Path) -> None:
     """Its log says in which function it hung. Opening a pipe that nobody writes to takes for ever."""

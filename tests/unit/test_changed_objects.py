@@ -80,7 +80,12 @@ def test_error_of_one_series_becomes_its_row(error: Exception, status: str, reas
 
 
 @pytest.mark.parametrize(
-    "error", [storage.AccessError("expired"), UnavailableError("no replica"), WeakSandboxError("no seccomp")]
+    "error",
+    [
+        storage.AccessError("expired"),
+        UnavailableError("no replica"),
+        WeakSandboxError("no seccomp"),
+    ],
 )
 def test_error_of_all_series_is_no_row_of_one(error: Exception) -> None:
     """Expired credentials would fail every series that is left; the job ends instead and can be continued."""

@@ -95,7 +95,11 @@ def test_lesion_of_a_segmented_slice_fills_the_slices_nearest_to_it(
 ) -> None:
     found = measured(chest_of_1_mm, marked)
     record = found.record
-    assert (record["status"], record["num_slices"], record["num_slices_segmented"]) == ("screened", 84, 21)
+    assert (record["status"], record["num_slices"], record["num_slices_segmented"]) == (
+        "screened",
+        84,
+        21,
+    )
     assert record["lesion_slices"] == len(marked)
     assert lesion_slices_of(found) == slices
     lesion_ml = len(slices) * LESION_MM2 / 1000
@@ -117,7 +121,12 @@ def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: dict[str, A
     ("slice_mm", "num_segmented", "marked", "slices"),
     [
         (0.5, 13, 4, [30, 31, 32, 33, 34]),  # every fifth slice from 12: 12, 17, 22, 27, 32
-        (1.25, 32, 4, [19, 20]),  # every second from 11; of two that are as near, the lower one counts
+        (
+            1.25,
+            32,
+            4,
+            [19, 20],
+        ),  # every second from 11; of two that are as near, the lower one counts
         (2.5, 64, 4, [14]),
         (5.0, 64, 4, [14]),
     ],

@@ -84,7 +84,11 @@ def progress_that_gets_worse(phase: int) -> tuple[Progress, list[Progress]]:
     config = replace(CONFIG, num_epochs=4)
     scores: Iterator[float] = iter([1.0, 3.0, 2.0, 0.0])
     own = build(phase, config, Ranks())
-    scored = replace(own, validate=lambda: {"validation": next(scores)}, score=lambda metrics: metrics["validation"])
+    scored = replace(
+        own,
+        validate=lambda: {"validation": next(scores)},
+        score=lambda metrics: metrics["validation"],
+    )
     lanes = {number: lane(number, phase, config) for number in range(config.micro_batches)}
     reports: list[Progress] = []
     return fit(config, scored, lanes, Ranks(), 0, Progress(), reports.append), reports
