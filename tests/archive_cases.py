@@ -1,10 +1,11 @@
-"""What hospital archives hold beside plain series: each case writes its input and says which ledger row is right.
+"""What hospital archives hold beside plain series: what is written, and which row is right for it.
 
-python tests/archive_cases.py FOLDER           write every case into a folder of its own below FOLDER
-python tests/archive_cases.py --check LEDGER   compare a committed ledger of that archive with what is right
+python tests/archive_cases.py FOLDER           write every case into its own folder below FOLDER
+python tests/archive_cases.py --check LEDGER   compare a ledger of that archive with what is right
 
-FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The names' numbers group cases of one
-kind. What is right follows from the standards and from ``docs/input.md``, never from what the readers do.
+FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The numbers in the
+names group cases of one kind. What is right follows from the standards and from ``docs/input.md``,
+never from what the readers do.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def case_of(source_uri: str) -> str | None:
 
 
 def check(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return what is wrong with a ledger's rows, case by case; an empty list for a case that is right."""
+    """Return what is wrong with a ledger's rows, case by case; nothing for a case that is right."""
     by_case: dict[str, list[Record]] = {}
     for record in records:
         by_case.setdefault(case_of(record["source_uri"]) or "", []).append(record)
@@ -51,7 +52,9 @@ def check(records: Iterable[Record]) -> dict[str, list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             right = case(Path(folder) / name, name)
         rows = by_case.get(name, [])
-        wrong = [] if len(rows) == right.num_rows else [f"{len(rows)} rows, right are {right.num_rows}"]
+        wrong = []
+        if len(rows) != right.num_rows:
+            wrong.append(f"{len(rows)} rows, right are {right.num_rows}")
         for record in rows:
             wrong += faults(record, right)
         found[name] = wrong
@@ -60,10 +63,22 @@ def check(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def main() -> int:
     """Write the archive, or compare a ledger of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", nargs="?", type=Path, help="where the archive is written")
-    parser.add_argument("--check", default="", metavar="LEDGER", help="a committed ledger of the archive")
-    parser.add_argument("--large", action="store_true", help="write the cases of hundreds of MB as well")
+    parser.add_argument(
+        "--check",
+        default="",
+        metavar="LEDGER",
+        help="a committed ledger of the archive",
+    )
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="write the cases of hundreds of MB as well",
+    )
     arguments = parser.parse_args()
     if (arguments.folder is None) == (not arguments.check):
         parser.error("expected FOLDER or --check LEDGER")

@@ -1,4 +1,4 @@
-"""Cases of what the image shows: something else than air outside, cut lungs, children, noise, blank slices."""
+"""Cases of what the image shows: no air outside, cut lungs, children, noise, blank slices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,7 +45,11 @@ def turned(folder: Path, name: str, *, plane: tuple[int, int], degrees: float, v
     matrix = np.diag(1 / mm) @ rotation(axis, degrees) @ np.diag(mm)
     middle = (np.array(phantom.hu.shape) - 1) / 2
     hu = ndimage.affine_transform(
-        phantom.hu.astype(np.float32), matrix, middle - matrix @ middle, order=1, cval=float(value)
+        phantom.hu.astype(np.float32),
+        matrix,
+        middle - matrix @ middle,
+        order=1,
+        cval=float(value),
     )
     write(folder, {"ct.nii.gz": nifti_gz(replace(phantom, hu=np.rint(hu).astype(np.int16)))})
     return Right(rows=(sound(optional=("padding",)),))
@@ -65,7 +69,7 @@ def with_couch(folder: Path, name: str, *, as_dicom: bool) -> Right:
 
 
 def in_a_tube(folder: Path, name: str) -> Right:
-    """Write a patient within a closed ring, as of a blanket or an incubator: all air around the body is closed in."""
+    """Write a patient within a closed ring, as of an incubator, with all air within it."""
     hu = chest().hu.copy()
     ring = round_field(chest(), 168.0) & ~round_field(chest(), 176.0)
     hu[:, ring & (hu[12] < -500)] = 0
@@ -132,7 +136,14 @@ def cut_field(folder: Path, name: str, *, side: str, share: float, as_nifti: boo
     return Right(rows=(Row(flags=("partial_lungs",)),))
 
 
-def cut_round(folder: Path, name: str, *, radius_mm: float, value: int, is_declared: bool = False) -> Right:
+def cut_round(
+    folder: Path,
+    name: str,
+    *,
+    radius_mm: float,
+    value: int,
+    is_declared: bool = False,
+) -> Right:
     """Write a round field of view whose edge runs through both lungs."""
     outside = round_field(chest(), radius_mm)
     found = datasets(name)
@@ -147,11 +158,16 @@ def cut_round(folder: Path, name: str, *, radius_mm: float, value: int, is_decla
 
 
 def rib_to_rib(folder: Path, name: str, *, margin_px: int) -> Right:
-    """Write a field of view that ends in the chest wall: no air outside, but the lungs are whole."""
+    """Write a field of view that ends in the chest wall: no air outside, but whole lungs."""
     phantom = chest()
     for axis in (1, 2):
         extent = np.flatnonzero(phantom.lung_mask.any(axis=tuple({0, 1, 2} - {axis})))
-        phantom = cropped(phantom, axis, int(extent[0]) - margin_px, int(extent[-1]) + 1 + margin_px)
+        phantom = cropped(
+            phantom,
+            axis,
+            int(extent[0]) - margin_px,
+            int(extent[-1]) + 1 + margin_px,
+        )
     save(folder, datasets(name, phantom))
     return Right(rows=(sound(),))
 
@@ -159,7 +175,14 @@ def rib_to_rib(folder: Path, name: str, *, margin_px: int) -> Right:
 # 51: blank slices
 
 
-def blank(folder: Path, name: str, *, slices: Sequence[int], hu: int, as_nifti: bool = False) -> Right:
+def blank(
+    folder: Path,
+    name: str,
+    *,
+    slices: Sequence[int],
+    hu: int,
+    as_nifti: bool = False,
+) -> Right:
     """Write slices of one value among the others, as a transfer leaves them that broke off."""
     values = chest().hu.copy()
     values[list(slices)] = hu

@@ -38,7 +38,7 @@ from right_rows import Case, Right, Row, refused, sound
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """What stands outside the circle of reconstruction, as stored, and what the header says of it."""
+    """What is stored outside the circle of reconstruction, and what the header says of it."""
 
     stored: int
     is_signed: bool = False
@@ -52,15 +52,22 @@ PADDINGS = {
     "unsigned_63536": Padding(stored=63536, declared={VALUE: ("US", 63536)}),
     "unsigned_62536": Padding(stored=62536, declared={VALUE: ("US", 62536)}),
     "unsigned_63536_called_signed": Padding(stored=63536, declared={VALUE: ("SS", -2000)}),
-    "unsigned_range": Padding(stored=63536, spread=300, declared={VALUE: ("US", 63536), LIMIT: ("US", 63836)}),
+    "unsigned_range": Padding(
+        stored=63536, spread=300, declared={VALUE: ("US", 63536), LIMIT: ("US", 63836)}
+    ),
     "unsigned_range_downwards": Padding(
-        stored=63536, spread=300, declared={VALUE: ("US", 63836), LIMIT: ("US", 63536)}
+        stored=63536, spread=300, declared={VALUE: ("US", 63836), LIMIT: ("US", 63536)},
     ),
     "signed_2000": Padding(stored=-2000, is_signed=True, declared={VALUE: ("SS", -2000)}),
-    "signed_2000_called_unsigned": Padding(stored=-2000, is_signed=True, declared={VALUE: ("US", 63536)}),
+    "signed_2000_as_unsigned": Padding(
+        stored=-2000, is_signed=True, declared={VALUE: ("US", 63536)}
+    ),
     "signed_2000_undeclared": Padding(stored=-2000, is_signed=True),
     "signed_range": Padding(
-        stored=-2000, spread=300, is_signed=True, declared={VALUE: ("SS", -2000), LIMIT: ("SS", -1700)}
+        stored=-2000,
+        spread=300,
+        is_signed=True,
+        declared={VALUE: ("SS", -2000), LIMIT: ("SS", -1700)},
     ),
     "signed_32768": Padding(stored=-32768, is_signed=True, declared={VALUE: ("SS", -32768)}),
     "0_of_1024": Padding(stored=0, declared={VALUE: ("US", 0)}),
@@ -105,7 +112,7 @@ def excess(folder: Path, name: str, *, num_bytes: int, rows: tuple[Row, ...] = (
 
 
 def overlay_bits(folder: Path, name: str, *, is_signed: bool) -> Right:
-    """Write 12 bits with an overlay above them, the patient prone, feet first, the stack downwards."""
+    """Write 12 bits with an overlay above them, the patient prone and feet first, from the head."""
     phantom, rng = chest(), np.random.default_rng(1)
     found = datasets(name)
     for index, dataset in enumerate(found):
@@ -125,7 +132,7 @@ def overlay_bits(folder: Path, name: str, *, is_signed: bool) -> Right:
 
 
 def high_bit(folder: Path, name: str, *, bits_stored: int, high: int, shift: int) -> Right:
-    """Write a HighBit that is not BitsStored - 1, with the values where it says or where they usually are."""
+    """Write a HighBit that is not BitsStored - 1, with the values up there or in the low bits."""
     found = datasets(name)
     for dataset in found:
         stored = np.clip(pixels(dataset), 0, 4095) << shift
@@ -146,21 +153,29 @@ def fragments(folder: Path, name: str, *, syntax: str) -> Right:
         stream = stream_of(pixels(dataset).astype(np.uint16), syntax)
         dataset.PixelRepresentation = 0
         third = len(stream) // 6 * 2
-        encapsulate(dataset, [stream[:third], stream[third : 2 * third], stream[2 * third :]], syntax)
+        encapsulate(
+            dataset,
+            [stream[:third], stream[third : 2 * third], stream[2 * third :]],
+            syntax,
+        )
     save(folder, found)
     return Right(rows=(sound(),), hu=chest().hu)
 
 
 def enhanced_fragments(folder: Path, name: str, *, has_table: bool) -> Right:
-    """Write Enhanced CT in JPEG 2000 with an Extended Offset Table, or without one and two fragments a frame."""
+    """Write Enhanced CT in JPEG 2000 with an Extended Offset Table, or two fragments a frame."""
     found = datasets(name)
     whole = enhanced(found)
     whole.PixelRepresentation = 0
     streams = [stream_of(pixels(dataset).astype(np.uint16), JPEG2000Lossless) for dataset in found]
-    halves = [half for stream in streams for half in (stream[: len(stream) // 4 * 2], stream[len(stream) // 4 * 2 :])]
+    halves: list[bytes] = []
+    for stream in streams:
+        middle = len(stream) // 4 * 2
+        halves += [stream[:middle], stream[middle:]]
     encapsulate(whole, halves, JPEG2000Lossless)
     if has_table:
-        whole.PixelData, whole.ExtendedOffsetTable, whole.ExtendedOffsetTableLengths = encapsulate_extended(streams)
+        whole.PixelData, offsets, lengths = encapsulate_extended(streams)
+        whole.ExtendedOffsetTable, whole.ExtendedOffsetTableLengths = offsets, lengths
     save(folder, [whole])
     return Right(rows=(sound(),), hu=chest().hu)
 

@@ -1,4 +1,4 @@
-"""Cases of DICOM series: acquisitions, projections, localizers, copies, contrast, texts, what lies beside them."""
+"""Cases of DICOM series: acquisitions, projections, localizers, copies, contrast, odd texts."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +43,15 @@ def plain_dicom(folder: Path, name: str) -> Right:
 # 07, 08: two acquisitions
 
 
-def interleaved(folder: Path, name: str, *, by: str, shift_mm: float = 5.5, num_second: int = 24) -> Right:
-    """Write two breath-holds whose slices lie between each other; ``by`` names the attribute that tells them apart."""
+def interleaved(
+    folder: Path,
+    name: str,
+    *,
+    by: str,
+    shift_mm: float = 5.5,
+    num_second: int = 24,
+) -> Right:
+    """Write two breath-holds whose slices lie between each other. by: what tells them apart."""
     first, second = datasets(name), datasets(name, chest(seed=5))[:num_second]
     for dataset in second:
         x, y, z = dataset.ImagePositionPatient
@@ -53,7 +60,8 @@ def interleaved(folder: Path, name: str, *, by: str, shift_mm: float = 5.5, num_
         for index, dataset in enumerate(stack):
             set_uid(dataset, f"{dataset.SeriesInstanceUID[:56]}.{number}.{index}")
             dataset.AcquisitionNumber = number + 1 if by in ("number", "all") else 1
-            dataset.ConvolutionKernel = ("B30f", "B70f")[number] if by in ("kernel", "all") else "B30f"
+            is_sharp = number == 1 and by in ("kernel", "all")
+            dataset.ConvolutionKernel = "B70f" if is_sharp else "B30f"
             if by in ("time", "all"):
                 dataset.AcquisitionTime = f"1015{30 * number + index * 0.4:09.6f}"
     pairs = [dataset for pair in zip(first, second, strict=False) for dataset in pair]
@@ -72,7 +80,7 @@ def same_places(folder: Path, name: str) -> Right:
 
 
 def timed(folder: Path, name: str, *, attributes: Callable[[int, int], dict[str, Any]]) -> Right:
-    """Write one regular stack. attributes: of a slice by its number and the number of slices, from feet to head."""
+    """Write one regular stack. attributes: of a slice by its number from the feet and the count."""
     found = datasets(name)
     for index, dataset in enumerate(found):
         for attribute, value in attributes(index, len(found)).items():
@@ -92,11 +100,15 @@ def shuffled_place(index: int, count: int) -> int:
 
 
 ONE_ACQUISITION: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "time_of_each_slice": lambda k, n: {"AcquisitionTime": clock(k * 0.5), "ContentTime": clock(k * 0.5)},
+    "time_of_each_slice": lambda k, n: {
+        "AcquisitionTime": clock(k * 0.5), "ContentTime": clock(k * 0.5)
+    },
     "head_first": lambda k, n: {"AcquisitionTime": clock((n - k) * 0.5)},
     "four_slices_a_turn": lambda k, n: {"AcquisitionTime": clock(k // 4 * 2.0)},
     "one_time": lambda k, n: {"AcquisitionTime": "101500", "AcquisitionNumber": 3},
-    "number_of_each_slice": lambda k, n: {"AcquisitionNumber": k + 1, "AcquisitionTime": clock(k * 0.5)},
+    "number_of_each_slice": lambda k, n: {
+        "AcquisitionNumber": k + 1, "AcquisitionTime": clock(k * 0.5)
+    },
     "reconstructed_out_of_order": lambda k, n: {
         "AcquisitionTime": "101500", "ContentTime": clock(shuffled_place(k, n) * 0.5)
     },
@@ -109,7 +121,8 @@ ONE_ACQUISITION: dict[str, Callable[[int, int], dict[str, Any]]] = {
     },
     "three_end_to_end": lambda k, n: {"AcquisitionNumber": 1 + 3 * k // n},
     "end_to_end_upper_first": lambda k, n: {
-        "AcquisitionNumber": 2 - 2 * k // n, "AcquisitionTime": clock(k * 0.5 + 20 * (1 - 2 * k // n))
+        "AcquisitionNumber": 2 - 2 * k // n,
+        "AcquisitionTime": clock(k * 0.5 + 20 * (1 - 2 * k // n)),
     },
 }  # fmt: skip
 
@@ -117,7 +130,14 @@ ONE_ACQUISITION: dict[str, Callable[[int, int], dict[str, Any]]] = {
 # 09: projections
 
 
-def of_image_type(folder: Path, name: str, *, image_type: Sequence[str], row: Row, is_enhanced: bool = False) -> Right:
+def of_image_type(
+    folder: Path,
+    name: str,
+    *,
+    image_type: Sequence[str],
+    row: Row,
+    is_enhanced: bool = False,
+) -> Right:
     """Write slabs of three slices that say by their ImageType what they are."""
     slab = ndimage.uniform_filter1d if row.status == SCREENED else ndimage.maximum_filter1d
     found = datasets(name, replace(chest(), hu=slab(chest().hu, 3, axis=0)))
@@ -188,7 +208,7 @@ def twice(folder: Path, name: str, *, copies: Sequence[int], times: int = 1) -> 
 
 
 def almost_twice(folder: Path, name: str, *, is_other_object: bool) -> Right:
-    """Write a second slice at the place of one: another object with the same pixels, or its UID with others."""
+    """Write a second slice at the place of one: other pixels, or another object with the same."""
     found = datasets(name)
     again = copy.deepcopy(found[5])
     if is_other_object:
@@ -230,7 +250,7 @@ def enhanced_contrast(folder: Path, name: str, *, is_given: bool) -> Right:
 
 
 def decimal_strings(folder: Path, name: str) -> Right:
-    """Write numbers with exponents, signs, blanks and more characters than a decimal string may have."""
+    """Write numbers with exponents, signs, blanks and more characters than they may have."""
     found = datasets(name)
     with disable_value_validation():
         for dataset in found:
@@ -249,7 +269,7 @@ def decimal_strings(folder: Path, name: str) -> Right:
 
 
 def padded_uids(folder: Path, name: str) -> Right:
-    """Write UIDs of odd length padded by a NUL in one slice and by a blank in the next, patient IDs likewise."""
+    """Write UIDs of odd length padded by a NUL in one slice and by a blank in the next."""
     uid = b"1.2.826.0.1.3680043.10.1471.4.2"
     for index, dataset in enumerate(datasets(name)):
         dataset.SeriesInstanceUID = uid.decode()
@@ -262,9 +282,17 @@ def padded_uids(folder: Path, name: str) -> Right:
 # 25: localizers
 
 
-def with_localizers(folder: Path, name: str, *, count: int, has_position: bool = True, size_px: int = 64) -> Right:
+def with_localizers(
+    folder: Path,
+    name: str,
+    *,
+    count: int,
+    has_position: bool = True,
+    size_px: int = 64,
+) -> Right:
     found = datasets(name)
-    scouts = [scout_of(found[0], number, has_position=has_position, size_px=size_px) for number in range(count)]
+    scout = partial(scout_of, found[0], has_position=has_position, size_px=size_px)
+    scouts = [scout(number) for number in range(count)]
     save(folder, [*scouts, *found])
     return Right(rows=(sound(chest(), "localizer_dropped"),), hu=chest().hu)
 
@@ -275,12 +303,19 @@ def only_localizers(folder: Path, name: str) -> Right:
     return Right(rows=(refused("not_ct"),))
 
 
-def scout_of(head: Dataset, number: int, *, has_position: bool = True, size_px: int = 64) -> Dataset:
+def scout_of(
+    head: Dataset,
+    number: int,
+    *,
+    has_position: bool = True,
+    size_px: int = 64,
+) -> Dataset:
     """Return a localizer from the front, or from the side, under the UIDs of a series."""
     scout = copy.deepcopy(head)
     scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     set_uid(scout, f"{head.SeriesInstanceUID}.7{number}")
-    scout.ImageOrientationPatient = ["0", "1", "0", "0", "0", "-1"] if number else ["1", "0", "0", "0", "0", "-1"]
+    columns = ["0", "1", "0"] if number else ["1", "0", "0"]
+    scout.ImageOrientationPatient = [*columns, "0", "0", "-1"]
     scout.PixelSpacing = ["4.2", "3.75"]
     set_pixels(scout, np.full((size_px, size_px), 1000))
     if not has_position:
@@ -301,7 +336,7 @@ def without_preamble(folder: Path, name: str, *, suffix: str, is_implicit: bool 
 
 
 def without_meta(folder: Path, name: str) -> Right:
-    """Write data sets in Implicit VR with nothing before them; the series is one, whether it is read or not."""
+    """Write data sets in Implicit VR with nothing before them: one series, read or not."""
     for index, dataset in enumerate(datasets(name)):
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
         data = to_bytes(dataset)
@@ -440,7 +475,12 @@ def _image_types() -> Iterator[tuple[str, Case]]:
         image_type = ("DERIVED", "PRIMARY", "VOLUME", word)
         yield (
             f"09_enhanced_{word}",
-            partial(of_image_type, image_type=image_type, row=refused("projection"), is_enhanced=True),
+            partial(
+                of_image_type,
+                image_type=image_type,
+                row=refused("projection"),
+                is_enhanced=True,
+            ),
         )
     for word in ("AVERAGE", "MEAN"):
         image_type = ("DERIVED", "SECONDARY", "AXIAL", word)

@@ -1,4 +1,4 @@
-"""Cases of voxels and planes: reformats, pixels that are not square, rounded positions and cosines, voxel sizes."""
+"""Cases of planes and voxels: reformats, pixels not square, rounded numbers, voxel sizes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,7 +28,14 @@ from right_rows import Case, Right, Row, refused, sound
 FINE = partial(chest, num_slices=90, slice_mm=3.0)
 
 
-def reformat(folder: Path, name: str, *, plane: str, turn_deg: float = 0.0, says: str = "REFORMATTED") -> Right:
+def reformat(
+    folder: Path,
+    name: str,
+    *,
+    plane: str,
+    turn_deg: float = 0.0,
+    says: str = "REFORMATTED",
+) -> Right:
     """Write a coronal or sagittal reformat of slices 7.5 mm apart, the patient's head up."""
     phantom = FINE()
     hu, origin = phantom.hu, phantom.affine[:3, 3] + [0, 0, 3.0 * 89]
@@ -51,14 +58,27 @@ def reformat(folder: Path, name: str, *, plane: str, turn_deg: float = 0.0, says
         step_mm=turn @ step,
     )
     for dataset in found:
-        dataset.ImageType = ["DERIVED", "SECONDARY", says] if says else ["ORIGINAL", "PRIMARY", "AXIAL"]
+        is_told = ["DERIVED", "SECONDARY", says]
+        dataset.ImageType = is_told if says else ["ORIGINAL", "PRIMARY", "AXIAL"]
     save(folder, found)
     spacing = (3.0, 7.5, 3.75) if plane == "coronal" else (3.0, 3.75, 7.5)
-    row = sound(phantom, "reformatted", spacing_mm=spacing, optional=("oblique",) if turn_deg else ())
+    row = sound(
+        phantom,
+        "reformatted",
+        spacing_mm=spacing,
+        optional=("oblique",) if turn_deg else (),
+    )
     return Right(rows=(row,), aspect=true_aspect(phantom))
 
 
-def not_square(folder: Path, name: str, *, axis: int, factor: float, as_nifti: bool = False) -> Right:
+def not_square(
+    folder: Path,
+    name: str,
+    *,
+    axis: int,
+    factor: float,
+    as_nifti: bool = False,
+) -> Right:
     """Write pixels that are longer along rows (axis 1) or columns (axis 2)."""
     phantom = stretched(chest(), axis, factor)
     if as_nifti:
@@ -75,7 +95,7 @@ def not_square(folder: Path, name: str, *, axis: int, factor: float, as_nifti: b
 
 
 def rounded_cosines(folder: Path, name: str, *, seed: int, decimals: int) -> Right:
-    """Write a stack that is turned by a small angle about some axis, its direction cosines rounded."""
+    """Write a stack that is turned a little about some axis, its direction cosines rounded."""
     rng = np.random.default_rng(seed)
     turn = rotation(rng.standard_normal(3), float(rng.uniform(1, 12)))
     phantom = chest()
@@ -100,13 +120,20 @@ def rounded_positions(folder: Path, name: str, *, slice_mm: float, decimals: int
     phantom = chest(80, 96, 4.5, slice_mm)
     found = datasets(name, phantom)
     for dataset in found:
-        dataset.ImagePositionPatient = [f"{float(mm):.{decimals}f}" for mm in dataset.ImagePositionPatient]
+        position = [float(mm) for mm in dataset.ImagePositionPatient]
+        dataset.ImagePositionPatient = [f"{mm:.{decimals}f}" for mm in position]
     save(folder, found)
-    # Positions that are all rounded alike say the distance to a tenth of a millimetre over the whole stack.
+    # Over the whole stack the rounded positions give the distance to a thousandth.
     return Right(rows=(sound(phantom, spacing_mm=(slice_mm, 4.5, 4.5)),), hu=phantom.hu)
 
 
-def moved(folder: Path, name: str, *, offsets: Callable[[int], NDArray[np.float64]], row: Row) -> Right:
+def moved(
+    folder: Path,
+    name: str,
+    *,
+    offsets: Callable[[int], NDArray[np.float64]],
+    row: Row,
+) -> Right:
     """Write slices moved along the stack. offsets: of so many slices, in mm."""
     found = datasets(name)
     for dataset, offset in zip(found, offsets(len(found)), strict=True):
@@ -122,7 +149,7 @@ def jitter(count: int, *, share: float) -> NDArray[np.float64]:
 
 
 def drift(count: int) -> NDArray[np.float64]:
-    """Distances of 11.33 mm, then of 10.67 mm: no gap is 5 % off, yet the middle lies 4 mm off the grid."""
+    """Distances of 11.33 mm, then 10.67 mm: no gap is 5 % off, yet the middle lies 4 mm off."""
     steps = np.where(np.arange(count - 1) < (count - 1) // 2, 0.33, -0.33)
     return np.concatenate([[0.0], np.cumsum(steps)])
 
@@ -160,7 +187,14 @@ def far_apart(folder: Path, name: str) -> Right:
     return Right(rows=(sound(phantom, spacing_mm=(18.0, 3.75, 3.75), tolerance=0.15),))
 
 
-def nominal(folder: Path, name: str, *, has_unit: bool, size: float, rows: tuple[Row, ...]) -> Right:
+def nominal(
+    folder: Path,
+    name: str,
+    *,
+    has_unit: bool,
+    size: float,
+    rows: tuple[Row, ...],
+) -> Right:
     """Write voxels of ``size`` mm in all directions, with the unit mm or without one."""
     image = nifti_image(chest(), has_unit=has_unit)
     affine = np.diag([*np.sign(np.diag(image.affine)[:3]) * size, 1.0])
@@ -228,7 +262,11 @@ def _sizes() -> Iterator[tuple[str, Case]]:
     yield "29_giant", partial(sized, factors=(1.57,), rows=(Row(flags=("implausible_lungs",)),))
     yield (
         "29_dwarf",
-        partial(sized, factors=(0.2,), rows=(Row(flags=("implausible_lungs",)), refused("no_lung"))),
+        partial(
+            sized,
+            factors=(0.2,),
+            rows=(Row(flags=("implausible_lungs",)), refused("no_lung")),
+        ),
     )
     unknown = (Row(flags=("unknown_spacing",)),)
     yield "49_voxels_of_1_without_unit", partial(nominal, has_unit=False, size=1.0, rows=unknown)

@@ -39,7 +39,7 @@ def offset(folder: Path, name: str, *, voxels_at: int) -> Right:
 
 
 def patched(folder: Path, name: str, *, changes: Sequence[tuple[int, NDArray[Any]]]) -> Right:
-    """Write a volume with fields of its header overwritten. changes: (offset, little-endian values)."""
+    """Write a volume with fields of its header overwritten. changes: offsets and their values."""
     data = bytearray(nifti_plain(chest()))
     for at, values in changes:
         data[at : at + values.nbytes] = values.tobytes()
@@ -76,8 +76,14 @@ def with_extension(folder: Path, name: str) -> Right:
     return Right(rows=(sound(),), hu=chest().hu)
 
 
-def qform_alone(folder: Path, name: str, *, quaternion: Sequence[float] = (), flips: tuple[int, ...] = ()) -> Right:
-    """Write a qform without sform. quaternion: b, c, d as they stand in the header. flips: axes stored backwards."""
+def qform_alone(
+    folder: Path,
+    name: str,
+    *,
+    quaternion: Sequence[float] = (),
+    flips: tuple[int, ...] = (),
+) -> Right:
+    """Write a qform alone. quaternion: b, c, d of the header. flips: axes stored backwards."""
     image = nifti_image(chest())
     array, affine = np.asarray(image.dataobj), image.affine.copy()
     for axis in flips:
@@ -96,7 +102,7 @@ def qform_alone(folder: Path, name: str, *, quaternion: Sequence[float] = (), fl
 
 
 def few_grey_values(folder: Path, name: str) -> Right:
-    """Write fewer than 64 different stored values, none below 0, which an intercept of -1024 makes HU."""
+    """Write fewer than 64 stored values, none below 0, which an intercept of -1024 makes HU."""
     hu = (chest().hu // 64 * 64).astype(np.int32)
     image = nifti_image(chest(), (hu + 1024).astype(np.uint16))
     image.header.set_slope_inter(1, -1024)
@@ -132,7 +138,11 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"27_{dtype}", partial(stored_as, change=lambda hu, dtype=dtype: hu.astype(dtype))
     yield (
         "27_uint16",
-        partial(stored_as, change=lambda hu: (hu.astype(int) + 1024).astype("uint16"), intercept=-1024),
+        partial(
+            stored_as,
+            change=lambda hu: (hu.astype(int) + 1024).astype("uint16"),
+            intercept=-1024,
+        ),
     )
     yield "27_four_dimensions", four_dimensions
     yield "27_extension", with_extension

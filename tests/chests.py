@@ -40,7 +40,7 @@ def chest(
     slice_mm: float = 11.0,
     seed: int = 11,
 ) -> Phantom:
-    """Return a chest of 360 x 360 x 264 mm; coarse, so that an archive of many of them stays small."""
+    """Return a chest of 360 x 360 x 264 mm; coarse, so that many of them stay small."""
     return make_phantom(
         PhantomConfig(
             seed=seed,
@@ -87,8 +87,12 @@ def stretched(phantom: Phantom, axis: int, factor: float) -> Phantom:
     shape = [round(length * scale) for length, scale in zip(phantom.hu.shape, zoom, strict=True)]
     matrix, offset = np.ones(3), np.zeros(3)
     matrix[axis], offset[axis] = factor, (factor - 1) / 2
-    smooth = ndimage.uniform_filter1d(phantom.hu.astype(np.float32), max(1, round(factor)), axis=axis)
-    if round(factor) == 2:  # of an even number of voxels the filter takes the mean half a voxel too early
+    smooth = ndimage.uniform_filter1d(
+        phantom.hu.astype(np.float32),
+        max(1, round(factor)),
+        axis=axis,
+    )
+    if round(factor) == 2:  # the mean of two voxels stands at the second of them
         offset[axis] += 0.5
     hu = ndimage.affine_transform(smooth, matrix, offset, tuple(shape), order=1, mode="nearest")
     affine = phantom.affine.copy()
@@ -107,7 +111,8 @@ def cropped(phantom: Phantom, axis: int, start: int, stop: int) -> Phantom:
     affine = phantom.affine.copy()
     affine[:3, 3] += affine[:3, axis] * start
     kept = range(start, stop)
-    hu, lungs, lesion = (a.take(kept, axis) for a in (phantom.hu, phantom.lung_mask, phantom.lesion_mask))
+    arrays = (phantom.hu, phantom.lung_mask, phantom.lesion_mask)
+    hu, lungs, lesion = (array.take(kept, axis) for array in arrays)
     return replace(phantom, hu=hu, affine=affine, lung_mask=lungs, lesion_mask=lesion)
 
 
@@ -116,8 +121,8 @@ def round_field(phantom: Phantom, radius_mm: float) -> NDArray[np.bool_]:
     _, height, width = phantom.hu.shape
     mm = np.linalg.norm(phantom.affine[:3, :3], axis=0)
     y, x = np.mgrid[:height, :width]
-    beyond = ((y - (height - 1) / 2) * mm[1]) ** 2 + ((x - (width - 1) / 2) * mm[2]) ** 2 > radius_mm**2
-    return np.asarray(beyond)
+    down_mm, across_mm = (y - (height - 1) / 2) * mm[1], (x - (width - 1) / 2) * mm[2]
+    return np.asarray(np.hypot(down_mm, across_mm) > radius_mm)
 
 
 # DICOM
@@ -216,7 +221,9 @@ def encapsulate(dataset: Dataset, fragments: Sequence[bytes], syntax: str) -> No
 def stream_of(stored: NDArray[Any], syntax: str) -> bytes:
     """Compress one frame to an even number of bytes."""
     if syntax == JPEG2000Lossless:
-        stream = bytes(imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, codecformat="j2k"))
+        stream = bytes(
+            imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, codecformat="j2k"),
+        )
     elif syntax == JPEGLSLossless:
         stream = bytes(imagecodecs.jpegls_encode(stored.view(np.uint16)))
     else:
@@ -252,7 +259,11 @@ def enhanced(slices: Sequence[Dataset]) -> Dataset:
     for dataset in slices:
         frame = Dataset()
         frame.PlanePositionSequence = item_of(dataset, "ImagePositionPatient")
-        frame.PixelValueTransformationSequence = item_of(dataset, "RescaleSlope", "RescaleIntercept")
+        frame.PixelValueTransformationSequence = item_of(
+            dataset,
+            "RescaleSlope",
+            "RescaleIntercept",
+        )
         frames.append(frame)
     whole.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
     whole.NumberOfFrames = len(frames)
@@ -269,7 +280,12 @@ def nifti_gz(phantom: Phantom) -> bytes:
     return nifti.write(phantom.hu, nifti_grid(phantom))
 
 
-def nifti_image(phantom: Phantom, values: NDArray[Any] | None = None, *, has_unit: bool = True) -> nib.Nifti1Image:
+def nifti_image(
+    phantom: Phantom,
+    values: NDArray[Any] | None = None,
+    *,
+    has_unit: bool = True,
+) -> nib.Nifti1Image:
     """Return a chest as an image with other stored values. values: (z, y, x)."""
     grid = nifti_grid(phantom)
     array = grid.from_canonical(phantom.hu if values is None else values)

@@ -22,9 +22,9 @@ OF_THE_MODEL = {"no_diagnosis"}
 class Row:
     """A ledger row that is right for a series.
 
-    reasons: any of them, for a rejected series. flags: all of them and none beside them but ``optional``.
-    lung_ml: the true lung volume, null if the row need not tell; tolerance: how far from it, as a share.
-    spacing_mm: z, y, x.
+    reasons: any of them, for a rejected series. flags: all of them and none beside them but
+    ``optional``. lung_ml: the true lung volume, null if the row need not tell; tolerance: how far
+    from it, as a share. spacing_mm: z, y, x.
     """
 
     status: str = SCREENED
@@ -40,8 +40,9 @@ class Row:
 class Right:
     """What is right for a case: every row of it is one of ``rows``.
 
-    num_ignored: objects that are no row but counted. hu: the volume's HU bit for bit, (z, y, x). aspect: width over
-    height of the body in the middle slice, as the network must see it. unsegmented: slices that it may not see.
+    num_ignored: objects that are no row but counted. hu: the volume's HU bit for bit, (z, y, x).
+    aspect: width over height of the body in the middle slice, as the network must see it.
+    unsegmented: slices that it may not see.
     """
 
     rows: tuple[Row, ...]
@@ -74,10 +75,12 @@ def faults(record: Record, right: Right) -> list[str]:
 def _faults_of_row(record: Record, row: Row) -> list[str]:
     if record["status"] != row.status:
         reason = record.get("reason") or ", ".join(record["qc_flags"])
-        return [f"{record['status']} ({reason}), right is {row.status} {' or '.join((*row.reasons, *row.flags))}"]
+        wanted = " or ".join((row.status, *row.reasons, *row.flags))
+        return [f"{record['status']} ({reason}), right is {wanted}"]
     if row.status != SCREENED:
-        is_right = not row.reasons or record["reason"] in row.reasons
-        return [] if is_right else [f"reason {record['reason']}, right is {' or '.join(row.reasons)}"]
+        if not row.reasons or record["reason"] in row.reasons:
+            return []
+        return [f"reason {record['reason']}, right is {' or '.join(row.reasons)}"]
     found = []
     flags = set(record["qc_flags"]) - OF_THE_MODEL
     found += [f"flag {flag} is missing" for flag in row.flags if flag not in flags]
@@ -91,8 +94,9 @@ def _faults_of_row(record: Record, row: Row) -> list[str]:
 def _faults_of_volume(record: Record, row: Row) -> list[str]:
     volume_ml = record["lung_volume_ml"]
     if "unknown_spacing" in row.flags:
-        is_null = volume_ml is None and record["lesion_volume_ml"] is None
-        return [] if is_null else [f"volumes of {volume_ml} and {record['lesion_volume_ml']} ml from nominal voxels"]
+        lesion_ml = record["lesion_volume_ml"]
+        is_null = volume_ml is None and lesion_ml is None
+        return [] if is_null else [f"{volume_ml} and {lesion_ml} ml from nominal voxels"]
     found = []
     if row.lung_ml is not None and abs(volume_ml / row.lung_ml - 1) > row.tolerance:
         found.append(f"lung of {volume_ml:.0f} ml, true are {row.lung_ml:.0f} ml")
