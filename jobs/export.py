@@ -206,12 +206,13 @@ def write(row: dict[str, Any], folder: str) -> str:
     targets = [storage.join(folder, name) for name in (SEG, SR)]
     if all(storage.exists(target) for target in targets):
         return "there already"
-    for target, data in zip(targets, made(row, folder), strict=True):
+    with quiet():
+        objects = made(row, folder)
+    for target, data in zip(targets, objects, strict=True):
         storage.write_bytes(target, data)
     return "written"
 
 
-@quiet()
 def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
     """SEG and SR of a row.
 

@@ -32,7 +32,7 @@ from cluster import check_tracking, connect, parser, place, start_logging
 
 from covtanet import storage, tracking
 from covtanet.config import load_config
-from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError
+from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError, WeakSandboxError
 from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.screening import ledger, pipeline, view
@@ -49,6 +49,8 @@ ENDINGS = {
     5: "another driver committed this run",
 }
 MIN_SITE_KEY_BYTES = 16
+# What a stage lets through because it is no matter of one series.
+ENDING_ERRORS = (storage.AccessError, WeakSandboxError, CheckpointError)
 
 
 def parse() -> argparse.Namespace:
@@ -118,7 +120,14 @@ def main() -> int:
 
 
 def cause_of(error: BaseException) -> str:
-    """The type of an error of Ray's and of the error of ours within it."""
+    """Return the type of an error of Ray's and of the error of ours within it.
+
+    Of an error in a worker Ray Data hands on the text of its traceback alone, a line of which begins with the type.
+    """
+    text = str(error)
+    for own in ENDING_ERRORS:
+        if f"\n{own.__module__}.{own.__qualname__}:" in text:
+            return f"{type(error).__name__} of {own.__name__}"
     cause = getattr(error, "cause", None)
     return f"{type(error).__name__} of {type(cause).__name__}" if cause is not None else type(error).__name__
 
@@ -171,12 +180,20 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
         pipeline.screen(run, config, window, model.folder, results)
         accounting = ledger.commit(run, is_exclusive=is_exclusive)
     except Exception as error:
-        if not isinstance(error, AlreadyCommittedError) and ledger.is_committed(run):
+        if not isinstance(error, AlreadyCommittedError) and is_known_as_committed(run):
             raise AlreadyCommittedError("another driver of this run committed while this one worked") from error
         raise
     print(screening_table(run, accounting, time.monotonic() - started))
     print(ignored_line(ledger.read_ignored(run)))
     return judge(accounting, arguments.max_rejected, arguments.max_failed)
+
+
+def is_known_as_committed(run: ledger.Run) -> bool:
+    """Return whether a run is committed; False if storage does not say, so that the first error stands."""
+    try:
+        return ledger.is_committed(run)
+    except OSError:
+        return False
 
 
 def check_date(run_date: date | None) -> None:

@@ -21,7 +21,7 @@ AIR_HU = -1000
 AERATED_HU = -400
 # Nothing that is measured lies below: air is -1000, and noise averages out within a block.
 UNMEASURED_HU = -1100
-# No fill value lies between these, the HU of soft tissue and contrast.
+# Soft tissue, which is flat where an image was made without noise.
 TISSUE_HU = (1, 300)
 # Half the voxels of severe emphysema lie below -950. Room air was measured at -1000 to -930, foam of
 # tables and cushions is alike: between the limits only the place tells air from lung.
@@ -33,12 +33,12 @@ BLANK_SAMPLES = 32
 CUT_LUNG_CM2 = 2.0
 FRAME_PX = 2
 BEHIND_FRAME_CM2 = 10.0
+LEAK_CM2 = 10.0
 # Of all tissue in a slice: a ring of room air lies around the body, joined lungs around the heart.
-RING_SHARE = 0.5
-# Shells of tables are thinner, chest walls thicker.
-SHELL_MM = 10.0
-# Of the largest piece of tissue; arms are smaller.
-TRUNK_SHARE = 0.3
+RING_SHARE = 0.4
+# Cables and clothes are thinner than chest walls, and so are most shells of tables.
+THIN_MM, SHELL_MM = 7.0, 12.0
+TISSUE_CM2 = 3.0
 INSIDE_SHARE = 0.7
 
 IN_PLANE = np.zeros((3, 3, 3), bool)
@@ -78,12 +78,17 @@ def find_outside(hu: NDArray[np.float32], samples: NDArray[Any], grid_mm: Millim
     is_outside = _touching(labels, count)
     if unmeasured.any():
         is_outside[labels[beside_unmeasured(unmeasured, hu)]] = True
+    is_behind_frame = np.zeros_like(is_outside)
     for edge in _edges(labels[:, FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]):
-        is_outside[edge] |= is_large[edge]
-    is_outside &= ~_cut_lung(labels, is_outside, hu, samples, unmeasured, grid_mm)
+        is_behind_frame[edge] = is_large[edge] & ~is_outside[edge]
+    candidates = is_outside | is_behind_frame
+    is_lung, is_thick = _cut_lung(labels, candidates, hu, samples, unmeasured, grid_mm)
+    is_outside = (is_outside | (is_behind_frame & is_thick)) & ~is_lung
     is_outside |= _rings(labels, is_large & ~is_outside, hu, unmeasured)
     is_outside[0] = False
-    return is_outside[labels] | unmeasured, unmeasured
+    room_air = is_outside[labels]
+    _remove_leaks(room_air, hu, unmeasured, grid_mm)
+    return room_air | unmeasured, unmeasured
 
 
 def touching_border(mask: Mask) -> Mask:
@@ -92,30 +97,23 @@ def touching_border(mask: Mask) -> Mask:
     return np.asarray(_touching(labels, count)[labels])
 
 
-def inside_body(hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres) -> Mask:
-    """Return the pixels of slices with the trunk's tissue on both sides, along x or along y.
-
-    Arms and shells of tables are no trunk.
-    """
-    # Every other pixel will do, and takes a fourth of the time.
-    step_y, step_x = (2 if 3 * mm <= SHELL_MM else 1 for mm in grid_mm[1:])
-    empty = unmeasured[:, ::step_y, ::step_x]
-    tissue = (hu[:, ::step_y, ::step_x] >= BODY_HU) & ~empty
-    thick = [max(1, round(SHELL_MM / 2 / mm)) for mm in (grid_mm[1] * step_y, grid_mm[2] * step_x)]
-    thick_tissue = ndimage.binary_erosion(tissue | empty, structure=diamond(thick)[None], border_value=1)
-    labels, _ = ndimage.label(thick_tissue & tissue, structure=IN_PLANE)
-    trunk = np.zeros_like(tissue)
-    for slice_trunk, slice_labels in zip(trunk, labels, strict=True):
-        sizes = np.bincount(slice_labels.ravel())
-        sizes[0] = 0
-        slice_trunk |= ((sizes >= TRUNK_SHARE * sizes.max()) & (sizes > 0))[slice_labels]
-    inside = np.zeros_like(trunk)
+def inside_body(
+    hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres, thicker_than_mm: float = THIN_MM
+) -> Mask:
+    """Return the pixels of slices that have thick tissue on both sides, along x or along y."""
+    tissue = (hu >= BODY_HU) & ~unmeasured
+    reach = [int(thicker_than_mm / 2 / mm) for mm in grid_mm[1:]]
+    thick = ndimage.binary_erosion(tissue | unmeasured, structure=diamond(reach)[None], border_value=1)
+    labels, count = ndimage.label(thick & tissue, structure=IN_PLANE)
+    is_large = np.bincount(labels.ravel(), minlength=count + 1) * grid_mm[1] * grid_mm[2] / 100.0 >= TISSUE_CM2
+    is_large[0] = False
+    body = is_large[labels]
+    inside = np.zeros_like(body)
     for axis in (1, 2):
-        before = np.maximum.accumulate(trunk, axis=axis)
-        behind = np.flip(np.maximum.accumulate(np.flip(trunk, axis), axis=axis), axis)
+        before = np.maximum.accumulate(body, axis=axis)
+        behind = np.flip(np.maximum.accumulate(np.flip(body, axis), axis=axis), axis)
         inside |= before & behind
-    height, width = unmeasured.shape[1:]
-    return inside.repeat(step_y, axis=1)[:, :height].repeat(step_x, axis=2)[:, :, :width]
+    return inside
 
 
 def convex_hull(slice_mask: Mask) -> Mask:
@@ -136,8 +134,14 @@ def convex_hull(slice_mask: Mask) -> Mask:
 
 def diamond(reach_px: list[int]) -> Mask:
     """Return the pixels that as many steps along y and x reach, as a structuring element."""
-    y, x = (np.abs(np.arange(-reach, reach + 1)) / reach for reach in reach_px)
+    y, x = (np.abs(np.arange(-reach, reach + 1)) / max(1, reach) for reach in reach_px)
     return np.asarray(y[:, None] + x[None, :] <= 1 + 1e-9)
+
+
+def rim(grid_mm: Millimetres) -> Mask:
+    """Return a structuring element that reaches two pixels along the finer axis of a slice."""
+    finer = min(grid_mm[1:])
+    return diamond([max(1, round(2 * finer / mm)) for mm in grid_mm[1:]])[None]
 
 
 def beside_unmeasured(unmeasured: Mask, hu: NDArray[np.float32]) -> Mask:
@@ -178,9 +182,18 @@ def _fill_values(slice_hu: NDArray[np.float32]) -> set[float]:
         value = float(slice_hu[y, x])
         beside = (slice_hu[y, 1 if x == 0 else -2], slice_hu[1 if y == 0 else -2, x])
         is_flat = all(abs(float(other) - value) <= FLAT_TOL_HU for other in beside)
-        if value < UNMEASURED_HU or (is_flat and not TISSUE_HU[0] <= value <= TISSUE_HU[1]):
+        if value < UNMEASURED_HU or (is_flat and not _may_be_tissue(value, slice_hu)):
             values.add(value)
     return values
+
+
+def _may_be_tissue(value: float, slice_hu: NDArray[np.float32]) -> bool:
+    """Tell whether flat corners may be tissue, as in images without any noise."""
+    if not TISSUE_HU[0] <= value <= TISSUE_HU[1]:
+        return False
+    others = np.abs(slice_hu[:, :-1] - value) > FLAT_TOL_HU
+    is_flat = np.abs(np.diff(slice_hu, axis=1)) <= FLAT_TOL_HU
+    return bool(2 * np.count_nonzero(is_flat & others) >= np.count_nonzero(others))
 
 
 def _is_flat(hu: NDArray[np.float32]) -> Mask:
@@ -224,7 +237,7 @@ def _cut_lung(
     samples: NDArray[Any],
     unmeasured: Mask,
     grid_mm: Millimetres,
-) -> Mask:
+) -> tuple[Mask, Mask]:
     """Tell which candidates, labels of pieces within a slice each, are lung that the edge cuts."""
     # Two pixels of rim are partly something else. The edge that cuts a piece is no rim of it.
     solid = ndimage.binary_erosion(candidates[labels] | unmeasured, structure=IN_PLANE, iterations=2, border_value=1)
@@ -236,17 +249,34 @@ def _cut_lung(
 
     # The median is above a limit if more than half of the samples are.
     num_all = np.bincount(inner, minlength=len(candidates))
-    is_lung = num_all * grid_mm[1] * grid_mm[2] / 100.0 >= CUT_LUNG_CM2
-    is_lung &= (2 * count(values > SURELY_AIR_HU) > num_all) & (2 * count(values > AERATED_HU) < num_all)
-    if not is_lung.any():
-        return is_lung
+    is_thick = num_all * grid_mm[1] * grid_mm[2] / 100.0 >= CUT_LUNG_CM2
+    is_lung = is_thick & (2 * count(values > SURELY_AIR_HU) > num_all)
+    is_lung &= 2 * count(values > AERATED_HU) < num_all
     is_unsure = is_lung & (2 * count(values > SURELY_DENSE_HU) <= num_all)
     num_inside = np.zeros(len(candidates), int)
     shown = (is_unsure[labels] & solid).any(axis=(1, 2))
     if shown.any():
         inside = inside_body(hu[shown], unmeasured[shown], grid_mm) & solid[shown]
         num_inside += np.bincount(labels[shown][inside], minlength=len(candidates))
-    return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all))
+    return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all)), is_thick
+
+
+def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres) -> None:
+    """Take from the room air, in place, lung that a thin chest wall or a fill value joined to it."""
+    pixel_cm2 = grid_mm[1] * grid_mm[2] / 100.0
+    dense = room_air & (hu > SURELY_DENSE_HU) & (hu < AERATED_HU)
+    # The blurred rim of the body has no pixel with eight such neighbours.
+    rows = dense[:, :-2] & dense[:, 1:-1] & dense[:, 2:]
+    core = rows[:, :, :-2] & rows[:, :, 1:-1] & rows[:, :, 2:]
+    shown = np.count_nonzero(core, axis=(1, 2)) * pixel_cm2 >= LEAK_CM2 / 2
+    if not shown.any():
+        return
+    inside = room_air[shown] & inside_body(hu[shown], unmeasured[shown], grid_mm)
+    core = ndimage.binary_opening(dense[shown] & inside, structure=IN_PLANE)
+    labels, count = ndimage.label(core, structure=IN_PLANE)
+    is_large = np.bincount(labels.ravel(), minlength=count + 1) * pixel_cm2 >= LEAK_CM2
+    is_large[0] = False
+    room_air[shown] &= ~(inside & ndimage.binary_dilation(is_large[labels], structure=rim(grid_mm)))
 
 
 def _rings(labels: NDArray[Any], candidates: Mask, hu: NDArray[np.float32], unmeasured: Mask) -> Mask:

@@ -208,6 +208,7 @@ def _parse(data: bytes) -> FileDataset:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
         dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS, *OPTIONAL])
+        dataset.buffer = None  # all of the object, beside the values that were read from it
         for name in READ_TAGS:  # pydicom converts a value when it is first asked for
             if isinstance(dataset.get(name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
                 raise ValueError("a sequence in the place of a value")

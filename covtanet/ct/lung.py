@@ -17,7 +17,9 @@ from covtanet.ct.body import (
     AIR_HU,
     BODY_HU,
     IN_PLANE,
+    SHELL_MM,
     SURELY_AIR_HU,
+    SURELY_DENSE_HU,
     Mask,
     beside_unmeasured,
     blank_slices,
@@ -25,6 +27,7 @@ from covtanet.ct.body import (
     diamond,
     find_outside,
     inside_body,
+    rim,
     touching_border,
 )
 from covtanet.ct.volume import Volume
@@ -41,8 +44,8 @@ CHEST_WALL_MM = 10.0
 MIN_LUNG_CM2 = 20.0
 PARTIAL_CM2 = 15.0
 SECOND_LUNG_SHARE = 0.05
-# Of a lone lung's width; less room beside it and the other lung lies beyond the image.
-ROOM_FOR_A_LUNG = 0.6
+# Of a lone lung's width, between the lung and the end of the image or of the body.
+ROOM_FOR_A_LUNG, ROOM_FOR_LUNG_AND_WALL = 0.6, 1.0
 CUT_TISSUE_SHARE = 0.3
 CONTACT_CM2 = 2.0
 LUNGS_ML = (50.0, 12000.0)
@@ -54,6 +57,8 @@ LUNG_SHARE_OF_BODY = 0.1
 THINNEST_MM, THICKEST_MM = 0.5, 10.0
 MAX_PIECES = 8
 BODY_CHECK_SLICES = 9
+# Chest walls that are as thin as shells are left out: much of a lung then has no tissue beside it.
+IN_BODY_SHARE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +182,7 @@ def find_lungs(volume: Volume) -> Lungs:
     closed &= ~scan.outside
     cavity = _cavity(closed, scan)
     # Lung that consolidation cut off from the rest; what hems gas is its rim, not lung.
-    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=_rim(scan))
+    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=rim(scan.grid_mm))
     is_partial = _is_partial(closed, scan) or (len(pieces) == 1 and _lacks_a_lung(pieces[0], scan))
     return _on_source(volume, scan, sound, closed, cavity, is_partial)
 
@@ -266,13 +271,6 @@ def _samples(
     return out
 
 
-def _rim(scan: _Scan) -> Mask:
-    """Return the structuring element that reaches two pixels of the finer axis."""
-    finer = min(scan.grid_mm[1:])
-    reach = [max(1, round(2 * finer / mm)) for mm in scan.grid_mm[1:]]
-    return diamond(reach)[None]
-
-
 def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
     """Return trachea, main bronchi and gas in the bowel, with their rim.
 
@@ -290,7 +288,7 @@ def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
     labels, count = ndimage.label(core, structure=IN_PLANE)
     is_large = np.bincount(labels.ravel(), minlength=count + 1) * scan.pixel_cm2 >= PURE_AIR_CM2
     is_large[0] = False
-    return aerated & ndimage.binary_dilation(is_large[labels], structure=_rim(scan))
+    return aerated & ndimage.binary_dilation(is_large[labels], structure=rim(scan.grid_mm))
 
 
 def _lung_pieces(aerated: Mask, scan: _Scan) -> list[Mask]:
@@ -312,10 +310,12 @@ def _lung_pieces(aerated: Mask, scan: _Scan) -> list[Mask]:
 
 def _is_in_body(piece: Mask, scan: _Scan) -> bool:
     """Tell lung from closed air beside the body, as in a table, by a few of its slices."""
+    if float(np.median(scan.hu[piece])) > SURELY_DENSE_HU:
+        return True
     shown = np.flatnonzero(piece.any(axis=(1, 2)))
     checked = shown[np.unique(np.linspace(0, len(shown) - 1, BODY_CHECK_SLICES).astype(int))]
-    inside = inside_body(scan.hu[checked], scan.unmeasured[checked], scan.grid_mm)
-    return bool(2 * np.count_nonzero(piece[checked] & inside) >= np.count_nonzero(piece[checked]))
+    inside = inside_body(scan.hu[checked], scan.unmeasured[checked], scan.grid_mm, SHELL_MM)
+    return bool(np.count_nonzero(piece[checked] & inside) >= IN_BODY_SHARE * np.count_nonzero(piece[checked]))
 
 
 def _halves(both: Mask) -> list[Mask]:
@@ -406,21 +406,26 @@ def _is_partial(closed: Mask, scan: _Scan) -> bool:
 def _lacks_a_lung(lone: Mask, scan: _Scan) -> bool:
     """Tell whether the other lung must lie beyond the image, as in a reconstruction of one lung.
 
-    It does if the image ends in tissue beside the lone lung, without room for another.
+    It does if the image ends in tissue at a side of the lone lung, and the body has no room for
+    another lung on either.
     """
-    rows, columns = np.flatnonzero(lone.any(axis=(0, 2))), np.flatnonzero(lone.any(axis=(0, 1)))
-    width = columns[-1] - columns[0] + 1
-    if width * scan.grid_mm[2] >= (rows[-1] - rows[0] + 1) * scan.grid_mm[1]:
+    rows, columns = (_span(np.asarray(lone.any(axis=axes))) for axes in ((0, 2), (0, 1)))
+    width, depth = columns.stop - columns.start, rows.stop - rows.start
+    if width * scan.grid_mm[2] >= depth * scan.grid_mm[1]:
         return False  # wider than deep: both lungs in one piece
-    room_left, room_right = columns[0], lone.shape[2] - 1 - columns[-1]
-    if max(room_left, room_right) >= ROOM_FOR_A_LUNG * width:
-        return False
-    shown = lone.any(axis=(1, 2))
+    shown = np.asarray(lone.any(axis=(1, 2)))
     measured = ~scan.unmeasured[shown]
     end = measured & ~ndimage.binary_erosion(measured, structure=IN_PLANE)
-    beside = slice(columns[-1] + 1, None) if room_right > room_left else slice(0, columns[0])
-    values = scan.hu[shown][:, :, beside][end[:, :, beside]]
-    return bool(len(values)) and float((values >= BODY_HU).mean()) >= CUT_TISSUE_SHARE
+    body = np.asarray((~scan.outside[shown, rows]).any(axis=1))
+    is_cut = False
+    for side in (slice(0, columns.start), slice(columns.stop, None)):
+        values = scan.hu[shown][:, :, side][end[:, :, side]]
+        is_cut_here = bool(len(values)) and bool((values >= BODY_HU).mean() >= CUT_TISSUE_SHARE)
+        is_cut |= is_cut_here
+        room = np.median(np.count_nonzero(body[:, side], axis=1))
+        if room >= width * (ROOM_FOR_A_LUNG if is_cut_here else ROOM_FOR_LUNG_AND_WALL):
+            return False
+    return is_cut
 
 
 def _enlarge(mask: Mask, shape: tuple[int, ...], steps: tuple[int, int, int]) -> Mask:

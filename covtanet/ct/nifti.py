@@ -375,8 +375,11 @@ def check_hu(hu: NDArray[Any]) -> None:
     if hu.dtype.kind == "f" and not all(np.isfinite(slice_hu).all() for slice_hu in hu):
         raise StudyError("not_hu", "some voxels are not numbers")
     low, high = float(sample.min()), float(sample.max())
-    air = float((sample < AIR_BELOW_HU).mean())
-    tissue = float(((sample > TISSUE_HU[0]) & (sample < TISSUE_HU[1])).mean())
+    num_air = num_tissue = 0
+    for slice_hu in sample:
+        num_air += int(np.count_nonzero(slice_hu < AIR_BELOW_HU))
+        num_tissue += int(np.count_nonzero((slice_hu > TISSUE_HU[0]) & (slice_hu < TISSUE_HU[1])))
+    air, tissue = num_air / sample.size, num_tissue / sample.size
     if low < LOWEST_HU or high > HIGHEST_HU or air < MIN_AIR_SHARE or tissue < MIN_AIR_SHARE:
         raise StudyError(
             "not_hu",

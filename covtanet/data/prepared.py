@@ -31,6 +31,7 @@ DESCRIPTION = b"covtanet.prepared"
 # Why a volume or its mask is refused, beside the reasons of screening.
 REASONS = (
     "missing",
+    "storage",
     "internal_error",
     "mask_unreadable",
     "mask_mismatch",

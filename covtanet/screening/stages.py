@@ -67,7 +67,8 @@ class ScreeningConfig:
     group_by: ``folder``, or ``uid`` for archives that spread a series over folders.
     slice_step_mm: segmented slices lie at least this far apart.
     severe_involvement: the paper's rule, severe above a quarter of the lung.
-    decode_memory_mib, decode_timeout_s: what decoding one series may take, beyond what its size explains.
+    decode_memory_mib, decode_timeout_s: what decoding one series may take; 3 GiB hold the largest volume that is read,
+    60 s come on top of what its size explains.
     max_series_mib: a series of more bytes is refused unread. worker_timeout_s: a worker that a series takes this
     long is ended.
     deidentify: the ledger has keyed digests in place of names and UIDs.
@@ -83,7 +84,7 @@ class ScreeningConfig:
     severe_threshold: float = 0.5
     severe_involvement: float = 0.25
     engine: str = "auto"
-    decode_memory_mib: int = 2048
+    decode_memory_mib: int = 3072
     decode_timeout_s: float = 60.0
     max_series_mib: int = 1024
     worker_timeout_s: float = 1800.0

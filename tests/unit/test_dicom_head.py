@@ -89,6 +89,27 @@ def test_start_and_syntax_of_the_data_set_are_found_with_a_preamble_and_without(
         assert dicom_head.has_magic(data[cut:]) == (cut == 0)
 
 
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"\x08\0\x05\0CS\x0a\0ISO_IR 100\x08\0\x60\0CS\x02\0CT", True),
+        (b"\x08\0\x05\0\x0a\0\0\0ISO_IR 100\x08\0\x60\0\x02\0\0\0CT", True),
+        (b"\0\x08\0\x05CS\0\x0aISO_IR 100\0\x08\0\x60CS\0\x02CT", True),
+        (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", True),  # cut
+        (b"\x08\0\x05\0CS\x02\0AB\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff", True),
+        (b"\x08\0\x05\0CS\x0a\0ISO_IR 100\x08\0\x05\0CS\x02\0CT", False),  # the same tag again
+        (b"\x08\0\x05\0ZZ\x0a\0ISO_IR 100\x08\0\x60\0CS\x02\0CT", False),
+        (b"\x08\0\x05\0\0\0\x0a\0" + bytes(99), False),  # 640 KiB
+        (b"\x10\0\x10\0PN\x02\0AB" + bytes(99), False),
+        (b"\x02\0\0\0\x04\0\0\0" + bytes(99), False),
+        (b"\x08\0\x05", False),
+        (b"", False),
+    ],
+)
+def test_first_elements_tell_dicom_without_preamble(head: bytes, expected: bool) -> None:
+    assert dicom_head.looks_like_dicom(head) == expected
+
+
 @pytest.mark.parametrize("name", [name for name in CONTROLS if name.startswith("dicom")])
 def test_scan_reads_odd_but_sound_objects(name: str) -> None:
     for data in CONTROLS[name]().values():

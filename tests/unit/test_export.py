@@ -16,6 +16,7 @@ from export import concluded, parsed, source_headers
 from hostile import deflated, enhanced, slices
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from ray import cloudpickle
 from scipy.spatial import KDTree
 from test_stages import CONFIG, WINDOW, manifest_rows
 
@@ -288,6 +289,15 @@ def test_internal_error_of_the_job_itself_has_a_place(screened: tuple[dict[str, 
     del row["model_name"]
     found, _ = exported(row, list(slices()), tmp_path / "results")
     assert found["detail"].startswith("KeyError at jobs/export.py:")
+
+
+def test_export_travels_to_a_worker_by_value() -> None:
+    """As a job's own function does, whose module a worker cannot import."""
+    cloudpickle.register_pickle_by_value(export)
+    try:
+        assert cloudpickle.loads(cloudpickle.dumps(export.export)).__name__ == "export"
+    finally:
+        cloudpickle.unregister_pickle_by_value(export)
 
 
 def test_storage_that_refuses_us_ends_the_job(

@@ -135,7 +135,7 @@ async function choose(index) {
   at("rows").children[index].scrollIntoView({ block: "nearest" });
   const place = make("div", { textContent: row.status === "screened" ? "loading" : `Not screened: ${row.reason_detail ?? row.reason}` });
   const shown = { series: row.series_key, finding: finding(row), "lung involved": percent(row.involvement),
-    "severity by involvement": row.severity_by_involvement ?? "–", "lesion": `${number(row.lesion_volume_ml, 0)} ml of ${number(row.lung_volume_ml, 0)} ml lung`,
+    "severity by involvement": row.severity_by_involvement ?? "–", "lesion": row.lesion_volume_ml === null ? "–" : `${number(row.lesion_volume_ml, 0)} ml of ${number(row.lung_volume_ml, 0)} ml lung`,
     "p infected": number(row.p_infected, 3), "p severe": number(row.p_severe, 3), flags: row.qc_flags.join(", ") || "none",
     slices: `${row.num_slices ?? "–"}, ${row.num_slices_segmented ?? "–"} segmented, ${number(row.spacing_z_mm, 1)} mm apart`,
     source: row.source_uri, "series UID": row.series_uid ?? "–", model: `${row.model_name} ${row.model_version}, ${row.model_digest.slice(0, 12)}`,
