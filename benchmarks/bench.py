@@ -186,7 +186,7 @@ def bench_sandbox() -> list[Figure]:
 
 def hostile_input() -> dict[str, tuple[str, Iterable[list[bytes]]]]:
     """A gzip bomb, a header that asks for all that is allowed and keeps its word, a deflated object, 30,000 slices."""
-    phantom = make_phantom(PhantomConfig(seed=9, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=22))
+    phantom = make_phantom(PhantomConfig(seed=9, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18))
     plain = gzip.decompress(nifti.write(phantom.hu, nifti_grid(phantom)))
     header = bytearray(plain[:352])
     struct.pack_into("<4h", header, 40, 3, 1024, 1024, 500)

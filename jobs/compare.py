@@ -2,7 +2,8 @@
 
 python jobs/compare.py --before LEDGER --after LEDGER [--before-run RUN_ID] [--after-run RUN_ID] [--out FILE.html]
 
-Without run ids each ledger's newest committed run. Exit codes: 0 done, 2 usage, 3 nothing to compare.
+Without run ids each ledger's newest committed run. Exit codes: 0 done, 2 usage, 3 nothing to compare, 4 done but for
+series that met a fault of this software (type and place are in the log), 1 storage or anything else.
 
 Research use only, not a medical device.
 """
@@ -17,6 +18,7 @@ from cluster import parser, place, start_logging
 from covtanet.errors import ConfigError
 from covtanet.report.comparison import compare
 from covtanet.screening import view
+from covtanet.screening.decode import place_of
 
 logger = logging.getLogger("covtanet.compare")
 
@@ -36,12 +38,17 @@ def main() -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return 3
+    except OSError as error:
+        logger.error("storage: %s", type(error).__name__)
+        return 1
     found = compare(before, after)
     title = f"{model_of(before)} and {model_of(after)}"
     print(found.as_table(title))
     if arguments.out:
         arguments.out.write_text(found.as_html(title))
-    return 0
+    for key, error in found.failures.items():
+        logger.error("series %s: internal error, %s", key, place_of(error), extra={"series_key": key})
+    return 4 if found.failures else 0
 
 
 def read(ledger: str, run_id: str) -> pa.Table:

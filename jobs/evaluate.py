@@ -7,8 +7,16 @@ python jobs/evaluate.py --model STORAGE/EXPERIMENT-KEY --out DIR
 REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a saved model; of a training it is the folder
 that jobs/train.py names at its end, whose folds were evaluated on their own test parts. A mask is the image's name with
 _lung-infection (0 background, 1 lung, 2 lesion) or _mask (lesion). Writes metrics.json and metrics.csv, tables.md, a
-CSV and a plot per table, rows.parquet, and pictures of the cases (a training's lie with its folds). Exit codes: 0 done,
-2 usage, 3 refused to start, 1 anything else.
+CSV and a plot per table, rows.parquet, and pictures of the cases (a training's lie with its folds).
+
+A volume that is refused, that storage does not give or that meets a fault of this software does not stop the others;
+the last line of the log counts them. Exit codes:
+
+0  done; refused volumes are in the data report above the tables
+2  usage
+3  refused to start
+4  done, but for volumes that storage did not give or that met a fault of this software: the figures lack them
+1  anything else; the same command continues
 """
 
 import argparse
@@ -19,6 +27,7 @@ import logging
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +41,7 @@ from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation import figures, rows
-from covtanet.evaluation.pipeline import Task, evaluate
+from covtanet.evaluation.pipeline import Evaluated, Task, evaluate_each
 from covtanet.model.checkpoint import SavedModel, load_model
 from covtanet.report import data_report, plots
 from covtanet.report.tables import Table, paper_tables
@@ -44,6 +53,8 @@ logger = logging.getLogger("covtanet.evaluate")
 
 SECOND_DATA_SET = ("stacks", "covid20", "images")
 DEFAULT_STEP_MM = 2.5
+# What is no fault of a volume, so that the figures lack one that belongs to them.
+FAILURES = ("storage", "internal_error")
 
 
 def add_data_options(options: argparse.ArgumentParser) -> None:
@@ -74,7 +85,10 @@ def main() -> int:
         logger.error("%s", error)
         return 3
     except OSError as error:
-        logger.error("storage: %s", type(error).__name__)
+        logger.error("storage: %s", type(getattr(error, "cause", None) or error).__name__)
+        return 1
+    except ray.exceptions.RayError as error:  # its text may name a study
+        logger.error("Ray: %s; the same command continues", type(getattr(error, "cause", None) or error).__name__)
         return 1
     finally:
         ray.shutdown()
@@ -86,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = place(arguments.out, "--out")
     is_registered = arguments.model.startswith("models:")
     ref = arguments.model if is_registered else place(arguments.model, "--model")
+    outcomes: Counter[str] = Counter()
     is_training = not is_registered and storage.exists(storage.join(ref, experiment.CONFIG))
     if is_training:
         described = json.loads(storage.read_bytes(storage.join(ref, experiment.CONFIG)))
@@ -99,8 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
             model = load_model(resolved.folder, resolved.digest)
         connect()
         prepared_uri = storage.join(place(arguments.storage, "--storage") if arguments.storage else out, "prepared")
-        volumes = prepare(model, labelled, root, prepared_uri)
-        found = predict(model, volumes, prepared_uri, storage.join(out, "pictures"))
+        volumes, refused = prepare(model, labelled, root, prepared_uri)
+        evaluated = predict(model, volumes, prepared_uri, storage.join(out, "pictures"))
+        found, outcomes = evaluated.rows, count(refused, evaluated)
         seen = seen_volumes(model, volumes)
         known = None if seen is None else len(seen)
         about = {"model_digest": resolved.digest, "model_version": resolved.version, "num_volumes_trained_on": known}
@@ -113,7 +129,21 @@ def run(arguments: argparse.Namespace) -> int:
     write(out, found, about, measured_on, is_second_data_set=dataset in SECOND_DATA_SET)
     if is_training:
         write_pictures(out, ref, found)
-    return 0
+    return concluded(outcomes)
+
+
+def count(refused: list[PreparedVolume], evaluated: Evaluated) -> Counter[str]:
+    """How many volumes were evaluated, and why the others were not."""
+    reasons = [str(volume.reason) for volume in refused]
+    kinds = [failure.partition(":")[0].partition(",")[0].replace(" ", "_") for failure in evaluated.failures.values()]
+    return Counter({"evaluated": len(evaluated.rows)}) + Counter([*reasons, *kinds])
+
+
+def concluded(outcomes: Counter[str]) -> int:
+    """Log the count of outcomes; return the exit code."""
+    if outcomes:
+        logger.info("%s", ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())))
+    return 4 if set(outcomes) & set(FAILURES) else 0
 
 
 def write_pictures(out: str, experiment_uri: str, found: list[dict[str, Any]]) -> None:
@@ -139,17 +169,20 @@ def volumes_of(arguments: argparse.Namespace) -> tuple[str, list[LabelledVolume]
     return arguments.dataset, read_volumes(arguments.dataset, data), root_of(data)
 
 
-def prepare(model: SavedModel, labelled: list[LabelledVolume], root: str, prepared_uri: str) -> list[PreparedVolume]:
-    """Volumes as this model reads them; refused ones are told and left out."""
+def prepare(
+    model: SavedModel, labelled: list[LabelledVolume], root: str, prepared_uri: str
+) -> tuple[list[PreparedVolume], list[PreparedVolume]]:
+    """Volumes as this model reads them, and those that are refused, with their reasons."""
     step_mm = model.preprocessing.get("slice_step_mm", DEFAULT_STEP_MM)
-    found = prepare_volumes(labelled, root, prepared_uri, window_of(model), step_mm)
+    found = prepare_volumes(labelled, root, prepared_uri, window_of(model), step_mm, refuses_unread=True)
     print(data_report.as_text(found, ()), flush=True)
-    return [volume for volume in found if not volume.reason]
+    refused = [volume for volume in found if volume.reason]
+    for volume in refused:
+        logger.warning("volume %s is refused: %s", volume.key, volume.reason)
+    return [volume for volume in found if not volume.reason], refused
 
 
-def predict(
-    model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str, pictures_uri: str
-) -> list[dict[str, Any]]:
+def predict(model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str, pictures_uri: str) -> Evaluated:
     """A model's rows; of one trained in phase 1 alone, only for volumes with a lesion mask."""
     diagnoses = bool(model.provenance.get("has_diagnosis", True))
     task = Task(
@@ -161,7 +194,7 @@ def predict(
         diagnoses=diagnoses,
         segments=bool(model.provenance.get("has_segmentation", True)),
     )
-    return evaluate(task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None])
+    return evaluate_each(task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None])
 
 
 def seen_volumes(model: SavedModel, volumes: list[PreparedVolume]) -> set[str] | None:

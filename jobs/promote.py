@@ -5,7 +5,9 @@ python jobs/promote.py --force "first champion"
 
 Both models are evaluated on the volumes that neither was trained on; every headline figure of the challenger must reach
 the champion's less its margin. --force promotes without a comparison and writes the reason into the registry; the first
-champion needs it. Exit codes: 0 promoted or champion already, 2 usage, 3 refused to start, 4 the challenger is worse.
+champion needs it. A volume that cannot be evaluated by both does not stop the comparison of the others, but nothing is
+promoted then. Exit codes: 0 promoted or champion already, 2 usage, 3 refused to start, 4 the challenger is worse,
+1 some volumes could not be evaluated, or anything else; the same command tries again.
 """
 
 import argparse
@@ -13,16 +15,19 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 from cluster import check_tracking, connect, parser, place, start_logging
-from evaluate import add_data_options, predict, prepare, seen_volumes, volumes_of
+from evaluate import FAILURES, add_data_options, count, predict, prepare, seen_volumes, volumes_of
 
 from covtanet import storage, tracking
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation import figures
+from covtanet.evaluation.pipeline import Evaluated
 from covtanet.evaluation.promotion import Comparison, Margins, compare
 from covtanet.model.checkpoint import SavedModel, load_model
 from covtanet.report.summary import table
@@ -54,7 +59,10 @@ def main() -> int:
         logger.error("%s", error)
         return 3
     except OSError as error:
-        logger.error("storage: %s", type(error).__name__)
+        logger.error("storage: %s", type(getattr(error, "cause", None) or error).__name__)
+        return 1
+    except ray.exceptions.RayError as error:  # its text may name a study
+        logger.error("Ray: %s; the same command tries again", type(getattr(error, "cause", None) or error).__name__)
         return 1
     finally:
         ray.shutdown()
@@ -74,13 +82,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not champion:
         raise ConfigError("there is no champion to compare with; give a reason by --force for the first one")
     models[champion] = _load(champion)
-    compared = evaluate_both(arguments, models)
+    compared, failures = evaluate_both(arguments, models)
     lines = [(each.figure, _line(each)) for each in compared]
     print(table(f"Version {version} against champion {champion}", lines))
     worse = [each.figure for each in compared if not each.is_no_worse]
     if worse:
         logger.error("version %s is worse in %s; champion stays %s", version, ", ".join(worse), champion)
         return 4
+    if failures:  # what could not be read may be what the challenger is worse in
+        counted = ", ".join(f"{number} {outcome}" for outcome, number in sorted(failures.items()))
+        logger.error("not promoted, the comparison lacks volumes: %s; champion stays %s", counted, champion)
+        return 1
     return promote(version, champion, {"covtanet.promoted_by_force": ""})
 
 
@@ -99,8 +111,12 @@ def promote(version: str, champion: str, tags: dict[str, str]) -> int:
     return 0
 
 
-def evaluate_both(arguments: argparse.Namespace, models: dict[str, SavedModel]) -> list[Comparison]:
+def evaluate_both(
+    arguments: argparse.Namespace, models: dict[str, SavedModel]
+) -> tuple[list[Comparison], Counter[str]]:
     """Headline figures of challenger and champion on the same volumes, each prepared as its model asks.
+
+    Also returned: how many volumes could not be evaluated by one or the other, by kind of failure.
 
     Raises:
         ConfigError: where that would be no fair comparison, or too thin a one.
@@ -115,19 +131,28 @@ def evaluate_both(arguments: argparse.Namespace, models: dict[str, SavedModel]) 
     with tempfile.TemporaryDirectory() as folder:
         kept = place(arguments.storage, "--storage") if arguments.storage else folder
         prepared_uri = storage.join(kept, "prepared")
-        volumes = {each: prepare(model, labelled, root, prepared_uri) for each, model in models.items()}
+        volumes, failures = {}, Counter[str]()
+        for each, model in models.items():
+            volumes[each], refused = prepare(model, labelled, root, prepared_uri)
+            failures += count(refused, Evaluated(rows=[], failures={}))
         fair = set.intersection(*(unseen(each, model, volumes[each]) for each, model in models.items()))
         logger.info("comparing on %d of %d volumes, which neither model was trained on", len(fair), len(labelled))
         if not fair:
             raise ConfigError("no volume is left that neither model was trained on; evaluate on other data")
-        found = []
+        evaluated, unanswered = [], set[str]()
         for each, model in models.items():
             chosen = [volume for volume in volumes[each] if str(volume.source_digest) in fair]
-            found.append(figures.headline(predict(model, chosen, prepared_uri, "")))
-    if missing := [name for name in NEEDED if name not in found[1]]:
+            found = predict(model, chosen, prepared_uri, "")
+            evaluated.append(found)
+            failures += count([], replace(found, rows=[]))
+            unanswered |= {str(volume.source_digest) for volume in chosen if volume.key in found.failures}
+    shared = [[row for row in each.rows if row["source_digest"] not in unanswered] for each in evaluated]
+    headlines = [figures.headline(rows) for rows in shared]
+    if missing := [name for name in NEEDED if name not in headlines[1]]:
         raise ConfigError(f"the evaluation set gives the champion no {', '.join(missing)}; take one with every grade")
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
-    return compare(found[0], found[1], margins)
+    failures = Counter({outcome: failures[outcome] for outcome in FAILURES if failures[outcome]})
+    return compare(headlines[0], headlines[1], margins), failures
 
 
 def unseen(version: str, model: SavedModel, volumes: list[PreparedVolume]) -> set[str]:

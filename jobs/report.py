@@ -3,13 +3,18 @@
 python jobs/report.py --ledger URI [--run RUN_ID] [--results URI]
 
 Without --run the newest committed run. The file is LEDGER/_reports/DATE-RUN_ID.html; it needs no network and no
-server. It holds at most 200 studies, the worst first, and those names of studies that the ledger holds.
+server. It holds at most 200 studies, the worst first, and those names of studies that the ledger holds. A picture that
+cannot be read is left out, and counted at the end.
+
+Exit codes: 0 written, 2 usage, 3 nothing to report, 4 written without some pictures that storage did not give,
+1 storage refuses us or does not answer, or anything else.
 
 Research use only, not a medical device.
 """
 
 import logging
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster import parser, place, start_logging
@@ -24,7 +29,7 @@ NUM_READ_THREADS = 8
 
 
 def main() -> int:
-    """Write the report; 3 where there is nothing to report."""
+    """Write the report."""
     options = parser(__doc__)
     options.add_argument("--ledger", required=True, help="folder or s3:// prefix of the ledger")
     options.add_argument("--run", default="", help="run id; default: the newest committed run")
@@ -32,18 +37,28 @@ def main() -> int:
     arguments = options.parse_args()
     start_logging()
     try:
-        print(write_report(place(arguments.ledger, "--ledger"), arguments.run, arguments.results))
+        target, outcomes = make_report(place(arguments.ledger, "--ledger"), arguments.run, arguments.results)
     except ConfigError as error:
         logger.error("%s", error)
         return 3
-    return 0
+    except OSError as error:  # its text may name a study
+        logger.error("storage: %s; the same command continues", type(error).__name__)
+        return 1
+    print(target)
+    return 4 if outcomes["storage"] else 0
 
 
 def write_report(ledger: str, run_id: str, results: str) -> str:
-    """Where the report lies.
+    """Where the report lies; see ``make_report``."""
+    return make_report(ledger, run_id, results)[0]
+
+
+def make_report(ledger: str, run_id: str, results: str) -> tuple[str, Counter[str]]:
+    """Write the report; where it lies, and how many studies are shown, without_picture, or lack it by storage.
 
     Raises:
-        ConfigError: where there is no such run.
+        ConfigError: there is no such run.
+        AccessError: storage refuses us altogether.
     """
     committed = view.committed_files(ledger)
     if not committed:
@@ -54,20 +69,28 @@ def write_report(ledger: str, run_id: str, results: str) -> str:
     run_id = name.removesuffix(".parquet")
     folder = storage.join(storage.absolute(results) if results else storage.join(ledger, "_results"), run_id)
 
-    def picture(row: dict[str, object]) -> tuple[str, bytes]:
+    def picture(row: dict[str, object]) -> tuple[str, bytes, str]:
         key = str(row["series_key"])
         try:
-            return key, storage.read_bytes(storage.join(folder, key, "preview.png"))
+            return key, storage.read_bytes(storage.join(folder, key, "preview.png")), "shown"
         except FileNotFoundError:
-            return key, b""
+            return key, b"", "without_picture"
+        except storage.AccessError:
+            raise
+        except OSError as error:
+            logger.warning("series %s: no picture, storage: %s", key, type(error).__name__, extra={"series_key": key})
+            return key, b"", "storage"
 
     rows = [row for row in worklist.page(table)["rows"] if row["status"] == "screened"]
     with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
-        pictures = {key: png for key, png in pool.map(picture, rows) if png}
+        found = list(pool.map(picture, rows))
+    pictures = {key: png for key, png, _ in found if png}
+    outcomes = Counter(outcome for _, _, outcome in found)
     target = storage.join(ledger, "_reports", f"{run_date.removeprefix('date=')}-{run_id}.html")
     storage.write_bytes(target, worklist.report(table, pictures).encode())
-    logger.info("%d rows, %d pictures", table.num_rows, len(pictures))
-    return target
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    logger.info("%d rows; of the studies listed %s", table.num_rows, counted or "none")
+    return target, outcomes
 
 
 if __name__ == "__main__":

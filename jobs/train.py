@@ -7,7 +7,8 @@ Started again, the same command goes on where the last one stopped. Runs and mod
 an answer from there the training goes on, and the command, started again, logs and registers what is finished.
 
 Exit codes: 0 done and registered, 2 usage, 3 refused to start, 4 stopped by a loss or gradient that is no number,
-5 trained but not all of it is in the tracker yet, 1 anything else; after 1 and 5 the same command continues.
+5 trained but not all of it is in the tracker yet, 1 anything else; after 1 and 5 the same command continues, unless the
+log shows a traceback: then it met a fault of this software.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -63,12 +65,12 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the job; what refuses to start is told in one line."""
+    """Run the job; what refuses to start is told in one line, and a fault of this software with its traceback."""
     arguments = parse()
     start_logging()
     try:
         return run(arguments)
-    except (ConfigError, CheckpointError, ValueError) as error:
+    except (ConfigError, CheckpointError) as error:
         logger.error("%s", error)
         return 3
     except FloatingPointError as error:
@@ -96,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--data and --storage are needed, or the configuration's [places]")
     config = loaded.training
     if arguments.fold:
-        config = replace(config, folds=tuple(sorted(set(arguments.fold))))
+        config = changed(config, folds=tuple(sorted(set(arguments.fold))))
     address = tracking.RunAddress(
         uri=tracking.tracking_uri(),
         experiment=arguments.experiment,
@@ -135,6 +137,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def changed(config: TrainingConfig, **values: Any) -> TrainingConfig:
+    """The configuration with values that the command line asks for.
+
+    Raises:
+        ConfigError: the configuration does not allow them.
+    """
+    try:
+        return replace(config, **values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def variants(
     config: TrainingConfig, ablation: str | None, networks: list[str] | None, opened: experiment.Experiment
 ) -> list[TrainingConfig]:
@@ -145,7 +159,7 @@ def variants(
     """
     if networks is None:
         rows = [] if ablation is None else list(TABLE_I) if ablation == "all" else [ablation]
-        return [replace(config, network=row, phases=(1,)) for row in rows] or [config]
+        return [changed(config, network=row, phases=(1,)) for row in rows] or [config]
     volumes = opened.volumes.values()
     has_masks = any(volume.lesion_px is not None for volume in volumes)
     has_grades = 2 in config.phases and any(volume.grade for volume in volumes)
@@ -159,7 +173,7 @@ def variants(
     found = []
     for name in names:
         phases = (2,) if name in CLASSIFIERS else (1, 2) if name in ("V7", "V8") and has_grades else (1,)
-        found.append(replace(config, network=name, phases=phases))
+        found.append(changed(config, network=name, phases=phases))
     return found
 
 
@@ -189,7 +203,10 @@ def train_one(current: experiment.Experiment, fold: int, encoder_weights: Path |
     """Train one fold of one network, and catch what ends it but not the others."""
     try:
         experiment.train_fold(current, fold, encoder_weights)
-    except (ConfigError, CheckpointError, TrainingError, FloatingPointError, ValueError) as error:
+    except (ConfigError, CheckpointError, TrainingError, FloatingPointError) as error:
+        return current, fold, error
+    except ValueError as error:  # a fault of ours: here it still has its traceback, which an actor's answer loses
+        logger.exception("%s fold %d", current.config.network, fold)
         return current, fold, error
     return current, fold, None
 

@@ -48,13 +48,14 @@ from covtanet.screening.decode import place_of
 from covtanet.screening.records import FAILED, SCREENED
 from covtanet.screening.single import StudyLimits
 from covtanet.screening.stages import for_model
+from covtanet.tracking import software_version
 from serve.batches import BatchConflictError, Batches, JobsUnavailableError, ModelNotAllowedError, TooManyBatchesError
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 from serve.deployments import Readiness, RemoteNetwork, Segmenter, StudyScreener
 from serve.metrics import cluster_metrics
 from serve.middleware import Audit, SecurityHeaders
 from serve.refusals import RefusedError
-from serve.schemas import BatchRequest, BatchState, Model, Problem, StudyAnswer, UriRequest
+from serve.schemas import BatchRequest, BatchState, Model, Problem, SeriesRow, StudyAnswer, UriRequest
 from serve.settings import Caller, ServeConfig, load_settings
 from serve.uploads import Uploads
 
@@ -181,6 +182,7 @@ class Api:
 
     def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
         self.segmenter, self.settings, self.screening = segmenter, settings, settings.screening
+        self.software_version = software_version()
         refuse_weak_sandbox(self.screening.decode_limits)  # at the start, not with a study
         self.decoders = Decoders(settings.num_decoders, settings.max_waiting, settings.request_timeout_s)
         self.uploads = Uploads(settings)
@@ -313,7 +315,8 @@ class Api:
         return found
 
     def _answer(self, rows: list[dict[str, Any]], described: dict[str, Any]) -> Response:
-        answer = StudyAnswer(model=Model(**{name: described[name] for name in Model.model_fields}), series=rows)
+        model = Model(**{name: described[name] for name in Model.model_fields})
+        answer = StudyAnswer(model=model, series=[SeriesRow.model_validate(row) for row in rows])
         if not any(row["status"] == SCREENED for row in rows):
             answer.reason = rows[0]["reason"]
         failed = [row["reason"] for row in rows if row["status"] == FAILED]
@@ -329,7 +332,8 @@ class Api:
     def _make_screener(self, described: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, described["preprocessing"])
         window = WindowConfig(**described["preprocessing"]["window"])
-        return StudyScreener(RemoteNetwork(self.segmenter, described), window, config, described["digest"])
+        network = RemoteNetwork(self.segmenter, described)
+        return StudyScreener(network, window, config, described["digest"], self.software_version)
 
     # Batches
 
@@ -378,14 +382,16 @@ class Api:
         self, request: Request, batch_id: Annotated[str, PathParameter(pattern=BATCH_ID)]
     ) -> BatchState:
         """How far a batch is."""
-        return await self._of_batch(self._batches().find, batch_id, self._caller(request))
+        caller = self._caller(request)
+        return await self._of_batch(self._batches().find, batch_id, caller)
 
     @api.post("/v1/batches/{batch_id}:cancel", response_model=BatchState, responses=PROBLEMS)
     async def cancel_batch(
         self, request: Request, batch_id: Annotated[str, PathParameter(pattern=BATCH_ID)]
     ) -> BatchState:
         """Stop a batch; finished series are kept, and the same request again goes on."""
-        return await self._of_batch(self._batches().cancel, batch_id, self._caller(request))
+        caller = self._caller(request)
+        return await self._of_batch(self._batches().cancel, batch_id, caller)
 
     @api.get(
         "/v1/batches/{batch_id}/ledger",
@@ -399,7 +405,8 @@ class Api:
         accept: Annotated[str, Header()] = "",
     ) -> Response:
         """The batch's ledger: Parquet, or JSON or CSV where Accept asks for it."""
-        table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
+        caller = self._caller(request)
+        table = await self._of_batch(self._batches().rows, batch_id, caller)
         return await self._in_batch_thread(_ledger_as, accept, table)
 
     @api.get(
@@ -480,7 +487,8 @@ class Api:
         limit: Annotated[int, Query(ge=1, le=worklist.MAX_ROWS)] = worklist.MAX_ROWS,
     ) -> Response:
         """A finished batch at a glance, and some of its rows in the order asked for."""
-        table = await self._of_batch(self._batches().rows, batch_id, self._caller(request))
+        caller = self._caller(request)
+        table = await self._of_batch(self._batches().rows, batch_id, caller)
         show = partial(
             worklist.page, table, sort=sort, status=status, grade=grade, text=text, offset=offset, limit=limit
         )

@@ -190,9 +190,14 @@ class StudyScreener(Screener):
     """A screener whose model is a handle; closing it ends what was asked of the model, too."""
 
     def __init__(
-        self, network: "RemoteNetwork", window: WindowConfig, config: ScreeningConfig, model_digest: str
+        self,
+        network: "RemoteNetwork",
+        window: WindowConfig,
+        config: ScreeningConfig,
+        model_digest: str,
+        software_version: str,
     ) -> None:
-        super().__init__(network, window, config, model_digest)
+        super().__init__(network, window, config, model_digest, software_version)
         self.network = network
 
     def close(self) -> None:

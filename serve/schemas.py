@@ -12,6 +12,7 @@ EXAMPLE_ROW: dict[str, Any] = {
     "series_key": "5d1f3c0e8a6b4f7d9c2e1a0b3c4d5e6f", "status": "screened", "reason": None, "qc_flags": [],
     "num_slices": 36, "p_infected": 0.98, "diagnosis": "infected", "p_severe": 0.2, "severity": "mild",
     "severity_by_involvement": "mild", "lesion_volume_ml": 310.5, "lung_volume_ml": 4890.1, "involvement": 0.063,
+    "model_digest": "9f2c" * 16, "config_digest": "3ab1" * 16, "software_version": "0.1.0+g4f461455ab12",
 }  # fmt: skip
 
 
@@ -36,11 +37,28 @@ class Model(BaseModel):
     digest: str = Field(examples=["9f2c" * 16])
 
 
+class SeriesRow(BaseModel):
+    """A series in the ledger's columns; those that belong to a run of the screening job alone are null."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [EXAMPLE_ROW]})
+
+    series_key: str = Field(description="of the path and the series UID: the same series has the same key")
+    status: Literal["screened", "rejected", "failed"]
+    reason: str | None = Field(default=None, description="why it was not screened, a code of docs/input.md")
+    model_name: str | None = None
+    model_version: str | None = None
+    model_digest: str = Field(description="SHA-256 of the weights and the description of the model that answered")
+    config_digest: str = Field(
+        description="SHA-256 of window and screening configuration; a job with the same ones has the same digest"
+    )
+    software_version: str = Field(description="the package's version with the commit that answered")
+
+
 class StudyAnswer(BaseModel):
     """A study's series, each a row of the ledger's columns. Research use only, not a medical device."""
 
     model: Model
-    series: list[dict[str, Any]] = Field(examples=[[EXAMPLE_ROW]])
+    series: list[SeriesRow]
     reason: str | None = Field(default=None, description="where no series was screened, the first one's reason")
     research_use_only: Literal[True] = True
 

@@ -39,7 +39,7 @@ QFORM_CODE, SFORM_CODE, QUATERN, SROW, MAGIC = 252, 254, 256, 280, 344
 
 @cache
 def phantom() -> Phantom:
-    return make_phantom(PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=22))
+    return make_phantom(PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18))
 
 
 @cache
@@ -64,7 +64,7 @@ def patched(*changes: tuple[int, str, object], data: bytes | None = None) -> Obj
 def stored(array: np.ndarray) -> Objects:
     """An array of voxels with the sound file's geometry."""
     image = nib.Nifti1Image.from_bytes(plain_nifti())
-    return {"a.nii": nib.Nifti1Image(array, image.affine).to_bytes()}
+    return {"a.nii": nib.Nifti1Image(array, image.affine, dtype=array.dtype).to_bytes()}
 
 
 def voxels() -> np.ndarray:
@@ -424,7 +424,7 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "two numbers for a position": ("unreadable", lambda: element("ImagePositionPatient", b"1\\2")),
     "two patients": ("mixed_patients", lambda: on_slice(3, PatientID="SOMEONE ELSE")),
     "two studies": ("mixed_patients", lambda: on_slice(3, StudyInstanceUID="1.2.3.4")),
-    "a localizer among the slices": ("not_ct", lambda: on_slice(0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
+    "localizers alone": ("not_ct", lambda: with_values(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
     "secondary capture": ("not_ct", lambda: with_values(SOPClassUID=SecondaryCaptureImageStorage)),
     "three colours": ("not_ct", lambda: with_values(SamplesPerPixel=3)),
     "a palette": ("not_ct", lambda: with_values(PhotometricInterpretation="PALETTE COLOR")),

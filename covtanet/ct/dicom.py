@@ -1,71 +1,53 @@
 """A DICOM CT series to a Volume in HU, and a volume to a DICOM series.
 
-Slices are ordered by their position in the patient and rescaled one by one; the geometry's arithmetic is highdicom's.
+Slices are ordered by their position in the patient and rescaled one by one.
 Not covered: lossy JPEG, deflated objects, colour.
 """
 
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
-from typing import Any
 
-import highdicom.spatial as spatial
-import imagecodecs
 import numpy as np
 import pydicom
+from isal import isal_zlib
 from numpy.typing import NDArray
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import (
-    JPEG2000,
     UID,
     CTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
+    ImplicitVRLittleEndian,
 )
 
 from covtanet.ct import nifti
-from covtanet.ct.dicom_head import DEFLATED, has_magic, transfer_syntax
-from covtanet.ct.frames import ENHANCED_CLASSES, PLAIN_SYNTAXES, Frame, frames_of
-from covtanet.ct.volume import MAX_SHEAR, Volume, canonical_volume
+from covtanet.ct.acquisitions import check_one_acquisition
+from covtanet.ct.contrast import has_contrast
+from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, looks_like_dicom, transfer_syntax
+from covtanet.ct.frames import ENHANCED_CLASSES, OPTIONAL, Frame, frames_of, is_sound
+from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
+from covtanet.ct.pixels import SYNTAXES, check_complete, decode_stack
+from covtanet.ct.series_geometry import Stack, check_positions, fit_stack
+from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.errors import StudyError
 
-DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
-    JPEGLossless: imagecodecs.jpegsof3_decode,
-    JPEGLosslessSV1: imagecodecs.jpegsof3_decode,
-    JPEGLSLossless: imagecodecs.jpegls_decode,
-    JPEGLSNearLossless: imagecodecs.jpegls_decode,
-    JPEG2000: imagecodecs.jpeg2k_decode,
-    JPEG2000Lossless: imagecodecs.jpeg2k_decode,
-}
-SYNTAXES = {*PLAIN_SYNTAXES, *DECODERS, RLELossless}
-RLE_HEADER_BYTES, MAX_RLE_SEGMENTS = 64, 15
-_decode_rle = imagecodecs.dicomrle_decode  # loaded now: the sandbox opens no file later
+HEAD_AXIS = 2  # of LPS
 GREY = {"", "MONOCHROME1", "MONOCHROME2"}
-HU_TYPES = {"", "HU", "HU_MOD", "US"}
-AIR_PADDING_HU = -1024
-SPACING_RTOL = 0.05
-ORIENTATION_ATOL = 1e-3
-PIXEL_SPACING_ATOL_MM = 1e-3
-# The cosine of the tilt that MAX_SHEAR allows, about half a degree.
-PERPENDICULAR_TOL = 1 - (1 - MAX_SHEAR**2) ** 0.5
+# In capitals, without blanks and brackets; US is unspecified.
+HU_TYPE = re.compile(r"|HUS?|HU_MOD|US|UNSPECIFIED|(CT_?)?HOUN[DS]*FIELDS?[A-Z_]*|CT_?NUMBERS?")
 READ_TAGS = [
-    "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
+    "SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames",
-    "RescaleSlope", "RescaleIntercept", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "PixelData", "PatientID", "PhotometricInterpretation", "PixelPaddingValue", "RescaleType",
-    "ContrastBolusAgent", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "RescaleSlope", "RescaleIntercept", "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PixelData", "PatientID", "PhotometricInterpretation", "RescaleType",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
 
@@ -80,6 +62,7 @@ NUMBERS = {
     "Columns": 1,
     "BitsAllocated": 1,
     "BitsStored": 1,
+    "HighBit": 1,
     "PixelRepresentation": 1,
     "NumberOfFrames": 1,
 }
@@ -95,84 +78,113 @@ def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
         StudyError: with the first reason that holds, in the order of ``covtanet.screening.records.REASONS``.
     """
     with _quiet():
-        datasets: list[FileDataset] = []
-        for data in objects:
-            if len(datasets) == nifti.MAX_SLICES:
-                raise StudyError("too_large", f"more than {nifti.MAX_SLICES} objects")
-            datasets.append(_parse(data))
+        datasets, num_repeated = _parse_all(objects)
         for dataset in datasets:
             _check_numbers(dataset)
-        return _read(datasets, num_threads)
+        volume = _read(datasets, num_threads)
+    flags = (*volume.qc_flags, *(["duplicate_objects"] if num_repeated else []))
+    return replace(volume, qc_flags=flags)
+
+
+def _parse_all(objects: Iterable[bytes]) -> tuple[list[FileDataset], int]:
+    """The objects, each once, and how many were there again, byte for byte."""
+    parsed: dict[tuple[str, int, int], FileDataset] = {}
+    datasets: list[FileDataset] = []
+    num_repeated = 0
+    for data in objects:
+        if len(datasets) == nifti.MAX_SLICES:
+            raise StudyError("too_large", f"more than {nifti.MAX_SLICES} objects")
+        dataset = _parse(data)
+        # The first one's bytes are gone: of equal length, checksum, UID and pixels they were the same.
+        key = (_text(dataset, "SOPInstanceUID"), len(data), isal_zlib.crc32(data))
+        first = parsed.setdefault(key, dataset)
+        if first is not dataset and first.get("PixelData") == dataset.get("PixelData"):
+            num_repeated += 1
+        else:
+            datasets.append(dataset)
+    return datasets, num_repeated
 
 
 def _read(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
-    _check_class(datasets)
+    frames, num_localizers = _slices_of(datasets)
+    headers = [frame.dataset for frame in frames]
+    check_complete(frames)
+    num_voxels = sum(int(header.Rows) * int(header.Columns) for header in headers)
+    is_large = num_voxels > nifti.MAX_VOXELS
+    stack, problem = None, None
+    try:  # the geometry tells the place of a slice before it is decoded; a damaged slice is the first reason
+        stack = _stack_of(datasets, headers)
+    except StudyError as error:
+        problem = error
+    hu, is_padded = None, False
+    if not is_large:
+        hu, is_padded = decode_stack(frames, None if stack is None else stack.order, num_threads=num_threads)
+    if stack is None:
+        assert problem is not None
+        raise problem
+    if not all(_is_hu(header) for header in headers):
+        raise StudyError("not_hu", "a slice's RescaleType is not HU, as of a dual-energy image")
+    if hu is None:
+        raise StudyError(
+            "too_large",
+            f"{num_voxels} voxels, expected at most {nifti.MAX_BYTES} bytes of HU, which are "
+            f"{nifti.MAX_VOXELS} voxels if all are whole numbers, and half of it if not",
+        )
+    nifti.check_hu(hu)
+    if len(hu) < nifti.MIN_SLICES:
+        raise StudyError("too_few_slices", f"{len(hu)} slices, expected at least {nifti.MIN_SLICES}")
+    volume = canonical_volume(hu, stack.affine)
+    is_axial = int(np.abs(stack.affine[:3, 0]).argmax()) == HEAD_AXIS
+    flags = {
+        "contrast": any(has_contrast(header) for header in headers),
+        "padding": is_padded,
+        "reformatted": not is_axial or any(is_reformatted(header) for header in headers),
+        "localizer_dropped": num_localizers > 0,
+    }
+    return replace(volume, qc_flags=(*volume.qc_flags, *(name for name, holds in flags.items() if holds)))
+
+
+def _stack_of(datasets: Sequence[FileDataset], headers: Sequence[Dataset]) -> Stack:
+    """The slices' places along the stack, if they are of one patient and acquisition and can be rescaled."""
     _check_one_patient(datasets)
+    check_one_acquisition(headers)
+    check_positions(headers)
+    _check_rescale(headers)
+    return fit_stack(headers)
+
+
+def _slices_of(datasets: Sequence[FileDataset]) -> tuple[list[Frame], int]:
+    """The frames of a series, which are CT of a syntax that is read, and how many localizers were left out.
+
+    Raises:
+        StudyError: ``unreadable``, ``not_ct``, ``projection``, ``unsupported_syntax`` or ``too_large``.
+    """
+    kept = [dataset for dataset in datasets if not (is_localizer(dataset) and _text(dataset, "Modality") == "CT")]
     try:
-        frames = frames_of(datasets)
+        all_frames = frames_of(kept)
+        frames = [frame for frame in all_frames if not is_localizer(frame.dataset)]
+        is_any_projection = any(is_projection(frame.dataset) for frame in frames)
     except StudyError:
         raise
     except Exception as error:  # the items of a sequence are converted when they are asked for, too
         raise StudyError("unreadable", "the frames of an object cannot be read") from error
-    if len(frames) > nifti.MAX_SLICES:
-        raise StudyError("too_large", f"{len(frames)} slices, expected at most {nifti.MAX_SLICES}")
     for frame in frames:
         _check_numbers(frame.dataset)
-        _check_complete(frame)
-    headers = [frame.dataset for frame in frames]
-    shapes = {(int(header.Rows), int(header.Columns)) for header in headers}
-    num_voxels = sum(int(header.Rows) * int(header.Columns) for header in headers)
-    is_large = num_voxels > nifti.MAX_VOXELS
-    decoded: list[NDArray[Any]] = []
-    if not is_large:
-        with ThreadPoolExecutor(num_threads) as pool:
-            decoded = list(pool.map(_decode, frames))
-    _check_position_and_rescale(headers)
-    spacing_mm, order = _slice_order(headers, shapes)
-    if is_large:
-        raise StudyError("too_large", f"{num_voxels} voxels, expected at most {nifti.MAX_VOXELS}")
-    slopes = [(float(headers[i].RescaleSlope), float(headers[i].RescaleIntercept)) for i in order]
-    hu = _stack_hu([decoded[index] for index in order], slopes)
-    is_padded = _replace_padding(hu, [decoded[index] for index in order], [headers[index] for index in order])
-    nifti.check_hu(hu)
-    if len(hu) < nifti.MIN_SLICES:
-        raise StudyError("too_few_slices", f"{len(hu)} slices, expected at least {nifti.MIN_SLICES}")
-    bottom = headers[order[0]]
-    affine = spatial.create_affine_matrix_from_attributes(
-        image_position=bottom.ImagePositionPatient,
-        image_orientation=bottom.ImageOrientationPatient,
-        pixel_spacing=bottom.PixelSpacing,
-        spacing_between_slices=spacing_mm,
-        index_convention="DR",
-        slices_first=True,
-    )
-    volume = canonical_volume(hu, np.asarray(affine, np.float64))
-    has_contrast = any(_text(dataset, "ContrastBolusAgent") for dataset in datasets)
-    flags = [name for name, holds in (("contrast", has_contrast), ("padding", is_padded)) if holds]
-    return replace(volume, qc_flags=(*volume.qc_flags, *flags))
+    _check_class(kept)
+    if not frames:
+        raise StudyError("not_ct", "all objects are localizers, expected axial slices")
+    if is_any_projection:
+        raise StudyError("projection", "an object is a projection or a rendering by its ImageType, expected slices")
+    _check_syntax(kept)
+    if len(frames) > nifti.MAX_SLICES:
+        raise StudyError("too_large", f"{len(frames)} slices, expected at most {nifti.MAX_SLICES}")
+    return frames, len(datasets) - len(kept) + len(all_frames) - len(frames)
 
 
 def _check_one_patient(datasets: Sequence[FileDataset]) -> None:
     for name in ("PatientID", "StudyInstanceUID"):
         if len({_text(dataset, name) for dataset in datasets} - {""}) > 1:
             raise StudyError("mixed_patients", f"objects of one series differ in their {name}")
-
-
-def _replace_padding(hu: NDArray[Any], stored: Sequence[NDArray[Any]], headers: Sequence[Dataset]) -> bool:
-    """Put air where the scanner padded with a value below it; returns whether there was such padding."""
-    found = False
-    for slice_hu, pixels, header in zip(hu, stored, headers, strict=True):
-        value = header.get("PixelPaddingValue")
-        if not isinstance(value, int):
-            continue
-        value = int(np.array(value).astype(pixels.dtype)) if pixels.dtype.kind == "i" else value
-        if value * float(header.RescaleSlope) + float(header.RescaleIntercept) >= AIR_PADDING_HU:
-            continue
-        padded = pixels == value
-        if padded.any():
-            slice_hu[padded] = AIR_PADDING_HU
-            found = True
-    return found
 
 
 @contextmanager
@@ -185,6 +197,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _parse(data: bytes) -> FileDataset:
+    is_bare = not has_magic(data) and looks_like_dicom(data)
+    if is_bare:  # an object without preamble; what it is instead of DICOM shows when its elements are asked for
+        data = bytes(MAGIC_AT) + MAGIC + data[data_start(data) :]
     try:
         is_deflated = has_magic(data) and transfer_syntax(data)[0] == DEFLATED
     except ValueError as error:
@@ -192,16 +207,33 @@ def _parse(data: bytes) -> FileDataset:
     if is_deflated:
         raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
     try:
-        dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS])
+        dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS, *OPTIONAL])
+        dataset.buffer = None  # all of the object, beside the values that were read from it
         for name in READ_TAGS:  # pydicom converts a value when it is first asked for
             if isinstance(dataset.get(name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
                 raise ValueError("a sequence in the place of a value")
-        dataset.file_meta.get("TransferSyntaxUID")
-        return dataset
+        for name in OPTIONAL:
+            if not is_sound(dataset, name):
+                del dataset[name]
+        syntax = dataset.file_meta.get("TransferSyntaxUID") or _found_syntax(dataset)
+        if syntax is not None:
+            dataset.file_meta.TransferSyntaxUID = syntax
     except (InvalidDicomError, EOFError) as error:
         raise StudyError("unreadable", "an object of the series has no DICOM header") from error
     except Exception as error:  # pydicom raises many kinds on damaged bytes
         raise StudyError("unreadable", "an object of the series cannot be parsed as DICOM") from error
+    if is_bare and not _text(dataset, "SeriesInstanceUID"):
+        raise StudyError("unreadable", "an object of the series has no DICOM header")
+    return dataset
+
+
+def _found_syntax(dataset: FileDataset) -> UID | None:
+    """The syntax of an object whose file meta says none, by how it was parsed; none if its pixels are in pieces."""
+    is_implicit, is_little = dataset.original_encoding
+    if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+        return None
+    plain = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    return ImplicitVRLittleEndian if is_implicit else plain
 
 
 def _check_numbers(dataset: Dataset) -> None:
@@ -226,10 +258,11 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
         sop_class, modality = _text(dataset, "SOPClassUID"), _text(dataset, "Modality")
         if sop_class not in {CTImageStorage, *ENHANCED_CLASSES} or modality != "CT":
             raise StudyError("not_ct", "the class or modality of an object is not CT")
-        if "LOCALIZER" in (dataset.get("ImageType") or []):
-            raise StudyError("not_ct", "an object is a localizer, expected axial slices")
         if int(dataset.get("SamplesPerPixel") or 1) != 1 or _text(dataset, "PhotometricInterpretation") not in GREY:
             raise StudyError("not_ct", "pixels are colours, expected one grey value each")
+
+
+def _check_syntax(datasets: Sequence[FileDataset]) -> None:
     for dataset in datasets:
         syntax = dataset.file_meta.get("TransferSyntaxUID")
         if not isinstance(syntax, UID) or syntax not in SYNTAXES:
@@ -240,141 +273,17 @@ def _check_class(datasets: Sequence[FileDataset]) -> None:
             raise StudyError("unsupported_syntax", f"{int(dataset.NumberOfFrames)} frames in an object, expected one")
 
 
-def _check_complete(frame: Frame) -> None:
-    """Every slice has all its pixels, before anything is allocated for them."""
-    dataset, syntax = frame.dataset, frame.syntax
-    for name in ("Rows", "Columns", "BitsAllocated"):
-        if not dataset.get(name):
-            raise StudyError("truncated", f"an object ends before its {name}")
-    if not frame.source.get("PixelData"):
-        raise StudyError("truncated", "an object ends before its PixelData")
-    if dataset.BitsAllocated not in (8, 16, 32):
-        raise StudyError("undecodable", f"{int(dataset.BitsAllocated)} bits per pixel, expected 8, 16 or 32")
-    if not 0 < int(dataset.get("BitsStored") or dataset.BitsAllocated) <= dataset.BitsAllocated:
-        raise StudyError("undecodable", f"{int(dataset.BitsStored)} of {int(dataset.BitsAllocated)} bits are stored")
-    expected, present = frame.num_bytes * frame.count, len(frame.source.PixelData)
-    if syntax in PLAIN_SYNTAXES and present < expected:
-        raise StudyError("truncated", f"{present} bytes of pixels in an object, expected {expected}")
-    if syntax in PLAIN_SYNTAXES and present > expected + 1:
-        raise StudyError("undecodable", f"{present} bytes of pixels in an object, expected {expected}")
-
-
-def _decode(frame: Frame) -> NDArray[Any]:
-    """The stored values of one slice, (rows, columns), signed where the header says so."""
-    dataset, syntax = frame.dataset, frame.syntax
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    bits, stored_bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
-    is_signed = bool(dataset.get("PixelRepresentation"))
-    dtype = np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}")
-    if syntax in PLAIN_SYNTAXES:
-        stored = dtype.newbyteorder(">") if syntax == ExplicitVRBigEndian else dtype
-        pixels = np.frombuffer(frame.stream(), stored, rows * columns).reshape(rows, columns)
-    else:
-        try:
-            if syntax == RLELossless:
-                plain = decode_rle(bytes(frame.stream()), dtype)
-                pixels = np.frombuffer(plain, dtype, rows * columns).reshape(rows, columns)
-            else:
-                pixels = DECODERS[syntax](bytes(frame.stream()))
-        except MemoryError:
-            raise
-        except Exception as error:  # each codec has its own errors
-            raise StudyError("undecodable", f"a slice's {UID(syntax).name} stream is damaged") from error
-    if pixels.shape != (rows, columns):
-        raise StudyError("undecodable", f"a slice decodes to {pixels.shape} pixels, expected {(rows, columns)}")
-    # A codec gives the bits as it finds them, often unsigned: the header says what they mean.
-    pixels = pixels.view(dtype) if pixels.dtype.itemsize == dtype.itemsize and pixels.dtype.isnative else pixels
-    pixels = pixels.astype(dtype, copy=False)
-    unused = bits - stored_bits
-    if unused > 0:  # the bits above BitsStored mean nothing: drop them, and carry the sign over them
-        pixels = (pixels << unused) >> unused
-    return pixels
-
-
-def decode_rle(frame: bytes, dtype: np.dtype[Any]) -> bytes:
-    """The bytes of an RLE frame (PS3.5 annex G), its header checked: the codec believes what it says.
-
-    Raises:
-        ValueError: as many segments as bytes in a pixel are expected, one behind the other within the frame.
-    """
-    header = np.frombuffer(frame, "<u4", RLE_HEADER_BYTES // 4)
-    count, offsets = int(header[0]), header[1:].astype(np.int64)
-    used = offsets[: min(count, MAX_RLE_SEGMENTS)]
-    if count != dtype.itemsize or used[0] != RLE_HEADER_BYTES or (np.diff([*used, len(frame)]) <= 0).any():
-        raise ValueError("the RLE header contradicts itself")
-    return bytes(_decode_rle(frame, dtype))
-
-
-def _check_position_and_rescale(datasets: Sequence[Dataset]) -> None:
-    for dataset in datasets:
-        for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
-            values = dataset.get(name)
-            if values is None or len(values) != length or not np.isfinite(np.asarray(values, float)).all():
-                raise StudyError("missing_position", f"a slice has no {name}")
-        if min(float(mm) for mm in dataset.PixelSpacing) <= 0:
-            raise StudyError("missing_position", "a slice's PixelSpacing is not above 0")
-    for dataset in datasets:
+def _check_rescale(headers: Sequence[Dataset]) -> None:
+    for header in headers:
         for name in ("RescaleSlope", "RescaleIntercept"):
-            value = dataset.get(name)
+            value = header.get(name)
             if value is None or not np.isfinite(float(value)) or (name == "RescaleSlope" and not float(value)):
                 raise StudyError("missing_rescale", f"a slice has no {name}, so its values are not HU")
-        if _text(dataset, "RescaleType").upper() not in HU_TYPES:
-            raise StudyError("not_hu", "a slice's RescaleType is not HU, as of a dual-energy image")
 
 
-def _slice_order(datasets: Sequence[Dataset], shapes: set[tuple[int, int]]) -> tuple[float, list[int]]:
-    """Distance between slices in mm and the indices of the datasets along the stack."""
-    orientations = np.array([dataset.ImageOrientationPatient for dataset in datasets], float)
-    spacings = np.array([dataset.PixelSpacing for dataset in datasets], float)
-    if len(shapes) > 1 or np.ptp(spacings, axis=0).max() > PIXEL_SPACING_ATOL_MM:
-        raise StudyError("mixed_orientation", "slices differ in size or pixel spacing, expected one grid")
-    if np.ptp(orientations, axis=0).max() > ORIENTATION_ATOL:
-        raise StudyError("mixed_orientation", "slices differ in orientation, expected one direction")
-
-    def positions(**allow: Any) -> tuple[float | None, list[int] | None]:
-        found: tuple[float | None, list[int] | None] = spatial.get_series_volume_positions(
-            datasets,
-            rtol=SPACING_RTOL,
-            orientation_tol=ORIENTATION_ATOL,
-            perpendicular_tol=PERPENDICULAR_TOL,
-            index_convention="DR",
-            **allow,
-        )
-        return found
-
-    spacing_mm, places = positions()
-    if spacing_mm is None or places is None:
-        _refuse_stack(datasets, positions)
-        raise StudyError("irregular_spacing", "distances between slices differ by more than 5 %, expected one step")
-    return float(spacing_mm), [int(index) for index in np.argsort(places)]
-
-
-def _refuse_stack(datasets: Sequence[Dataset], positions: Any) -> None:
-    """Say why the slices are no regular stack; returns where no more than their distances are irregular."""
-    normal = np.cross(*np.array(datasets[0].ImageOrientationPatient, float).reshape(2, 3))
-    places = np.array([dataset.ImagePositionPatient for dataset in datasets], float)
-    depth = places @ normal
-    stack = places[depth.argmax()] - places[depth.argmin()]
-    length = float(np.linalg.norm(stack))
-    if length and np.ptp(depth) / length < 1 - PERPENDICULAR_TOL:
-        angle = float(np.degrees(np.arccos(np.ptp(depth) / length)))
-        raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
-    gaps = np.diff(np.sort(depth))
-    if gaps.min() < 1e-3:
-        raise StudyError("duplicate_slice", f"{int((gaps < 1e-3).sum())} slices share a position with another")
-    if positions(allow_missing_positions=True)[1] is not None:
-        raise StudyError("missing_slices", f"a gap of {gaps.max():.2f} mm, expected {gaps.min():.2f} mm throughout")
-
-
-def _stack_hu(stored: list[NDArray[Any]], rescales: Sequence[tuple[float, float]]) -> NDArray[Any]:
-    """Rescale slice by slice; int16 where every slice stays in whole numbers that fit, else float32."""
-    out: NDArray[Any] = np.empty((len(stored), *stored[0].shape), np.int16)
-    for index, (pixels, rescale) in enumerate(zip(stored, rescales, strict=True)):
-        slice_hu = nifti.rescale(pixels, *rescale)
-        if slice_hu.dtype != np.int16 and out.dtype == np.int16:
-            out = out.astype(np.float32)
-        out[index] = slice_hu
-    return out
+def _is_hu(header: Dataset) -> bool:
+    """Whether RescaleType names HU, in whatever spelling, or nothing."""
+    return HU_TYPE.fullmatch("".join(re.findall(r"[A-Z0-9_]", _text(header, "RescaleType").upper()))) is not None
 
 
 def write_series(

@@ -3,6 +3,8 @@
 A flat scan: elements are skipped by their lengths, and only sequences of undefined length are walked, within a budget.
 So no head, whatever it holds, costs more than a fraction of a second, and nothing is kept of it but two UIDs.
 
+An object begins with a preamble and the magic, or without them, with its file meta or its data set.
+
 Not covered: command elements (group 0000), which no stored object has, before the data set.
 """
 
@@ -15,12 +17,22 @@ from dataclasses import dataclass
 
 MAGIC_AT, MAGIC = 128, b"DICM"
 META_GROUP, SYNTAX_ELEMENT = b"\x02\x00", b"\x10\x00"
+# Media Storage SOP Class UID (0002,0002) of a DICOMDIR, within the first elements of the file meta.
+DIRECTORY, DIRECTORY_WITHIN = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10", 512
 DEFLATED = "1.2.840.10008.1.2.1.99"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 # Value representations with a length of 4 bytes behind 2 that are reserved (PS3.5, 7.1.2); all others have 2 bytes.
 LONG_VRS = frozenset((
     b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"
 ))  # fmt: skip
+SHORT_VRS = frozenset((
+    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS",
+    b"ST", b"TM", b"UI", b"UL", b"US",
+))  # fmt: skip
+VRS = SHORT_VRS | LONG_VRS
+# An object without a preamble is told from other files by its first elements: tags that rise from one of these groups,
+# with values that are no longer than those of any CT.
+FIRST_GROUPS, NUM_FIRST_ELEMENTS, MAX_FIRST_BYTES = (0x0002, 0x0008), 3, 1 << 16
 STUDY_UID, SERIES_UID = 0x0020000D, 0x0020000E
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 UNDEFINED_LENGTH = 0xFFFFFFFF
@@ -44,15 +56,58 @@ def has_magic(head: bytes) -> bool:
     return head[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
 
 
+def data_start(data: bytes) -> int:
+    """Return the byte at which the file meta begins, or the data set if there is none: 0 without a preamble."""
+    if has_magic(data):
+        return MAGIC_AT + len(MAGIC)
+    return len(MAGIC) if data.startswith(MAGIC) else 0  # some writers leave out the preamble alone
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether an object begins as DICOM does: with the magic, or without it with elements as a CT has them first.
+
+    Three elements are looked at, so that other files are told apart in no time.
+    """
+    if has_magic(head):
+        return True
+    at = data_start(head)
+    scan, last_tag, num_sound = _Scan(head, None, at), 0, 0
+    is_implicit = scan.looks_implicit(at)
+    while num_sound < NUM_FIRST_ELEMENTS and at + scan.implicit.size <= len(head):
+        representation = head[at + 4 : at + 6]
+        if not is_implicit and representation not in VRS:
+            return False
+        if representation in LONG_VRS and not is_implicit and at + 12 > len(head):
+            break
+        tag, length, at = scan.element(at, is_implicit)
+        if tag <= last_tag or (not num_sound and tag >> 16 not in FIRST_GROUPS):
+            return False
+        if length == UNDEFINED_LENGTH:
+            return num_sound > 0
+        if length > MAX_FIRST_BYTES:
+            return False
+        if tag >> 16 == FIRST_GROUPS[0]:  # the data set behind the file meta may be in another encoding, or deflated
+            return not is_implicit
+        last_tag, num_sound = tag, num_sound + 1
+        at += length
+    return num_sound > 0
+
+
+def is_directory(head: bytes) -> bool:
+    """Whether an object is a DICOMDIR by its file meta, whatever its name."""
+    return DIRECTORY in head[:DIRECTORY_WITHIN]
+
+
 def transfer_syntax(data: bytes) -> tuple[str | None, int]:
     """Return the transfer syntax of an object and the start of its data set, from the file meta alone.
 
-    Nothing is inflated for it, as a parser would do with a deflated object before anybody could ask.
+    Nothing is inflated for it, as a parser would do with a deflated object before anybody could ask. Without file meta
+    the syntax is None.
 
     Raises:
         ValueError: if the file meta has more elements than any has.
     """
-    at, syntax = MAGIC_AT + len(MAGIC), None
+    at, syntax = data_start(data), None
     for _ in range(MAX_META_ELEMENTS):
         if data[at : at + 2] != META_GROUP or at + 12 > len(data):
             return syntax, at
@@ -75,7 +130,7 @@ def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | No
 
     is_whole: ``head`` is all of the object.
     """
-    if not has_magic(head):
+    if not looks_like_dicom(head):
         return None
     try:
         syntax, start = transfer_syntax(head)

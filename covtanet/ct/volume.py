@@ -4,6 +4,7 @@ Frame: arrays are (z, y, x) with z to the head, y to the back and x to the left 
 whatever its file's axis order, is the same array; ``affine`` maps index (z, y, x) to LPS millimetres.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,10 @@ from covtanet.errors import StudyError
 CANONICAL_AXES = ("S", "P", "L")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_SHEAR = 0.01
+# Wider than any chest CT: 0.1 mm is micro-CT, 10 mm a pixel of a localizer, 20 mm the steps of an old HRCT.
+IN_PLANE_MM, BETWEEN_SLICES_MM = (0.1, 10.0), (0.1, 20.0)
+# 20 mm along a rotated axis of float32 numbers is a little more.
+SPACING_LIMIT_RTOL = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,21 @@ class Volume:
     def voxel_ml(self) -> float:
         """Volume of one voxel in millilitres."""
         return float(np.prod(self.spacing_mm)) / 1000.0
+
+
+def check_spacing(in_plane_mm: Iterable[float], between_mm: float) -> None:
+    """Refuse voxel sizes that no chest CT has.
+
+    Raises:
+        StudyError: ``implausible_spacing``.
+    """
+    for name, lengths, (low, high) in (
+        ("in plane", tuple(in_plane_mm), IN_PLANE_MM),
+        ("between slices", (between_mm,), BETWEEN_SLICES_MM),
+    ):
+        for mm in lengths:
+            if not low * (1 - SPACING_LIMIT_RTOL) <= mm <= high * (1 + SPACING_LIMIT_RTOL):
+                raise StudyError("implausible_spacing", f"{mm:.4g} mm {name}, expected {low:g} to {high:g} mm")
 
 
 def canonical_volume(

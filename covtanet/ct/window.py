@@ -9,6 +9,7 @@ from PIL import Image
 
 AIR_HU = -1000
 INTENSITY_STEPS = 65535
+SQUARE_RTOL = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,53 +30,106 @@ class WindowConfig:
             raise ValueError(f"size_px is {self.size_px}, expected a multiple of 16, at least 32")
 
 
-def to_input(slices_hu: NDArray[Any], window: WindowConfig) -> NDArray[np.uint16]:
-    """Window, pad to a square and resize slices.
+def pixel_aspect(spacing_mm: tuple[float, float, float]) -> float:
+    """Return pixel height over pixel width of an axial slice; exactly 1 for pixels that are square.
 
-    slices_hu: (S, y, x) in HU. Returns (S, size, size) uint16, intensity 0..1 in steps of 1/65535: half the bytes of
-    float32 on the way between processes, and finer than 0.03 HU.
+    spacing_mm: z, y, x. Choice: pixels within half a percent of a square are square, so that the
+    rounding of a decimal string resamples nothing.
     """
-    num, height, width = slices_hu.shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    out = np.empty((num, window.size_px, window.size_px), np.uint16)
-    scale = np.float32(INTENSITY_STEPS / (window.high_hu - window.low_hu))
-    square = np.full((side, side), AIR_HU, np.float32)
-    for index, slice_hu in enumerate(slices_hu):
-        square[top : top + height, left : left + width] = slice_hu
-        level = (np.clip(square, window.low_hu, window.high_hu) - np.float32(window.low_hu)) * scale
-        if side != window.size_px:
-            level = np.array(_resize(level, window.size_px))
-        np.clip(np.rint(level), 0, INTENSITY_STEPS, out=level)
-        out[index] = level
-    return out
+    aspect = spacing_mm[1] / spacing_mm[2]
+    return 1.0 if abs(aspect - 1) <= SQUARE_RTOL else aspect
 
 
-def mask_to_input(slices_mask: NDArray[np.bool_], window: WindowConfig) -> NDArray[np.uint8]:
-    """Resize masks as ``to_input`` resizes slices; a pixel belongs to the mask where at least half of it does."""
-    num, height, width = slices_mask.shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    out = np.empty((num, window.size_px, window.size_px), np.uint8)
-    for index, slice_mask in enumerate(slices_mask):
-        square = np.zeros((side, side), np.float32)
-        square[top : top + height, left : left + width] = slice_mask
-        out[index] = np.asarray(_resize(square, window.size_px)) >= 0.5
-    return out
+@dataclass(frozen=True)
+class _Frame:
+    """Rows ``top`` to ``top + height`` and columns ``left`` to ``left + width`` of a square."""
+
+    side: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        """The slice's part of the square."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
-def from_input(probabilities: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Bring one slice of the network's output back to the source's in-plane shape (y, x); the inverse of to_input."""
+def _centred(side: int, height: int, width: int) -> _Frame:
+    return _Frame(side, (side - height) // 2, (side - width) // 2, height, width)
+
+
+def _frame(shape: tuple[int, int], size_px: int, aspect: float) -> _Frame:
+    """Place a slice of any shape in a square.
+
+    With square pixels that is the smallest square of the slice's own pixels, which is resized as a
+    whole afterwards. Else each axis is resized by its own factor, and the square is the network's.
+    """
     height, width = shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    full = probabilities if side == probabilities.shape[0] else np.asarray(_resize(probabilities, side))
-    return full[top : top + height, left : left + width]
+    if aspect == 1:
+        return _centred(max(height, width), height, width)
+    scale = size_px / max(height * aspect, width)
+    return _centred(size_px, max(1, round(height * aspect * scale)), max(1, round(width * scale)))
 
 
-def _resize(square: NDArray[np.float32], size_px: int) -> Image.Image:
+def to_input(slices_hu: NDArray[Any], window: WindowConfig, aspect: float = 1.0) -> NDArray[np.uint16]:
+    """Window, pad to a square in millimetres and resize slices.
+
+    slices_hu: (S, y, x) in HU. aspect: ``pixel_aspect`` of the series, so that the network sees
+    anatomy undistorted. Returns (S, size, size) uint16, intensity 0..1 in steps of 1/65535: half the
+    bytes of float32 on the way between processes, and finer than 0.03 HU.
+    """
+    frame = _frame(slices_hu.shape[1:], window.size_px, aspect)
+    out = np.empty((len(slices_hu), window.size_px, window.size_px), np.uint16)
+    square = np.full((frame.side, frame.side), _to_levels(np.float32(AIR_HU), window), np.float32)
+    for index, slice_hu in enumerate(slices_hu):
+        level = _to_levels(slice_hu.astype(np.float32), window)
+        square[frame.inner] = level if aspect == 1 else _resize(level, frame.height, frame.width)
+        level = square
+        if frame.side != window.size_px:
+            level = _resize(square, window.size_px, window.size_px)
+        out[index] = np.clip(np.rint(level), 0, INTENSITY_STEPS)
+    return out
+
+
+def _to_levels(hu: Any, window: WindowConfig) -> Any:
+    """Map HU, float32 of any shape, to 0..65535 over the window."""
+    scale = np.float32(INTENSITY_STEPS / (window.high_hu - window.low_hu))
+    return (np.clip(hu, window.low_hu, window.high_hu) - np.float32(window.low_hu)) * scale
+
+
+def mask_to_input(slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0) -> NDArray[np.uint8]:
+    """Resize masks as ``to_input`` resizes slices.
+
+    A pixel belongs to the mask if at least half of it does.
+    """
+    frame = _frame(slices_mask.shape[1:], window.size_px, aspect)
+    out = np.empty((len(slices_mask), window.size_px, window.size_px), np.uint8)
+    for index, slice_mask in enumerate(slices_mask):
+        square = np.zeros((frame.side, frame.side), np.float32)
+        square[frame.inner] = slice_mask if aspect == 1 else _resize(slice_mask, frame.height, frame.width)
+        out[index] = _resize(square, window.size_px, window.size_px) >= 0.5
+    return out
+
+
+def from_input(probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0) -> NDArray[np.float32]:
+    """Bring one slice of the network's output back to the source's in-plane shape (y, x).
+
+    The inverse of ``to_input``.
+    """
+    size_px = probabilities.shape[0]
+    frame = _frame(shape, size_px, aspect)
+    if frame.side != size_px:
+        probabilities = _resize(probabilities, frame.side, frame.side)
+    inner = probabilities[frame.inner]
+    return inner if aspect == 1 else _resize(inner, *shape)
+
+
+def _resize(array: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     # Pillow's bilinear filter widens with the reduction, so shrinking averages rather than skips pixels.
-    return Image.fromarray(square).resize((size_px, size_px), Image.Resampling.BILINEAR)
+    image = Image.fromarray(np.ascontiguousarray(array, np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def thin_slices(

@@ -1,11 +1,12 @@
 """What an archive holds: one manifest row per series, never pixels.
 
-A NIfTI object is a series. DICOM objects of one folder with one SeriesInstanceUID are a series, whatever their names.
-An object that should be DICOM but has no readable header, and an archive file such as a zip, are rows of their own.
-Everything else is ignored, but counted.
+A NIfTI object is a series. DICOM objects of one folder with one SeriesInstanceUID are a series, whatever their names,
+with a preamble or without. An object that should be DICOM but has no readable header, and an archive file such as a
+zip, are rows of their own. Everything else is ignored, but counted, as are DICOMDIR and what a Mac leaves beside files.
 """
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -14,12 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from covtanet.ct.dicom_head import SeriesIdentity, has_magic
+from covtanet.ct.dicom_head import SeriesIdentity, has_magic, is_directory, looks_like_dicom
 from covtanet.storage import OUTSIDE, ObjectInfo, version_digest
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 CONTAINER_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z")
+# A name as on a CD, whose names may end with a version.
+DIRECTORY_NAME = re.compile(r"dicomdir(\.dcm|\.dicom|\.ima)?\.?(;\d+)?")
+# A Mac keeps what other file systems have no place for in AppleDouble files: ._NAME beside NAME, or NAME in a folder.
+APPLE_DOUBLE, APPLE_PREFIX, APPLE_FOLDERS = b"\x00\x05\x16\x07", "._", {"__macosx", ".appledouble"}
+GZIP = b"\x1f\x8b"
+# A NIfTI header gives its size first.
+NIFTI_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
 HEAD_BYTES, LONG_HEAD_BYTES = 16 << 10, 4 << 20
 # Heads in memory at a time: 1 MiB of them, or 16 MiB of long ones.
 HEADS_AT_A_TIME, LONG_HEADS_AT_A_TIME = 64, 4
@@ -157,8 +165,8 @@ def _kinds(
             else:
                 kinds[item] = kind
         longer: list[ObjectInfo] = []
-        for item, identity in zip(unsure, identify(heads, HEAD_BYTES), strict=True):
-            kinds[item] = identity or "unreadable"
+        for item, head, identity in zip(unsure, heads, identify(heads, HEAD_BYTES), strict=True):
+            kinds[item] = identity or _kind_without_identity(item, head)
             if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
                 longer.append(item)
         for start in range(0, len(longer), LONG_HEADS_AT_A_TIME):
@@ -170,19 +178,54 @@ def _kinds(
 def _kind_by_name(item: ObjectInfo, read_head: ReadHead) -> tuple[str | None, bytes]:
     """Return the kind of an object by its name and magic number; None and its head if the header must be read."""
     name = item.path.rsplit("/", 1)[-1].lower()
+    is_debris = is_debris_name(item.path)
     if item.version == OUTSIDE:  # a row whatever its name: the link's target is never read
         return "outside", b""
-    if name.endswith(NIFTI_SUFFIXES):
+    if name.endswith(NIFTI_SUFFIXES) and not is_debris:
         return "nifti", b""
-    if name.endswith(CONTAINER_SUFFIXES):
+    if name.endswith(CONTAINER_SUFFIXES) and not is_debris:
         return "container", b""
     try:
         head = read_head(item.path, HEAD_BYTES)
     except OSError:
-        return "vanished", b""
-    if not has_magic(head):
-        return ("unreadable" if name.endswith(DICOM_SUFFIXES) else "ignored"), b""
-    return ("ignored" if name == "dicomdir" else None), head
+        return ("ignored" if is_debris else "vanished"), b""
+    if is_debris_content(item.path, head):
+        return "ignored", b""
+    if looks_like_dicom(head):
+        return None, head
+    if is_debris:
+        return "nifti", b""
+    return ("unreadable" if name.endswith(DICOM_SUFFIXES) else "ignored"), b""
+
+
+def is_debris_name(path: str) -> bool:
+    """Whether a path is that of a DICOMDIR or of what a Mac leaves beside a file."""
+    *folders, name = path.lower().split("/")
+    is_apple = name.startswith(APPLE_PREFIX) or not APPLE_FOLDERS.isdisjoint(folders)
+    return is_apple or DIRECTORY_NAME.fullmatch(name) is not None
+
+
+def is_debris_content(path: str, head: bytes) -> bool:
+    """Whether an object is a DICOMDIR or an AppleDouble file, by its first bytes and, if they say nothing, by its name.
+
+    A DICOM object or NIfTI file of such a name is none of the two; only the name DICOMDIR counts whatever it holds.
+    """
+    name = path.rsplit("/", 1)[-1].lower()
+    if head.startswith(APPLE_DOUBLE) or is_directory(head) or DIRECTORY_NAME.fullmatch(name):
+        return True
+    is_series = looks_like_dicom(head) or (name.endswith(NIFTI_SUFFIXES) and looks_like_nifti(head))
+    return is_debris_name(path) and not is_series
+
+
+def looks_like_nifti(head: bytes) -> bool:
+    """Whether an object begins as a NIfTI file does, or with gzip, in which it may be."""
+    return head.startswith((GZIP, *NIFTI_SIZES))
+
+
+def _kind_without_identity(item: ObjectInfo, head: bytes) -> str:
+    """The kind of an object that begins as DICOM does and names no series: a row only if it claims to be DICOM."""
+    is_claimed = has_magic(head) or item.path.lower().endswith(DICOM_SUFFIXES)
+    return "unreadable" if is_claimed else "ignored"
 
 
 def _kinds_by_long_head(
@@ -196,7 +239,7 @@ def _kinds_by_long_head(
         except OSError:
             kinds[item] = "vanished"
     for item, identity in zip(heads, identify(list(heads.values()), LONG_HEAD_BYTES), strict=True):
-        kinds[item] = identity or "unreadable"
+        kinds[item] = identity or _kind_without_identity(item, heads[item])
     return kinds
 
 

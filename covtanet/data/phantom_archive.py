@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydicom
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
 
 from covtanet import storage
 from covtanet.ct import dicom, nifti
@@ -213,6 +213,10 @@ def _uneven(index: int, dataset: pydicom.Dataset) -> None:
     dataset.ImagePositionPatient = [x, y, f"{float(z) + (2.1 if index % 3 == 1 else 0):.4f}"]
 
 
+def _rename(index: int, dataset: pydicom.Dataset) -> None:
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(f"{dataset.SOPInstanceUID}.1")
+
+
 def _turn_last(index: int, dataset: pydicom.Dataset) -> None:
     if index == 5:
         dataset.ImageOrientationPatient = ["0", "1", "0", "0", "0", "-1"]
@@ -247,7 +251,7 @@ DICOM_DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "missing_rescale": _without("RescaleIntercept"),
     "mixed_orientation": lambda objects: _edit(objects, _turn_last),
     "gantry_tilt": lambda objects: _edit(objects, _tilt),
-    "duplicate_slice": lambda objects: [*objects, objects[3]],
+    "duplicate_slice": lambda objects: [*objects, *_edit([objects[3]], _rename)],
     "missing_slices": lambda objects: objects[:10] + objects[12:],
     "irregular_spacing": lambda objects: _edit(objects, _uneven),
     "not_hu": lambda objects: _edit(objects, _not_hu),

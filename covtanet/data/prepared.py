@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from covtanet.ct import nifti
 from covtanet.ct.lung import find_lungs, measure_involvement
 from covtanet.ct.volume import Volume
-from covtanet.ct.window import WindowConfig, mask_to_input, spread_slices, thin_slices, to_input
+from covtanet.ct.window import WindowConfig, mask_to_input, pixel_aspect, spread_slices, thin_slices, to_input
 from covtanet.data.folds import Case
 from covtanet.data.labels import LabelledVolume, grade_of, label_values, severity_of
 from covtanet.errors import StudyError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY_DIGITS = 16
 GREY8 = (0.0, 255.0)
 DESCRIPTION = b"covtanet.prepared"
 # Why a volume or its mask is refused, beside the reasons of screening.
 REASONS = (
     "missing",
+    "storage",
     "internal_error",
     "mask_unreadable",
     "mask_mismatch",
@@ -151,8 +152,9 @@ def _prepare(
     chosen = thin_slices(shown, ct.spacing_mm[0], slice_step_mm if has_spacing else 0.0)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
     low, high = GREY8 if intensity == "grey8" else (window.low_hu, window.high_hu)
-    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high))
-    masks = None if lesion is None else mask_to_input(lesion[chosen], window)
+    aspect = pixel_aspect(ct.spacing_mm)
+    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high), aspect)
+    masks = None if lesion is None else mask_to_input(lesion[chosen], window, aspect)
     found = replace(
         found,
         intensity=intensity,
@@ -207,7 +209,8 @@ def _lung_slices(
     if intensity == "grey8":
         return np.arange(len(ct.hu)), None
     lungs = find_lungs(ct)
-    share = None if lesion is None else measure_involvement(lungs, lesion, ct.voxel_ml).involvement
+    voxel_ml = ct.voxel_ml if ct.has_known_spacing else None
+    share = None if lesion is None else measure_involvement(lungs, lesion, voxel_ml).involvement
     return np.flatnonzero(lungs.lung_mask.any(axis=(1, 2))), share
 
 

@@ -20,7 +20,8 @@ class Comparison:
     """What changes from one ledger to the other.
 
     grades: how often (before, after), of series that both screened. flips: (series_key, before, after), the largest
-    change of probability first. p_shift: differences of p_infected. involvement_shift: of involvement.
+    change of probability first. p_shift: differences of p_infected. involvement_shift: of involvement. failures: series
+    that met a fault of this software, and are in no other count.
     """
 
     only_before: int = 0
@@ -30,6 +31,7 @@ class Comparison:
     flips: list[tuple[str, str, str]] = field(default_factory=list)
     p_shift: list[float] = field(default_factory=list)
     involvement_shift: list[float] = field(default_factory=list)
+    failures: dict[str, Exception] = field(default_factory=dict)
 
     @property
     def num_compared(self) -> int:
@@ -50,6 +52,7 @@ class Comparison:
         agree = sum(count for (before, after), count in self.grades.items() if before == after)
         found = [
             ("series in one ledger only", f"{self.only_before} before, {self.only_after} after"),
+            *([("not compared, see the log", str(len(self.failures)))] if self.failures else []),
             ("screened by both", str(self.num_compared)),
             *(
                 (f"status {before} to {after}", str(count))
@@ -98,25 +101,47 @@ def compare(before: pa.Table, after: pa.Table) -> Comparison:
     """Compare two ledgers by series key."""
     one, other = ({row["series_key"]: row for row in each.to_pylist()} for each in (before, after))
     found = Comparison(only_before=len(one.keys() - other.keys()), only_after=len(other.keys() - one.keys()))
-    flips = []
+    flips: list[tuple[float, str, str, str]] = []
     for key in sorted(one.keys() & other.keys()):
-        left, right = one[key], other[key]
-        found.statuses[left["status"], right["status"]] += 1
-        if left["status"] != "screened" or right["status"] != "screened":
-            continue
-        grades = _grade(left), _grade(right)
-        if None not in grades:
-            found.grades[grades] += 1  # type: ignore[index]
-        shift = _shift(left, right, "p_infected")
-        if shift is not None:
-            found.p_shift.append(shift)
-        involved = _shift(left, right, "involvement")
-        if involved is not None:
-            found.involvement_shift.append(involved)
-        if None not in grades and grades[0] != grades[1]:
-            flips.append((abs(shift or 0.0), key, *grades))
-    found.flips = [(key, str(left), str(right)) for _, key, left, right in sorted(flips, key=lambda flip: -flip[0])]
+        try:
+            pair = _Pair.of(one[key], other[key])
+        except Exception as error:  # of one series; the others go on
+            found.failures[key] = error
+        else:
+            _add(found, flips, key, pair)
+    found.flips = [(key, left, right) for _, key, left, right in sorted(flips, key=lambda flip: -flip[0])]
     return found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What one series' two rows say; null if either was not screened, or says nothing."""
+
+    statuses: tuple[str, str]
+    grades: tuple[str, str] | None = None
+    p_shift: float | None = None
+    involvement_shift: float | None = None
+
+    @classmethod
+    def of(cls, left: dict[str, Any], right: dict[str, Any]) -> "_Pair":
+        statuses = (left["status"], right["status"])
+        if set(statuses) != {"screened"}:
+            return cls(statuses)
+        before, after = _grade(left), _grade(right)
+        grades = (before, after) if before is not None and after is not None else None
+        return cls(statuses, grades, _shift(left, right, "p_infected"), _shift(left, right, "involvement"))
+
+
+def _add(found: Comparison, flips: list[tuple[float, str, str, str]], key: str, pair: _Pair) -> None:
+    found.statuses[pair.statuses] += 1
+    if pair.p_shift is not None:
+        found.p_shift.append(pair.p_shift)
+    if pair.involvement_shift is not None:
+        found.involvement_shift.append(pair.involvement_shift)
+    if pair.grades is not None:
+        found.grades[pair.grades] += 1
+        if pair.grades[0] != pair.grades[1]:
+            flips.append((abs(pair.p_shift or 0.0), key, *pair.grades))
 
 
 def _grade(row: dict[str, Any]) -> str | None:

@@ -4,12 +4,9 @@ Both refer to the source series. Their UIDs follow from the run and the series, 
 object. No pixel of the source is read, and nothing of a patient is written that the source's own header does not say.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from io import BytesIO
-from typing import ParamSpec, TypeVar
 
 import highdicom as hd
 import numpy as np
@@ -31,41 +28,34 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
+from covtanet.ct.series_geometry import off_grid_limit_mm
 from covtanet.errors import StudyError
+from covtanet.report.dicom_source import completed, quiet
 
 MAKER, DEVICE = "CovTANet on Ray", "covtanet"
 SCHEME = "99COVTANET"
 LESION, LUNG = 1, 2
-# A slice's corner lies on a voxel of the mask, but for what decimal strings lose.
-MAX_OFF_GRID = 0.05
+# One pixel further in the source is one voxel further in the mask, but for what decimal strings lose.
+MAX_OFF_STEP = 0.05
+# A mask keeps its affine as float32.
+STORED_AFFINE_MM = 1e-3
 NO_UNITS = Code("1", "UCUM", "no units")
 MILLILITER = Code("ml", "UCUM", "milliliter")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _quiet(make: Callable[P, R]) -> Callable[P, R]:
-    """Without warnings: highdicom's quote patients' names."""
-
-    @wraps(make)
-    def quietly(*args: P.args, **kwargs: P.kwargs) -> R:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return make(*args, **kwargs)
-
-    return quietly
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a ledger row says of a series, as far as the report has it. run_id, series_key: the result's identity."""
+    """What a ledger row says of a series, as far as the report has it. run_id, series_key: the result's identity.
+
+    A number that is null in the ledger is no measurement of the report.
+    """
 
     run_id: str
     series_key: str
     software_version: str
     model: str
-    lesion_volume_ml: float
-    lung_volume_ml: float
+    lesion_volume_ml: float | None
+    lung_volume_ml: float | None
     involvement: float | None
     p_infected: float | None
 
@@ -85,6 +75,8 @@ def frames_of(
         StudyError: ``missing_position`` where a slice does not lie on the mask's grid.
     """
     to_index = np.linalg.inv(affine)
+    voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    limits = np.array([off_grid_limit_mm(float(mm)) for mm in voxel_mm]) + STORED_AFFINE_MM
     frames = []
     for header in headers:
         corner = np.array([*header.ImagePositionPatient, 1.0], float)
@@ -92,7 +84,8 @@ def frames_of(
         down_mm, across_mm = (float(value) for value in header.PixelSpacing)
         exact = [to_index @ corner, to_index @ (down * down_mm), to_index @ (across * across_mm)]
         start, by_row, by_column = (np.rint(each[:3]).astype(int) for each in exact)
-        is_on_grid = all(np.abs(each[:3] - np.rint(each[:3])).max() < MAX_OFF_GRID for each in exact)
+        off_corner, *off_steps = (np.abs(each[:3] - np.rint(each[:3])) for each in exact)
+        is_on_grid = (off_corner * voxel_mm <= limits).all() and np.max(off_steps) < MAX_OFF_STEP
         rows, columns = np.arange(header.Rows)[:, None], np.arange(header.Columns)[None, :]
         index = [start[k] + by_row[k] * rows + by_column[k] * columns for k in range(3)]
         if not is_on_grid or any(each.min() < 0 or each.max() >= mask.shape[k] for k, each in enumerate(index)):
@@ -101,11 +94,14 @@ def frames_of(
     return np.stack(frames)
 
 
-@_quiet
+@quiet()
 def segmentation(
     headers: Sequence[pydicom.Dataset], lesion: NDArray[np.bool_], lung: NDArray[np.bool_], finding: Finding
 ) -> hd.seg.Segmentation:
-    """A DICOM SEG with the segments lesion (1) and lung (2), whose frames are those of ``frames_of``."""
+    """A DICOM SEG with the segments lesion (1) and lung (2), whose frames are those of ``frames_of``.
+
+    headers: of the slices, whatever their source left out, see ``dicom_source``.
+    """
     algorithm = hd.AlgorithmIdentificationSequence(
         name=DEVICE, version=finding.model, family=codes.DCM.ArtificialIntelligence
     )
@@ -123,7 +119,7 @@ def segmentation(
         )
 
     found = hd.seg.Segmentation(
-        source_images=list(headers),
+        source_images=completed(headers),
         pixel_array=np.stack([lesion, lung], axis=-1).astype(np.uint8),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
@@ -143,7 +139,7 @@ def segmentation(
     return found
 
 
-@_quiet
+@quiet()
 def structured_report(
     headers: Sequence[pydicom.Dataset], seg: hd.seg.Segmentation, finding: Finding
 ) -> Comprehensive3DSR:
@@ -154,15 +150,15 @@ def structured_report(
             uid=finding.uid("device"), name=DEVICE, manufacturer_name=MAKER, model_name=finding.model
         ),
     )
-    of_lesion = [Measurement(name=codes.SCT.Volume, value=round(finding.lesion_volume_ml, 4), unit=MILLILITER)]
-    if finding.involvement is not None:
-        name = Code("INVOLVEMENT", SCHEME, "Share of the lung that is lesion")
-        of_lesion.append(Measurement(name=name, value=round(finding.involvement, 6), unit=NO_UNITS))
-    if finding.p_infected is not None:
-        name = Code("P-INFECTED", SCHEME, "Probability of infection by the network")
-        of_lesion.append(Measurement(name=name, value=round(finding.p_infected, 6), unit=NO_UNITS))
-    of_lung = [Measurement(name=codes.SCT.Volume, value=round(finding.lung_volume_ml, 4), unit=MILLILITER)]
-    source = SourceSeriesForSegmentation(headers[0].SeriesInstanceUID)
+    involvement = Code("INVOLVEMENT", SCHEME, "Share of the lung that is lesion")
+    p_infected = Code("P-INFECTED", SCHEME, "Probability of infection by the network")
+    of_lesion = [
+        *_measured(codes.SCT.Volume, finding.lesion_volume_ml, MILLILITER, 4),
+        *_measured(involvement, finding.involvement, NO_UNITS, 6),
+        *_measured(p_infected, finding.p_infected, NO_UNITS, 6),
+    ]
+    of_lung = _measured(codes.SCT.Volume, finding.lung_volume_ml, MILLILITER, 4)
+    source = SourceSeriesForSegmentation(seg.ReferencedSeriesSequence[0].SeriesInstanceUID)
     present = {int(each.SegmentNumber) for each in seg.SegmentSequence}
     groups = [
         VolumetricROIMeasurementsAndQualitativeEvaluations(
@@ -174,7 +170,7 @@ def structured_report(
                 source_series=source,
             ),
             finding_type=kind,
-            measurements=measurements,
+            measurements=measurements or None,
         )
         for number, label, kind, measurements in (
             (LESION, "lesion", codes.SCT.Lesion, of_lesion),
@@ -189,7 +185,7 @@ def structured_report(
         title=codes.DCM.ImagingMeasurementReport,
     )
     return Comprehensive3DSR(
-        evidence=[seg, *headers],
+        evidence=[seg, *completed(headers)],
         content=content,
         series_number=9002,
         series_instance_uid=finding.uid("report series"),
@@ -202,7 +198,12 @@ def structured_report(
     )
 
 
-@_quiet
+def _measured(name: Code, value: float | None, unit: Code, digits: int) -> list[Measurement]:
+    """Return a measurement, none for a null."""
+    return [] if value is None else [Measurement(name=name, value=round(value, digits), unit=unit)]
+
+
+@quiet()
 def to_bytes(dataset: pydicom.Dataset) -> bytes:
     """The object as a DICOM file."""
     buffer = BytesIO()

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from covtanet.ct import nifti
 from covtanet.ct.lung import Involvement
-from covtanet.ct.window import INTENSITY_STEPS
+from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, mask_to_input, pixel_aspect
 
 if TYPE_CHECKING:
     from covtanet.screening.decode import StoredMasks
@@ -24,23 +24,34 @@ VIEWER_SLICES, VIEWER_COLUMNS, VIEWER_PX = 250, 10, 256
 
 
 def result_files(
-    slices: NDArray[np.uint16], chosen: NDArray[np.int64], masks: "StoredMasks", found: Involvement
+    slices: NDArray[np.uint16],
+    chosen: NDArray[np.int64],
+    masks: "StoredMasks",
+    found: Involvement,
+    window: WindowConfig,
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of a series' results: lesion and lung masks in the source's grid, and a preview."""
+    """Name and bytes of a series' results: lesion and lung masks in the source's grid, and a preview.
+
+    window: the one by which HU became ``slices``.
+    """
     yield "lesion_mask.nii.gz", nifti.write(found.lesion_mask, masks.source)
     yield "lung_mask.nii.gz", nifti.write(found.lung_mask, masks.source)
     lesions, lungs = found.lesion_mask[chosen], found.lung_mask[chosen]
+    aspect = pixel_aspect(masks.spacing_mm)
+    if aspect != 1:  # else a square around the source's own pixels shows the same
+        lesions, lungs = (mask_to_input(each, window, aspect) > 0 for each in (lesions, lungs))
     yield "preview.png", png(preview(slices, lesions, lungs))
-    yield "viewer.png", png(viewer(slices, lesions, lungs))
+    yield "viewer.png", png(viewer(slices, lesions, lungs, window))
 
 
 def viewer(
-    slices: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]
+    slices: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_], window: WindowConfig
 ) -> NDArray[np.uint8]:
     """Every slice that the network read as a tile, base first, ten to a row, for a viewer that sets the window itself.
 
-    Red is the level, 0 to 255 over the model's window; green is 1 in the lung, 2 in a lesion there; blue is how many
-    tiles there are, in the first pixel.
+    Red is the level, 0 to 255 over the model's window; green is 1 in the lung, 2 in a lesion there. Blue of the first
+    row is how many tiles there are, in the first pixel, and in the next eight the bytes of the window's ends in HU,
+    two big-endian float32: without them no level has a meaning.
     """
     side = min(VIEWER_PX, slices.shape[1])
     count = min(len(slices), VIEWER_SLICES)
@@ -54,8 +65,11 @@ def viewer(
         grey = Image.fromarray((slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8))
         out[row, :, column, :, 0] = np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR))
         out[row, :, column, :, 1] = np.asarray(Image.fromarray(mark).resize((side, side), Image.Resampling.NEAREST))
-    out[0, 0, 0, 0, 2] = len(shown)
-    return out.reshape(rows * side, VIEWER_COLUMNS * side, 3)
+    out = out.reshape(rows * side, VIEWER_COLUMNS * side, 3)
+    window_hu = np.array([window.low_hu, window.high_hu], ">f4")
+    out[0, 0, 2] = len(shown)
+    out[0, 1:9, 2] = np.frombuffer(window_hu.tobytes(), np.uint8)
+    return out
 
 
 def preview(

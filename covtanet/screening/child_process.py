@@ -49,14 +49,16 @@ MAX_MESSAGE, MAX_PLACE = 300, 200
 # A request gets a second more for each of these bytes.
 BYTES_PER_EXTRA_S = 8 << 20
 # The child keeps what it has freed for its next series, unlike its parent: fresh pages for every
-# slice would cost it as much as decoding does. It is replaced long before that could pile up.
+# slice would cost it as much as decoding does. It is replaced long before that could pile up. Above
+# 256 MiB, which an ordinary series does not need, it gives memory back: the bytes of a large series
+# are freed before its masks are made, and its limit of memory leaves no room for both.
 ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
 
 

@@ -104,7 +104,11 @@ def _write(answers: IO[bytes], header: dict[str, Any], *buffers: Any) -> None:
 
 def _receive(requests: IO[bytes]) -> Iterator[bytes]:
     while requests.read(1) == b"\x01":
-        kept = []
-        while length := int.from_bytes(requests.read(4), "little"):
-            kept.append(requests.read(length))
-        yield b"".join(kept)
+        yield _receive_object(requests)  # not kept here while it is decoded: it may be 1 GiB
+
+
+def _receive_object(requests: IO[bytes]) -> bytes:
+    chunks = []
+    while length := int.from_bytes(requests.read(4), "little"):
+        chunks.append(requests.read(length))
+    return b"".join(chunks)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.ct import dicom, lung, nifti
+from covtanet.ct.body import Mask
 from covtanet.ct.volume import SourceGrid, Volume
-from covtanet.ct.window import WindowConfig, thin_slices, to_input
+from covtanet.ct.window import WindowConfig, pixel_aspect, thin_slices, to_input
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MASK_HEADER_BYTES = 4096
@@ -31,6 +32,12 @@ class StoredMasks:
     lungs: lung.Lungs
     source: SourceGrid
     spacing_mm: tuple[float, float, float]
+    has_known_spacing: bool = True
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of one voxel in millilitres; null if the voxel size is nominal."""
+        return math.prod(self.spacing_mm) / 1000.0 if self.has_known_spacing else None
 
     def pack(self) -> bytes:
         """Compress to a few bytes per slice."""
@@ -40,9 +47,10 @@ class StoredMasks:
             "source_shape": self.source.shape,
             "source_affine": self.source.affine.tolist(),
             "spacing_mm": self.spacing_mm,
+            "has_known_spacing": self.has_known_spacing,
         }
-        bits = np.packbits(np.stack([self.lungs.lung_mask, self.lungs.cavity_mask]))
-        return json.dumps(header).encode() + b"\n" + zlib.compress(bits.tobytes(), 1)
+        bits = _packed_bits(self.lungs.lung_mask, self.lungs.cavity_mask)
+        return json.dumps(header).encode() + b"\n" + zlib.compress(bits.data, 1)
 
     @classmethod
     def unpack(cls, data: bytes) -> "StoredMasks":
@@ -64,10 +72,11 @@ class StoredMasks:
             lungs=lung.Lungs(lung_mask=masks[0], cavity_mask=masks[1], is_partial=header["is_partial"]),
             source=SourceGrid(shape=tuple(header["source_shape"]), affine=np.array(header["source_affine"])),
             spacing_mm=tuple(header["spacing_mm"]),
+            has_known_spacing=header["has_known_spacing"],
         )
 
 
-def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, float]) -> None:
+def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, float], has_known_spacing: bool) -> None:
     """Compare packed masks with their volume's slice count and spacing, without keeping the inflated bytes.
 
     Raises:
@@ -76,6 +85,8 @@ def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, fl
     header, packed = _mask_header(data)
     if header["shape"][0] != num_slices or tuple(header["spacing_mm"]) != spacing_mm:
         raise ValueError("the masks are of another volume")
+    if header["has_known_spacing"] is not has_known_spacing:
+        raise ValueError("the masks and the flags differ in whether the voxel size is known")
     for _ in _inflated(packed, _num_packed(header["shape"])):
         pass
 
@@ -89,6 +100,8 @@ def _mask_header(data: bytes) -> tuple[dict[str, Any], memoryview]:
         raise ValueError("the masks' header is nested too deeply") from None
     if not isinstance(header, dict) or not isinstance(header.get("is_partial"), bool):
         raise ValueError("the masks' header lacks is_partial")
+    if not isinstance(header.setdefault("has_known_spacing", True), bool):
+        raise ValueError("has_known_spacing of the masks' header is not true or false")
     for name in ("shape", "source_shape"):
         _check_shape(header.get(name))
     if sorted(header["shape"]) != sorted(header["source_shape"]):
@@ -115,6 +128,15 @@ def _check_finite(value: object, shape: tuple[int, ...]) -> None:
         raise ValueError("the masks' header holds something else than numbers") from None
     if numbers.shape != shape or not np.isfinite(numbers).all():
         raise ValueError(f"the masks' header has numbers of shape {numbers.shape}, expected {shape}, all finite")
+
+
+def _packed_bits(first: Mask, second: Mask) -> NDArray[np.uint8]:
+    """Return the bits of two masks, one behind the other, without a copy of both: they may be 1 GiB."""
+    plain, num_whole = first.ravel(), first.size - first.size % 8
+    rest = second.ravel()
+    if num_whole < first.size:  # a byte that holds bits of both
+        rest = np.concatenate([plain[num_whole:], rest])
+    return np.concatenate([np.packbits(plain[:num_whole]), np.packbits(rest)])
 
 
 def _num_packed(shape: list[int]) -> int:
@@ -168,22 +190,44 @@ def prepare(source_format: str, contents: Iterable[bytes], window: WindowConfig,
     return Prepared(
         num_slices=len(volume.hu),
         spacing_mm=volume.spacing_mm,
-        qc_flags=(*volume.qc_flags, *(("partial_lungs",) if masks.lungs.is_partial else ())),
+        qc_flags=tuple(dict.fromkeys((*volume.qc_flags, *_lung_flags(masks)))),
         chosen=chosen.astype(np.int64),
         slices=slices,
         masks=masks.pack(),
     )
 
 
+def _lung_flags(masks: StoredMasks) -> Iterator[str]:
+    """Yield the flags that follow from the lungs and the voxel size."""
+    num_voxels = int(np.count_nonzero(masks.lungs.lung_mask))
+    if masks.lungs.is_partial:
+        yield "partial_lungs"
+    if not masks.has_known_spacing:
+        yield "unknown_spacing"
+    if lung.is_implausible_volume(masks.lungs, num_voxels, masks.voxel_ml):
+        yield "implausible_lungs"
+    if masks.lungs.has_blank_slices:
+        yield "blank_slices"
+
+
 def prepare_volume(
     volume: Volume, window: WindowConfig, slice_step_mm: float
 ) -> tuple[StoredMasks, NDArray[np.intp], NDArray[np.uint16]]:
-    """Find the lungs, choose the slices to segment and make the network's input. Raises StudyError."""
+    """Find the lungs, choose the slices to segment and make the network's input. Raises StudyError.
+
+    Of a series without a voxel size every slice with lung is chosen, as training does.
+    """
     lungs = lung.find_lungs(volume)
     lung_slices = np.flatnonzero(lungs.lung_mask.any(axis=(1, 2)))
-    chosen, _ = thin_slices(lung_slices, volume.spacing_mm[0], slice_step_mm)
-    masks = StoredMasks(lungs=lungs, source=volume.source, spacing_mm=volume.spacing_mm)
-    return masks, chosen, to_input(volume.hu[chosen], window)
+    step_mm = slice_step_mm if volume.has_known_spacing else 0.0
+    chosen, _ = thin_slices(lung_slices, volume.spacing_mm[0], step_mm)
+    masks = StoredMasks(
+        lungs=lungs,
+        source=volume.source,
+        spacing_mm=volume.spacing_mm,
+        has_known_spacing=volume.has_known_spacing,
+    )
+    return masks, chosen, to_input(volume.hu[chosen], window, pixel_aspect(volume.spacing_mm))
 
 
 def place_of(error: Exception) -> str:

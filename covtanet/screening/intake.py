@@ -1,6 +1,7 @@
 """What a caller sends in one file, laid out as a folder of objects: a NIfTI file, a DICOM object, or a zip of those.
 
-No name that the caller chose becomes a name of a file. Sizes are counted as bytes come out, never believed.
+No name that the caller chose becomes a name of a file, so what the listing ignores by its name is left out here. Sizes
+are counted as bytes come out, never believed.
 """
 
 import stat
@@ -11,14 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from covtanet.data.manifest import CONTAINER_SUFFIXES, DICOM_SUFFIXES
+from covtanet.ct.dicom_head import looks_like_dicom
+from covtanet.data.manifest import (
+    CONTAINER_SUFFIXES,
+    DICOM_SUFFIXES,
+    GZIP,
+    is_debris_content,
+    is_debris_name,
+    looks_like_nifti,
+)
 from covtanet.errors import UploadError
 
 CHUNK_BYTES = 1 << 20
-# Where magic numbers stand: a NIfTI-1 header gives its size first, a DICOM file has a preamble.
-NIFTI_SIZES = {(348).to_bytes(4, "little"), (348).to_bytes(4, "big"), (540).to_bytes(4, "little")}
-GZIP, ZIP, DICOM, DICOM_AT = b"\x1f\x8b", b"PK\x03\x04", b"DICM", 128
-HEAD_BYTES = DICOM_AT + len(DICOM)
+ZIP = b"PK\x03\x04"
+# Holds a preamble and the magic, or the first elements of an object without.
+HEAD_BYTES = 4096
 NESTED = (ZIP, b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\xfd7zXZ", b"BZh", GZIP)
 ENCRYPTED = 1
 # A few zeros compress well in any honest file; from here on the ratio counts.
@@ -48,16 +56,20 @@ def lay_out(
     Raises:
         UploadError: for what is none of the three kinds, or a zip that breaks a rule.
     """
-    with upload.open("rb") as file:
-        head = file.read(HEAD_BYTES)
+    head = _head(upload)
     if head.startswith(ZIP):
         _unzip(upload, folder, limits, check)
-    elif head.startswith(GZIP) or head[:4] in NIFTI_SIZES:
+    elif looks_like_nifti(head):
         upload.rename(folder / f"{digest}.nii{'.gz' if head.startswith(GZIP) else ''}")
-    elif head[DICOM_AT:] == DICOM:
+    elif looks_like_dicom(head):
         upload.rename(folder / f"{digest}.dcm")
     else:
         raise UploadError("unsupported_media", "expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[], None]) -> None:
@@ -65,17 +77,27 @@ def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[],
     try:
         _check_directory(upload, limits)
         with zipfile.ZipFile(upload) as archive:
-            members = _members(archive, limits)
-            for index, member in enumerate(members):
-                suffix = ".dcm" if member.filename.lower().endswith(DICOM_SUFFIXES) else ""
-                with archive.open(member) as source, (folder / f"{index:06d}{suffix}").open("wb") as target:
+            for index, member in enumerate(_members(archive, limits)):
+                target = folder / _name_of(index, member)
+                with archive.open(member) as source, target.open("wb") as file:
                     for chunk in _chunks(source):
                         check()
                         inflated += len(chunk)
                         _check_size(inflated, size, limits)
-                        target.write(chunk)
+                        file.write(chunk)
+                if is_debris_content(_path_of(member), _head(target)):
+                    target.unlink()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UploadError("bad_zip", f"the zip cannot be read: {type(error).__name__}") from None
+
+
+def _path_of(member: zipfile.ZipInfo) -> str:
+    """The member's path in the zip, to judge it by; never one on a disk."""
+    return member.filename.replace("\\", "/")
+
+
+def _name_of(index: int, member: zipfile.ZipInfo) -> str:
+    return f"{index:06d}{'.dcm' if member.filename.lower().endswith(DICOM_SUFFIXES) else ''}"
 
 
 def _check_directory(upload: Path, limits: IntakeLimits) -> None:
@@ -92,7 +114,7 @@ def _check_directory(upload: Path, limits: IntakeLimits) -> None:
     if end is None:
         raise zipfile.BadZipFile
     num_entries, num_bytes = end[zipfile._ECD_ENTRIES_TOTAL], end[zipfile._ECD_SIZE]  # type: ignore[attr-defined]
-    max_entries = 2 * limits.max_members  # folders have entries too
+    max_entries = 2 * limits.max_members  # folders have entries too, and a Mac adds one to every file
     if num_entries > max_entries or num_bytes > MAX_DIRECTORY_BYTES:
         raise UploadError(
             "too_large",
@@ -106,8 +128,9 @@ def _members(archive: zipfile.ZipFile, limits: IntakeLimits) -> list[zipfile.Zip
     names = [each.filename for each in found]
     if not found:
         raise UploadError("bad_zip", "the zip is empty")
-    if len(found) > limits.max_members:
-        raise UploadError("too_large", f"the zip has {len(found)} members, expected at most {limits.max_members}")
+    num_members = sum(not is_debris_name(_path_of(each)) for each in found)
+    if num_members > limits.max_members:
+        raise UploadError("too_large", f"the zip has {num_members} members, expected at most {limits.max_members}")
     if len(set(names)) != len(names):
         raise UploadError("bad_zip", "the zip has two members of one name")
     for each in found:

@@ -350,18 +350,23 @@ def _ended_after(timeout_s: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _measure_and_store(row: dict[str, Any], run: Run, config: ScreeningConfig, results: str) -> dict[str, Any]:
+def _measure_and_store(
+    row: dict[str, Any], run: Run, window: WindowConfig, config: ScreeningConfig, results: str
+) -> dict[str, Any]:
     if len(row["lesion_levels"]) and not ledger.may_try(run, row["series_key"], "measure"):
         row = stages.without_answer(row)
     with _ended_after(config.worker_timeout_s):
-        return _measure_in_time(row, run, config, results)
+        return _measure_in_time(row, run, window, config, results)
 
 
-def _measure_in_time(row: dict[str, Any], run: Run, config: ScreeningConfig, results: str) -> dict[str, Any]:
+def _measure_in_time(
+    row: dict[str, Any], run: Run, window: WindowConfig, config: ScreeningConfig, results: str
+) -> dict[str, Any]:
     measured = stages.measure(row, config)
     if results and measured.masks is not None and measured.involvement is not None:
         folder = storage.join(results, run.run_id, row["series_key"])
-        for name, data in overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement):
+        files = overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement, window)
+        for name, data in files:
             storage.write_bytes(storage.join(folder, name), data)
     stored = _stored(run, measured.record)
     _count(stored)
@@ -456,7 +461,7 @@ def _pipeline(
             num_gpus=1 if planned.num_gpus else 0,
         )
         .map(
-            partial(_measure_and_store, run=run, config=config, results=results),
+            partial(_measure_and_store, run=run, window=window, config=config, results=results),
             compute=ray.data.TaskPoolStrategy(size=max(1, planned.num_predictors)),
             num_cpus=1,
         )

@@ -79,7 +79,7 @@ class Sandbox:
         slices = np.frombuffer(read_exactly(pipe, num_chosen * size * size * 2), np.uint16)
         masks = bytes(read_exactly(pipe, num_mask_bytes))
         try:
-            check_masks(masks, num_slices, spacing_mm)
+            check_masks(masks, num_slices, spacing_mm, "unknown_spacing" not in qc_flags)
         except ValueError:
             raise _contradiction("masks") from None
         return Prepared(

@@ -42,7 +42,7 @@ def decode_series(request: dict[str, Any], contents: Iterator[bytes]) -> confine
     except StudyError as error:
         return {"reason": error.reason, "message": str(error)}, []
     except MemoryError:
-        message = "decoding needs more memory than a series may take"
+        message = "decoding needs more memory than decode_memory_mib allows"
         return {"reason": "too_large", "message": message, "is_last": True}, []
     except Exception as error:
         return {"internal": decode.place_of(error), "is_last": True}, []

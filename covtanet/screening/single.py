@@ -15,6 +15,7 @@ from covtanet.data import manifest
 from covtanet.errors import NoSeriesError, UploadError
 from covtanet.screening import heads, stages
 from covtanet.screening.child_process import refuse_weak_sandbox
+from covtanet.screening.ledger import digest_of
 from covtanet.screening.predictor import Answers
 from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
 from covtanet.screening.sandbox import Sandbox
@@ -35,19 +36,35 @@ class Screener:
 
     One thread may use it at a time; ``close`` is for any other, too.
 
+    software_version: for the rows, so that they can be traced; null if the caller does not know it.
+
     Raises:
         WeakSandboxError: if the kernel cannot shut the sandbox.
     """
 
-    def __init__(self, predictor: Answers, window: WindowConfig, config: ScreeningConfig, model_digest: str) -> None:
+    def __init__(
+        self,
+        predictor: Answers,
+        window: WindowConfig,
+        config: ScreeningConfig,
+        model_digest: str,
+        software_version: str | None = None,
+    ) -> None:
         self.predictor, self.window, self.config, self.model_digest = predictor, window, config, model_digest
+        self.traced_by = {
+            "schema_version": SCHEMA_VERSION,
+            "model_digest": model_digest,
+            "config_digest": digest_of(stages.config_values(window, config)),
+            "software_version": software_version,
+        }
         refuse_weak_sandbox(config.decode_limits)
         self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
     def __call__(self, place: str, limits: StudyLimits | None = None) -> Iterator[dict[str, Any]]:
         """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
 
-        What belongs to a run of the screening job (run, registry version, software) is null.
+        What belongs to a run of the screening job (run, registry version) is null. The digest of the configuration is
+        that of a run with the same window and configuration.
 
         Raises:
             NoSeriesError: the input holds no series.
@@ -74,11 +91,7 @@ class Screener:
             )
             self.decoder.child.check_open()  # a series that was refused before asks the child nothing
             record = stages.measure(stages.predict(row, self.predictor), self.config).record
-            known = {
-                "schema_version": SCHEMA_VERSION,
-                "screened_at": datetime.now(UTC),
-                "model_digest": self.model_digest,
-            }
+            known = {**self.traced_by, "screened_at": datetime.now(UTC)}
             yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
 
     def close(self) -> None:

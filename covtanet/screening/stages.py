@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from covtanet import storage
 from covtanet.ct import lung
 from covtanet.ct.nifti import MAX_SLICES
-from covtanet.ct.window import WindowConfig, from_input
+from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
 from covtanet.data.manifest import Series, series_from_row
 from covtanet.errors import (
     DecoderError,
@@ -67,7 +67,8 @@ class ScreeningConfig:
     group_by: ``folder``, or ``uid`` for archives that spread a series over folders.
     slice_step_mm: segmented slices lie at least this far apart.
     severe_involvement: the paper's rule, severe above a quarter of the lung.
-    decode_memory_mib, decode_timeout_s: what decoding one series may take, beyond what its size explains.
+    decode_memory_mib, decode_timeout_s: what decoding one series may take; 3 GiB hold the largest volume that is read,
+    60 s come on top of what its size explains.
     max_series_mib: a series of more bytes is refused unread. worker_timeout_s: a worker that a series takes this
     long is ended.
     deidentify: the ledger has keyed digests in place of names and UIDs.
@@ -83,7 +84,7 @@ class ScreeningConfig:
     severe_threshold: float = 0.5
     severe_involvement: float = 0.25
     engine: str = "auto"
-    decode_memory_mib: int = 2048
+    decode_memory_mib: int = 3072
     decode_timeout_s: float = 60.0
     max_series_mib: int = 1024
     worker_timeout_s: float = 1800.0
@@ -232,8 +233,9 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
     def evaluate() -> Row:
         masks = StoredMasks.unpack(row["masks"])
         lesion_mask, lesion_slices = lesion_in_source(row["lesion_levels"], row["chosen"], masks, config)
-        voxel_ml = float(np.prod(masks.spacing_mm)) / 1000.0
-        found = lung.measure_involvement(masks.lungs, lesion_mask, voxel_ml)
+        found = lung.measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
+        if found.is_implausible and "implausible_lungs" not in record["qc_flags"]:
+            record["qc_flags"].append("implausible_lungs")
         record.update(conclude(record["p_infected"], record["p_severe"], found.involvement, config))
         record.update(
             lesion_volume_ml=found.lesion_volume_ml,
@@ -311,10 +313,11 @@ def lesion_in_source(
     it stands for.
     """
     shape = masks.lungs.lung_mask.shape
+    aspect = pixel_aspect(masks.spacing_mm)
     threshold = np.float32(config.lesion_threshold * PROBABILITY_STEPS)
     by_slice = np.empty((len(chosen), *shape[1:]), bool)
     for index, level in enumerate(lesion_levels):
-        by_slice[index] = from_input(level.astype(np.float32), shape[1:]) >= threshold
+        by_slice[index] = from_input(level.astype(np.float32), shape[1:], aspect) >= threshold
     inside = masks.lungs.lung_mask[chosen] | masks.lungs.cavity_mask[chosen]
     lesion_slices = int((by_slice & inside).any(axis=(1, 2)).sum())
     lesion_mask = np.zeros(shape, bool)

@@ -89,6 +89,8 @@ class TrainingConfig:
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of {self.num_workers} workers"
                 )
 
+        WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)  # refuses an empty window
+
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """How an epoch of a phase draws its samples."""
         return Sampling(

@@ -89,9 +89,19 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
 
 
 def prepare_volumes(
-    volumes: Sequence[LabelledVolume], data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float
+    volumes: Sequence[LabelledVolume],
+    data_uri: str,
+    prepared_uri: str,
+    window: WindowConfig,
+    slice_step_mm: float,
+    *,
+    refuses_unread: bool = False,
 ) -> list[PreparedVolume]:
-    """Read every volume and its masks, write what the networks read, return what was found; those done are kept."""
+    """Read every volume and its masks, write what the networks read, return what was found; those done are kept.
+
+    refuses_unread: a volume that storage does not give is refused with ``storage``, and the others go on; for an
+    evaluation, not for a training, whose folds would be others the next time.
+    """
     keys = volume_keys(volumes, data_uri, window, slice_step_mm)
     done = set(storage.list_names(prepared_uri))
     pairs = list(zip(keys, volumes, strict=True))
@@ -103,7 +113,12 @@ def prepare_volumes(
     logger.info("preparing %d volumes, %d are done already", len(rows), len(known))
     if rows:
         prepare = partial(
-            _prepare_row, data_uri=data_uri, prepared_uri=prepared_uri, window=window, slice_step_mm=slice_step_mm
+            _prepare_row,
+            data_uri=data_uri,
+            prepared_uri=prepared_uri,
+            window=window,
+            slice_step_mm=slice_step_mm,
+            refuses_unread=refuses_unread,
         )
         for number, row in enumerate(_items(rows).map(prepare, num_cpus=1).iter_rows(), start=1):
             found.append(prepared.from_json(row["found"]))
@@ -144,11 +159,14 @@ def _paths(volume: LabelledVolume) -> list[str]:
     return [path for path in (volume.volume_path, volume.lesion_mask_path, volume.lung_mask_path) if path]
 
 
-def _prepare_row(row: Row, data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float) -> Row:
+def _prepare_row(
+    row: Row, data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float, refuses_unread: bool
+) -> Row:
     """Prepare one volume. Whatever its bytes do to us, it becomes a row, and no text of theirs an error's.
 
     Raises:
-        OSError: where storage fails; its text, which may name a study, is left out.
+        AccessError: storage refuses us altogether.
+        OSError: storage fails, unless that refuses the volume; its text, which may name a study, is left out.
     """
     key, target = row["key"], prepared_uri_of(prepared_uri, row["key"])
     volume = LabelledVolume(**{name: row[name] for name in LabelledVolume.__dataclass_fields__})
@@ -159,8 +177,12 @@ def _prepare_row(row: Row, data_uri: str, prepared_uri: str, window: WindowConfi
         storage.write_bytes(storage.join(prepared_uri, f"{key}.json"), prepared.to_json(found).encode())
     except FileNotFoundError:
         found = prepared.refused(volume, key, window, "missing", "not where the data set says")
+    except storage.AccessError:
+        raise storage.AccessError("the store refuses our credentials") from None
     except OSError as error:
-        raise OSError(f"volume {key}: storage: {type(error).__name__}") from None
+        if not refuses_unread:
+            raise OSError(f"volume {key}: storage: {type(error).__name__}") from None
+        found = prepared.refused(volume, key, window, "storage", type(error).__name__)
     except Exception as error:
         logger.error("volume %s: internal error, %s", key, type(error).__name__)
         found = prepared.refused(volume, key, window, "internal_error", type(error).__name__)

@@ -1,5 +1,6 @@
 """The worklist in a real browser: what a radiologist clicks, scrolls and reads."""
 
+import base64
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,9 @@ from conftest import S3
 from endpoint import Endpoint
 from faults_screening import Screening
 
-from covtanet.report import worklist
+from covtanet.ct.window import WindowConfig, to_input
+from covtanet.report import overlay, worklist
+from covtanet.screening.records import LEDGER_SCHEMA
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -168,3 +172,30 @@ def test_the_report_opens_without_a_server(
     page.wait_for_selector("#study img")
     assert page.evaluate("() => document.querySelector('#study img').naturalWidth") > 500
     assert all(url.startswith(("file:", "data:", "blob:")) for url in requested)
+
+
+GREY_AT = "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]"
+LUNG_PRESET, SOFT_TISSUE_PRESET = (-1350, 150), (-160, 240)
+
+
+@pytest.mark.parametrize(("low_hu", "high_hu"), [(-1000.0, 400.0), (-1350.0, 150.0), (-1000.5, 1500.0)])
+def test_viewer_shows_hu_by_the_window_of_the_model(page: Any, tmp_path: Path, low_hu: float, high_hu: float) -> None:
+    """A picture of another model than the usual one: the same HU have the same grey under a preset."""
+    window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
+    hu = np.full((8, 64, 64), -700, np.int16)
+    hu[:, :, 32:] = 40
+    nothing = np.zeros(hu.shape, bool)
+    picture = overlay.png(overlay.viewer(to_input(hu, window), nothing, nothing, window))
+    (tmp_path / "page.html").write_text(worklist.report(LEDGER_SCHEMA.empty_table(), {}))
+    page.goto((tmp_path / "page.html").as_uri())
+    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    page.evaluate("async (url) => { at('study').hidden = false; await openViewer(at('study'), url); }", url)
+    for key, (low, high) in (("1", LUNG_PRESET), ("3", SOFT_TISSUE_PRESET)):
+        page.keyboard.press(key)
+        for x, value in ((8, -700), (56, 40)):
+            grey = page.evaluate(
+                "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]", x
+            )
+            expected = min(max(255 * (value - low) / (high - low), 0), 255)
+            # Half a level of the picture, seen through the preset, and a rounding.
+            assert abs(grey - expected) <= 255 * (high_hu - low_hu) / 255 / (high - low) + 1, (key, value)

@@ -36,7 +36,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
 COMPARED = (
     "status", "reason", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement",
     "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "spacing_z_mm", "series_uid",
-    "model_digest", "source_digest",
+    "model_digest", "source_digest", "config_digest", "software_version",
 )  # fmt: skip
 
 

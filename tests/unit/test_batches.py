@@ -156,4 +156,4 @@ def test_trouble_with_storage_and_ray_has_a_status_of_its_own(error: OSError, st
 
 def test_replica_asks_ray_for_what_its_decoders_may_take(tmp_path: Path) -> None:
     options = build(settings(tmp_path, num_decoders=3))._bound_deployment.ray_actor_options
-    assert (options["num_cpus"], options["memory"]) == (3, 3 * (2048 + 600) << 20)
+    assert (options["num_cpus"], options["memory"]) == (3, 3 * (3072 + 600) << 20)

@@ -28,7 +28,7 @@ while line := requests.readline():
             requests.read(length)
     mask_header = {
         "shape": [12, 64, 64], "is_partial": False, "source_shape": [64, 64, 12], "spacing_mm": [22.0, 5.5, 5.5],
-        "source_affine": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+        "source_affine": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "has_known_spacing": True,
     }
     chosen, bits, row, reply = [1, 5], bytes(2 * 12 * 64 * 64 // 8), ["1.2", "1.2.3"], None
     header = {"nonce": request["nonce"], "num_slices": 12, "spacing_mm": [22.0, 5.5, 5.5], "qc_flags": ["oblique"]}
@@ -66,6 +66,14 @@ def test_sound_answer_is_believed(monkeypatch: pytest.MonkeyPatch, sandbox: Sand
     assert StoredMasks.unpack(found.masks).lungs.lung_mask.shape == (12, 64, 64)
 
 
+def test_sound_answer_without_a_voxel_size_is_believed(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    flags = ["unknown_spacing", "blank_slices", "implausible_lungs"]
+    liar(monkeypatch, f"mask_header['has_known_spacing'] = False; header['qc_flags'] = {flags}")
+    found = sandbox("nifti", [[b"x"]])
+    assert found.qc_flags == tuple(flags)
+    assert StoredMasks.unpack(found.masks).voxel_ml is None
+
+
 LIES = {
     "another request's nonce": "header['nonce'] = '0' * 32",
     "no nonce": "del header['nonce']",
@@ -91,6 +99,9 @@ LIES = {
     "masks of another volume": "mask_header['shape'] = [11, 64, 64]",
     "masks of another source": "mask_header['source_shape'] = [64, 64, 13]",
     "masks with another spacing": "mask_header['spacing_mm'] = [1.0, 1.0, 1.0]",
+    "masks that know no voxel size": "mask_header['has_known_spacing'] = False",
+    "a voxel size known to the masks alone": "header['qc_flags'] = ['unknown_spacing']",
+    "a voxel size known as a number": "mask_header['has_known_spacing'] = 1",
     "masks of a huge volume": "mask_header['shape'] = mask_header['source_shape'] = [12, 1 << 20, 1 << 20]",
     "masks that inflate without end": "bits = bytes(64 << 20)",
     "masks that stop early": "bits = bits[:-1]",

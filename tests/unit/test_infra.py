@@ -488,3 +488,11 @@ def test_image_has_bytecode_of_our_own_code() -> None:
     copies = [index for index, line in enumerate(found) if line.startswith("COPY")]
     assert "/opt/covtanet" in found[compiled]
     assert compiled > max(copies)
+
+
+def test_make_test_prints_what_was_skipped_and_why() -> None:
+    """Of pytest's short summary, which -q does not hide; the Makefile passes no -r of its own that would replace it."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (shown,) = re.findall(r"-r(\w+)", options)
+    assert set(shown) >= set("fEs")
+    assert not re.search(r"pytest.* -r", (ROOT / "Makefile").read_text())

@@ -1,16 +1,20 @@
 """What a caller may send, and what a zip may not hold."""
 
 import io
+import re
 import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 from bombs import directory_bomb
-from hostile import gz, plain_nifti, slices
+from hostile import big_endian_nifti, gz, nifti2, plain_nifti, slices
 
+from covtanet.ct.dicom_head import read_identities, transfer_syntax
+from covtanet.data.manifest import scan_folder
 from covtanet.errors import UploadError
 from covtanet.screening.intake import IntakeLimits, lay_out
+from covtanet.storage import ObjectInfo
 
 DIGEST = "d" * 32
 LIMITS = IntakeLimits(max_inflated_bytes=40 << 20, max_members=20, max_ratio=50)
@@ -36,6 +40,10 @@ def zipped(*members: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
     ("data", "name"),
     [
         (gz(plain_nifti()), f"{DIGEST}.nii.gz"), (plain_nifti(), f"{DIGEST}.nii"), (slices()[0], f"{DIGEST}.dcm"),
+        (nifti2()["a.nii"], f"{DIGEST}.nii"), (big_endian_nifti()["a.nii"], f"{DIGEST}.nii"),
+        ((540).to_bytes(4, "big") + bytes(600), f"{DIGEST}.nii"),
+        (slices()[0][132:], f"{DIGEST}.dcm"), (slices()[0][128:], f"{DIGEST}.dcm"),
+        (slices()[0][transfer_syntax(slices()[0])[1] :], f"{DIGEST}.dcm"),
     ],
 )  # fmt: skip
 def test_one_file_is_named_by_its_bytes(data: bytes, name: str, tmp_path: Path) -> None:
@@ -48,6 +56,56 @@ def test_members_keep_their_bytes_and_lose_their_names(tmp_path: Path) -> None:
     found = spread(zipped(*members, ("Doe^Jane/", b""), ("README", b"text")), tmp_path)
     assert [path.read_bytes() for path in found] == [data for _, data in members] + [b"text"]
     assert not any("Doe" in path.name for path in found)
+
+
+APPLE = bytes.fromhex("0005160700020000") + bytes(200)
+
+
+def patient_cd() -> list[tuple[str, bytes]]:
+    """A patient's CD as a Mac zips it: what is no image stands under the names that the CD gave it."""
+    images = [(f"DICOM/PAT1/IM{index}", data) for index, data in enumerate(slices())]
+    beside = [(f"__MACOSX/DICOM/PAT1/._IM{index}", APPLE) for index in range(len(images))]
+    other = [
+        ("DICOMDIR", b"no directory at all"), ("dicomdir.dcm", bytes(128) + b"DICM"), ("__MACOSX/._DICOMDIR", APPLE),
+        ("._loose.dcm", b"something else"), ("__MACOSX\\._x.dcm", b"from Windows"), (".DS_Store", b"\0\0\0\1Bud1"),
+        ("README.TXT", b"viewer"), ("AUTORUN.INF", b"[autorun]"),
+    ]  # fmt: skip
+    return [*images, *beside, *other]
+
+
+def test_zip_of_a_patient_cd_from_a_mac_is_one_series(tmp_path: Path) -> None:
+    found = spread(zipped(*patient_cd()), tmp_path)
+    infos = [ObjectInfo(path.name, path.stat().st_size, "v1") for path in found]
+    series, ignored = scan_folder("", infos, lambda name, n: (found[0].parent / name).read_bytes()[:n], read_identities)
+    assert [(each.reason, len(each.objects)) for each in series] == [(None, len(slices()))]
+    assert len(ignored) == 3  # README, AUTORUN and .DS_Store
+
+
+def test_names_of_members_never_become_names_of_files(tmp_path: Path) -> None:
+    for path in spread(zipped(*patient_cd(), ("._Doe.dcm", slices()[0])), tmp_path):
+        assert re.fullmatch(r"\d{6}(\.dcm)?", path.name)
+
+
+def test_dicom_under_a_name_of_a_mac_is_kept(tmp_path: Path) -> None:
+    found = spread(zipped(("._IM0.dcm", slices()[0]), ("__MACOSX/IM1", slices()[1][132:])), tmp_path)
+    assert [path.read_bytes() for path in found] == [slices()[0], slices()[1][132:]]
+
+
+def test_what_a_mac_adds_does_not_count_as_members(tmp_path: Path) -> None:
+    """20 members are allowed."""
+    objects = [(f"IM{index:02d}", slices()[index % 12]) for index in range(20)]
+    beside = [(f"__MACOSX/._{name}", APPLE) for name, _ in objects]
+    assert len(spread(zipped(*objects, *beside), tmp_path)) == 20
+
+
+def test_bomb_under_a_name_of_a_mac_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match="50 times its size"):
+        spread(zipped(("__MACOSX/._a.dcm", bytes(30 << 20))), tmp_path)
+
+
+def test_apple_double_file_alone_is_unsupported(tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match=r"expected a \.nii"):
+        spread(APPLE, tmp_path)
 
 
 def link() -> zipfile.ZipInfo:

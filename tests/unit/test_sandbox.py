@@ -118,7 +118,7 @@ def test_what_needs_more_memory_than_allowed_is_too_large() -> None:
     bomb = gz(bytes(header)) + gz(bytes(1 << 20)) * 800
     # On a busy machine this takes longer than the tests of hanging children wait.
     sandbox.child.limits = replace(sandbox.limits, timeout_s=60)
-    with pytest.raises(StudyError, match="more memory than a series may take") as error:
+    with pytest.raises(StudyError, match="more memory than decode_memory_mib allows") as error:
         sandbox("nifti", [[bomb]])
     assert error.value.reason == "too_large"
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12

@@ -55,4 +55,4 @@ def test_run_date_far_from_today_is_refused() -> None:
 
 
 def test_memory_of_a_replica_is_what_its_decoders_may_take() -> None:
-    assert settings().replica_memory_bytes == 2 * (2048 + 600) << 20
+    assert settings().replica_memory_bytes == 2 * (3072 + 600) << 20

@@ -10,9 +10,10 @@ from hostile import gz, plain_nifti
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UploadError
+from covtanet.screening.ledger import digest_of
 from covtanet.screening.predictor import Predictor
 from covtanet.screening.single import Screener, StudyLimits
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.stages import ScreeningConfig, config_values
 
 
 @pytest.fixture
@@ -55,6 +56,20 @@ def test_one_object_is_found_without_listing_its_archive(
     monkeypatch.setattr(storage, "walk", None)  # whoever lists fails
     (row,) = screener(str(tmp_path / "1.nii.gz"), limits=StudyLimits())
     assert (row["status"], row["source_uri"]) == ("screened", str(tmp_path / "1.nii.gz"))
+
+
+def test_row_names_configuration_and_software_as_a_run_of_the_job_does(tmp_path: Path) -> None:
+    """Screened or refused: the digest is that of a run with the same window and configuration."""
+    window, config = WindowConfig(size_px=64), ScreeningConfig(engine="eager")
+    screener = Screener(Predictor(small_model(), engine="eager"), window, config, "digest", "0.1+g12ab")
+    (tmp_path / "0.nii.gz").write_bytes(gz(plain_nifti()))
+    (tmp_path / "1.nii.gz").write_bytes(gz(plain_nifti())[:-40])
+    found = list(screener(str(tmp_path)))
+    screener.close()
+    assert [row["status"] for row in found] == ["screened", "rejected"]
+    expected = digest_of(config_values(window, config))
+    assert {(row["config_digest"], row["software_version"]) for row in found} == {(expected, "0.1+g12ab")}
+    assert expected != digest_of(config_values(WindowConfig(size_px=96), config))
 
 
 def test_listing_stops_at_the_limit(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
-"""The night at a glance, the order of the worklist, and the report."""
+"""The night at a glance, the order of the worklist, the report, and the grey values of its pictures."""
 
 import json
 import re
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
-from covtanet.report import worklist
+from covtanet.ct.window import WindowConfig, to_input
+from covtanet.report import overlay, worklist
 from covtanet.screening.records import LEDGER_SCHEMA
 
 KEYS = "abcdef"
@@ -93,3 +99,39 @@ def test_the_report_stands_alone_and_no_text_of_a_ledger_ends_its_data() -> None
     assert data["rows"][4]["reason_detail"] == "</script><b>"
     assert data["pictures"] == {"c" * 32: "data:image/png;base64,cG5n"}
     assert "Research use only" in text
+
+
+WINDOWS = [(-1000.0, 400.0), (-1350.0, 150.0), (-1000.5, 1500.25), (0.0, 80.0)]
+
+
+def steps_of_hu(window: WindowConfig) -> NDArray[np.int16]:
+    """Eight slices, each with four plateaus of HU within the window."""
+    plateaus = np.linspace(window.low_hu, window.high_hu, 6)[1:-1].round()
+    return np.tile(np.repeat(plateaus, 16).astype(np.int16), (8, 64, 1))
+
+
+@pytest.mark.parametrize(("low_hu", "high_hu"), WINDOWS)
+def test_viewer_level_is_hu_by_the_window_that_stands_in_the_picture(low_hu: float, high_hu: float) -> None:
+    """As the page reads it: two big-endian float32 in the blue of eight pixels, then the level."""
+    window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
+    hu = steps_of_hu(window)
+    nothing = np.zeros(hu.shape, bool)
+    data = overlay.png(overlay.viewer(to_input(hu, window), nothing, nothing, window))
+    picture = np.asarray(Image.open(BytesIO(data)))
+    assert picture[0, 0, 2] == 8
+    low, high = np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4")
+    assert (low, high) == (low_hu, high_hu)
+    shown_hu = low + (high - low) * picture[:64, :64, 0] / 255
+    assert np.abs(shown_hu - hu[0]).max() <= (high - low) / 255
+
+
+@pytest.mark.parametrize(("low_hu", "high_hu"), WINDOWS)
+def test_preview_greys_span_the_window_of_the_model(low_hu: float, high_hu: float) -> None:
+    window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
+    hu = steps_of_hu(window)
+    nothing = np.zeros(hu.shape, bool)
+    tile = overlay.preview(to_input(hu, window), nothing, nothing)[: overlay.PREVIEW_PX, : overlay.PREVIEW_PX]
+    middles = (np.arange(4) * 16 + 8) * overlay.PREVIEW_PX // 64
+    expected = 255 * (hu[0, 0, 8::16] - low_hu) / (high_hu - low_hu)
+    assert (tile[..., 0] == tile[..., 1]).all()
+    assert np.abs(tile[128, middles, 0] - expected).max() <= 1

@@ -7,6 +7,8 @@ const make = (tag, props = {}, ...children) => {
   return node;
 };
 const WINDOWS = [["lung", -1350, 150], ["wide", -1000, 400], ["soft tissue", -160, 240]];
+// Pictures of software before the window stood in them are of models with this one.
+const FIRST_WINDOW = [-1000, 400];
 const MARKS = { 1: [79, 195, 247], 2: [255, 112, 67] };
 const PAGE_ROWS = 200;
 const state = { offset: 0, rows: [], total: 0, chosen: -1, viewer: null, window: 0, opacity: 0.45, batch: "" };
@@ -133,7 +135,7 @@ async function choose(index) {
   at("rows").children[index].scrollIntoView({ block: "nearest" });
   const place = make("div", { textContent: row.status === "screened" ? "loading" : `Not screened: ${row.reason_detail ?? row.reason}` });
   const shown = { series: row.series_key, finding: finding(row), "lung involved": percent(row.involvement),
-    "severity by involvement": row.severity_by_involvement ?? "–", "lesion": `${number(row.lesion_volume_ml, 0)} ml of ${number(row.lung_volume_ml, 0)} ml lung`,
+    "severity by involvement": row.severity_by_involvement ?? "–", "lesion": row.lesion_volume_ml === null ? "–" : `${number(row.lesion_volume_ml, 0)} ml of ${number(row.lung_volume_ml, 0)} ml lung`,
     "p infected": number(row.p_infected, 3), "p severe": number(row.p_severe, 3), flags: row.qc_flags.join(", ") || "none",
     slices: `${row.num_slices ?? "–"}, ${row.num_slices_segmented ?? "–"} segmented, ${number(row.spacing_z_mm, 1)} mm apart`,
     source: row.source_uri, "series UID": row.series_uid ?? "–", model: `${row.model_name} ${row.model_version}, ${row.model_digest.slice(0, 12)}`,
@@ -153,6 +155,14 @@ async function choose(index) {
   } catch (error) { place.textContent = `No pictures: ${error.message}`; }
 }
 
+// The ends of the model's window in HU: two big-endian float32 in the blue of eight pixels behind the first.
+function windowOf(all) {
+  const { data } = all.getImageData(1, 0, 8, 1);
+  const bytes = new DataView(Uint8Array.from({ length: 8 }, (_, k) => data[4 * k + 2]).buffer);
+  const ends = [bytes.getFloat32(0), bytes.getFloat32(4)];
+  return ends[0] < ends[1] ? ends : FIRST_WINDOW;
+}
+
 async function openViewer(place, url) {
   const image = await createImageBitmap(await (await fetch(url)).blob(), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   URL.revokeObjectURL(url);
@@ -160,6 +170,7 @@ async function openViewer(place, url) {
   const all = new OffscreenCanvas(image.width, image.height).getContext("2d", { willReadFrequently: true });
   all.drawImage(image, 0, 0);
   const count = all.getImageData(0, 0, 1, 1).data[2];
+  const [lowest, highest] = windowOf(all);
   const canvas = make("canvas", { width: side, height: side, tabIndex: 0 });
   canvas.setAttribute("role", "img");
   const which = make("span", { className: "quiet" });
@@ -177,7 +188,7 @@ async function openViewer(place, url) {
     const [, low, high] = WINDOWS[state.window];
     const { data } = pixels;
     for (let k = 0; k < data.length; k += 4) {
-      const hu = -1000 + (1400 * data[k]) / 255;
+      const hu = lowest + ((highest - lowest) * data[k]) / 255;
       const grey = Math.max(0, Math.min(255, (255 * (hu - low)) / (high - low)));
       const colour = MARKS[data[k + 1]];
       const share = colour ? state.opacity * (data[k + 1] === 2 ? 1 : 0.25) : 0;
