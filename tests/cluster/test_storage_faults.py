@@ -1,4 +1,4 @@
-"""Storage faults on a real S3 server: a stream that breaks, an object that changes, credentials that expire."""
+"""Storage faults on a real S3 server: broken streams, changed objects, expired credentials."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ MAX_HEAD_BYTES = 64 << 10
 class CuttingProxy:
     """A TCP proxy before the S3 server that closes connections in the middle of a body.
 
-    num_cuts: how many bodies are still to be cut, behind their first ``cut_at`` bytes. after_cut: called before the
-    client knows of it. ranges: the Range header of each request, empty for one without.
+    num_cuts: how many bodies are still to be cut, behind their first ``cut_at`` bytes. after_cut:
+    called before the client knows of it. ranges: the Range header of each request, or empty.
     """
 
     upstream: tuple[str, int]
@@ -92,7 +93,7 @@ class SwitchingProxy:
     upstream: tuple[str, int]
 
     def serve(self, client: socket.socket) -> None:
-        """Relay one request and its answer; the server is asked to close the connection behind it."""
+        """Relay one request and its answer; the server is asked to close the connection then."""
         head = read_head(client)
         with client, socket.create_connection(self.upstream) as server:
             server.sendall(head.removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
@@ -103,7 +104,7 @@ class SwitchingProxy:
 
 
 def relay(source: socket.socket, target: socket.socket) -> None:
-    """Send on what comes until the source closes; what the target takes no longer is read all the same.
+    """Send on what comes until the source closes, and read on if the target takes no more.
 
     A client whose bytes nobody reads would be reset before it has read the answer.
     """
@@ -169,9 +170,11 @@ def stored(s3: S3) -> tuple[str, bytes, storage.ObjectInfo]:
 
 
 def test_broken_stream_is_resumed_by_range(
-    s3: S3, stored: tuple[str, bytes, storage.ObjectInfo], through: Callable[[CuttingProxy], Any]
+    s3: S3,
+    stored: tuple[str, bytes, storage.ObjectInfo],
+    through: Callable[[CuttingProxy], Any],
 ) -> None:
-    """The second request asks for what comes after the bytes that were handed on, and nothing comes twice."""
+    """The second request begins behind the bytes that were handed on; nothing comes twice."""
     uri, data, info = stored
     proxy = CuttingProxy(upstream_of(s3.environment), num_cuts=1)
     with through(proxy):
@@ -186,7 +189,10 @@ def test_broken_stream_is_resumed_by_range(
 
 @pytest.mark.parametrize("num_bytes", [OBJECT_BYTES, OBJECT_BYTES + 1])
 def test_object_overwritten_while_its_stream_was_broken_is_changed(
-    num_bytes: int, s3: S3, stored: tuple[str, bytes, storage.ObjectInfo], through: Callable[[CuttingProxy], Any]
+    num_bytes: int,
+    s3: S3,
+    stored: tuple[str, bytes, storage.ObjectInfo],
+    through: Callable[[CuttingProxy], Any],
 ) -> None:
     """Half of one object and half of another are no series, even if they have the same size."""
     uri, _, info = stored
@@ -203,7 +209,9 @@ def test_object_overwritten_while_its_stream_was_broken_is_changed(
 
 
 def test_stream_that_breaks_every_time_is_a_storage_failure(
-    s3: S3, stored: tuple[str, bytes, storage.ObjectInfo], through: Callable[[CuttingProxy], Any]
+    s3: S3,
+    stored: tuple[str, bytes, storage.ObjectInfo],
+    through: Callable[[CuttingProxy], Any],
 ) -> None:
     uri, _, info = stored
     proxy = CuttingProxy(upstream_of(s3.environment), num_cuts=100, cut_at=1000)
@@ -228,7 +236,13 @@ def rows_of(archive: str) -> list[dict[str, Any]]:
 
 def prepare_from(archive: str, row: dict[str, Any]) -> dict[str, Any]:
     decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.decode_and_prepare(row, archive=archive, window=WINDOW, config=CONFIG, decoder=decoder)
+    prepared = stages.decode_and_prepare(
+        row,
+        archive=archive,
+        window=WINDOW,
+        config=CONFIG,
+        decoder=decoder,
+    )
     return dict(json.loads(prepared["record"]))
 
 
@@ -246,15 +260,19 @@ def test_s3_object_changed_since_listing_fails_as_changed(num_more: int, s3: S3)
 
 
 @pytest.fixture
-def expiring(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """An S3 server of its own whose keys can be made to expire: one with other keys over the same folder answers then.
+def expiring(
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[], None]]:
+    """An S3 server of its own whose keys can be made to expire.
 
-    The storage module and new jobs find it by the environment.
+    Another one with other keys over the same folder answers then. The storage module and new jobs
+    find it by the environment.
     """
     (tmp_path / "s3" / "bucket").mkdir(parents=True)
-    first, second = (
-        start_s3(tmp_path / "s3", tmp_path / "s3.log", secret=secret) for secret in (LOOPBACK_SECRET, "another")
-    )
+    start = partial(start_s3, tmp_path / "s3", tmp_path / "s3.log")
+    first, second = start(secret=LOOPBACK_SECRET), start(secret="another")
     proxy = SwitchingProxy(upstream_of(first.environment))
     try:
         with listening(proxy) as port:
@@ -267,20 +285,27 @@ def expiring(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         second.stop()
 
 
-def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(expiring: Callable[[], None]) -> None:
+def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(
+    expiring: Callable[[], None],
+) -> None:
     """Listed with good keys, read with keys that the server takes no longer."""
     storage.write_bytes("s3://bucket/archive/a.nii", plain_nifti())
     (row,) = rows_of("s3://bucket/archive")
     assert prepare_from("s3://bucket/archive", row)["status"] == "screened"
     expiring()
-    with pytest.raises(storage.AccessError, match="the object store refuses the credentials: SignatureDoesNotMatch"):
+    with pytest.raises(
+        storage.AccessError,
+        match="refuses the credentials: SignatureDoesNotMatch",
+    ):
         prepare_from("s3://bucket/archive", row)
 
 
 def test_job_whose_credentials_expire_ends_with_code_1_and_commits_nothing(
-    expiring: Callable[[], None], model_folder: Path, tmp_path: Path
+    expiring: Callable[[], None],
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    """The server takes the keys no longer half-way: the job says so and ends, instead of failing series by series."""
+    """The keys expire half-way: the job says so and ends, instead of failing series by series."""
     for index in range(40):
         storage.write_bytes(f"s3://bucket/archive/{index:02d}.nii", plain_nifti())
     config = tmp_path / "screening.toml"

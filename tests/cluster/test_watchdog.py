@@ -1,6 +1,6 @@
 """A stage that hangs is ended with its worker after ``worker_timeout_s``.
 
-Ray starts another worker; that a series which ends three of them costs a row is told in ``test_promises``.
+Ray starts another worker; ``test_promises`` has the series that ends three and costs a row.
 """
 
 import os
@@ -33,18 +33,19 @@ class Hanging:
 
 stage, folder = sys.argv[1:]
 run = ledger.Run(
-    archive=folder, ledger=f"{folder}/ledger", run_date=date(2026, 11, 23), model_name="m", model_version="1",
-    model_digest="d", config_digest="c", software_version="0",
+    archive=folder, ledger=f"{folder}/ledger", run_date=date(2026, 11, 23), model_name="m",
+    model_version="1", model_digest="d", config_digest="c", software_version="0",
 )
 config = ScreeningConfig(worker_timeout_s=1)
 slices = np.zeros((1, 32, 32))
 row = {
-    "series_key": "k", "record": json.dumps({"series_key": "k", "qc_flags": []}), "chosen": np.array([0]),
-    "slices": slices, "lesion_levels": slices, "masks": Hanging(),
+    "series_key": "k", "record": json.dumps({"series_key": "k", "qc_flags": []}),
+    "chosen": np.array([0]), "slices": slices, "lesion_levels": slices, "masks": Hanging(),
 }
 if stage == "decode":
     window = WindowConfig(size_px=128)
-    series = Series(source_path="pipe.nii", source_format="nifti", objects=(ObjectInfo("pipe.nii", 1, "0"),))
+    objects = (ObjectInfo("pipe.nii", 1, "0"),)
+    series = Series(source_path="pipe.nii", source_format="nifti", objects=objects)
     pipeline._DecoderActor(run, window, config)(series.to_row())
 elif stage == "predict":
     actor = pipeline._PredictorActor.__new__(pipeline._PredictorActor)
@@ -56,10 +57,11 @@ else:
 
 
 @pytest.mark.parametrize(
-    ("stage", "line"), [("decode", "decode_and_prepare"), ("predict", "predict"), ("measure", "measure")]
+    ("stage", "line"),
+    [("decode", "decode_and_prepare"), ("predict", "predict"), ("measure", "measure")],
 )
 def test_worker_of_a_stage_that_hangs_is_ended(stage: str, line: str, tmp_path: Path) -> None:
-    """Its log says in which function it hung. Opening a pipe that nobody writes to takes for ever."""
+    """Its log says in which function it hung; to open a pipe without a writer takes for ever."""
     os.mkfifo(tmp_path / "pipe.nii")
     done = subprocess.run(
         [sys.executable, "-c", STAGE, stage, str(tmp_path)],

@@ -1,4 +1,4 @@
-"""An object that is another than the one listed fails its series; storage that refuses everything ends the job."""
+"""An object changed since listing fails its series; storage that refuses all ends the job."""
 
 import json
 import os
@@ -39,7 +39,9 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("change", [longer, of_the_same_size, replaced])
 @pytest.mark.parametrize("name", ["a.nii", "IM0003.dcm"])
 def test_object_changed_since_listing_fails_as_changed(
-    name: str, change: Callable[[Path], None], tmp_path: Path
+    name: str,
+    change: Callable[[Path], None],
+    tmp_path: Path,
 ) -> None:
     objects = {"a.nii": plain_nifti()} if name == "a.nii" else named(slices())
     for each, data in objects.items():
@@ -80,10 +82,15 @@ def test_error_of_one_series_becomes_its_row(error: Exception, status: str, reas
 
 
 @pytest.mark.parametrize(
-    "error", [storage.AccessError("expired"), UnavailableError("no replica"), WeakSandboxError("no seccomp")]
+    "error",
+    [
+        storage.AccessError("expired"),
+        UnavailableError("no replica"),
+        WeakSandboxError("no seccomp"),
+    ],
 )
 def test_error_of_all_series_is_no_row_of_one(error: Exception) -> None:
-    """Expired credentials would fail every series that is left; the job ends instead and can be continued."""
+    """Expired credentials would fail all series that are left: the job ends and can go on later."""
     record: dict[str, Any] = {"series_key": "k", "status": "screened"}
 
     def work() -> dict[str, Any]:

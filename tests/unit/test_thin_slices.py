@@ -1,8 +1,9 @@
-"""Slices thinner than the step between segmented ones: a segmented slice stands for those nearest to it.
+"""Slices thinner than the step between segmented ones: these stand for the slices nearest to them.
 
-The chest is drawn by hand, so that every expected number can be worked out: two lungs of 40 x 30 pixels of 3 x 3 mm in
-the slices 10 to 73 of 84. One slice is 1 mm, segmented are every third, from 11 to 71: 21 slices. Each stands for
-itself and its two neighbours, but the last for the four slices 70 to 73.
+The chest is drawn by hand, so that every expected number can be worked out: two lungs of 40 x 30
+pixels of 3 x 3 mm in the slices 10 to 73 of 84. With slices of 1 mm every third is segmented, from
+11 to 71: 21 slices. Each stands for itself and its two neighbours, but the last for the four slices
+70 to 73.
 """
 
 from pathlib import Path
@@ -33,7 +34,7 @@ SEGMENTED = list(range(11, 72, 3))
 
 
 class Marks:
-    """A stub that marks the lesion's square in some of the segmented slices, whatever it is shown."""
+    """A stub that marks the lesion's square in some segmented slices, whatever it is shown."""
 
     def __init__(self, marked: set[int]) -> None:
         self.marked = marked
@@ -62,7 +63,13 @@ def prepared(folder: Path, slice_mm: float) -> dict[str, Any]:
     (folder / "chest.nii.gz").write_bytes(nifti.write(chest(), grid))
     (row,) = manifest_rows(folder)
     decoder = stages.in_process(WINDOW, CONFIG)
-    return stages.decode_and_prepare(row, archive=str(folder), window=WINDOW, config=CONFIG, decoder=decoder)
+    return stages.decode_and_prepare(
+        row,
+        archive=str(folder),
+        window=WINDOW,
+        config=CONFIG,
+        decoder=decoder,
+    )
 
 
 def measured(row: dict[str, Any], marked: set[int]) -> Measured:
@@ -91,22 +98,28 @@ def lesion_slices_of(found: Measured) -> list[int]:
     ],
 )
 def test_lesion_of_a_segmented_slice_fills_the_slices_nearest_to_it(
-    marked: set[int], slices: list[int], chest_of_1_mm: dict[str, Any]
+    marked: set[int],
+    slices: list[int],
+    chest_of_1_mm: dict[str, Any],
 ) -> None:
     found = measured(chest_of_1_mm, marked)
     record = found.record
-    assert (record["status"], record["num_slices"], record["num_slices_segmented"]) == ("screened", 84, 21)
+    assert (record["status"], record["num_slices"], record["num_slices_segmented"]) == (
+        "screened",
+        84,
+        21,
+    )
     assert record["lesion_slices"] == len(marked)
     assert lesion_slices_of(found) == slices
     lesion_ml = len(slices) * LESION_MM2 / 1000
     assert record["lesion_volume_ml"] == pytest.approx(lesion_ml)
-    # The outline of the lungs may differ by some pixels from the drawn one; the lesion lies within it.
+    # The lungs' outline may differ by some pixels from the drawn one; the lesion lies within it.
     assert record["lung_volume_ml"] == pytest.approx(64 * LUNG_MM2 / 1000, rel=0.05)
     assert record["involvement"] == pytest.approx(lesion_ml / record["lung_volume_ml"])
 
 
 def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: dict[str, Any]) -> None:
-    """Marked one by one, the 21 segmented slices are those at 11, 14, ... 71, and no lung slice is left out."""
+    """Marked one by one, the slices at 11, 14, ... 71 stand for every slice of the lungs once."""
     assert chest_of_1_mm["chosen"].tolist() == SEGMENTED
     extents = [lesion_slices_of(measured(chest_of_1_mm, {index})) for index in range(21)]
     assert [z for extent in extents for z in extent] == list(range(FIRST_LUNG, LAST_LUNG + 1))
@@ -117,15 +130,26 @@ def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: dict[str, A
     ("slice_mm", "num_segmented", "marked", "slices"),
     [
         (0.5, 13, 4, [30, 31, 32, 33, 34]),  # every fifth slice from 12: 12, 17, 22, 27, 32
-        (1.25, 32, 4, [19, 20]),  # every second from 11; of two that are as near, the lower one counts
+        (
+            1.25,
+            32,
+            4,
+            [19, 20],
+        ),  # every second from 11; of two that are as near, the lower one counts
         (2.5, 64, 4, [14]),
         (5.0, 64, 4, [14]),
     ],
 )
 def test_lesion_volume_follows_the_extent_of_a_segmented_slice(
-    slice_mm: float, num_segmented: int, marked: int, slices: list[int], tmp_path: Path
+    slice_mm: float,
+    num_segmented: int,
+    marked: int,
+    slices: list[int],
+    tmp_path: Path,
 ) -> None:
     found = measured(prepared(tmp_path, slice_mm), {marked})
     assert found.record["num_slices_segmented"] == num_segmented
     assert lesion_slices_of(found) == slices
-    assert found.record["lesion_volume_ml"] == pytest.approx(len(slices) * slice_mm * LESION_MM2 / 1000)
+    assert found.record["lesion_volume_ml"] == pytest.approx(
+        len(slices) * slice_mm * LESION_MM2 / 1000,
+    )

@@ -34,7 +34,7 @@ class NamedRows(NamedTuple):
 
 
 def slope() -> Phase[NamedRows]:
-    """A phase whose one weight has the gradient 1 always, so that Adam moves it by the learning rate a step."""
+    """A phase whose one weight has the gradient 1 always: Adam moves it by the learning rate."""
     weight = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(weight.weight)
 
@@ -84,7 +84,11 @@ def progress_that_gets_worse(phase: int) -> tuple[Progress, list[Progress]]:
     config = replace(CONFIG, num_epochs=4)
     scores: Iterator[float] = iter([1.0, 3.0, 2.0, 0.0])
     own = build(phase, config, Ranks())
-    scored = replace(own, validate=lambda: {"validation": next(scores)}, score=lambda metrics: metrics["validation"])
+    scored = replace(
+        own,
+        validate=lambda: {"validation": next(scores)},
+        score=lambda metrics: metrics["validation"],
+    )
     lanes = {number: lane(number, phase, config) for number in range(config.micro_batches)}
     reports: list[Progress] = []
     return fit(config, scored, lanes, Ranks(), 0, Progress(), reports.append), reports
@@ -94,7 +98,13 @@ def opened(folder: Path) -> Experiment:
     """An experiment of three volumes in three folds, with nothing trained yet."""
     names = ("a", "b", "c")
     volumes = {
-        name: PreparedVolume(key=name, volume_path=name, patient=name, intensity="hu", source_digest=name)
+        name: PreparedVolume(
+            key=name,
+            volume_path=name,
+            patient=name,
+            intensity="hu",
+            source_digest=name,
+        )
         for name in names
     }
     return Experiment(
@@ -110,7 +120,10 @@ def opened(folder: Path) -> Experiment:
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_weights_of_the_best_epoch_are_stored_not_those_of_the_last(phase: int, tmp_path: Path) -> None:
+def test_weights_of_the_best_epoch_are_stored_not_those_of_the_last(
+    phase: int,
+    tmp_path: Path,
+) -> None:
     """Through a checkpoint, as the driver gets them from a worker, into storage and back."""
     progress, reports = progress_that_gets_worse(phase)
     (tmp_path / "checkpoint").mkdir()
@@ -120,7 +133,8 @@ def test_weights_of_the_best_epoch_are_stored_not_those_of_the_last(phase: int, 
     stored = experiment.read_outcome(own, 0, phase)
     assert stored is not None
     best, last = reports[1].weights, reports[3].weights
-    assert any(not torch.equal(best[name], last[name]) for name in best), "nothing was learned after the best epoch"
+    moved = [name for name in best if not torch.equal(best[name], last[name])]
+    assert moved, "nothing was learned after the best epoch"
     for outcome in (kept, stored):
         assert outcome.weights.keys() == best.keys()
         assert all(torch.equal(outcome.weights[name], value) for name, value in best.items())

@@ -1,0 +1,104 @@
+"""What hospital archives hold beside plain series: what is written, and which row is right for it.
+
+python tests/archive_cases.py FOLDER           write every case into its own folder below FOLDER
+python tests/archive_cases.py --check LEDGER   compare a ledger of that archive with what is right
+
+FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The numbers in the
+names group cases of one kind. What is right follows from the standards and from ``docs/input.md``,
+never from what the readers do.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import cases_anatomy
+import cases_dicom_pixels
+import cases_dicom_series
+import cases_geometry
+import cases_nifti
+from right_rows import Case, Record, faults
+
+CASES: dict[str, Case] = dict(
+    sorted(
+        [
+            *cases_geometry.cases(),
+            *cases_anatomy.cases(),
+            *cases_nifti.cases(),
+            *cases_dicom_pixels.cases(),
+            *cases_dicom_series.cases(),
+        ]
+    )
+)
+# 300 MB and a minute each.
+LARGE: dict[str, Case] = {"43_nearly_2000_slices": cases_dicom_pixels.nearly_2000_slices}
+
+
+def case_of(source_uri: str) -> str | None:
+    """Return the case whose folder a row comes from."""
+    known = [part for part in source_uri.split("/") if part in CASES or part in LARGE]
+    return known[-1] if known else None
+
+
+def check(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Return what is wrong with a ledger's rows, case by case; nothing for a case that is right."""
+    by_case: dict[str, list[Record]] = {}
+    for record in records:
+        by_case.setdefault(case_of(record["source_uri"]) or "", []).append(record)
+    found = {}
+    for name, case in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            right = case(Path(folder) / name, name)
+        rows = by_case.get(name, [])
+        wrong = []
+        if len(rows) != right.num_rows:
+            wrong.append(f"{len(rows)} rows, right are {right.num_rows}")
+        for record in rows:
+            wrong += faults(record, right)
+        found[name] = wrong
+    return found
+
+
+def main() -> int:
+    """Write the archive, or compare a ledger of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="where the archive is written")
+    parser.add_argument(
+        "--check",
+        default="",
+        metavar="LEDGER",
+        help="a committed ledger of the archive",
+    )
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="write the cases of hundreds of MB as well",
+    )
+    arguments = parser.parse_args()
+    if (arguments.folder is None) == (not arguments.check):
+        parser.error("expected FOLDER or --check LEDGER")
+    if arguments.folder is not None:
+        for name, case in {**CASES, **(LARGE if arguments.large else {})}.items():
+            case(arguments.folder / name, name)
+        sys.stdout.write(f"{len(CASES)} cases in {arguments.folder}\n")
+        return 0
+    from covtanet.screening import view
+
+    is_file = arguments.check.endswith(".parquet")
+    table = view.read(arguments.check) if is_file else view.newest_rows(arguments.check)
+    found = check(table.to_pylist())
+    for name, wrong in found.items():
+        verdict = f"wrong: {'; '.join(wrong)}" if wrong else "right"
+        sys.stdout.write(f"{name:45s} {verdict}\n")
+    num_wrong = sum(bool(wrong) for wrong in found.values())
+    sys.stdout.write(f"{len(found) - num_wrong} of {len(found)} cases are right\n")
+    return int(num_wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
