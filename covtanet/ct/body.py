@@ -29,8 +29,10 @@ TISSUE_HU = (1, 300)
 # tables and cushions is alike: between the limits only the place tells air from lung.
 SURELY_AIR_HU, SURELY_DENSE_HU = -970, -880
 FLAT_TOL_HU = 0.5
-# In a slice of a chest, lung or air and soft tissue lie 800 HU apart.
-BLANK_RANGE_HU = 200
+# The middle nine tenths of a slice; fat and muscle alone lie 150 HU apart, noise adds to that.
+BLANK_RANGE_HU = 20
+# Between slices of a chest, a slice with nothing denser shows none.
+BLANK_AIR_HU = -800
 BLANK_SAMPLES = 32
 CUT_LUNG_CM2 = 2.0
 FRAME_PX = 2
@@ -48,18 +50,26 @@ IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 def blank_slices(hu: NDArray[Any]) -> Mask:
-    """Tell which slices show nothing: one value, or nearly, wherever they were measured.
+    """Tell which slices between others show nothing: one value, or nearly, or air and its noise.
 
     hu: (z, y, x). The value of a slice's corner is left out: it may pad a round field of view.
+    Blank slices at an end are only told if there are no others: there, the volume just ends.
     """
     step_y, step_x = (max(1, length // BLANK_SAMPLES) for length in hu.shape[1:])
     is_blank = np.zeros(len(hu), bool)
     for index, slice_hu in enumerate(hu[:, ::step_y, ::step_x]):
-        values = np.sort(slice_hu[slice_hu != slice_hu[0, 0]])
-        margin = len(values) // 20
-        is_blank[index] = (
-            len(values) < slice_hu.size // 20 or float(values[-1 - margin]) - float(values[margin]) < BLANK_RANGE_HU
-        )
+        corner = float(slice_hu[0, 0])
+        is_drawing = TISSUE_HU[0] <= corner <= TISSUE_HU[1]
+        values = np.sort(slice_hu, axis=None) if is_drawing else np.sort(slice_hu[slice_hu != corner])
+        if len(values) < slice_hu.size // 20:
+            is_blank[index] = True
+            continue
+        low, high = (float(values[at]) for at in (len(values) // 20, -1 - len(values) // 20))
+        is_blank[index] = high - low < BLANK_RANGE_HU or high < BLANK_AIR_HU
+    sound = np.flatnonzero(~is_blank)
+    if len(sound):
+        is_blank[: sound[0]] = False
+        is_blank[sound[-1] + 1 :] = False
     return is_blank
 
 

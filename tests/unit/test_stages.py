@@ -237,6 +237,9 @@ def test_pictures_of_anisotropic_slices_show_masks_where_the_network_sees_the_lu
     tiles = np.asarray(Image.open(BytesIO(files["viewer.png"])))
     is_lung, is_dark = tiles[:, :, 1] > 0, (tiles[:, :, 0] > 5) & (tiles[:, :, 0] < 90)
     assert np.count_nonzero(is_lung & is_dark) > 0.7 * np.count_nonzero(is_lung)
+    side_mm, tile_px = 358.4, 128
+    shown_mm2 = np.count_nonzero(is_lung) * (side_mm / tile_px) ** 2
+    assert shown_mm2 == pytest.approx(np.count_nonzero(measured.involvement.lung_mask[chosen]) * 1.4 * 5.6, rel=0.05)
     lesion = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(files["lesion_mask.nii.gz"])).dataobj)
     assert lesion.shape == volume.source.shape == (30, 64, 256)
 
