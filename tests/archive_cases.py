@@ -11,7 +11,7 @@ never from what the readers do.
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import cases_anatomy
@@ -42,13 +42,13 @@ def case_of(source_uri: str) -> str | None:
     return known[-1] if known else None
 
 
-def check(records: Iterable[Record]) -> dict[str, list[str]]:
+def check(records: Iterable[Record], cases: Mapping[str, Case] = CASES) -> dict[str, list[str]]:
     """Return what is wrong with a ledger's rows, case by case; nothing for a case that is right."""
     by_case: dict[str, list[Record]] = {}
     for record in records:
         by_case.setdefault(case_of(record["source_uri"]) or "", []).append(record)
     found = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             right = case(Path(folder) / name, name)
         rows = by_case.get(name, [])

@@ -335,13 +335,14 @@ def without_preamble(folder: Path, name: str, *, suffix: str, is_implicit: bool 
     return Right(rows=(sound(),), hu=chest().hu)
 
 
-def without_meta(folder: Path, name: str) -> Right:
-    """Write data sets in Implicit VR with nothing before them: one series, read or not."""
+def without_meta(folder: Path, name: str, *, suffix: str) -> Right:
+    """Write data sets in Implicit VR with nothing before them."""
     for index, dataset in enumerate(datasets(name)):
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
         data = to_bytes(dataset)
-        write(folder, {f"IM{index:04d}.dcm": data[data.index(b"\x08\x00\x16\x00", 132) :]})
-    return Right(rows=(sound(), refused("unreadable", "unsupported_syntax", "undecodable")))
+        image_type = data.index(b"\x08\x00\x08\x00", 132)  # the first element
+        write(folder, {f"IM{index:04d}{suffix}": data[image_type:]})
+    return Right(rows=(sound(),), hu=chest().hu)
 
 
 # 38, 41: Enhanced CT
@@ -425,7 +426,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     for suffix in ("", ".dcm", ".ima"):
         yield f"32_no_preamble{suffix}", partial(without_preamble, suffix=suffix)
     yield "32_no_preamble_implicit_vr", partial(without_preamble, suffix="", is_implicit=True)
-    yield "32_no_file_meta", without_meta
+    for suffix in ("", ".dcm"):
+        yield f"32_no_file_meta{suffix}", partial(without_meta, suffix=suffix)
     yield "38_legacy_converted", legacy_converted
     yield "41_enhanced_two_times_in_one", partial(two_times, in_one_object=True)
     yield "41_enhanced_two_times_in_two", partial(two_times, in_one_object=False)

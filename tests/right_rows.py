@@ -75,7 +75,7 @@ def faults(record: Record, right: Right) -> list[str]:
 def _faults_of_row(record: Record, row: Row) -> list[str]:
     if record["status"] != row.status:
         reason = record.get("reason") or ", ".join(record["qc_flags"])
-        wanted = " or ".join((row.status, *row.reasons, *row.flags))
+        wanted = f"{row.status} {' or '.join((*row.reasons, *row.flags))}".rstrip()
         return [f"{record['status']} ({reason}), right is {wanted}"]
     if row.status != SCREENED:
         if not row.reasons or record["reason"] in row.reasons:

@@ -120,9 +120,74 @@ def test_large_case_is_screened_or_too_large(
     assert verdict in allowed, json.dumps(record)
 
 
-def test_check_tells_missing_and_wrong_rows() -> None:
-    """Of an empty ledger no case is right, and each says why."""
-    found = check([])
-    assert found.keys() == CASES.keys()
-    assert found["00_dicom"] == ["0 rows, right are 1"]
-    assert all(found.values())
+SOUND = {
+    "status": "screened",
+    "reason": None,
+    "qc_flags": [],
+    "involvement": 0.0,
+    "lung_volume_ml": 3500.0,
+    "lesion_volume_ml": 0.0,
+    "spacing_z_mm": 11.0,
+    "spacing_y_mm": 3.75,
+    "spacing_x_mm": 3.75,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, []),
+        ({"qc_flags": ["no_diagnosis"]}, []),
+        ({"lung_volume_ml": 4800.0}, ["lung of 4800 ml, true are 3557 ml"]),
+        ({"qc_flags": ["padding"]}, ["flag padding is wrong"]),
+        ({"involvement": None}, ["involvement is None with flags []"]),
+        ({"spacing_z_mm": 10.0}, ["spacing (10.0, 3.75, 3.75), true is (11.0, 3.75, 3.75)"]),
+        (
+            {"status": "rejected", "reason": "not_hu"},
+            ["rejected (not_hu), right is screened"],
+        ),
+    ],
+)
+def test_ledger_of_the_archive_is_compared_with_what_is_right(
+    changes: dict[str, Any],
+    wrong: list[str],
+) -> None:
+    """Of a plain series; the row of another case is none of it."""
+    uri = "s3://bucket/archive/00_dicom/"
+    cases = {"00_dicom": CASES["00_dicom"]}
+    other = {**SOUND, "source_uri": "s3://bucket/archive/01_coronal/"}
+    assert check([{**SOUND, "source_uri": uri, **changes}, other], cases) == {"00_dicom": wrong}
+    assert check([other], cases) == {"00_dicom": ["0 rows, right are 1"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "wrong"),
+    [
+        ("36_cut_left_0.3", SOUND, ["flag partial_lungs is missing"]),
+        (
+            "36_cut_left_0.3",
+            {**SOUND, "qc_flags": ["partial_lungs"]},
+            ["involvement is 0.0 with flags ['partial_lungs']"],
+        ),
+        (
+            "49_voxels_of_1_without_unit",
+            {**SOUND, "qc_flags": ["unknown_spacing"]},
+            ["3500.0 and 0.0 ml from nominal voxels"],
+        ),
+        ("09_MIP", SOUND, ["screened (), right is rejected projection"]),
+        (
+            "09_MIP",
+            {"status": "rejected", "reason": "not_ct"},
+            ["reason not_ct, right is projection"],
+        ),
+        ("19_high_bit_11_of_16", SOUND, []),
+        ("19_high_bit_11_of_16", {"status": "rejected", "reason": "undecodable"}, []),
+    ],
+)
+def test_row_that_is_not_right_is_told(
+    name: str,
+    row: dict[str, Any],
+    wrong: list[str],
+    tmp_path: Path,
+) -> None:
+    assert faults(row, CASES[name](tmp_path / name, name)) == wrong
