@@ -52,7 +52,7 @@ elif stage == "predict":
     actor.run, actor.config, actor.predictor = run, config, Hanging()
     actor(row)
 else:
-    pipeline._measure_and_store(row, run, config, "")
+    pipeline._measure_and_store(row, run, WindowConfig(), config, "")
 """
 
 
