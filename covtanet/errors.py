@@ -16,8 +16,13 @@ CovtanetError
 └── DecoderError     a fault of this software, found in the decoder's child process
     └── DecoderStartError  the child process does not start
 
-Trouble with storage is an ``OSError``, as everywhere in Python; what makes every object fail is not one object's
-trouble and ends a job: ``covtanet.storage.AccessError``.
+Failures of storage are ``OSError``, as everywhere in Python:
+
+OSError
+├── AccessError         the store refuses the credentials: this concerns every object, so it stops a job
+├── ObjectChangedError  an object differs from its entry in the listing
+├── TooManyObjectsError a tree holds more objects than allowed
+└── TooLargeError       an object has more bytes than allowed
 """
 
 
@@ -96,6 +101,22 @@ class UploadError(CovtanetError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class AccessError(OSError):
+    """The store refuses the credentials, so that no object can be read or written."""
+
+
+class ObjectChangedError(OSError):
+    """An object differs from its entry in the listing."""
+
+
+class TooManyObjectsError(OSError):
+    """A tree holds more objects than allowed."""
+
+
+class TooLargeError(OSError):
+    """An object has more bytes than allowed."""
 
 
 class UnavailableError(CovtanetError):

@@ -18,6 +18,7 @@ from services import LOOPBACK, free_ports
 from covtanet import storage, tracking
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import MODEL_FILES, model_digest
+from covtanet.storage import s3 as s3_store
 
 
 @pytest.fixture
@@ -38,10 +39,10 @@ def strict(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
             except OSError:
                 time.sleep(0.2)
         boto3.client("s3").create_bucket(Bucket="bucket")
-        storage._client.cache_clear()
+        s3_store.client.cache_clear()
         yield "s3://bucket"
     finally:
-        storage._client.cache_clear()
+        s3_store.client.cache_clear()
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
@@ -82,7 +83,7 @@ def test_model_download_writes_its_two_files_and_nothing_else(strict: str, model
     for key in (f"m/{up}{str(outside)[1:]}/dotted", f"m/{outside}/absolute", *(f"m/more/{n}" for n in range(20))):
         client.put_object(Bucket="bucket", Key=key, Body=b"x")
     listed: list[str] = []
-    storage._client().meta.events.register("before-call.s3.ListObjectsV2", lambda **_: listed.append("listed"))
+    s3_store.client().meta.events.register("before-call.s3.ListObjectsV2", lambda **_: listed.append("listed"))
     found = tracking.resolve_model(f"{strict}/m", tmp_path / "model")
     assert found.digest == model_digest(model_folder)
     assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == ["model.json", "weights.safetensors"]
@@ -106,7 +107,7 @@ def test_objects_that_cannot_be_deleted_are_told(strict: str, monkeypatch: pytes
     client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
     version = client.put_object(Bucket="locked", Key="work/rows/1", Body=b"x")["VersionId"]
     client.put_object_legal_hold(Bucket="locked", Key="work/rows/1", LegalHold={"Status": "ON"})
-    real = storage._client()
+    real = s3_store.client()
 
     def with_version(**arguments: object) -> object:
         arguments["Delete"] = {"Objects": [{"Key": "work/rows/1", "VersionId": version}], "Quiet": True}

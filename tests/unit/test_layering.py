@@ -85,7 +85,7 @@ def test_libraries_stay_in_their_places(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports(path)}
     assert "ray" not in tops or relative in RAY_PLACES
     assert "mlflow" not in tops or relative in MLFLOW_PLACES
-    assert not tops & {"boto3", "botocore", "s3fs"} or relative == "storage.py"
+    assert not tops & {"boto3", "botocore", "s3fs"} or relative == "storage/s3.py"
     assert "torch" not in tops or part_of(path) not in {"ct", "data", "report"}
 
 

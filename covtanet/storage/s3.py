@@ -1,0 +1,209 @@
+"""The store of s3:// URIs, on boto3. Endpoint and credentials come from the standard AWS variables."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import IO, Any
+
+import boto3
+import pyarrow.fs as pafs
+import s3fs
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
+from urllib3.exceptions import HTTPError
+
+from covtanet.errors import AccessError, ObjectChangedError
+from covtanet.storage.store import CHUNK_BYTES, Folder, ObjectInfo, check_count
+from covtanet.storage.uri import S3, split_s3
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+MAX_ATTEMPTS = 5
+MAX_CONNECTIONS = 32
+# Codes that say that the credentials are refused, so that no other object can be read either.
+NO_ACCESS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+
+
+class S3Store:
+    """Objects of an S3 server."""
+
+    def walk(self, root: str, max_objects: float, leaves_root: bool) -> Iterator[Folder]:
+        """Group a flat listing by folder; a bucket has no links, so ``leaves_root`` changes nothing.
+
+        Keys come in order, so a folder is complete once a key no longer begins with it.
+        """
+        bucket, prefix = split_s3(root.rstrip("/") + "/")
+        open_folders: list[Folder] = []
+        for num_objects, item in enumerate(_list_objects(bucket, prefix), start=1):
+            check_count(num_objects, max_objects)
+            path = str(item["Key"])[len(prefix) :]
+            folder = path[: path.rfind("/") + 1]
+            while open_folders and not folder.startswith(open_folders[-1][0]):
+                yield open_folders.pop()
+            if not open_folders or open_folders[-1][0] != folder:
+                open_folders.append((folder, []))
+            open_folders[-1][1].append(ObjectInfo(path, int(item["Size"]), _etag(item)))
+        while open_folders:
+            yield open_folders.pop()
+
+    def list_names(self, folder: str) -> list[str]:
+        """Return the names directly below a prefix, those of deeper prefixes included."""
+        bucket, prefix = split_s3(folder.rstrip("/") + "/")
+        names: set[str] = set()
+        with errors_as_os_error():
+            pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+            for page in pages:
+                keys = [item["Key"] for item in page.get("Contents", ())]
+                keys += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
+                names |= {key[len(prefix) :].strip("/") for key in keys}
+        return sorted(names - {""})
+
+    def describe(self, uri: str) -> ObjectInfo | None:
+        """Return one object as a listing shows it; None for a whole bucket."""
+        bucket, key = split_s3(uri)
+        if not key:
+            return None
+        try:
+            with errors_as_os_error():
+                answer = client().head_object(Bucket=bucket, Key=key)
+        except FileNotFoundError:
+            return None
+        return ObjectInfo(uri.rpartition("/")[2], int(answer["ContentLength"]), _etag(answer))
+
+    def read(self, uri: str, max_bytes: int | None) -> bytes:
+        """Read an object, or only its first bytes."""
+        bucket, key = split_s3(uri)
+        extra = {} if max_bytes is None else {"Range": f"bytes=0-{max_bytes - 1}"}
+        with errors_as_os_error():
+            try:
+                return bytes(client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read())
+            except ClientError as error:
+                if _status(error) == 416:  # range not satisfiable: an empty object has no first byte
+                    return b""
+                raise
+
+    def read_chunks(self, uri: str, expected: ObjectInfo | None) -> Iterator[bytes]:
+        """Read an object in chunks; a listed object's stream that breaks is resumed where it broke."""
+        bucket, key = split_s3(uri)
+        if expected is None:
+            with errors_as_os_error():
+                yield from client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+            return
+        num_read = 0
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                for chunk in _read_from(bucket, key, num_read, expected):
+                    num_read += len(chunk)
+                    yield chunk
+                return
+            except (FileNotFoundError, ObjectChangedError, AccessError):
+                raise
+            except OSError:
+                if attempt == MAX_ATTEMPTS - 1 or num_read >= expected.num_bytes:
+                    raise
+                time.sleep(2**attempt / 4)
+
+    def put(self, uri: str, file: IO[bytes], *, only_new: bool) -> bool:
+        """Write an object by one PUT; only_new makes it conditional (If-None-Match)."""
+        bucket, key = split_s3(uri)
+        condition = {"IfNoneMatch": "*"} if only_new else {}
+        with errors_as_os_error():
+            try:
+                client().put_object(Bucket=bucket, Key=key, Body=file, **condition)
+            except ClientError as error:
+                if only_new and _status(error) in (409, 412):  # another PUT at the same time, or before
+                    return False
+                raise
+        return True
+
+    def delete(self, uri: str) -> None:
+        """Delete an object, if it exists."""
+        bucket, key = split_s3(uri)
+        with errors_as_os_error():
+            client().delete_object(Bucket=bucket, Key=key)
+
+    def delete_folder(self, uri: str) -> None:
+        """Delete everything below a prefix.
+
+        Raises:
+            OSError: the store kept some of it.
+        """
+        bucket, prefix = split_s3(uri.rstrip("/") + "/")
+        with errors_as_os_error():
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
+                if not keys:
+                    continue
+                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+                if errors := answer.get("Errors"):  # the call as a whole is answered with 200
+                    code = errors[0].get("Code", "")
+                    raise OSError(f"{len(errors)} of {len(keys)} objects could not be deleted: {code}")
+
+    def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        """Return s3fs as a pyarrow file system: pyarrow's own client writes folder markers that some servers keep."""
+        return pafs.PyFileSystem(pafs.FSSpecHandler(s3fs.S3FileSystem())), uri.removeprefix(S3)
+
+
+@cache
+def client() -> Any:
+    """Return this process's client; botocore retries and backs off."""
+    return boto3.client(
+        "s3",
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            retries={"max_attempts": MAX_ATTEMPTS, "mode": "standard"},
+            max_pool_connections=MAX_CONNECTIONS,
+        ),
+    )
+
+
+@contextmanager
+def errors_as_os_error() -> Iterator[None]:
+    """Turn botocore's errors into OSError; their text, which quotes keys, is left out."""
+    try:
+        yield
+    except ClientError as error:
+        code = str(error.response["Error"].get("Code", ""))
+        if _status(error) == 404:
+            raise FileNotFoundError("no such object or bucket in the object store") from None
+        if code in NO_ACCESS:
+            raise AccessError(f"the object store refuses the credentials: {code}") from None
+        raise OSError(f"the object store answered {_status(error)} {code}") from None
+    except (NoCredentialsError, CredentialRetrievalError) as error:
+        raise AccessError(f"no credentials for the object store: {type(error).__name__}") from None
+    except (BotoCoreError, HTTPError) as error:
+        raise OSError(f"the object store does not answer: {type(error).__name__}") from None
+
+
+def _list_objects(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a flat listing, without the markers that stand for folders."""
+    with errors_as_os_error():
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", ()):
+                if not str(item["Key"]).endswith("/"):
+                    yield item
+
+
+def _read_from(bucket: str, key: str, start: int, expected: ObjectInfo) -> Iterator[bytes]:
+    """Read a listed object from a byte on.
+
+    Raises:
+        ObjectChangedError: size or ETag differ from the listing.
+    """
+    extra = {"Range": f"bytes={start}-"} if start else {}
+    with errors_as_os_error():
+        answer = client().get_object(Bucket=bucket, Key=key, **extra)
+        num_bytes = int(answer["ContentLength"]) + start
+        if (num_bytes, _etag(answer)) != (expected.num_bytes, expected.version):
+            raise ObjectChangedError("an object is another than was listed")
+        yield from answer["Body"].iter_chunks(CHUNK_BYTES)
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return str(answer.get("ETag", "")).strip('"')
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])

@@ -1,0 +1,65 @@
+"""The protocol that a store of objects fulfils: what the rest of the package may ask of a disk or a bucket."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+import pyarrow.fs as pafs
+
+from covtanet.errors import TooManyObjectsError
+
+CHUNK_BYTES = 1 << 20
+# Version of a link that leads out of the listed root; such an object is never read.
+OUTSIDE = "outside"
+# An archive folder: its path relative to the listed root, with a trailing slash or empty, and its objects.
+Folder = tuple[str, list["ObjectInfo"]]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object of a listing. path: relative to the listed root. version: ETag, or time of change on a disk."""
+
+    path: str
+    num_bytes: int
+    version: str
+
+
+class Store(Protocol):
+    """Objects under URIs. Every failure is an ``OSError``; a missing object is a ``FileNotFoundError``."""
+
+    def walk(self, root: str, max_objects: float, leaves_root: bool) -> Iterator[Folder]:
+        """List a tree folder by folder."""
+
+    def list_names(self, folder: str) -> list[str]:
+        """Return the names directly in a folder, sorted; an empty list if there is no such folder."""
+
+    def describe(self, uri: str) -> ObjectInfo | None:
+        """Return one object as a listing of its folder shows it; None if it does not exist."""
+
+    def read(self, uri: str, max_bytes: int | None) -> bytes:
+        """Read an object, or only its first bytes."""
+
+    def read_chunks(self, uri: str, expected: ObjectInfo | None) -> Iterator[bytes]:
+        """Read an object in chunks. expected: raise ``ObjectChangedError`` if the object is another one now."""
+
+    def put(self, uri: str, file: IO[bytes], *, only_new: bool) -> bool:
+        """Write an object whole. only_new: leave an existing object alone. Returns whether it was written."""
+
+    def delete(self, uri: str) -> None:
+        """Delete an object, if it exists."""
+
+    def delete_folder(self, uri: str) -> None:
+        """Delete a folder and everything below it, if it exists."""
+
+    def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        """Return a pyarrow file system and the path in it."""
+
+
+def check_count(num_objects: int, max_objects: float) -> None:
+    """Stop a listing that grows too long.
+
+    Raises:
+        TooManyObjectsError: more objects than allowed.
+    """
+    if num_objects > max_objects:
+        raise TooManyObjectsError(f"more than {max_objects} objects")
