@@ -63,7 +63,7 @@ from covtanet.screening.child_process import Limits, header_reader
 
 logger = logging.getLogger("covtanet.export")
 SEG, SR = "lesion.seg.dcm", "measurements.sr.dcm"
-HEX = re.compile(r"[0-9a-f]+")
+SAFE_NAME = re.compile(r"[0-9A-Za-z]+")
 # If the kernel cannot shut it in, the run has decoded all the same, as its site decided.
 READER_LIMITS = Limits(memory_mib=512, timeout_s=60, allow_weak=True)
 DONE = {"written", "there already"}
@@ -168,8 +168,8 @@ def export(row: dict[str, Any], results: str) -> dict[str, Any]:
     Raises:
         AccessError: storage refuses us altogether, which is no matter of one series.
     """
-    if not all(HEX.fullmatch(row[name]) for name in ("run_id", "series_key")):  # they become a place on a disk
-        return outcome_of("", "run_id or series_key is not a digest in hex")
+    if not all(SAFE_NAME.fullmatch(row[name]) for name in ("run_id", "series_key")):  # they become a place on a disk
+        return outcome_of("", "run_id or series_key is not of letters and digits")
     key = row["series_key"]
     try:
         return outcome_of(key, write(row, storage.join(results, row["run_id"], key)))

@@ -10,7 +10,6 @@ from io import BytesIO
 import nibabel as nib
 import numpy as np
 import pydicom
-from bombs import empty_items
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -25,6 +24,7 @@ from pydicom.uid import (
 )
 
 from covtanet.ct import nifti
+from covtanet.data.bombs import empty_items
 from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.data.phantom_archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from covtanet.ct.dicom_head import SeriesIdentity, has_magic, is_directory, looks_like_dicom
+from covtanet.ct.dicom_head import SeriesIdentity, has_magic, is_directory, looks_like_dicom, read_identities
 from covtanet.storage import OUTSIDE, ObjectInfo, version_digest
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -110,12 +110,13 @@ def series_from_row(row: dict[str, Any]) -> Series:
 
 
 def scan_folder(
-    folder: str, objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify
+    folder: str, objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify = read_identities
 ) -> tuple[list[Series], list[ObjectInfo]]:
     """Sort the objects of one folder into series and what is ignored.
 
     read_head: (path, number of bytes) -> the first bytes of an object. identify: parses these
-    untrusted bytes outside this process; one bad object makes it raise nothing.
+    bytes, in this process by default; screening gives one that parses them in a sandbox. One bad object makes it
+    raise nothing.
     """
     found: list[Series] = []
     ignored: list[ObjectInfo] = []

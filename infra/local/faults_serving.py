@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import bombs
 import mlflow
 import psutil
 import requests
@@ -26,6 +25,7 @@ from slow import SlowDoor
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
+from covtanet.data import bombs
 from covtanet.data.phantom import make_phantom
 from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid
 from covtanet.model.checkpoint import SavedModel, save_model

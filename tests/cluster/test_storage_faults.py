@@ -26,6 +26,7 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data import manifest
 from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig
+from covtanet.storage import s3 as s3_store
 
 CONFIG, WINDOW = ScreeningConfig(engine="eager"), WindowConfig(size_px=128)
 OBJECT_BYTES = 3 << 20
@@ -147,11 +148,11 @@ def through(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Cutti
     def point_at(proxy: CuttingProxy) -> Iterator[None]:
         with listening(proxy) as port:
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{LOOPBACK}:{port}")
-            storage._client.cache_clear()
+            s3_store.client.cache_clear()
             yield
 
     yield point_at
-    storage._client.cache_clear()
+    s3_store.client.cache_clear()
 
 
 def upstream_of(environment: Mapping[str, str]) -> tuple[str, int]:
@@ -217,7 +218,7 @@ def test_stream_that_breaks_every_time_is_a_storage_failure(
     proxy = CuttingProxy(upstream_of(s3.environment), num_cuts=100, cut_at=1000)
     with through(proxy), pytest.raises(OSError, match="the object store does not answer"):
         list(storage.read_chunks(uri, info))
-    assert len(proxy.ranges) == storage.MAX_ATTEMPTS
+    assert len(proxy.ranges) == s3_store.MAX_ATTEMPTS
 
 
 def rows_of(archive: str) -> list[dict[str, Any]]:
@@ -277,10 +278,10 @@ def expiring(
     try:
         with listening(proxy) as port:
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{LOOPBACK}:{port}")
-            storage._client.cache_clear()
+            s3_store.client.cache_clear()
             yield lambda: setattr(proxy, "upstream", upstream_of(second.environment))
     finally:
-        storage._client.cache_clear()
+        s3_store.client.cache_clear()
         first.stop()
         second.stop()
 

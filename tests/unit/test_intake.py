@@ -7,10 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bombs import directory_bomb
 from hostile import big_endian_nifti, gz, nifti2, plain_nifti, slices
 
 from covtanet.ct.dicom_head import read_identities, transfer_syntax
+from covtanet.data.bombs import directory_bomb
 from covtanet.data.manifest import scan_folder
 from covtanet.errors import UploadError
 from covtanet.screening.intake import IntakeLimits, lay_out
