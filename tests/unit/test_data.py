@@ -240,6 +240,24 @@ def test_prepared_volume_is_the_same_after_its_file(mild: Phantom) -> None:
     assert found.lesion_px == tuple(again.lesion.sum(axis=(1, 2)))
 
 
+def test_prepared_volume_of_anisotropic_slices_is_undistorted(mild: Phantom) -> None:
+    """Every other row, with voxels twice as long: levels and mask are those of the whole volume."""
+    whole, square = prepared.prepare(PHANTOM, "k", contents_of(mild, PHANTOM), WINDOW, 0)
+    half = Phantom(
+        hu=mild.hu[:, ::2], affine=mild.affine @ np.diag([1.0, 2.0, 1.0, 1.0]),
+        lesion_mask=mild.lesion_mask[:, ::2], lung_mask=mild.lung_mask[:, ::2],
+    )  # fmt: skip
+    found, samples = prepared.prepare(PHANTOM, "k", contents_of(half, PHANTOM), WINDOW, 0)
+    assert square is not None
+    assert samples is not None
+    assert found.slices == whole.slices
+    difference = np.abs(samples.levels.astype(int) - square.levels)
+    assert np.median(difference) < 0.02 * 65535
+    assert samples.lesion is not None
+    assert int(samples.lesion.sum()) == pytest.approx(int(square.lesion.sum()), rel=0.2)
+    assert np.count_nonzero(samples.lesion & square.lesion) > 0.8 * np.count_nonzero(square.lesion)
+
+
 def test_severity_follows_from_the_masks_where_there_is_no_label(mild: Phantom) -> None:
     """The paper's rule: a tenth of the lung is mild, more than a quarter severe."""
     found, _ = prepared.prepare(PHANTOM, "k", contents_of(mild, PHANTOM), WINDOW, 0)

@@ -198,6 +198,10 @@ def test_room_air_between_arms_and_a_frame_is_no_lung() -> None:
     noise = np.rint(np.random.default_rng(0).normal(0, 40, hu.shape)).astype(np.int16)
     for edge in (np.s_[:, :1], np.s_[:, -1:], np.s_[:, :, :1], np.s_[:, :, -1:]):
         hu[edge] = noise[edge]
+    outside, _ = find_outside(hu.astype(np.float32), hu, (9.0, 2.8, 2.8))
+    front, back = outside[10:20, 4:12, 30:80], outside[10:20, -12:-4, 30:80]
+    assert front.mean() > 0.9
+    assert back.mean() > 0.9
     lungs = found_in(hu, chest())
     assert not lungs.is_partial
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
@@ -209,9 +213,11 @@ def test_room_air_is_outside_wherever_its_value_lies(air_hu: int) -> None:
     hu = with_air_of(air_hu, chest().hu)
     is_air = ndimage.binary_opening(chest().hu < -950, structure=np.ones((1, 5, 5))) & ~chest().lung_mask
     is_air[:, 20:108, 20:108] = False
+    hu, is_air, is_lung = (array[:, :, 8:-8] for array in (hu, is_air, chest().lung_mask))  # no ring of air
     outside, unmeasured = find_outside(hu.astype(np.float32), hu, (9.0, 2.8, 2.8))
+    assert is_air.any()
     assert np.count_nonzero(outside & is_air) > 0.99 * np.count_nonzero(is_air)
-    assert not (outside & chest().lung_mask).any()
+    assert not (outside & is_lung).any()
     assert unmeasured.mean() < 0.01
 
 
@@ -225,13 +231,11 @@ def test_tissue_without_noise_in_a_corner_is_no_fill_value() -> None:
 
 def test_spacing_that_differs_by_rounding_takes_the_same_grid() -> None:
     """2.5 mm over 1.0 mm rounds down to 2 pixels, over 0.9999999 mm up to 3."""
-    one, other = (
-        lung.find_lungs(
-            canonical_volume(chest().hu, np.array([[0, 0, x, 0], [0, 1.0, 0, 0], [9.0, 0, 0, 0], [0, 0, 0, 1]]))
-        )
-        for x in (1.0, 0.9999999)
-    )
-    np.testing.assert_array_equal(one.lung_mask, other.lung_mask)
+    found = []
+    for x_mm in (1.0, 0.9999999):
+        affine = np.array([[0, 0, x_mm, 0], [0, 1.0, 0, 0], [9.0, 0, 0, 0], [0, 0, 0, 1]])
+        found.append(lung.find_lungs(canonical_volume(chest(256).hu, affine)).lung_mask)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order: int = 1) -> Array:
@@ -331,6 +335,17 @@ def test_slice_that_is_nearly_constant_within_its_circle_is_blank(value: int, no
     lungs = found_in(hu, chest())
     assert lungs.has_blank_slices
     assert not lungs.lung_mask[15].any()
+
+
+def test_slices_of_a_drawing_without_lung_are_not_replaced() -> None:
+    """One value for air, body and lung each: below the lungs a slice has no structure."""
+    hu = np.where(chest().hu > -300, 40, -1000)
+    hu[ndimage.binary_fill_holes(hu > 0, structure=np.ones((1, 3, 3))) & (hu < 0)] = 40
+    hu[chest().lung_mask] = -850
+    lungs = found_in(hu.astype(np.int16), chest())
+    assert not lungs.has_blank_slices
+    assert not lungs.is_partial
+    assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
 
 def test_blank_slices_beyond_the_lungs_are_no_matter() -> None:
