@@ -383,7 +383,7 @@ def bench_endurance() -> list[Figure]:
     folder = WORK / f"many-{NUM_ENDURED}"
     if not folder.exists():
         print(f"  making {NUM_ENDURED} series, {NUM_DISTINCT} of them distinct", flush=True)
-        write_training_set(str(WORK / "distinct"), configs(NUM_DISTINCT, 6, 64, 12), CORES)
+        write_training_set(str(WORK / "distinct"), configs(NUM_DISTINCT, 6, 64, 14), CORES)
         distinct = sorted((WORK / "distinct" / "volumes").iterdir())
         for number in range(NUM_ENDURED):
             place = folder / f"{number // 100:02d}" / f"study-{number:04d}"

@@ -5,6 +5,8 @@ that a scanner or a resampling left where nothing was measured. Not covered: a f
 from pixel to pixel and reaches the body.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,13 +29,15 @@ TISSUE_HU = (1, 300)
 # tables and cushions is alike: between the limits only the place tells air from lung.
 SURELY_AIR_HU, SURELY_DENSE_HU = -970, -880
 FLAT_TOL_HU = 0.5
-# In a slice of a chest, lung or air and soft tissue lie 800 HU apart.
-BLANK_RANGE_HU = 200
+# The middle nine tenths of a slice; fat and muscle alone lie 150 HU apart, noise adds to that.
+BLANK_RANGE_HU = 20
+# Between slices of a chest, a slice with nothing denser shows none.
+BLANK_AIR_HU = -800
 BLANK_SAMPLES = 32
 CUT_LUNG_CM2 = 2.0
 FRAME_PX = 2
 BEHIND_FRAME_CM2 = 10.0
-LEAK_CM2 = 10.0
+LEAK_CM2 = 4.0
 # Of all tissue in a slice: a ring of room air lies around the body, joined lungs around the heart.
 RING_SHARE = 0.4
 # Cables and clothes are thinner than chest walls, and so are most shells of tables.
@@ -46,18 +50,26 @@ IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 def blank_slices(hu: NDArray[Any]) -> Mask:
-    """Tell which slices show nothing: one value, or nearly, wherever they were measured.
+    """Tell which slices between others show nothing: one value, or nearly, or air and its noise.
 
     hu: (z, y, x). The value of a slice's corner is left out: it may pad a round field of view.
+    Blank slices at an end are only told if there are no others: there, the volume just ends.
     """
     step_y, step_x = (max(1, length // BLANK_SAMPLES) for length in hu.shape[1:])
     is_blank = np.zeros(len(hu), bool)
     for index, slice_hu in enumerate(hu[:, ::step_y, ::step_x]):
-        values = np.sort(slice_hu[slice_hu != slice_hu[0, 0]])
-        margin = len(values) // 20
-        is_blank[index] = (
-            len(values) < slice_hu.size // 20 or float(values[-1 - margin]) - float(values[margin]) < BLANK_RANGE_HU
-        )
+        corner = float(slice_hu[0, 0])
+        is_drawing = TISSUE_HU[0] <= corner <= TISSUE_HU[1]
+        values = np.sort(slice_hu, axis=None) if is_drawing else np.sort(slice_hu[slice_hu != corner])
+        if len(values) < slice_hu.size // 20:
+            is_blank[index] = True
+            continue
+        low, high = (float(values[at]) for at in (len(values) // 20, -1 - len(values) // 20))
+        is_blank[index] = high - low < BLANK_RANGE_HU or high < BLANK_AIR_HU
+    sound = np.flatnonzero(~is_blank)
+    if len(sound):
+        is_blank[: sound[0]] = False
+        is_blank[sound[-1] + 1 :] = False
     return is_blank
 
 
@@ -82,12 +94,13 @@ def find_outside(hu: NDArray[np.float32], samples: NDArray[Any], grid_mm: Millim
     for edge in _edges(labels[:, FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]):
         is_behind_frame[edge] = is_large[edge] & ~is_outside[edge]
     candidates = is_outside | is_behind_frame
-    is_lung, is_thick = _cut_lung(labels, candidates, hu, samples, unmeasured, grid_mm)
+    inside = cache(lambda: inside_body(hu, unmeasured, grid_mm))  # few series need it
+    is_lung, is_thick = _cut_lung(labels, candidates, samples, unmeasured, inside, grid_mm)
     is_outside = (is_outside | (is_behind_frame & is_thick)) & ~is_lung
     is_outside |= _rings(labels, is_large & ~is_outside, hu, unmeasured)
     is_outside[0] = False
     room_air = is_outside[labels]
-    _remove_leaks(room_air, hu, unmeasured, grid_mm)
+    _remove_leaks(room_air, hu, inside, grid_mm)
     return room_air | unmeasured, unmeasured
 
 
@@ -233,14 +246,17 @@ def _touching(labels: NDArray[Any], count: int) -> Mask:
 def _cut_lung(
     labels: NDArray[Any],
     candidates: Mask,
-    hu: NDArray[np.float32],
     samples: NDArray[Any],
     unmeasured: Mask,
+    inside: Callable[[], Mask],
     grid_mm: Millimetres,
 ) -> tuple[Mask, Mask]:
-    """Tell which candidates, labels of pieces within a slice each, are lung that the edge cuts."""
-    # Two pixels of rim are partly something else. The edge that cuts a piece is no rim of it.
-    solid = ndimage.binary_erosion(candidates[labels] | unmeasured, structure=IN_PLANE, iterations=2, border_value=1)
+    """Tell which candidates are lung that the edge cuts, and which are thick enough to be judged.
+
+    candidates: of the labels, each a piece within one slice. inside: ``inside_body``, if needed.
+    """
+    # The rim is partly something else. The edge that cuts a piece is no rim of it.
+    solid = ndimage.binary_erosion(candidates[labels] | unmeasured, structure=rim(grid_mm), border_value=1)
     solid &= candidates[labels]
     inner, values = labels[solid], samples[solid]
 
@@ -253,30 +269,35 @@ def _cut_lung(
     is_lung = is_thick & (2 * count(values > SURELY_AIR_HU) > num_all)
     is_lung &= 2 * count(values > AERATED_HU) < num_all
     is_unsure = is_lung & (2 * count(values > SURELY_DENSE_HU) <= num_all)
-    num_inside = np.zeros(len(candidates), int)
-    shown = (is_unsure[labels] & solid).any(axis=(1, 2))
-    if shown.any():
-        inside = inside_body(hu[shown], unmeasured[shown], grid_mm) & solid[shown]
-        num_inside += np.bincount(labels[shown][inside], minlength=len(candidates))
+    if not is_unsure.any():
+        return is_lung, is_thick
+    num_inside = np.bincount(labels[inside() & solid], minlength=len(candidates))
     return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all)), is_thick
 
 
-def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres) -> None:
+def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], inside: Callable[[], Mask], grid_mm: Millimetres) -> None:
     """Take from the room air, in place, lung that a thin chest wall or a fill value joined to it."""
     pixel_cm2 = grid_mm[1] * grid_mm[2] / 100.0
     dense = room_air & (hu > SURELY_DENSE_HU) & (hu < AERATED_HU)
     # The blurred rim of the body has no pixel with eight such neighbours.
     rows = dense[:, :-2] & dense[:, 1:-1] & dense[:, 2:]
-    core = rows[:, :, :-2] & rows[:, :, 1:-1] & rows[:, :, 2:]
-    shown = np.count_nonzero(core, axis=(1, 2)) * pixel_cm2 >= LEAK_CM2 / 2
-    if not shown.any():
+    core = np.zeros_like(dense)
+    core[:, 1:-1, 1:-1] = rows[:, :, :-2] & rows[:, :, 1:-1] & rows[:, :, 2:]
+    shown = np.flatnonzero(np.count_nonzero(core, axis=(1, 2)) * pixel_cm2 >= LEAK_CM2)
+    if not len(shown):
         return
-    inside = room_air[shown] & inside_body(hu[shown], unmeasured[shown], grid_mm)
-    core = ndimage.binary_opening(dense[shown] & inside, structure=IN_PLANE)
-    labels, count = ndimage.label(core, structure=IN_PLANE)
+    labels, count = ndimage.label(core[shown], structure=IN_PLANE)
     is_large = np.bincount(labels.ravel(), minlength=count + 1) * pixel_cm2 >= LEAK_CM2
     is_large[0] = False
-    room_air[shown] &= ~(inside & ndimage.binary_dilation(is_large[labels], structure=rim(grid_mm)))
+    large = is_large[labels]
+    is_shown = large.any(axis=(1, 2))
+    shown, large = shown[is_shown], large[is_shown]
+    if not len(shown):
+        return
+    large &= inside()[shown]
+    if large.any():
+        grown = ndimage.binary_dilation(large, structure=rim(grid_mm), iterations=2)
+        room_air[shown] &= ~(inside()[shown] & grown)
 
 
 def _rings(labels: NDArray[Any], candidates: Mask, hu: NDArray[np.float32], unmeasured: Mask) -> Mask:

@@ -394,13 +394,17 @@ def _is_partial(closed: Mask, scan: _Scan) -> bool:
     edges = (closed[:, 0], closed[:, -1], closed[:, :, 0], closed[:, :, -1])
     if ends > PARTIAL_CM2 or any(edge.any() for edge in edges):
         return True
+    # A slice without a body is as good as unmeasured: of air with noise, at the end of a volume.
+    empty = scan.unmeasured | scan.outside.all(axis=(1, 2), keepdims=True)
+    above = np.count_nonzero(closed[:-1] & empty[1:], axis=(1, 2)).max(initial=0)
+    below = np.count_nonzero(closed[1:] & empty[:-1], axis=(1, 2)).max(initial=0)
+    if max(above, below) * scan.pixel_cm2 > PARTIAL_CM2:
+        return True
     if not scan.unmeasured.any():
         return False
-    above = np.count_nonzero(closed[:-1] & scan.unmeasured[1:], axis=(1, 2)).max(initial=0)
-    below = np.count_nonzero(closed[1:] & scan.unmeasured[:-1], axis=(1, 2)).max(initial=0)
     contact = np.count_nonzero(closed & beside_unmeasured(scan.unmeasured, scan.hu))
     contact_cm2 = float(contact) * scan.grid_mm[0] * max(scan.grid_mm[1:]) / 100.0
-    return max(above, below) * scan.pixel_cm2 > PARTIAL_CM2 or contact_cm2 > CONTACT_CM2
+    return contact_cm2 > CONTACT_CM2
 
 
 def _lacks_a_lung(lone: Mask, scan: _Scan) -> bool:

@@ -21,6 +21,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import tempfile
 import uuid
 from collections import Counter
@@ -351,7 +352,8 @@ def may_try(run: Run, series_key: str, stage: str) -> bool:
     """Count one more attempt of a stage at a series; returns whether it may be made.
 
     A series that kills its worker comes back with the next worker, without end; this is what ends it. Each driver
-    counts for itself: its own death does not count as an attempt at the series in flight.
+    counts for itself: its own death does not count as an attempt at the series in flight. The process of the newest
+    attempt is noted beside the counts.
     """
     uri = run.work_uri("attempts", run.driver, f"{series_key}.json")
     try:
@@ -361,6 +363,7 @@ def may_try(run: Run, series_key: str, stage: str) -> bool:
     if counts.get(stage, 0) >= MAX_ATTEMPTS:
         return False
     counts[stage] = counts.get(stage, 0) + 1
+    counts["pid"] = os.getpid()  # Ray names a worker's log by its process
     storage.write_bytes(uri, json.dumps(counts).encode())
     return True
 

@@ -38,7 +38,7 @@ TOLERANCE = 1e-4
 # more of that than of anything: features changed by 1e-4 of themselves move its running means by 0.3, losses by 6e-3.
 CURVE_TOLERANCE = 0.02
 EPOCHS = (4, 6)
-PHANTOMS = tuple(configs(15, 31, size_px=64, num_slices=12))
+PHANTOMS = tuple(configs(15, 31, size_px=64, num_slices=14))
 RECIPE = """
 [training]
 dataset = "mosmed"

@@ -162,13 +162,13 @@ def start_killer(setting: Screening, name: str) -> tuple[Job, str, int]:
         nonlocal attempts_seen
         for path in (setting.bucket / name).glob(f"_work/*/attempts/*/{key}.json"):
             with contextlib.suppress(OSError, ValueError):
-                attempts = json.loads(path.read_text()).get("decode", 0)
-                if attempts > attempts_seen:
-                    attempts_seen = attempts
-                    for process in processes(setting, DECODER):
-                        with contextlib.suppress(psutil.Error):
-                            process.kill()
-                            killed.add(process.pid)
+                attempt = json.loads(path.read_text())
+                if attempt.get("decode", 0) > attempts_seen:
+                    attempts_seen = attempt["decode"]
+                    # This worker alone: the series of another one would come to its third attempt as well.
+                    with contextlib.suppress(psutil.Error):
+                        psutil.Process(attempt["pid"]).kill()
+                        killed.add(attempt["pid"])
         return bool([*(setting.bucket / name).glob(f"_work/*/rows/{key}.parquet")]) or setting.is_committed(name)
 
     job.wait_for(is_over)

@@ -200,7 +200,7 @@ def test_promotion_refuses_a_worse_challenger_and_takes_a_better_one(
 ) -> None:
     """One that calls every pixel a lesion has some Dice, one that calls none has none; all else of them is equal."""
     everything, nothing = (register_with_bias(bias, cluster, tmp_path) for bias in (100.0, -100.0))
-    write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=12), 2)
+    write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=14), 2)
     data = ("--dataset", "mosmed", "--data", str(tmp_path / "others"), "--storage", str(tmp_path / "storage"))
     tracking.promote(everything, {})
     output = cluster.run_job("promote.py", "--version", nothing, *data, expect=4)
@@ -216,7 +216,7 @@ def test_stacks_are_evaluated_on_their_own_and_say_what_is_unknown(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
     """--images and --masks: a grey stack with lung and lesion labels, and one with a lesion mask alone."""
-    (config,) = configs(1, 64, size_px=64, num_slices=12)
+    (config,) = configs(1, 64, size_px=64, num_slices=14)
     phantom = make_phantom(replace(config, involvement=0.2))
     grey = np.clip((phantom.hu + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
     labels = phantom.lung_mask.astype(np.uint8) + (phantom.lung_mask & phantom.lesion_mask)

@@ -203,7 +203,7 @@ config_digest: string|software_version: string|decode_s: double|predict_s: doubl
     assert [f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA] == [
         each for line in expected.splitlines() for each in line.split("|")
     ]
-    assert len(set(REASONS)) == len(REASONS) == 21
+    assert len(set(REASONS)) == len(REASONS) == 24
 
 
 def counts_of(*rows: tuple[str, str | None, str | None]) -> ledger.Accounting:

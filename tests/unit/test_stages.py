@@ -233,10 +233,13 @@ def test_pictures_of_anisotropic_slices_show_masks_where_the_network_sees_the_lu
     volume = canonical_volume(hu, phantom.affine @ np.diag([1, 4, 1, 1]))
     masks, chosen, slices = decode.prepare_volume(volume, WINDOW, CONFIG.slice_step_mm)
     _, measured = screened(volume)
-    files = dict(overlay.result_files(slices, chosen, masks, measured.involvement))
+    files = dict(overlay.result_files(slices, chosen, masks, measured.involvement, WINDOW))
     tiles = np.asarray(Image.open(BytesIO(files["viewer.png"])))
     is_lung, is_dark = tiles[:, :, 1] > 0, (tiles[:, :, 0] > 5) & (tiles[:, :, 0] < 90)
     assert np.count_nonzero(is_lung & is_dark) > 0.7 * np.count_nonzero(is_lung)
+    side_mm, tile_px = 358.4, 128
+    shown_mm2 = np.count_nonzero(is_lung) * (side_mm / tile_px) ** 2
+    assert shown_mm2 == pytest.approx(np.count_nonzero(measured.involvement.lung_mask[chosen]) * 1.4 * 5.6, rel=0.05)
     lesion = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(files["lesion_mask.nii.gz"])).dataobj)
     assert lesion.shape == volume.source.shape == (30, 64, 256)
 
