@@ -36,14 +36,13 @@ run = ledger.Run(
     archive=folder, ledger=f"{folder}/ledger", run_date=date(2026, 11, 23), model_name="m",
     model_version="1", model_digest="d", config_digest="c", software_version="0",
 )
-config = ScreeningConfig(worker_timeout_s=1)
+config, window = ScreeningConfig(worker_timeout_s=1), WindowConfig(size_px=128)
 slices = np.zeros((1, 32, 32))
 row = {
     "series_key": "k", "record": json.dumps({"series_key": "k", "qc_flags": []}),
     "chosen": np.array([0]), "slices": slices, "lesion_levels": slices, "masks": Hanging(),
 }
 if stage == "decode":
-    window = WindowConfig(size_px=128)
     objects = (ObjectInfo("pipe.nii", 1, "0"),)
     series = Series(source_path="pipe.nii", source_format="nifti", objects=objects)
     pipeline._DecoderActor(run, window, config)(series.to_row())
@@ -52,7 +51,7 @@ elif stage == "predict":
     actor.run, actor.config, actor.predictor = run, config, Hanging()
     actor(row)
 else:
-    pipeline._measure_and_store(row, run, WindowConfig(), config, "")
+    pipeline._measure_and_store(row, run=run, config=config, window=window, results="")
 """
 
 
