@@ -292,26 +292,32 @@ def _pure_air(aerated: Mask, scan: _Scan) -> Mask:
 
 
 def _lung_pieces(aerated: Mask, scan: _Scan) -> list[Mask]:
-    """Return the two largest pieces within the body, or one if the second is far smaller."""
+    """Return the two largest pieces within the body, or one if the second is far smaller.
+
+    An image that lies within a lung may show no body; then the largest piece counts if it is as
+    dense as lung.
+    """
     labels, count = ndimage.label(aerated)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     pieces: list[Mask] = []
-    largest = 0
-    for label in np.argsort(sizes)[::-1][:MAX_PIECES].tolist():
-        if len(pieces) == 2 or sizes[label] < max(1, SECOND_LUNG_SHARE * largest):
+    least = 1.0
+    order = np.argsort(sizes)[::-1][:MAX_PIECES]
+    for label in order:
+        if len(pieces) == 2 or sizes[label] < least:
             break
         piece = labels == label
         if _is_in_body(piece, scan):
             pieces.append(piece)
-            largest = largest or int(sizes[label])
+            least = max(least, SECOND_LUNG_SHARE * float(sizes[label]))
+    largest = labels == order[0]
+    if not pieces and sizes[order[0]] and float(np.median(scan.hu[largest])) > SURELY_DENSE_HU:
+        pieces.append(largest)
     return pieces
 
 
 def _is_in_body(piece: Mask, scan: _Scan) -> bool:
     """Tell lung from closed air beside the body, as in a table, by a few of its slices."""
-    if float(np.median(scan.hu[piece])) > SURELY_DENSE_HU:
-        return True
     shown = np.flatnonzero(piece.any(axis=(1, 2)))
     checked = shown[np.unique(np.linspace(0, len(shown) - 1, BODY_CHECK_SLICES).astype(int))]
     inside = inside_body(scan.hu[checked], scan.unmeasured[checked], scan.grid_mm, SHELL_MM)

@@ -252,7 +252,7 @@ def test_prepared_volume_of_anisotropic_slices_is_undistorted(mild: Phantom) -> 
     assert samples is not None
     assert found.slices == whole.slices
     difference = np.abs(samples.levels.astype(int) - square.levels)
-    assert np.median(difference) < 0.02 * 65535
+    assert np.mean(difference > 0.2 * 65535) < 0.05
     assert samples.lesion is not None
     assert int(samples.lesion.sum()) == pytest.approx(int(square.lesion.sum()), rel=0.2)
     assert np.count_nonzero(samples.lesion & square.lesion) > 0.8 * np.count_nonzero(square.lesion)

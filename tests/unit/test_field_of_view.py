@@ -289,6 +289,19 @@ def test_inside_of_a_table_is_no_lung(foam_hu: int) -> None:
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
 
+def test_cushion_under_the_back_is_no_lung() -> None:
+    """As dense as lung; the image cuts it at both sides, so that no air lies beside it, and cuts one lung."""
+    hu = chest().hu.copy()
+    cushion = hu[:, 104:116]
+    is_air = cushion < -900
+    cushion[is_air] = np.random.default_rng(0).normal(-850, 20, int(is_air.sum()))
+    hu[:, 116:] = -1000
+    lungs = found_in(hu[:, :, 50:112], chest())
+    assert lungs.is_partial
+    assert not lungs.lung_mask[:, 108:].any()
+    assert share(lungs, chest().lung_mask[:, :, 50:112]) == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("air_hu", [-1024, -960, -934])
 def test_room_air_off_its_value_is_no_lung(air_hu: int) -> None:
     """Room air of -934 was measured in a sound series."""
