@@ -172,7 +172,7 @@ def bench_sandbox() -> list[Figure]:
     objects = dicom_objects(phantom, 1)
     gzipped = nifti.write(phantom.hu, SourceGrid(shape=phantom.hu.shape, affine=phantom.affine))
     figures = [
-        Figure("s", f"safe decode over unsafe, {name}", f"{ratio:.2f} x", "<= 1.15 x")
+        Figure("s", f"safe decode over unsafe, {name}", f"{ratio:.2f} x", "<= 1.05 x")
         for name, ratio in safe_decode.measure().items()
     ]
     sound = peak_of_child(window, config, "dicom", [[data] for data in objects])
