@@ -301,6 +301,7 @@ def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(
         prepare_from("s3://bucket/archive", row)
 
 
+@pytest.mark.slow  # a Ray of its own; at the level of one series the tests above hold it
 def test_job_whose_credentials_expire_ends_with_code_1_and_commits_nothing(
     expiring: Callable[[], None],
     model_folder: Path,

@@ -114,6 +114,7 @@ def test_changed_artifact_is_refused(registered: list[str], tmp_path: Path) -> N
         description.write_text(original)
 
 
+@pytest.mark.slow  # one more training of two rows
 def test_ablation_rows_share_the_folds_and_fill_table_i(
     registered: list[str], s3: S3, cluster: Cluster, tmp_path: Path
 ) -> None:
