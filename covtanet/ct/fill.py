@@ -34,7 +34,7 @@ def replace_fill(hu: NDArray[Any]) -> tuple[NDArray[Any], bool]:
         if slice_hu.min() >= LOWEST_SCALE_HU and slice_hu.max() <= HIGHEST_SCALE_HU:  # false for NaN
             continue
         is_off = ~on_scale(slice_hu)
-        outside[index] = _touching_edge(is_off)
+        outside[index] = reaching_edge(is_off)
         num_here = int(np.count_nonzero(outside[index]))
         num_outside += num_here
         num_stray += int(np.count_nonzero(is_off)) - num_here
@@ -46,12 +46,17 @@ def replace_fill(hu: NDArray[Any]) -> tuple[NDArray[Any], bool]:
     return replaced, True
 
 
-def _touching_edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The part of a slice's mask that is connected to the edge of the image."""
+def reaching_edge(mask: NDArray[np.bool_], min_share: float = 0.0) -> NDArray[np.bool_]:
+    """Return the parts of a slice's mask that are connected to the edge of the image.
+
+    min_share: smaller parts, as a share of the slice, are left out as specks.
+    """
     labels, count = ndimage.label(mask)
     is_outside = np.zeros(count + 1, bool)
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         is_outside[edge] = True
+    if min_share:
+        is_outside &= np.bincount(labels.ravel(), minlength=count + 1) >= min_share * mask.size
     is_outside[0] = False
     found: NDArray[np.bool_] = is_outside[labels]
     return found

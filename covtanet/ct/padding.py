@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from scipy import ndimage
+
+from covtanet.ct.fill import reaching_edge
 
 Mask = NDArray[np.bool_]
 
@@ -63,7 +64,7 @@ def _declared(
         return None
     if low == high:
         is_off_scale = ends[0] < AIR_PADDING_HU or ends[0] > HIGHEST_HU
-        found = is_padding if is_off_scale else _outside(is_padding)
+        found = is_padding if is_off_scale else reaching_edge(is_padding, MIN_SHARE)
     else:  # a range that reaches into the scale is not believed there: it may be all of the body
         hu = values * slope + intercept
         found = is_padding & ((hu < AIR_PADDING_HU) | (hu > HIGHEST_HU))
@@ -86,20 +87,8 @@ def _undeclared(
         is_off_scale = not is_unsigned or int(pixels.max()) * slope + intercept > HIGHEST_HU
     if not is_off_scale or (is_unsigned and (signed[signed < 0] != value).any()):
         return None
-    found = _outside(signed == value)
+    found = reaching_edge(signed == value, MIN_SHARE)
     return found if found.any() else None
-
-
-def _outside(mask: Mask) -> Mask:
-    """The parts of a mask that reach the edge of the image, without specks."""
-    labels, count = ndimage.label(mask)
-    is_outside = np.zeros(count + 1, bool)
-    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        is_outside[edge] = True
-    is_outside &= np.bincount(labels.ravel(), minlength=count + 1) >= MIN_SHARE * mask.size
-    is_outside[0] = False
-    found: Mask = is_outside[labels]
-    return found
 
 
 def _rescale(header: Dataset) -> tuple[float, float] | None:

@@ -98,10 +98,11 @@ def _mask_header(data: bytes) -> tuple[dict[str, Any], memoryview]:
         header = json.loads(data[: max(0, end)])
     except RecursionError:
         raise ValueError("the masks' header is nested too deeply") from None
-    if not isinstance(header, dict) or not isinstance(header.get("is_partial"), bool):
-        raise ValueError("the masks' header lacks is_partial")
-    if not isinstance(header.setdefault("has_known_spacing", True), bool):
-        raise ValueError("has_known_spacing of the masks' header is not true or false")
+    if not isinstance(header, dict):
+        raise ValueError("the masks' header is not an object")
+    for name in ("is_partial", "has_known_spacing"):
+        if not isinstance(header.get(name), bool):
+            raise ValueError(f"{name} of the masks' header is missing or not true or false")
     for name in ("shape", "source_shape"):
         _check_shape(header.get(name))
     if sorted(header["shape"]) != sorted(header["source_shape"]):

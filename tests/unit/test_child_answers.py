@@ -166,7 +166,7 @@ def test_identities_that_cannot_be_are_no_identities(monkeypatch: pytest.MonkeyP
 def test_stored_masks_inflate_to_no_more_than_their_shape() -> None:
     header = {
         "shape": [2, 8, 8], "is_partial": False, "source_shape": [8, 8, 2], "spacing_mm": [1.0, 1.0, 1.0],
-        "source_affine": np.eye(4).tolist(),
+        "source_affine": np.eye(4).tolist(), "has_known_spacing": True,
     }  # fmt: skip
     line = json.dumps(header).encode() + b"\n"
     assert StoredMasks.unpack(line + zlib.compress(bytes(32))).lungs.lung_mask.shape == (2, 8, 8)
