@@ -176,3 +176,14 @@ def test_stored_masks_inflate_to_no_more_than_their_shape() -> None:
         StoredMasks.unpack(line + zlib.compress(bytes(31)))
     with pytest.raises(ValueError, match="not compressed"):
         StoredMasks.unpack(line + b"nothing")
+
+
+@pytest.mark.parametrize("name", ["is_partial", "has_known_spacing"])
+@pytest.mark.parametrize("value", [None, 1, "true"])
+def test_masks_without_a_true_or_false_flag_are_refused(name: str, value: object) -> None:
+    header = {
+        "shape": [2, 8, 8], "is_partial": False, "source_shape": [8, 8, 2], "spacing_mm": [1.0, 1.0, 1.0],
+        "source_affine": np.eye(4).tolist(), "has_known_spacing": True, name: value,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"{name} of the masks' header"):
+        StoredMasks.unpack(json.dumps(header).encode() + b"\n" + zlib.compress(bytes(32)))
