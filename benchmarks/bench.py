@@ -40,21 +40,27 @@ import torch
 import training
 
 from covtanet import storage
+from covtanet.archive import manifest
 from covtanet.ct import dicom, dicom_head, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
-from covtanet.data.phantom import PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_archive, write_training_set
+from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import CovtanetError
+from covtanet.inference.engine import ENGINES, build_engine
+from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
+from covtanet.phantoms.archive import (
+    configs,
+    dicom_objects,
+    nifti_grid,
+    write_archive,
+    write_training_set,
+)
+from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.screening import stages
-from covtanet.screening.engine import ENGINES, build_engine
-from covtanet.screening.predictor import Predictor
-from covtanet.screening.sandbox import Sandbox
-from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig, for_model
+from covtanet.screening.study import Screener
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
@@ -95,7 +101,9 @@ def bench_network() -> list[Figure]:
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
     network = CovTANet(SIZES["paper"]).eval().requires_grad_(False)
-    slices = np.random.default_rng(0).random((ENGINE_BATCH, 1, ENGINE_PX, ENGINE_PX), dtype=np.float32)
+    slices = np.random.default_rng(0).random(
+        (ENGINE_BATCH, 1, ENGINE_PX, ENGINE_PX), dtype=np.float32
+    )
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -131,7 +139,9 @@ def bench_decode() -> list[Figure]:
         hu, affine, source = volume.hu, volume.affine, "a real series, JPEG Lossless"
         dicom_folder = safe_decode.REAL_SERIES
     else:
-        phantom = make_phantom(PhantomConfig(involvement=0.3, size_px=512, num_slices=120, pixel_mm=0.7, slice_mm=2.25))
+        phantom = make_phantom(
+            PhantomConfig(involvement=0.3, size_px=512, num_slices=120, pixel_mm=0.7, slice_mm=2.25)
+        )
         hu, affine, source = phantom.hu, phantom.affine, "a phantom, uncompressed"
         objects = dicom_objects(phantom, 1)
         dicom_folder = folder / "dicom"
@@ -158,9 +168,17 @@ def bench_decode() -> list[Figure]:
         rounds=3,
     )
     return [
-        Figure("d", ".nii.gz against nibabel get_fdata", f"{taken['nibabel'] / taken['nifti']:.2f} x", ">= 1.7 x"),
         Figure(
-            "d", f"DICOM ({source}), one thread, against SimpleITK", f"{taken['itk'] / taken['dicom']:.2f} x", ">= 1 x"
+            "d",
+            ".nii.gz against nibabel get_fdata",
+            f"{taken['nibabel'] / taken['nifti']:.2f} x",
+            ">= 1.7 x",
+        ),
+        Figure(
+            "d",
+            f"DICOM ({source}), one thread, against SimpleITK",
+            f"{taken['itk'] / taken['dicom']:.2f} x",
+            ">= 1 x",
         ),
     ]
 
@@ -177,16 +195,22 @@ def bench_sandbox() -> list[Figure]:
     ]
     sound = peak_of_child(window, config, "dicom", [[data] for data in objects])
     sound = max(sound, peak_of_child(window, config, "nifti", [[gzipped]]))
-    figures.append(Figure("s", "memory of a sound series of 512 x 512 x 300", f"{sound / 2**20:.0f} MiB"))
+    figures.append(
+        Figure("s", "memory of a sound series of 512 x 512 x 300", f"{sound / 2**20:.0f} MiB")
+    )
     for name, (source_format, hostile) in hostile_input().items():
         more = peak_of_child(window, config, source_format, hostile) - sound
-        figures.append(Figure("s", f"more memory for {name}", f"{max(0, more) / 2**20:.0f} MiB", "<= 1536 MiB"))
+        figures.append(
+            Figure("s", f"more memory for {name}", f"{max(0, more) / 2**20:.0f} MiB", "<= 1536 MiB")
+        )
     return figures
 
 
 def hostile_input() -> dict[str, tuple[str, Iterable[list[bytes]]]]:
     """A gzip bomb, a header that asks for all that is allowed and keeps its word, a deflated object, 30,000 slices."""
-    phantom = make_phantom(PhantomConfig(seed=9, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18))
+    phantom = make_phantom(
+        PhantomConfig(seed=9, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18)
+    )
     plain = gzip.decompress(nifti.write(phantom.hu, nifti_grid(phantom)))
     header = bytearray(plain[:352])
     struct.pack_into("<4h", header, 40, 3, 1024, 1024, 500)
@@ -195,7 +219,10 @@ def hostile_input() -> dict[str, tuple[str, Iterable[list[bytes]]]]:
     objects = dicom_objects(phantom, 9)
     return {
         "a gzip bomb of 4 GiB": ("nifti", [[gzip.compress(plain) + zeros * 4]]),
-        "a header of 4 GiB that keeps its word": ("nifti", [[gzip.compress(bytes(header)) + zeros * 4]]),
+        "a header of 4 GiB that keeps its word": (
+            "nifti",
+            [[gzip.compress(bytes(header)) + zeros * 4]],
+        ),
         "a deflated DICOM of 1 GiB": ("dicom", [[deflated(objects[0], 1 << 30)]]),
         "a series of 30,000 slices": ("dicom", ([objects[0]] for _ in range(30_000))),
     }
@@ -209,12 +236,17 @@ def deflated(data: bytes, num_bytes: int) -> bytes:
     dataset.save_as(buffer, enforce_file_format=True)
     start = dicom_head.transfer_syntax(buffer.getvalue())[1]
     stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    packed = stream.compress(zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS) + bytes(num_bytes))
+    packed = stream.compress(
+        zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS) + bytes(num_bytes)
+    )
     return buffer.getvalue()[:start] + packed + stream.flush()
 
 
 def peak_of_child(
-    window: WindowConfig, config: ScreeningConfig, source_format: str, objects: Iterable[list[bytes]]
+    window: WindowConfig,
+    config: ScreeningConfig,
+    source_format: str,
+    objects: Iterable[list[bytes]],
 ) -> int:
     """The most memory that a fresh decoder's child takes for one series, in bytes beyond what it starts with."""
     sandbox = Sandbox(window, config.slice_step_mm, config.decode_limits)
@@ -253,7 +285,9 @@ def archive(count: int, size_px: int, num_slices: int) -> Path:
     if not folder.exists():
         print(f"  making {count} series of {size_px} x {size_px} x {num_slices}", flush=True)
         sound = count - 17
-        write_archive(str(folder), str(folder) + "-truth", list(configs(sound, 5, size_px, num_slices)), CORES)
+        write_archive(
+            str(folder), str(folder) + "-truth", list(configs(sound, 5, size_px, num_slices)), CORES
+        )
     return folder
 
 
@@ -265,7 +299,10 @@ def plain_loop(folder: Path) -> None:
     predictor, decoder = Predictor(model, num_threads=CORES), stages.in_process(window, config)
     for prefix, objects in storage.walk(str(folder)):
         series, _ = manifest.scan_folder(
-            prefix, objects, lambda path, size: storage.read_bytes(f"{folder}/{path}", size), dicom_head.read_identities
+            prefix,
+            objects,
+            lambda path, size: storage.read_bytes(f"{folder}/{path}", size),
+            dicom_head.read_identities,
         )
         for each in series:
             row = stages.decode_and_prepare(
@@ -298,7 +335,10 @@ class Memory:
         while not self.stopped.wait(0.5):
             total = 0
             try:
-                family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+                family = [
+                    psutil.Process(self.pid),
+                    *psutil.Process(self.pid).children(recursive=True),
+                ]
             except psutil.Error:
                 return
             for process in family:
@@ -350,7 +390,10 @@ def run_job(folder: Path, beside: Callable[[int, threading.Event], None] | None 
             raise SystemExit("".join(output))
         (committed,) = Path(ledger).glob("date=*/*.parquet")
         return JobRun(
-            started=started, ended=committed.stat().st_mtime, memory=memory, ledger=pq.ParquetFile(committed).read()
+            started=started,
+            ended=committed.stat().st_mtime,
+            memory=memory,
+            ledger=pq.ParquetFile(committed).read(),
         )
 
 
@@ -361,7 +404,11 @@ def bench_job() -> list[Figure]:
     loop_s = seconds(lambda: plain_loop(large))
     print(f"  plain loop: {loop_s:.0f} s; the job at 96 and at 24 series", flush=True)
     run = run_job(large)
-    job_s, at_96, at_24 = run.ended - run.started, run.memory.peak_bytes(), run_job(small).memory.peak_bytes()
+    job_s, at_96, at_24 = (
+        run.ended - run.started,
+        run.memory.peak_bytes(),
+        run_job(small).memory.peak_bytes(),
+    )
     return [
         Figure(
             "c",
@@ -369,7 +416,12 @@ def bench_job() -> list[Figure]:
             f"{job_s / loop_s:.2f} x",
             "<= 1.15 x",
         ),
-        Figure("e", "peak memory of all processes, 96 over 24 series", f"{at_96 / at_24:.2f} x", "<= 1.1 x"),
+        Figure(
+            "e",
+            "peak memory of all processes, 96 over 24 series",
+            f"{at_96 / at_24:.2f} x",
+            "<= 1.1 x",
+        ),
         Figure("e", "peak memory of all processes at 96 series", f"{at_96 / 1e9:.1f} GB"),
     ]
 
@@ -393,7 +445,10 @@ def bench_endurance() -> list[Figure]:
 
     def kill(pid: int, is_over: threading.Event) -> None:
         while not is_over.wait(KILL_EVERY_S):
-            family = [(each, " ".join(each.cmdline())) for each in psutil.Process(pid).children(recursive=True)]
+            family = [
+                (each, " ".join(each.cmdline()))
+                for each in psutil.Process(pid).children(recursive=True)
+            ]
             wanted = VICTIMS[len(killed) % len(VICTIMS)]
             for each, command in family:
                 if wanted in command:
@@ -418,7 +473,9 @@ def bench_endurance() -> list[Figure]:
         ),
         Figure("n", "distinct series among them", f"{keys}", f"{NUM_ENDURED}"),
         Figure("n", "screened", f"{screened}", f"{NUM_ENDURED}"),
-        Figure("n", "peak memory, second half over first half", f"{late / early:.2f} x", "<= 1.1 x"),
+        Figure(
+            "n", "peak memory, second half over first half", f"{late / early:.2f} x", "<= 1.1 x"
+        ),
     ]
 
 
@@ -427,7 +484,9 @@ def bench_serving() -> list[Figure]:
     model, folder = model_folder(), archive(24 + 17, 256, 105)
     saved = load_model(model)
     predictor = Predictor(saved, num_threads=CORES)
-    screener = Screener(predictor, predictor.window, for_model(ScreeningConfig(), saved.preprocessing), saved.digest)
+    screener = Screener(
+        predictor, predictor.window, for_model(ScreeningConfig(), saved.preprocessing), saved.digest
+    )
     large = WORK / "large" / "ct.nii.gz"
     if not large.exists():
         large.parent.mkdir(exist_ok=True)
@@ -435,10 +494,17 @@ def bench_serving() -> list[Figure]:
         phantom = make_phantom(config)
         large.write_bytes(nifti.write(phantom.hu, nifti_grid(phantom)))
     sound = [path.read_bytes() for path in sorted((folder / "nifti").glob("*.nii.gz"))][:8]
-    hostile = [b"no study", sound[0][:-5000], gzip.compress(bytes(200 << 20), 1), b"PK\x03\x04" + bytes(1000)]
+    hostile = [
+        b"no study",
+        sound[0][:-5000],
+        gzip.compress(bytes(200 << 20), 1),
+        b"PK\x03\x04" + bytes(1000),
+    ]
     with serving.serving(WORK / "serving", model) as endpoint:
         print("  one caller", flush=True)
-        by_http, alone = serving.measure_one_caller(endpoint, large.read_bytes(), lambda: list(screener(str(large))))
+        by_http, alone = serving.measure_one_caller(
+            endpoint, large.read_bytes(), lambda: list(screener(str(large)))
+        )
         screener.close()
         print("  eight callers", flush=True)
         bodies = sound * 12
@@ -503,7 +569,9 @@ def main() -> int:
 
 def table(figures: Iterable[Figure]) -> list[str]:
     lines = ["| | what | measured | wanted |", "|---|---|---|---|"]
-    return lines + [f"| {each.part} | {each.what} | {each.value} | {each.wanted} |" for each in figures]
+    return lines + [
+        f"| {each.part} | {each.what} | {each.value} | {each.wanted} |" for each in figures
+    ]
 
 
 def keep(theme: str, figures: list[Figure]) -> None:
@@ -512,7 +580,9 @@ def keep(theme: str, figures: list[Figure]) -> None:
     hardware = f"{CORES}cpu" + ("-gpu" if torch.cuda.is_available() else "")
     target = ROOT / "benchmarks" / f"{theme}_{hardware}_{now:%Y%m}.md"
     title = f"# {theme.capitalize()}, {CORES} cores, {platform.machine()}, {now:%Y-%m}"
-    target.write_text("\n".join([title, "", "`make bench`; ratios within one run.", "", *table(figures), ""]))
+    target.write_text(
+        "\n".join([title, "", "`make bench`; ratios within one run.", "", *table(figures), ""])
+    )
     print(f"kept in {target.relative_to(ROOT)}")
 
 

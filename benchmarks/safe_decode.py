@@ -19,13 +19,15 @@ from cluster import RETURN_MEMORY  # noqa: E402
 
 from covtanet.ct import nifti  # noqa: E402
 from covtanet.ct.window import WindowConfig  # noqa: E402
-from covtanet.data.phantom import PhantomConfig, make_phantom  # noqa: E402
-from covtanet.data.phantom_archive import dicom_objects, nifti_grid  # noqa: E402
-from covtanet.screening import decode  # noqa: E402
-from covtanet.screening.sandbox import Sandbox  # noqa: E402
+from covtanet.decoding import prepare as decode  # noqa: E402
+from covtanet.decoding.sandbox import Sandbox  # noqa: E402
+from covtanet.phantoms.archive import dicom_objects, nifti_grid  # noqa: E402
+from covtanet.phantoms.phantom import PhantomConfig, make_phantom  # noqa: E402
 from covtanet.screening.stages import ScreeningConfig  # noqa: E402
 
-LARGE = PhantomConfig(seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9)
+LARGE = PhantomConfig(
+    seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9
+)
 REAL_SERIES = ROOT.parent / "shared" / "data" / "dicom" / "ricord-1a-001012"
 ROUNDS = 9
 
@@ -33,7 +35,9 @@ ROUNDS = 9
 def measure() -> dict[str, float]:
     """Ratio for each kind of series, in a process that treats its memory as a worker of the job does."""
     command = [sys.executable, __file__]
-    done = subprocess.run(command, env={**os.environ, **RETURN_MEMORY}, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, **RETURN_MEMORY}, check=True, stdout=subprocess.PIPE, text=True
+    )
     ratios: dict[str, float] = json.loads(done.stdout)
     return ratios
 
@@ -45,7 +49,9 @@ def main() -> int:
     for name, source_format, contents in series():
         works: tuple[Callable[[], object], ...] = (
             lambda kind=source_format, each=contents: sandbox(kind, [[data] for data in each]),
-            lambda kind=source_format, each=contents: decode.prepare(kind, each, window, config.slice_step_mm),
+            lambda kind=source_format, each=contents: decode.prepare(
+                kind, each, window, config.slice_step_mm
+            ),
         )
         safe_s, plain_s = medians(works)
         ratios[name] = safe_s / plain_s
@@ -62,7 +68,13 @@ def series() -> list[tuple[str, str, list[bytes]]]:
         ("NIfTI, gzipped", "nifti", [nifti.write(phantom.hu, nifti_grid(phantom))]),
     ]
     if REAL_SERIES.exists():
-        found.append(("DICOM, a real series", "dicom", [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())]))
+        found.append(
+            (
+                "DICOM, a real series",
+                "dicom",
+                [path.read_bytes() for path in sorted(REAL_SERIES.iterdir())],
+            )
+        )
     return found
 
 

@@ -63,7 +63,9 @@ def serving(folder: Path, model: Path) -> Iterator[Measured]:
     with tempfile.TemporaryDirectory(prefix="cov") as short:
         head = start_ray(folder / "ray.log", environment, ray_token, Path(short))
         try:
-            endpoint = start_endpoint({**os.environ, **head.environment}, port, folder / "serve.log", token)
+            endpoint = start_endpoint(
+                {**os.environ, **head.environment}, port, folder / "serve.log", token
+            )
             try:
                 yield Measured(endpoint=endpoint, pid=head.process.pid)
             finally:
@@ -107,7 +109,9 @@ def measure_throughput(endpoint: Measured, bodies: list[bytes]) -> float:
     return time.perf_counter() - started
 
 
-def measure_load(endpoint: Measured, sound: list[bytes], hostile: list[bytes]) -> list[tuple[str, str, str]]:
+def measure_load(
+    endpoint: Measured, sound: list[bytes], hostile: list[bytes]
+) -> list[tuple[str, str, str]]:
     """Many requests from many clients, some hostile: rows of what, value, wanted."""
     expected = [endpoint.post_until_answered(body)[1]["series"][0]["p_infected"] for body in sound]
     bodies: list[tuple[int | None, bytes]] = [
@@ -135,7 +139,9 @@ def measure_load(endpoint: Measured, sound: list[bytes], hostile: list[bytes]) -
         if which is None:
             right += tried[-1] in (413, 415, 422)
         else:
-            right += tried[-1] == 200 and abs(answer["series"][0]["p_infected"] - expected[which]) < 1e-5
+            right += (
+                tried[-1] == 200 and abs(answer["series"][0]["p_infected"] - expected[which]) < 1e-5
+            )
     half = len(samples) // 2
     other = {status: count for status, count in statuses.items() if status >= 500 and status != 503}
     what = f"{NUM_REQUESTS} requests, {NUM_CLIENTS} clients, {NUM_REQUESTS // HOSTILE_EVERY} hostile: answered right"
@@ -143,5 +149,9 @@ def measure_load(endpoint: Measured, sound: list[bytes], hostile: list[bytes]) -
         (what, f"{right}", f"{NUM_REQUESTS}"),
         ("answers of 5xx that are no back-pressure", f"{sum(other.values())}", "0"),
         ("told to come again (503 with Retry-After)", f"{statuses[503]}", ""),
-        ("peak memory, second half over first half", f"{max(samples[half:]) / max(samples[:half]):.2f} x", "<= 1.1 x"),
+        (
+            "peak memory, second half over first half",
+            f"{max(samples[half:]) / max(samples[:half]):.2f} x",
+            "<= 1.1 x",
+        ),
     ]

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from covtanet import tracking
 from covtanet.data.folds import Split
-from covtanet.data.phantom_archive import configs, write_training_set
 from covtanet.data.prepared import PreparedVolume
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.segnet import TASegNet
+from covtanet.phantoms.archive import configs, write_training_set
 from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
 from covtanet.training.distributed import Place
@@ -90,7 +90,9 @@ def plain_loop(lanes: list[list[str]]) -> list[dict[str, float]]:
 
 def place(folder: Path, name: str) -> Place:
     """Where one measured training keeps its checkpoints."""
-    run = tracking.RunAddress(uri=f"sqlite:///{folder}/mlflow.db", experiment="bench", name=name, key=name)
+    run = tracking.RunAddress(
+        uri=f"sqlite:///{folder}/mlflow.db", experiment="bench", name=name, key=name
+    )
     return Place(storage_uri=str(folder / "checkpoints"), name=f"{name}-{time.time_ns()}", run=run)
 
 
@@ -99,14 +101,18 @@ def measure(folder: Path, say: Callable[[str], None]) -> list[tuple[str, str, st
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     volumes = write_training_set(str(folder / "data"), configs(NUM_VOLUMES, 55), 2)
-    ray.init(address="local", num_cpus=MIN_LOGICAL_CPUS, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=MIN_LOGICAL_CPUS, include_dashboard=False, log_to_driver=False
+    )
     try:
         return _measure(folder, volumes, say)
     finally:
         ray.shutdown()
 
 
-def _measure(folder: Path, labelled: list, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
+def _measure(
+    folder: Path, labelled: list, say: Callable[[str], None]
+) -> list[tuple[str, str, str]]:
     prepared_uri = str(folder / "prepared")
     found = distributed.prepare_volumes(
         labelled, str(folder / "data"), prepared_uri, CONFIG.window, CONFIG.slice_step_mm
@@ -114,12 +120,16 @@ def _measure(folder: Path, labelled: list, say: Callable[[str], None]) -> list[t
     volumes = {volume.key: volume for volume in found}
     keys = sorted(volumes)
     split = Split(train=tuple(keys[NUM_HELD:]), validation=tuple(keys[:NUM_HELD]), test=())
-    lanes = assign_lanes({key: len(volumes[key].slices) for key in split.train}, PHASE1.micro_batches)
+    lanes = assign_lanes(
+        {key: len(volumes[key].slices) for key in split.train}, PHASE1.micro_batches
+    )
     paths = [[distributed.prepared_uri_of(prepared_uri, key) for key in lane] for lane in lanes]
 
     def under_ray(name: str, config: TrainingConfig) -> list[dict[str, float]]:
         say(f"phase 1 under Ray, {name}")
-        return distributed.train_phase1(config, volumes, split, prepared_uri, place(folder, name)).history
+        return distributed.train_phase1(
+            config, volumes, split, prepared_uri, place(folder, name)
+        ).history
 
     plain, cached, streamed = [], [], []
     for turn in range(2):
@@ -134,25 +144,44 @@ def _measure(folder: Path, labelled: list, say: Callable[[str], None]) -> list[t
             f"{min(step_s(history) for history in histories) / base:.2f} x",
             "<= 1.1 x",
         )
-        for name, histories in (("samples kept in memory", cached), ("streamed every epoch", streamed))
+        for name, histories in (
+            ("samples kept in memory", cached),
+            ("streamed every epoch", streamed),
+        )
     ]
     rows += [
-        (f"a worker waits for data, {name}", f"{100 * max(wait_share(h) for h in histories):.1f} %", "<= 10 %")
-        for name, histories in (("samples kept in memory", cached), ("streamed every epoch", streamed))
+        (
+            f"a worker waits for data, {name}",
+            f"{100 * max(wait_share(h) for h in histories):.1f} %",
+            "<= 10 %",
+        )
+        for name, histories in (
+            ("samples kept in memory", cached),
+            ("streamed every epoch", streamed),
+        )
     ]
     return rows + _measure_cache(folder, volumes, split, prepared_uri, say)
 
 
 def _measure_cache(
-    folder: Path, volumes: dict[str, PreparedVolume], split: Split, prepared_uri: str, say: Callable[[str], None]
+    folder: Path,
+    volumes: dict[str, PreparedVolume],
+    split: Split,
+    prepared_uri: str,
+    say: Callable[[str], None],
 ) -> list[tuple[str, str, str]]:
     torch.manual_seed(0)
-    state = {name: value.contiguous() for name, value in TASegNet(CONFIG.architecture.segnet).state_dict().items()}
+    state = {
+        name: value.contiguous()
+        for name, value in TASegNet(CONFIG.architecture.segnet).state_dict().items()
+    }
     steps = {}
     for name, is_cached in (("cached", True), ("recomputed", False)):
         say(f"phase 2, features {name}")
         config = replace(CONFIG, cache_features=is_cached)
-        progress = distributed.train_phase2(config, volumes, split, prepared_uri, place(folder, name), state)
+        progress = distributed.train_phase2(
+            config, volumes, split, prepared_uri, place(folder, name), state
+        )
         steps[name] = step_s(progress.history)
     return [
         (

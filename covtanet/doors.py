@@ -64,12 +64,22 @@ def check_ray_doors(environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: with the variable and its expected value.
     """
-    unsafe = [name for name, value in environment.items() if name.startswith(AUTOLOAD) and value.lower() not in OFF]
+    unsafe = [
+        name
+        for name, value in environment.items()
+        if name.startswith(AUTOLOAD) and value.lower() not in OFF
+    ]
     if unsafe:
-        raise ConfigError(f"{min(unsafe)} is set, expected unset: Ray Data would run code out of Parquet files")
+        raise ConfigError(
+            f"{min(unsafe)} is set, expected unset: Ray Data would run code out of Parquet files"
+        )
     address = environment.get("RAY_ADDRESS", "")
     is_own = address in ("", "local")
-    if not is_own and not _is_loopback(address) and environment.get("RAY_AUTH_MODE", "").lower() != "token":
+    if (
+        not is_own
+        and not _is_loopback(address)
+        and environment.get("RAY_AUTH_MODE", "").lower() != "token"
+    ):
         raise ConfigError(
             "RAY_ADDRESS is not on this machine, expected RAY_AUTH_MODE=token with a token of the cluster"
         )

@@ -41,10 +41,16 @@ def start_logging(**known: str) -> None:
     if os.environ.get("COVTANET_LOG") == "json":
         names = {"asctime": "time", "levelname": "level", "name": "logger"}
         handler.setFormatter(
-            JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names, static_fields=known)
+            JsonFormatter(
+                "%(asctime)s %(levelname)s %(name)s %(message)s",
+                rename_fields=names,
+                static_fields=known,
+            )
         )
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -65,7 +71,11 @@ def connect(*, with_dashboard: bool = False) -> None:
     for name, value in {**ASK_TRACKER_BRIEFLY, **ASK_TRAINING_OFTEN}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": WORKER_ENVIRONMENT})
+        ray.init(
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        )
         return
     _keep_token_private()
     num_cpus = max(MIN_LOGICAL_CPUS, len(os.sched_getaffinity(0)))

@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 from cluster import parser, place, start_logging
 
+from covtanet.decoding.prepare import place_of
 from covtanet.errors import ConfigError
+from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report.comparison import compare
-from covtanet.screening import view
-from covtanet.screening.decode import place_of
 
 logger = logging.getLogger("covtanet.compare")
 
@@ -28,7 +28,9 @@ def main() -> int:
     options = parser(__doc__)
     for name in ("before", "after"):
         options.add_argument(f"--{name}", required=True, help="folder or s3:// prefix of a ledger")
-        options.add_argument(f"--{name}-run", default="", help="run id; default: the newest committed run")
+        options.add_argument(
+            f"--{name}-run", default="", help="run id; default: the newest committed run"
+        )
     options.add_argument("--out", type=Path, help="an HTML file")
     arguments = options.parse_args()
     start_logging()
@@ -47,7 +49,9 @@ def main() -> int:
     if arguments.out:
         arguments.out.write_text(found.as_html(title))
     for key, error in found.failures.items():
-        logger.error("series %s: internal error, %s", key, place_of(error), extra={"series_key": key})
+        logger.error(
+            "series %s: internal error, %s", key, place_of(error), extra={"series_key": key}
+        )
     return 4 if found.failures else 0
 
 
@@ -57,10 +61,10 @@ def read(ledger: str, run_id: str) -> pa.Table:
     Raises:
         ConfigError: where there is none.
     """
-    committed = view.committed_files(ledger)
+    committed = committed_files(ledger)
     if not committed:
         raise ConfigError("no run is committed in this ledger")
-    return view.read(view.file_of(ledger, run_id) if run_id else committed[-1])
+    return read_run(find_run_file(ledger, run_id) if run_id else committed[-1])
 
 
 def model_of(table: pa.Table) -> str:

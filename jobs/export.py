@@ -50,16 +50,18 @@ import ray
 from cluster import connect, parser, place, start_logging
 
 from covtanet import storage
+from covtanet.archive import manifest
 from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, transfer_syntax
 from covtanet.ct.frames import ENHANCED_CLASSES
 from covtanet.ct.image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
-from covtanet.data import manifest
-from covtanet.errors import ConfigError, StudyError
+from covtanet.decoding import headers as heads
+from covtanet.decoding import prepare as decode
+from covtanet.decoding.child_process import Limits, header_reader
+from covtanet.errors import ConfigError, Reason, Status, StudyError
+from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report import dicom_results
 from covtanet.report.dicom_source import quiet
-from covtanet.screening import decode, heads, view
-from covtanet.screening.child_process import Limits, header_reader
 
 logger = logging.getLogger("covtanet.export")
 SEG, SR = "lesion.seg.dcm", "measurements.sr.dcm"
@@ -79,13 +81,21 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--ledger", required=True, help="folder or s3:// prefix of the ledger")
     options.add_argument("--run", default="", help="run id; default: the newest committed run")
-    options.add_argument("--results", default="", help="where the run wrote results; default: LEDGER/_results")
-    options.add_argument("--series", action="append", default=[], help="series key; default: every DICOM series")
+    options.add_argument(
+        "--results", default="", help="where the run wrote results; default: LEDGER/_results"
+    )
+    options.add_argument(
+        "--series", action="append", default=[], help="series key; default: every DICOM series"
+    )
     arguments = options.parse_args()
     start_logging()
     try:
         ledger = place(arguments.ledger, "--ledger")
-        results = place(arguments.results, "--results") if arguments.results else storage.join(ledger, "_results")
+        results = (
+            place(arguments.results, "--results")
+            if arguments.results
+            else storage.join(ledger, "_results")
+        )
         rows = chosen(ledger, arguments.run, arguments.series)
         connect()
         return concluded(export_all(rows, results))
@@ -115,7 +125,13 @@ def concluded(found: Iterable[dict[str, Any]]) -> int:
         counts[outcome] += 1
         if outcome not in DONE:
             detail = f", {row['detail']}" if row["detail"] else ""
-            logger.warning("series %s: %s%s", key, outcome, detail, extra={"series_key": key, "reason": outcome})
+            logger.warning(
+                "series %s: %s%s",
+                key,
+                outcome,
+                detail,
+                extra={"series_key": key, "reason": outcome},
+            )
     logger.info("%s", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     return 0 if set(counts) <= DONE else 4
 
@@ -148,14 +164,16 @@ def chosen(ledger: str, run_id: str, keys: list[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: where there is none.
     """
-    committed = view.committed_files(ledger)
+    committed = committed_files(ledger)
     if not committed:
         raise ConfigError("no run is committed in this ledger")
-    rows = view.read(view.file_of(ledger, run_id) if run_id else committed[-1]).to_pylist()
+    rows = read_run(find_run_file(ledger, run_id) if run_id else committed[-1]).to_pylist()
     found = [
         row
         for row in rows
-        if row["status"] == "screened" and row["source_format"] == "dicom" and (not keys or row["series_key"] in keys)
+        if row["status"] == Status.SCREENED
+        and row["source_format"] == "dicom"
+        and (not keys or row["series_key"] in keys)
     ]
     if not found:
         raise ConfigError("this run has no screened DICOM series of those asked for")
@@ -168,7 +186,9 @@ def export(row: dict[str, Any], results: str) -> dict[str, Any]:
     Raises:
         AccessError: storage refuses us altogether, which is no matter of one series.
     """
-    if not all(SAFE_NAME.fullmatch(row[name]) for name in ("run_id", "series_key")):  # they become a place on a disk
+    if not all(
+        SAFE_NAME.fullmatch(row[name]) for name in ("run_id", "series_key")
+    ):  # they become a place on a disk
         return outcome_of("", "run_id or series_key is not of letters and digits")
     key = row["series_key"]
     try:
@@ -190,7 +210,11 @@ def export(row: dict[str, Any], results: str) -> dict[str, Any]:
 def place_of(error: Exception) -> str:
     """Type of an error and the line of ours that it came through, in the package or here; not its text."""
     found = decode.place_of(error)
-    here = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith("export.py")]
+    here = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.endswith("export.py")
+    ]
     if not found.endswith("no line of ours") or not here:
         return found
     return f"{type(error).__name__} at jobs/export.py:{here[-1].lineno}"
@@ -225,9 +249,13 @@ def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
     headers = source_headers(row)
     num_slices = math.prod(masks[0].shape) // (int(headers[0].Rows) * int(headers[0].Columns))
     if len(headers) != num_slices:
-        raise StudyError("missing_slices", f"{len(headers)} slices, expected {num_slices} as in the mask")
+        raise StudyError(
+            Reason.MISSING_SLICES, f"{len(headers)} slices, expected {num_slices} as in the mask"
+        )
     affine = LPS_TO_RAS @ masks[0].affine
-    lesion, lung = (dicom_results.frames_of(headers, np.asarray(mask.dataobj) > 0, affine) for mask in masks)
+    lesion, lung = (
+        dicom_results.frames_of(headers, np.asarray(mask.dataobj) > 0, affine) for mask in masks
+    )
     finding = dicom_results.Finding(
         run_id=row["run_id"],
         series_key=row["series_key"],
@@ -239,7 +267,9 @@ def made(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
         p_infected=row["p_infected"],
     )
     seg = dicom_results.segmentation(headers, lesion, lung, finding)
-    return dicom_results.to_bytes(seg), dicom_results.to_bytes(dicom_results.structured_report(headers, seg, finding))
+    return dicom_results.to_bytes(seg), dicom_results.to_bytes(
+        dicom_results.structured_report(headers, seg, finding)
+    )
 
 
 def read_mask(uri: str) -> nib.Nifti1Image:
@@ -284,7 +314,9 @@ def is_place(uri: str) -> bool:
     return storage.is_s3(uri) or uri.startswith("/")
 
 
-def objects_of(series_uid: str, root: str, listed: Sequence[storage.ObjectInfo]) -> Sequence[storage.ObjectInfo]:
+def objects_of(
+    series_uid: str, root: str, listed: Sequence[storage.ObjectInfo]
+) -> Sequence[storage.ObjectInfo]:
     """The objects of a folder that belong to a series.
 
     Raises:
@@ -302,7 +334,9 @@ def objects_of(series_uid: str, root: str, listed: Sequence[storage.ObjectInfo])
     return found
 
 
-def screened_bytes(row: dict[str, Any], root: str, objects: Sequence[storage.ObjectInfo]) -> Iterator[bytes]:
+def screened_bytes(
+    row: dict[str, Any], root: str, objects: Sequence[storage.ObjectInfo]
+) -> Iterator[bytes]:
     """The bytes of each different object, once all of them were found to be those that were screened.
 
     They are read twice, since a series may be larger than the memory of a worker, and compared once more.
@@ -313,12 +347,16 @@ def screened_bytes(row: dict[str, Any], root: str, objects: Sequence[storage.Obj
     digest, digests = storage.ContentDigest(), []
     for item in objects:
         one = hashlib.sha256()
-        for chunk in digest.passing(item.path, storage.read_chunks(storage.join(root, item.path), item)):
+        for chunk in digest.passing(
+            item.path, storage.read_chunks(storage.join(root, item.path), item)
+        ):
             one.update(chunk)
         digests.append(one.digest())
     if digest.hexdigest() != row["source_digest"]:
         raise storage.ObjectChangedError("the series is another than was screened, by its content")
-    different = dict(zip(reversed(digests), reversed(objects), strict=True))  # of equal objects the first
+    different = dict(
+        zip(reversed(digests), reversed(objects), strict=True)
+    )  # of equal objects the first
     for expected, item in reversed(different.items()):
         data = b"".join(storage.read_chunks(storage.join(root, item.path), item))
         if hashlib.sha256(data).digest() != expected:
@@ -331,9 +369,11 @@ def parsed(data: bytes) -> pydicom.Dataset:
     try:
         syntax, _ = transfer_syntax(data)
     except ValueError as error:
-        raise StudyError("unreadable", "an object has no end of its file meta") from error
+        raise StudyError(Reason.UNREADABLE, "an object has no end of its file meta") from error
     if syntax == DEFLATED:
-        raise StudyError("unsupported_syntax", "a deflated object, expected uncompressed or lossless CT")
+        raise StudyError(
+            Reason.UNSUPPORTED_SYNTAX, "a deflated object, expected uncompressed or lossless CT"
+        )
     if not has_magic(data):  # an object that was screened may lack the preamble
         data = bytes(MAGIC_AT) + MAGIC + data[data_start(data) :]
     return pydicom.dcmread(BytesIO(data), stop_before_pixels=True)

@@ -19,12 +19,18 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from cluster import parser, place, start_logging
 
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, Status
+from covtanet.ledger.accounting import Accounting
+from covtanet.ledger.diff import differences
+from covtanet.ledger.read import (
+    committed_files,
+    find_run_file,
+    for_spreadsheet,
+    newest_rows,
+    read_run,
+)
 from covtanet.report.summary import findings
 from covtanet.report.summary import table as summary_table
-from covtanet.screening import view
-from covtanet.screening.ledger import Accounting
-from covtanet.screening.records import STATUSES
 
 logger = logging.getLogger("covtanet.ledger")
 COUNTED = ["status", "reason", "diagnosis", "severity", "severity_by_involvement"]
@@ -36,14 +42,20 @@ def parse() -> argparse.Namespace:
     options.add_argument("ledger", help="folder or s3:// prefix of the ledger")
     commands = options.add_subparsers(dest="command", required=True)
     newest = commands.add_parser("view", help="the newest row of every series")
-    newest.add_argument("--out", type=Path, help="FILE.parquet or FILE.csv; without it the view is counted")
+    newest.add_argument(
+        "--out", type=Path, help="FILE.parquet or FILE.csv; without it the view is counted"
+    )
     commands.add_parser("runs", help="every committed run")
     commands.add_parser("run", help="the accounting of a run").add_argument("run_id")
     two = commands.add_parser("diff", help="the difference of two runs")
     two.add_argument("one")
     two.add_argument("other")
     arguments = options.parse_args()
-    if arguments.command == "view" and arguments.out and arguments.out.suffix not in (".parquet", ".csv"):
+    if (
+        arguments.command == "view"
+        and arguments.out
+        and arguments.out.suffix not in (".parquet", ".csv")
+    ):
         options.error("--out is FILE.parquet or FILE.csv")
     return arguments
 
@@ -65,24 +77,28 @@ def main() -> int:
 def answer(arguments: argparse.Namespace, ledger: str) -> int:
     """Print what was asked for."""
     if arguments.command == "run":
-        print(counted(f"Run {arguments.run_id}", view.read(view.file_of(ledger, arguments.run_id))))
+        print(counted(f"Run {arguments.run_id}", read_run(find_run_file(ledger, arguments.run_id))))
     elif arguments.command == "diff":
-        tables = [view.read(view.file_of(ledger, run_id)) for run_id in (arguments.one, arguments.other)]
-        found = view.differences(*tables)
+        tables = [
+            read_run(find_run_file(ledger, run_id)) for run_id in (arguments.one, arguments.other)
+        ]
+        found = differences(*tables)
         print("\n".join(found) or "no difference")
         return 1 if found else 0
-    elif not view.committed_files(ledger):
+    elif not committed_files(ledger):
         raise ConfigError("no run is committed in this ledger")
     elif arguments.command == "runs":
-        for uri in view.committed_files(ledger):
+        for uri in committed_files(ledger):
             date, name = uri.rsplit("/", 2)[-2:]
-            counts = Counter(view.read(uri, ["status"])["status"].to_pylist())
-            parts = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
-            print(f"{date.removeprefix('date=')}  {name.removesuffix('.parquet')}  {counts.total()} series: {parts}")
+            counts = Counter(read_run(uri, ["status"])["status"].to_pylist())
+            parts = ", ".join(f"{counts[status]} {status}" for status in Status)
+            print(
+                f"{date.removeprefix('date=')}  {name.removesuffix('.parquet')}  {counts.total()} series: {parts}"
+            )
     elif arguments.out:
-        write(view.newest_rows(ledger), arguments.out)
+        write(newest_rows(ledger), arguments.out)
     else:
-        print(counted("Current view", view.newest_rows(ledger, COUNTED)))
+        print(counted("Current view", newest_rows(ledger, COUNTED)))
     return 0
 
 
@@ -96,7 +112,10 @@ def counted(title: str, table: pa.Table) -> str:
         ("rejected", counts.rejected.total(), counts.rejected),
         ("failed", counts.failed, counts.failures),
     ):
-        lines += [(status, number), *((f"  {reason}", count) for reason, count in sorted(reasons.items()))]
+        lines += [
+            (status, number),
+            *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
+        ]
     return summary_table(title, [*lines, *findings(counts)])
 
 
@@ -105,7 +124,7 @@ def write(table: pa.Table, path: Path) -> None:
     if path.suffix == ".parquet":
         pq.write_table(table, path)
     else:
-        pa_csv.write_csv(view.for_spreadsheet(table), path)
+        pa_csv.write_csv(for_spreadsheet(table), path)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ import report
 from cluster import parser, place, start_logging
 
 from covtanet import storage
+from covtanet.decoding.prepare import place_of
 from covtanet.errors import ConfigError
+from covtanet.ledger.batch import run_of_batch
+from covtanet.ledger.read import account_run, committed_files, find_run_file, read_run
+from covtanet.ledger.run import WORK, KnownRun, known_runs
 from covtanet.report.worklist import summary
-from covtanet.screening import ledger, view
-from covtanet.screening.decode import place_of
 
 logger = logging.getLogger("covtanet.nightly")
 
@@ -53,21 +55,41 @@ def parse() -> argparse.Namespace:
     options.add_argument("--ledger", required=True, help="folder or s3:// prefix for the ledger")
     options.add_argument("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, path or URI")
     options.add_argument("--config", type=Path, help="TOML file with a [screening] table")
-    options.add_argument("--night", type=date.fromisoformat, help="YYYY-MM-DD; default: today in --time-zone")
+    options.add_argument(
+        "--night", type=date.fromisoformat, help="YYYY-MM-DD; default: today in --time-zone"
+    )
     options.add_argument("--time-zone", type=ZoneInfo, default=ZoneInfo("UTC"), help="default UTC")
-    options.add_argument("--max-rejected", default="0.5", help="share of refused series from which to alert")
-    options.add_argument("--max-failed", default="0.05", help="share of failed series from which to alert")
-    options.add_argument("--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)")
     options.add_argument(
-        "--linkage", default="", help="folder or s3:// prefix for what names a study (deidentify = true)"
-    )
-    options.add_argument("--alert-url-file", type=Path, help="file with the URL that alerts are sent to, a secret")
-    options.add_argument("--keep-days", type=int, default=30, help="how long to keep work of runs that never ended")
-    options.add_argument(
-        "--keep-results-days", type=int, default=0, help="how long to keep masks and previews; default: for ever"
+        "--max-rejected", default="0.5", help="share of refused series from which to alert"
     )
     options.add_argument(
-        "--acknowledge", metavar="WHY", default="", help="note that a person has seen the night's alert; then stop"
+        "--max-failed", default="0.05", help="share of failed series from which to alert"
+    )
+    options.add_argument(
+        "--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)"
+    )
+    options.add_argument(
+        "--linkage",
+        default="",
+        help="folder or s3:// prefix for what names a study (deidentify = true)",
+    )
+    options.add_argument(
+        "--alert-url-file", type=Path, help="file with the URL that alerts are sent to, a secret"
+    )
+    options.add_argument(
+        "--keep-days", type=int, default=30, help="how long to keep work of runs that never ended"
+    )
+    options.add_argument(
+        "--keep-results-days",
+        type=int,
+        default=0,
+        help="how long to keep masks and previews; default: for ever",
+    )
+    options.add_argument(
+        "--acknowledge",
+        metavar="WHY",
+        default="",
+        help="note that a person has seen the night's alert; then stop",
     )
     arguments = options.parse_args()
     if not arguments.acknowledge and not (arguments.archive and arguments.model):
@@ -140,7 +162,7 @@ def run(arguments: argparse.Namespace, night: date, ledger_uri: str, watch: Watc
     watch.about["exit_code"] = code
     run_id = judged_run(ledger_uri, night, code)
     if run_id:
-        counted = summary(view.read(view.file_of(ledger_uri, run_id)))
+        counted = summary(read_run(find_run_file(ledger_uri, run_id)))
         found |= {"run_id": run_id, **{name: counted[name] for name in COUNTS}}
         watch.about |= found
     if code != COMMITTED:  # before the report and tidying up, which may fail in turn
@@ -151,7 +173,9 @@ def run(arguments: argparse.Namespace, night: date, ledger_uri: str, watch: Watc
             prune(arguments, night, ledger_uri)
             storage.write_bytes(mark, json.dumps(found, indent=2).encode())
         except (OSError, ConfigError) as error:
-            logger.error("report, tidying up or mark: %s; the same command continues", type(error).__name__)
+            logger.error(
+                "report, tidying up or mark: %s; the same command continues", type(error).__name__
+            )
             watch.about["error"] = type(error).__name__
             code = code or FAILED
     logger.info("night of %s: exit code %d, %s", night, code, found.get("status", "no ledger"))
@@ -164,7 +188,11 @@ def marked(found: dict[str, Any], night: date, watch: Watch) -> int:
     if code == COMMITTED or found.get("acknowledged"):
         logger.info("the night of %s is done; nothing to do", night)
         return COMMITTED
-    logger.error("the night of %s is done, but ended with %d; see docs/runbook.md, --acknowledge", night, code)
+    logger.error(
+        "the night of %s is done, but ended with %d; see docs/runbook.md, --acknowledge",
+        night,
+        code,
+    )
     watch.about |= {name: found[name] for name in ("exit_code", "run_id", *COUNTS) if name in found}
     watch.alert(kind_of(found))
     return code
@@ -213,10 +241,10 @@ def judged_run(ledger_uri: str, night: date, code: int) -> str:
     """
     if code in (COMMITTED, TOO_MANY):
         return named_run(ledger_uri, night)
-    found = ledger.run_of_batch(ledger_uri, batch_of(night)) if code == FAILED else None
+    found = run_of_batch(ledger_uri, batch_of(night)) if code == FAILED else None
     if found is None or not storage.exists(found.committed_uri(ledger_uri)):
         return ""
-    counts = view.account(found.committed_uri(ledger_uri))
+    counts = account_run(found.committed_uri(ledger_uri))
     return found.run_id if counts.failures["internal_error"] else ""
 
 
@@ -242,7 +270,7 @@ def batch_of(night: date) -> str:
 
 def named_run(ledger_uri: str, night: date) -> str:
     """The id of the night's run."""
-    found = ledger.run_of_batch(ledger_uri, batch_of(night))
+    found = run_of_batch(ledger_uri, batch_of(night))
     if found is None:
         raise ConfigError("the night's run has left no name")
     return found.run_id
@@ -250,7 +278,9 @@ def named_run(ledger_uri: str, night: date) -> str:
 
 def missing_before(ledger_uri: str, night: date) -> date | None:
     """The day before, where nights were screened before it and it was not."""
-    done = sorted(name.removesuffix(".json") for name in storage.list_names(storage.join(ledger_uri, MARKS)))
+    done = sorted(
+        name.removesuffix(".json") for name in storage.list_names(storage.join(ledger_uri, MARKS))
+    )
     before = night - timedelta(days=1)
     earlier = [name for name in done if name < night.isoformat()]
     return before if earlier and earlier[-1] != before.isoformat() else None
@@ -276,7 +306,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follow no redirect: only the configured URL gets the alert."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
     ) -> None:
         """Make no other request, so that the redirect is the error that it is."""
         return
@@ -298,24 +334,28 @@ def check_alert_url(url: str) -> None:
 def prune(arguments: argparse.Namespace, night: date, ledger_uri: str) -> None:
     """Remove old files: work that was never committed, listings but the last, old results."""
     linkage = place(arguments.linkage, "--linkage") if arguments.linkage else ""
-    roots = [storage.join(each, ledger.WORK) for each in (ledger_uri, linkage) if each]
+    roots = [storage.join(each, WORK) for each in (ledger_uri, linkage) if each]
     for root in roots:
-        runs = ledger.known_runs(ledger_uri, root)
+        runs = known_runs(ledger_uri, root)
         prune_work(root, runs, night - timedelta(days=arguments.keep_days))
         prune_listings(root, runs)
     if arguments.keep_results_days:
         prune_results(ledger_uri, night - timedelta(days=arguments.keep_results_days))
 
 
-def prune_work(root: str, runs: list[ledger.KnownRun], before: date) -> None:
+def prune_work(root: str, runs: list[KnownRun], before: date) -> None:
     """Remove the work of runs that began before a day and were never committed; their rows can be made again."""
     for known in runs:
         if not known.is_committed and known.begun_on < before:
             storage.delete_folder(storage.join(root, known.run_id))
-            logger.info("removed the work of run %s, begun on %s and never committed", known.run_id, known.begun_on)
+            logger.info(
+                "removed the work of run %s, begun on %s and never committed",
+                known.run_id,
+                known.begun_on,
+            )
 
 
-def prune_listings(root: str, runs: list[ledger.KnownRun]) -> None:
+def prune_listings(root: str, runs: list[KnownRun]) -> None:
     """Keep the listing of folders of the last run that listed all, for each archive and name of a model."""
     whole = [known for known in runs if known.is_committed and not known.description.get("limit")]
     last = {known.listing_of: known.run_id for known in whole if not known.is_ahead}
@@ -327,12 +367,14 @@ def prune_listings(root: str, runs: list[ledger.KnownRun]) -> None:
 def prune_results(ledger_uri: str, before: date) -> None:
     """Remove masks and previews of committed runs of before a day."""
     kept = set(storage.list_names(storage.join(ledger_uri, "_results")))
-    for uri in view.committed_files(ledger_uri):
+    for uri in committed_files(ledger_uri):
         day, name = uri.rsplit("/", 2)[-2:]
         run_id = name.removesuffix(".parquet")
         if run_id in kept and day.removeprefix("date=") < before.isoformat():
             storage.delete_folder(storage.join(ledger_uri, "_results", run_id))
-            logger.info("removed masks and previews of run %s of %s", run_id, day.removeprefix("date="))
+            logger.info(
+                "removed masks and previews of run %s of %s", run_id, day.removeprefix("date=")
+            )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from cluster import parser, place, start_logging
 
 from covtanet import storage
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, Status
+from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report import worklist
-from covtanet.screening import view
 
 logger = logging.getLogger("covtanet.report")
 NUM_READ_THREADS = 8
@@ -33,11 +33,15 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--ledger", required=True, help="folder or s3:// prefix of the ledger")
     options.add_argument("--run", default="", help="run id; default: the newest committed run")
-    options.add_argument("--results", default="", help="where the run wrote pictures; default: LEDGER/_results")
+    options.add_argument(
+        "--results", default="", help="where the run wrote pictures; default: LEDGER/_results"
+    )
     arguments = options.parse_args()
     start_logging()
     try:
-        target, outcomes = make_report(place(arguments.ledger, "--ledger"), arguments.run, arguments.results)
+        target, outcomes = make_report(
+            place(arguments.ledger, "--ledger"), arguments.run, arguments.results
+        )
     except ConfigError as error:
         logger.error("%s", error)
         return 3
@@ -60,14 +64,16 @@ def make_report(ledger: str, run_id: str, results: str) -> tuple[str, Counter[st
         ConfigError: there is no such run.
         AccessError: storage refuses us altogether.
     """
-    committed = view.committed_files(ledger)
+    committed = committed_files(ledger)
     if not committed:
         raise ConfigError("this ledger has no committed run")
-    uri = view.file_of(ledger, run_id) if run_id else committed[-1]
-    table = view.read(uri)
+    uri = find_run_file(ledger, run_id) if run_id else committed[-1]
+    table = read_run(uri)
     run_date, name = uri.rsplit("/", 2)[-2:]
     run_id = name.removesuffix(".parquet")
-    folder = storage.join(storage.absolute(results) if results else storage.join(ledger, "_results"), run_id)
+    folder = storage.join(
+        storage.absolute(results) if results else storage.join(ledger, "_results"), run_id
+    )
 
     def picture(row: dict[str, object]) -> tuple[str, bytes, str]:
         key = str(row["series_key"])
@@ -78,10 +84,15 @@ def make_report(ledger: str, run_id: str, results: str) -> tuple[str, Counter[st
         except storage.AccessError:
             raise
         except OSError as error:
-            logger.warning("series %s: no picture, storage: %s", key, type(error).__name__, extra={"series_key": key})
+            logger.warning(
+                "series %s: no picture, storage: %s",
+                key,
+                type(error).__name__,
+                extra={"series_key": key},
+            )
             return key, b"", "storage"
 
-    rows = [row for row in worklist.page(table)["rows"] if row["status"] == "screened"]
+    rows = [row for row in worklist.page(table)["rows"] if row["status"] == Status.SCREENED]
     with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
         found = list(pool.map(picture, rows))
     pictures = {key: png for key, png, _ in found if png}

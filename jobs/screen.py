@@ -33,10 +33,24 @@ from cluster import check_tracking, connect, parser, place, start_logging
 from covtanet import storage, tracking
 from covtanet.config import load_config
 from covtanet.errors import AlreadyCommittedError, CheckpointError, ConfigError, WeakSandboxError
+from covtanet.inference.predictor import refuse_without_segmentation, window_of
+from covtanet.ledger.accounting import Accounting
+from covtanet.ledger.batch import name_batch
+from covtanet.ledger.commit import commit_run
+from covtanet.ledger.read import account_run
+from covtanet.ledger.run import (
+    Run,
+    begin_run,
+    check_locations,
+    choose_date,
+    digest_of,
+    is_committed,
+    latest_date,
+)
+from covtanet.ledger.work import read_ignored, read_manifest, remove_work
 from covtanet.model.checkpoint import load_model
 from covtanet.report.summary import ignored_line, plan_table, screening_table
-from covtanet.screening import ledger, pipeline, view
-from covtanet.screening.predictor import refuse_without_segmentation, window_of
+from covtanet.screening import pipeline
 from covtanet.screening.stages import config_values, for_model
 
 logger = logging.getLogger("covtanet.screen")
@@ -58,29 +72,55 @@ def parse() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--archive", required=True, help="folder or s3:// prefix with the CT")
     options.add_argument("--ledger", required=True, help="folder or s3:// prefix for the ledger")
-    options.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, path or URI")
     options.add_argument(
-        "--run-date", type=date.fromisoformat, help="YYYY-MM-DD; default: the unfinished run's, or today"
+        "--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, path or URI"
     )
-    options.add_argument("--results", default="", help="folder or s3:// prefix for masks and previews; default: none")
-    options.add_argument("--limit", type=int, default=0, help="screen only the first N series; default: all")
-    options.add_argument("--group-by", choices=("folder", "uid"), help="what makes DICOM objects a series")
+    options.add_argument(
+        "--run-date",
+        type=date.fromisoformat,
+        help="YYYY-MM-DD; default: the unfinished run's, or today",
+    )
+    options.add_argument(
+        "--results", default="", help="folder or s3:// prefix for masks and previews; default: none"
+    )
+    options.add_argument(
+        "--limit", type=int, default=0, help="screen only the first N series; default: all"
+    )
+    options.add_argument(
+        "--group-by", choices=("folder", "uid"), help="what makes DICOM objects a series"
+    )
     options.add_argument("--config", type=Path, help="TOML file with a [screening] table")
     options.add_argument(
-        "--since", choices=("last",), help="last: only series that are new, changed or failed since earlier runs"
+        "--since",
+        choices=("last",),
+        help="last: only series that are new, changed or failed since earlier runs",
     )
     options.add_argument(
-        "--max-rejected", type=share, default=1.0, help="largest share of rejected series for exit code 0; default 1.0"
+        "--max-rejected",
+        type=share,
+        default=1.0,
+        help="largest share of rejected series for exit code 0; default 1.0",
     )
     options.add_argument(
-        "--max-failed", type=share, default=0.05, help="largest share of failed series for exit code 0; default 0.05"
+        "--max-failed",
+        type=share,
+        default=0.05,
+        help="largest share of failed series for exit code 0; default 0.05",
     )
-    options.add_argument("--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)")
     options.add_argument(
-        "--linkage", default="", help="folder or s3:// prefix for what names a study (deidentify = true)"
+        "--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)"
     )
-    options.add_argument("--batch", default="", help="name under which the endpoint finds this run again")
-    options.add_argument("--plan", action="store_true", help="freeze the manifest, print what would be done, stop")
+    options.add_argument(
+        "--linkage",
+        default="",
+        help="folder or s3:// prefix for what names a study (deidentify = true)",
+    )
+    options.add_argument(
+        "--batch", default="", help="name under which the endpoint finds this run again"
+    )
+    options.add_argument(
+        "--plan", action="store_true", help="freeze the manifest, print what would be done, stop"
+    )
     arguments = options.parse_args()
     if arguments.limit < 0:
         options.error("--limit must be at least 0")
@@ -129,7 +169,11 @@ def cause_of(error: BaseException) -> str:
         if f"\n{own.__module__}.{own.__qualname__}:" in text:
             return f"{type(error).__name__} of {own.__name__}"
     cause = getattr(error, "cause", None)
-    return f"{type(error).__name__} of {type(cause).__name__}" if cause is not None else type(error).__name__
+    return (
+        f"{type(error).__name__} of {type(cause).__name__}"
+        if cause is not None
+        else type(error).__name__
+    )
 
 
 def screen(arguments: argparse.Namespace, folder: Path) -> int:
@@ -138,9 +182,9 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     check_tracking()
     archive, ledger_uri = place(arguments.archive, "--archive"), place(arguments.ledger, "--ledger")
     results = place(arguments.results, "--results") if arguments.results else ""
-    ledger.check_places(archive, ledger_uri)
+    check_locations(archive, ledger_uri)
     if results:
-        ledger.check_places(archive, results)
+        check_locations(archive, results)
     config = load_config(arguments.config).screening
     if arguments.group_by:
         config = replace(config, group_by=arguments.group_by)
@@ -152,46 +196,54 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     window, config = window_of(loaded), for_model(config, loaded.preprocessing)
     refuse_without_segmentation(loaded)
     if not loaded.provenance.get("has_diagnosis", True):
-        logger.warning("the model was trained in phase 1 alone: diagnosis and severity are null, but for the rule's")
+        logger.warning(
+            "the model was trained in phase 1 alone: diagnosis and severity are null, but for the rule's"
+        )
     if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
         logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     run = replace(run, model_ref=ref)
     run = hide_identities(run, arguments) if config.deidentify else run
-    run = replace(run, run_date=arguments.run_date or ledger.choose_date(run))
+    run = replace(run, run_date=arguments.run_date or choose_date(run))
     start_logging(run_id=run.run_id)
-    logger.info("run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version)
+    logger.info(
+        "run %s of %s with %s version %s", run.run_id, run.run_date, model.name, model.version
+    )
     if arguments.batch:
-        ledger.name_batch(run, arguments.batch)
-    if ledger.is_committed(run):
-        ledger.clean_up(run)
+        name_batch(run, arguments.batch)
+    if is_committed(run):
+        remove_work(run)
         logger.info("this run is committed; nothing to do: %s", run.committed_uri)
-        return judge(view.account(run.committed_uri), arguments.max_rejected, arguments.max_failed)
+        return judge(account_run(run.committed_uri), arguments.max_rejected, arguments.max_failed)
     is_exclusive = storage.honours_create(run.ledger)
     if not is_exclusive:
-        logger.warning("this store lets a PUT replace a file; two drivers of one run are found out, not kept apart")
+        logger.warning(
+            "this store lets a PUT replace a file; two drivers of one run are found out, not kept apart"
+        )
     connect()
-    ledger.begin(run)
+    begin_run(run)
     try:
         pipeline.make_manifest(run, config)
         if arguments.plan:
-            print(plan_table(run, pipeline.plan(run), ledger.read_manifest(run)))
+            print(plan_table(run, pipeline.plan(run), read_manifest(run)))
             return 0
         pipeline.screen(run, config, window, model.folder, results)
-        accounting = ledger.commit(run, is_exclusive=is_exclusive)
+        accounting = commit_run(run, is_exclusive=is_exclusive)
     except Exception as error:
         if not isinstance(error, AlreadyCommittedError) and is_known_as_committed(run):
-            raise AlreadyCommittedError("another driver of this run committed while this one worked") from error
+            raise AlreadyCommittedError(
+                "another driver of this run committed while this one worked"
+            ) from error
         raise
     print(screening_table(run, accounting, time.monotonic() - started))
-    print(ignored_line(ledger.read_ignored(run)))
+    print(ignored_line(read_ignored(run)))
     return judge(accounting, arguments.max_rejected, arguments.max_failed)
 
 
-def is_known_as_committed(run: ledger.Run) -> bool:
+def is_known_as_committed(run: Run) -> bool:
     """Return whether a run is committed; False if storage does not say, so that the first error stands."""
     try:
-        return ledger.is_committed(run)
+        return is_committed(run)
     except OSError:
         return False
 
@@ -202,27 +254,33 @@ def check_date(run_date: date | None) -> None:
     Raises:
         ConfigError: with the latest date.
     """
-    if run_date is not None and run_date > ledger.latest_date():
-        raise ConfigError(f"--run-date {run_date} lies in the future, expected at most {ledger.latest_date()}")
+    if run_date is not None and run_date > latest_date():
+        raise ConfigError(
+            f"--run-date {run_date} lies in the future, expected at most {latest_date()}"
+        )
 
 
-def judge(accounting: ledger.Accounting, max_rejected: float, max_failed: float) -> int:
+def judge(accounting: Accounting, max_rejected: float, max_failed: float) -> int:
     """The exit code of a committed run."""
     num_rejected, num_series = accounting.rejected.total(), accounting.series
     if accounting.failures["internal_error"]:
-        logger.error("%d series met a fault of this software", accounting.failures["internal_error"])
+        logger.error(
+            "%d series met a fault of this software", accounting.failures["internal_error"]
+        )
         return 1
     if num_series and (
         num_rejected > max_rejected * num_series
         or accounting.failed > max_failed * num_series
         or num_rejected == num_series
     ):
-        logger.error("%d rejected and %d failed of %d series", num_rejected, accounting.failed, num_series)
+        logger.error(
+            "%d rejected and %d failed of %d series", num_rejected, accounting.failed, num_series
+        )
         return 4
     return 0
 
 
-def hide_identities(run: ledger.Run, arguments: argparse.Namespace) -> ledger.Run:
+def hide_identities(run: Run, arguments: argparse.Namespace) -> Run:
     """The run with the site's key and the place of its linkage table.
 
     Raises:
@@ -239,22 +297,26 @@ def hide_identities(run: ledger.Run, arguments: argparse.Namespace) -> ledger.Ru
         raise ConfigError(f"the site key needs {MIN_SITE_KEY_BYTES} bytes and mode 0600")
     linkage = place(arguments.linkage, "--linkage")
     for other in (run.archive, run.ledger):
-        ledger.check_places(other, linkage)
+        check_locations(other, linkage)
     return replace(run, site_key=key, linkage=linkage)
 
 
 def make_run(
-    arguments: argparse.Namespace, archive: str, ledger_uri: str, model: tracking.ModelRef, values: dict[str, Any]
-) -> ledger.Run:
+    arguments: argparse.Namespace,
+    archive: str,
+    ledger_uri: str,
+    model: tracking.ModelRef,
+    values: dict[str, Any],
+) -> Run:
     """The run's identity, but for its date."""
-    return ledger.Run(
+    return Run(
         archive=archive,
         ledger=ledger_uri,
         run_date=date.min,
         model_name=model.name,
         model_version=model.version,
         model_digest=model.digest,
-        config_digest=ledger.digest_of(values),
+        config_digest=digest_of(values),
         software_version=tracking.software_version(),
         limit=arguments.limit,
         since_last=arguments.since == "last",

@@ -21,6 +21,8 @@ import cases_geometry
 import cases_nifti
 from right_rows import Case, Record, faults
 
+from covtanet.ledger.read import newest_rows, read_run
+
 CASES: dict[str, Case] = dict(
     sorted(
         [
@@ -87,10 +89,9 @@ def main() -> int:
             case(arguments.folder / name, name)
         sys.stdout.write(f"{len(CASES)} cases in {arguments.folder}\n")
         return 0
-    from covtanet.screening import view
 
     is_file = arguments.check.endswith(".parquet")
-    table = view.read(arguments.check) if is_file else view.newest_rows(arguments.check)
+    table = read_run(arguments.check) if is_file else newest_rows(arguments.check)
     found = check(table.to_pylist())
     for name, wrong in found.items():
         verdict = f"wrong: {'; '.join(wrong)}" if wrong else "right"

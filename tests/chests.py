@@ -21,8 +21,8 @@ from scipy import ndimage
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import LPS_TO_RAS
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import dicom_objects, nifti_grid
+from covtanet.phantoms.archive import dicom_objects, nifti_grid
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 PIXELS, ITEM, SEQUENCE_END = (
     b"\xe0\x7f\x10\x00",

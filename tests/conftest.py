@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from covtanet.ct.volume import Volume, canonical_volume
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 if TYPE_CHECKING:
     from endpoint import Endpoint
@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_network_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network_in_unit_tests(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A unit test may not open a socket or sleep."""
     if "unit" not in Path(request.node.path).parts:
         return
@@ -74,7 +76,11 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def mild() -> Phantom:
     """A phantom with a tenth of its lung affected."""
-    return make_phantom(PhantomConfig(seed=5, involvement=0.1, size_px=128, num_slices=24, pixel_mm=2.8, slice_mm=11))
+    return make_phantom(
+        PhantomConfig(
+            seed=5, involvement=0.1, size_px=128, num_slices=24, pixel_mm=2.8, slice_mm=11
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +92,9 @@ def small_model(seed: int = 0) -> SavedModel:
     """An untrained small network whose lesion map and diagnosis are not all one class."""
     torch.manual_seed(seed)
     network = CovTANet(SIZES["small"]).eval()
-    return SavedModel(network=network.requires_grad_(False), preprocessing={"window": {"size_px": 128}})
+    return SavedModel(
+        network=network.requires_grad_(False), preprocessing={"window": {"size_px": 128}}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +166,10 @@ def cluster(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         **SERVE_ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    with tempfile.TemporaryDirectory(prefix="cov") as short, tempfile.TemporaryDirectory(prefix="cov") as other:
+    with (
+        tempfile.TemporaryDirectory(prefix="cov") as short,
+        tempfile.TemporaryDirectory(prefix="cov") as other,
+    ):
         # Somebody else's Ray was here before: whatever looks for "the" Ray of this machine finds two.
         foreign_token = folder / "foreign_token"
         write_private(foreign_token, secrets.token_hex(32))
@@ -174,11 +185,13 @@ def setting(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) 
     """Tiny phantoms in MosMedData's layout in S3, and where trainings of them go."""
     import faults
 
-    from covtanet.data.phantom_archive import write_mosmed
+    from covtanet.phantoms.archive import write_mosmed
 
     write_mosmed("s3://bucket/mosmed", faults.PHANTOMS, 2)
     return faults.Setting(
-        environment=cluster.environment, folder=tmp_path_factory.mktemp("trainings"), data="s3://bucket/mosmed"
+        environment=cluster.environment,
+        folder=tmp_path_factory.mktemp("trainings"),
+        data="s3://bucket/mosmed",
     )
 
 
@@ -224,7 +237,10 @@ def endpoint(
     from endpoint import start_endpoint, write_config
     from services import free_ports
 
-    folder, token = Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent, secrets.token_urlsafe(32)
+    folder, token = (
+        Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent,
+        secrets.token_urlsafe(32),
+    )
     write_config(
         folder / "serve.toml", token, model=str(screening.folder / "model"), ledger="s3://bucket/served",
         places=("s3://bucket/archive",), max_waiting=2, config=str(screening.folder / "screening.toml"),
@@ -246,7 +262,10 @@ def batch(endpoint: "Endpoint") -> str:
     body = json.dumps(NIGHT).encode()
     status, submitted, _ = endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)
     assert status == 202
-    assert endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)[1]["batch_id"] == submitted["batch_id"]
+    assert (
+        endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)[1]["batch_id"]
+        == submitted["batch_id"]
+    )
     other = json.dumps({"archive": "s3://bucket/archive/nifti"}).encode()
     assert endpoint.ask("POST", "/v1/batches", other, NIGHT_HEADERS)[0] == 422
     path, deadline = f"/v1/batches/{submitted['batch_id']}", time.monotonic() + 400

@@ -59,8 +59,14 @@ def seeds(kind: str, folder: Path) -> None:
     """Sound, odd and malformed input to begin with."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = [build() for name, build in CONTROLS.items() if name.startswith(kind)]
-    cases += [build() for name, (_, build) in CATALOGUE.items() if name.startswith(kind) and "bomb" not in name]
-    contents = [max(case.values(), key=len) for case in cases] + ([gz(plain_nifti())] if kind == "nifti" else [])
+    cases += [
+        build()
+        for name, (_, build) in CATALOGUE.items()
+        if name.startswith(kind) and "bomb" not in name
+    ]
+    contents = [max(case.values(), key=len) for case in cases] + (
+        [gz(plain_nifti())] if kind == "nifti" else []
+    )
     for index, data in enumerate(contents):
         (folder / f"{index:03d}").write_bytes(data)
 
@@ -71,7 +77,9 @@ def main() -> None:
     options.add_argument("reader", choices=READERS)
     options.add_argument("--minutes", type=float, default=10)
     options.add_argument("--corpus", type=Path, default=Path(".fuzz"))
-    options.add_argument("--seed", type=int, default=0, help="of the search; default: another every time")
+    options.add_argument(
+        "--seed", type=int, default=0, help="of the search; default: another every time"
+    )
     arguments = options.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -24,9 +24,9 @@ from pydicom.uid import (
 )
 
 from covtanet.ct import nifti
-from covtanet.data.bombs import empty_items
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
+from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
+from covtanet.phantoms.bombs import empty_items
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 FAR_SEGMENTS = struct.pack("<16I", 2, 64, 1 << 30, *[0] * 13)
 Objects = dict[str, bytes]
@@ -39,7 +39,9 @@ QFORM_CODE, SFORM_CODE, QUATERN, SROW, MAGIC = 252, 254, 256, 280, 344
 
 @cache
 def phantom() -> Phantom:
-    return make_phantom(PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18))
+    return make_phantom(
+        PhantomConfig(seed=9, involvement=0.1, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18)
+    )
 
 
 @cache
@@ -197,7 +199,9 @@ def deflated(bomb: int = 0) -> Objects:
         start = transfer_syntax(out[0])[1]
         stream = zlib.compressobj(9, zlib.DEFLATED, -15)
         plain = zlib.decompressobj(-15).decompress(out[0][start:])
-        packed = stream.compress(plain) + b"".join(stream.compress(bytes(1 << 20)) for _ in range(bomb))
+        packed = stream.compress(plain) + b"".join(
+            stream.compress(bytes(1 << 20)) for _ in range(bomb)
+        )
         out = [out[0][:start] + packed + stream.flush()]
     return named(out)
 
@@ -254,14 +258,22 @@ def enhanced(num_described: int = 12, **values: object) -> Objects:
     for item in first:
         if item.tag.group != 0x7FE0:
             whole.add(item)
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+    for name in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
         del whole[name]
     whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
     shared, frames, pixels = Dataset(), [], []
     for data in slices():
         dataset, frame = pydicom.dcmread(BytesIO(data)), Dataset()
         frame.PlanePositionSequence = Sequence([_only(dataset, "ImagePositionPatient")])
-        frame.PixelValueTransformationSequence = Sequence([_only(dataset, "RescaleSlope", "RescaleIntercept")])
+        frame.PixelValueTransformationSequence = Sequence(
+            [_only(dataset, "RescaleSlope", "RescaleIntercept")]
+        )
         frames.append(frame)
         pixels.append(dataset.PixelData)
     shared.PlaneOrientationSequence = Sequence([_only(first, "ImageOrientationPatient")])
@@ -508,10 +520,14 @@ CONTROLS: dict[str, Callable[[], Objects]] = {
     "nifti 2": nifti2,
     "nifti big endian": big_endian_nifti,
     "nifti of halves": halves,
-    "nifti in two gzip members": lambda: {"a.nii.gz": gz(plain_nifti()[:9000]) + gz(plain_nifti()[9000:])},
+    "nifti in two gzip members": lambda: {
+        "a.nii.gz": gz(plain_nifti()[:9000]) + gz(plain_nifti()[9000:])
+    },
     "nifti with something behind it": lambda: {"a.nii": plain_nifti() + bytes(100)},
     "nifti with a fourth dimension of one": lambda: patched((DIM, "5h", (4, 64, 64, 12, 1))),
-    "dicom without names": lambda: {f"{k * 7919 % 97:02d}": data for k, data in enumerate(slices())},
+    "dicom without names": lambda: {
+        f"{k * 7919 % 97:02d}": data for k, data in enumerate(slices())
+    },
     "dicom behind an executable's preamble": lambda: named([b"MZ" + data[2:] for data in slices()]),
     "dicom with implicit VR": implicit_vr,
     "dicom big endian": big_endian_dicom,

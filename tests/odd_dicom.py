@@ -13,8 +13,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from covtanet.ct import dicom
 from covtanet.ct.volume import Volume
-from covtanet.errors import StudyError
-from covtanet.screening.records import QC_FLAGS
+from covtanet.errors import QcFlag, StudyError
 
 Change = Callable[[int, FileDataset], None]
 STEP_MM, NUM_SLICES, SIZE = 18.0, 12, 64
@@ -47,7 +46,7 @@ def reason_of(series: list[FileDataset] | list[bytes]) -> str:
         flags = dicom.read_series(objects).qc_flags
     except StudyError as error:
         return error.reason
-    return "" if set(flags) <= set(QC_FLAGS) else f"flags {flags}"
+    return "" if set(flags) <= set(QcFlag) else f"flags {flags}"
 
 
 def changed(change: Change, series: Sequence[FileDataset] | None = None) -> list[FileDataset]:
@@ -85,7 +84,9 @@ def copied(dataset: FileDataset, number: object) -> FileDataset:
 
 def move(dataset: FileDataset, *offset_mm: float) -> None:
     """Move a slice by x, y, z millimetres."""
-    position = [float(mm) + by for mm, by in zip(dataset.ImagePositionPatient, offset_mm, strict=True)]
+    position = [
+        float(mm) + by for mm, by in zip(dataset.ImagePositionPatient, offset_mm, strict=True)
+    ]
     dataset.ImagePositionPatient = [f"{mm:.6f}" for mm in position]
 
 
@@ -106,21 +107,30 @@ def turned(
     degrees: Sequence[float], decimals: int, step_mm: float = STEP_MM, position_decimals: int = 6
 ) -> list[FileDataset]:
     """The patient turned about z and x; cosines and positions of so many decimals."""
-    (cos_z, sin_z), (cos_x, sin_x) = ((np.cos(angle), np.sin(angle)) for angle in np.radians(degrees))
+    (cos_z, sin_z), (cos_x, sin_x) = (
+        (np.cos(angle), np.sin(angle)) for angle in np.radians(degrees)
+    )
     about_z = np.array([[cos_z, -sin_z, 0], [sin_z, cos_z, 0], [0, 0, 1]])
     turn = about_z @ np.array([[1, 0, 0], [0, cos_x, -sin_x], [0, sin_x, cos_x]])
     series = datasets()
     start = turn @ np.array(series[0].ImagePositionPatient, float)
     for index, dataset in enumerate(series):
-        dataset.ImageOrientationPatient = [f"{cosine:.{decimals}f}" for cosine in (*turn[:, 0], *turn[:, 1])]
+        dataset.ImageOrientationPatient = [
+            f"{cosine:.{decimals}f}" for cosine in (*turn[:, 0], *turn[:, 1])
+        ]
         position = start + index * step_mm * turn[:, 2]
         dataset.ImagePositionPatient = [f"{mm:.{position_decimals}f}" for mm in position]
     return series
 
 
-def interleaved(change: Change, other_change: Change, offset_mm: float = STEP_MM / 2) -> list[FileDataset]:
+def interleaved(
+    change: Change, other_change: Change, offset_mm: float = STEP_MM / 2
+) -> list[FileDataset]:
     """Two acquisitions of one series UID, the slices of one between those of the other."""
-    one, other = datasets(), [copied(dataset, f"9.{index}") for index, dataset in enumerate(datasets())]
+    one, other = (
+        datasets(),
+        [copied(dataset, f"9.{index}") for index, dataset in enumerate(datasets())],
+    )
     for dataset in other:
         move(dataset, 0, 0, offset_mm)
     return [*changed(change, one), *changed(other_change, other)]
@@ -153,7 +163,9 @@ def reformatted(plane: str) -> list[FileDataset]:
     affine[:3, 0] /= 3
     order = {"coronal": (1, 0, 2), "sagittal": (2, 0, 1)}[plane]
     stack = affine[:, [*order, 3]]
-    objects = dicom.write_series(np.transpose(hu, order), stack, study_uid="1.2", series_uid="1.2.3")
+    objects = dicom.write_series(
+        np.transpose(hu, order), stack, study_uid="1.2", series_uid="1.2.3"
+    )
     return [pydicom.dcmread(BytesIO(data)) for data in objects]
 
 
@@ -167,7 +179,9 @@ def localizer() -> FileDataset:
     return scout
 
 
-def bare(series: Sequence[FileDataset], syntax: str = ExplicitVRLittleEndian, has_meta: bool = True) -> list[bytes]:
+def bare(
+    series: Sequence[FileDataset], syntax: str = ExplicitVRLittleEndian, has_meta: bool = True
+) -> list[bytes]:
     """Objects without preamble and magic, with or without a file meta."""
     out = []
     for dataset in series:
@@ -181,7 +195,10 @@ def bare(series: Sequence[FileDataset], syntax: str = ExplicitVRLittleEndian, ha
         plain.file_meta.TransferSyntaxUID = syntax
         buffer = BytesIO()
         plain.save_as(
-            buffer, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=not is_big, enforce_file_format=True
+            buffer,
+            implicit_vr=syntax == ImplicitVRLittleEndian,
+            little_endian=not is_big,
+            enforce_file_format=True,
         )
         data = buffer.getvalue()
         at = 132 if has_meta else 132 + 12 + int(dataset_meta_bytes(data))

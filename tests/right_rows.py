@@ -9,7 +9,7 @@ import numpy as np
 from chests import chest, lung_ml
 from numpy.typing import NDArray
 
-from covtanet.data.phantom import Phantom
+from covtanet.phantoms.phantom import Phantom
 
 SCREENED, REJECTED = "screened", "rejected"
 Record = dict[str, Any]

@@ -48,11 +48,19 @@ def volume_rows(count: int, seed: int) -> Rows:
     """Random features whose mean says the grade."""
     rng = np.random.default_rng(seed)
     grade = np.arange(count) % 3
-    shape = (count, NETWORK.num_slices, NETWORK.segnet.fused_channels, NETWORK.pooled_px, NETWORK.pooled_px)
+    shape = (
+        count,
+        NETWORK.num_slices,
+        NETWORK.segnet.fused_channels,
+        NETWORK.pooled_px,
+        NETWORK.pooled_px,
+    )
     return {
         "name": np.array([f"volume{seed}-{index:03d}" for index in range(count)]),
         "has_lesion": grade > 0,
-        "pooled": (rng.standard_normal(shape) + grade[:, None, None, None, None]).astype(np.float16),
+        "pooled": (rng.standard_normal(shape) + grade[:, None, None, None, None]).astype(
+            np.float16
+        ),
         "is_infected": grade > 0,
         "is_severe": grade == 2,
     }
@@ -70,8 +78,12 @@ def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase:
     module: nn.Module = TASegNet(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
     if phase == 1:
         module.to(memory_format=torch.channels_last)
-    model = DistributedDataParallel(module, forward_sync_buffers=False) if ranks.count > 1 else module
-    validation = [lane(100 + number, phase, config) for number in range(ranks.index, 2, ranks.count)]
+    model = (
+        DistributedDataParallel(module, forward_sync_buffers=False) if ranks.count > 1 else module
+    )
+    validation = [
+        lane(100 + number, phase, config) for number in range(ranks.index, 2, ranks.count)
+    ]
     if phase == 1:
         return phase1(module, model, config, FocalTverskyConfig(), validation, ranks)
     return phase2(module, model, config, JointLossConfig(), validation, ranks)
@@ -86,9 +98,14 @@ def train(
 ) -> Progress:
     """Run a phase on this rank's lanes."""
     ranks = ranks or Ranks()
-    lanes = {number: lane(number, phase, config) for number in range(ranks.index, config.micro_batches, ranks.count)}
+    lanes = {
+        number: lane(number, phase, config)
+        for number in range(ranks.index, config.micro_batches, ranks.count)
+    }
     kept = [] if reports is None else reports
-    return fit(config, build(phase, config, ranks), lanes, ranks, 0, progress or Progress(), kept.append)
+    return fit(
+        config, build(phase, config, ranks), lanes, ranks, 0, progress or Progress(), kept.append
+    )
 
 
 MEASURED_TIMES = ("data_wait_share", "step_s")
@@ -96,13 +113,18 @@ MEASURED_TIMES = ("data_wait_share", "step_s")
 
 def curve(progress: Progress) -> list[dict[str, float]]:
     """The history without what a clock measured."""
-    return [{name: value for name, value in epoch.items() if name not in MEASURED_TIMES} for epoch in progress.history]
+    return [
+        {name: value for name, value in epoch.items() if name not in MEASURED_TIMES}
+        for epoch in progress.history
+    ]
 
 
 def train_rank(index: int, count: int, folder: str) -> None:
     """One of several ranks, in a process of its own, through both phases; rank 0 writes curves and weights."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=index, world_size=count
+    )
     for phase in (1, 2):
         progress = train(phase, ranks=Ranks(index=index, count=count))
         if index == 0:

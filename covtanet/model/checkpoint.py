@@ -42,7 +42,13 @@ class SavedModel:
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes as configuration and weights: a library's own classes would import it unguarded."""
         state = self.network.state_dict()
-        return _rebuild, (asdict(self.network.config), state, self.preprocessing, self.provenance, self.digest)
+        return _rebuild, (
+            asdict(self.network.config),
+            state,
+            self.preprocessing,
+            self.provenance,
+            self.digest,
+        )
 
 
 def _rebuild(
@@ -55,7 +61,9 @@ def _rebuild(
     network = CovTANet(network_config(config))
     network.load_state_dict(state)
     network.eval().requires_grad_(False)
-    return SavedModel(network=network, preprocessing=preprocessing, provenance=provenance, digest=digest)
+    return SavedModel(
+        network=network, preprocessing=preprocessing, provenance=provenance, digest=digest
+    )
 
 
 def save_model(folder: Path, model: SavedModel) -> str:
@@ -63,7 +71,10 @@ def save_model(folder: Path, model: SavedModel) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+        state = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in model.network.state_dict().items()
+        }
         save_file(state, partial / WEIGHTS)
         description = {
             "format_version": FORMAT_VERSION,
@@ -99,14 +110,21 @@ def load_model(folder: Path, expected_digest: str | None = None) -> SavedModel:
     _check_sizes(folder)
     digest = model_digest(folder)
     if expected_digest and digest != expected_digest:
-        raise CheckpointError(f"model digest {digest[:12]}, expected {expected_digest[:12]}: not the registered model")
+        raise CheckpointError(
+            f"model digest {digest[:12]}, expected {expected_digest[:12]}: not the registered model"
+        )
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         if description["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(f"model format {description['format_version']}, expected {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"model format {description['format_version']}, expected {FORMAT_VERSION}"
+            )
         if _sha256(folder / WEIGHTS) != description["weights_sha256"]:
             raise CheckpointError("the weights differ from the digest in the model's description")
-        preprocessing, provenance = dict(description["preprocessing"]), dict(description["provenance"])
+        preprocessing, provenance = (
+            dict(description["preprocessing"]),
+            dict(description["provenance"]),
+        )
         config = network_config(description["network"])
         state = load_file(folder / WEIGHTS)
         # Shapes are compared on the meta device, before a description that asks for a huge network gets memory for it.
@@ -128,7 +146,9 @@ def _check_sizes(folder: Path) -> None:
     for name, max_bytes in MODEL_FILES.items():
         path = folder / name
         if path.is_file() and path.stat().st_size > max_bytes:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, expected at most {max_bytes}")
+            raise CheckpointError(
+                f"{name} has {path.stat().st_size} bytes, expected at most {max_bytes}"
+            )
 
 
 def network_config(values: dict[str, Any]) -> CovTANetConfig:
@@ -137,7 +157,9 @@ def network_config(values: dict[str, Any]) -> CovTANetConfig:
 
 
 def _check_fits(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in network.state_dict().items()}
+    wanted = {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in network.state_dict().items()
+    }
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     if wanted != found:
         odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))

@@ -24,15 +24,29 @@ import ray
 import ray.data
 from ray.util import metrics
 
+from covtanet import drawing as overlay
 from covtanet import ray_data, storage
+from covtanet.archive import manifest
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
-from covtanet.errors import ConfigError
-from covtanet.report import overlay
-from covtanet.screening import heads, ledger, stages, view
-from covtanet.screening.child_process import header_reader, refuse_weak_sandbox
-from covtanet.screening.ledger import Run
-from covtanet.screening.sandbox import Limits, Sandbox
+from covtanet.decoding import headers as heads
+from covtanet.decoding.child_process import header_reader, refuse_weak_sandbox
+from covtanet.decoding.sandbox import Limits, Sandbox
+from covtanet.errors import ConfigError, Status
+from covtanet.ledger.attempts import count_attempt
+from covtanet.ledger.incremental import KnownSeries, known_series
+from covtanet.ledger.run import Run, known_runs
+from covtanet.ledger.work import (
+    FOLDERS_SCHEMA,
+    SERIES_PER_GROUP,
+    batched,
+    finished_keys,
+    read_folders,
+    read_manifest,
+    store_row,
+    write_manifest,
+    write_rows,
+)
+from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig
 
 logger = logging.getLogger(__name__)
@@ -81,27 +95,34 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
         skips = known if config.group_by == "folder" else replace(known, folders={})
         num_folders, num_new = _list(run, listing, folders, skips)
         if not num_folders:
-            raise ConfigError("nothing lies under the archive, expected a folder or prefix with objects")
+            raise ConfigError(
+                "nothing lies under the archive, expected a folder or prefix with objects"
+            )
         listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
         storage.upload(listing, listing_uri)
         series, ignored = Path(folder) / "series.parquet", Path(folder) / "ignored.parquet"
         found = _scan(run, config, listing_uri) if num_new else iter(())
-        counts, keys_by_folder = _split_scan(found, series, ignored, run.limit if config.group_by == "folder" else 0)
+        counts, keys_by_folder = _split_scan(
+            found, series, ignored, run.limit if config.group_by == "folder" else 0
+        )
         counts.update(each.series_uid for key, each in known.series.items() if each.series_uid)
         arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
-        arranged = ({**row, "series_key": run.pseudonym(row["series_key"])} for row in arrange(_read(series), counts))
+        arranged = (
+            {**row, "series_key": run.pseudonym(row["series_key"])}
+            for row in arrange(_read(series), counts)
+        )
         arranged = (row for row in arranged if not known.settles(row, run))
         if run.limit:
             arranged = (row for row, _ in zip(arranged, range(run.limit), strict=False))
         _note_series(run, folders, keys_by_folder, known)
-        ledger.write_manifest(run, arranged, ignored, None if run.limit else folders)
+        write_manifest(run, arranged, ignored, None if run.limit else folders)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
     """What earlier runs of an archive left: each series' newest row, and each folder as the last run listed it."""
 
-    series: dict[str, view.Known] = field(default_factory=dict)
+    series: dict[str, KnownSeries] = field(default_factory=dict)
     folders: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
     def settles(self, row: dict[str, Any], run: Run) -> bool:
@@ -116,7 +137,8 @@ class Before:
         before, keys = self.folders.get(folder, ("", []))
         found = [self.series.get(key) for key in keys]
         return before == version and all(
-            known is not None and known.is_settled({known.source_version}, software_version) for known in found
+            known is not None and known.is_settled({known.source_version}, software_version)
+            for known in found
         )
 
 
@@ -126,13 +148,13 @@ def _what_is_known(run: Run) -> Before:
     Only runs count whose model was asked for by the name that this one asks by: another one's, a challenger's, say
     nothing about what this run has still to screen. Nor do runs with a date in the future.
     """
-    all_runs = [known for known in ledger.known_runs(run.ledger, run.work_root) if known.is_committed]
+    all_runs = [known for known in known_runs(run.ledger, run.work_root) if known.is_committed]
     runs = [known for known in all_runs if known.is_of(run) and not known.is_ahead]
     if num_ahead := sum(known.is_ahead for known in all_runs):
         logger.warning("%d runs with a date in the future are left out", num_ahead)
-    series = view.known_series(run.ledger, {known.run_id for known in runs})
+    series = known_series(run.ledger, {known.run_id for known in runs})
     whole = [known.run_id for known in runs if not known.description.get("limit")]
-    folders = ledger.read_folders(run.work_root, whole[-1]) if whole else {}
+    folders = read_folders(run.work_root, whole[-1]) if whole else {}
     logger.info("%d series are known from %d runs", len(series), len(runs))
     return Before(series=series, folders=folders)
 
@@ -142,42 +164,54 @@ def _list(run: Run, listing: Path, folders: Path, known: Before) -> tuple[int, i
     num_folders = num_new = 0
     with (
         pq.ParquetWriter(listing, LISTING_SCHEMA, compression="zstd") as to_read,
-        pq.ParquetWriter(folders, ledger.FOLDERS_SCHEMA, compression="zstd") as all_folders,
+        pq.ParquetWriter(folders, FOLDERS_SCHEMA, compression="zstd") as all_folders,
     ):
-        for group in ledger.batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
+        for group in batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
             versions = [(prefix, storage.version_digest(found)) for prefix, found in group]
             is_new = [not known.settles_folder(*each, run.software_version) for each in versions]
             rows = [
                 {
                     "folder": prefix,
-                    "objects": [{"path": o.path, "num_bytes": o.num_bytes, "version": o.version} for o in found],
+                    "objects": [
+                        {"path": o.path, "num_bytes": o.num_bytes, "version": o.version}
+                        for o in found
+                    ],
                 }
                 for (prefix, found), wanted in zip(group, is_new, strict=True)
                 if wanted
             ]
-            noted = [{"folder": prefix, "version": version, "series_keys": []} for prefix, version in versions]
+            noted = [
+                {"folder": prefix, "version": version, "series_keys": []}
+                for prefix, version in versions
+            ]
             to_read.write_table(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
-            all_folders.write_table(pa.Table.from_pylist(noted, schema=ledger.FOLDERS_SCHEMA))
+            all_folders.write_table(pa.Table.from_pylist(noted, schema=FOLDERS_SCHEMA))
             num_folders, num_new = num_folders + len(group), num_new + len(rows)
     return num_folders, num_new
 
 
-def _note_series(run: Run, folders: Path, keys_by_folder: dict[str, list[str]], known: Before) -> None:
+def _note_series(
+    run: Run, folders: Path, keys_by_folder: dict[str, list[str]], known: Before
+) -> None:
     """Add to each folder the keys of its series: those just found, or those of the run before where it was skipped."""
-    table = pq.read_table(folders, schema=ledger.FOLDERS_SCHEMA)
+    table = pq.read_table(folders, schema=FOLDERS_SCHEMA)
     keys = [
         [run.pseudonym(key) for key in keys_by_folder[folder]]
         if folder in keys_by_folder
         else known.folders.get(folder, ("", []))[1]
         for folder in table["folder"].to_pylist()
     ]
-    pq.write_table(table.set_column(2, ledger.FOLDERS_SCHEMA.field(2), pa.array(keys, pa.list_(pa.string()))), folders)
+    pq.write_table(
+        table.set_column(2, FOLDERS_SCHEMA.field(2), pa.array(keys, pa.list_(pa.string()))), folders
+    )
 
 
 def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[str, Any]]:
     """Series and ignored objects of the listing, in its order."""
     filesystem, path = storage.filesystem(listing_uri)
-    listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
+    listing = ray.data.read_parquet(path, filesystem=filesystem).repartition(
+        target_num_rows_per_block=FOLDERS_PER_SCAN
+    )
     found = listing.map_batches(
         _scan_folders,
         fn_kwargs={"archive": run.archive, "limits": config.decode_limits},
@@ -201,7 +235,9 @@ def _scan_folders(batch: pa.Table, archive: str, limits: Limits) -> pa.Table:
         rows += [{**item.to_row(), "is_ignored": False} for item in series]
         rows += [
             {
-                **manifest.Series(source_path=item.path, source_format="other", objects=(item,)).to_row(),
+                **manifest.Series(
+                    source_path=item.path, source_format="other", objects=(item,)
+                ).to_row(),
                 "is_ignored": True,
             }
             for item in ignored
@@ -223,14 +259,18 @@ def _split_scan(
         pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
         pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
     ):
-        for group in ledger.batched(found, ledger.SERIES_PER_GROUP):
+        for group in batched(found, SERIES_PER_GROUP):
             kept = [row for row in group if not row["is_ignored"]]
             counts.update(row["series_uid"] for row in kept if row["series_uid"])
             for row in kept:
                 folder = row["source_path"][: row["source_path"].rfind("/") + 1]
                 keys_by_folder.setdefault(folder, []).append(row["series_key"])
             num_series += len(kept)
-            rest = [{"path": row["source_path"], "num_bytes": row["num_bytes"]} for row in group if row["is_ignored"]]
+            rest = [
+                {"path": row["source_path"], "num_bytes": row["num_bytes"]}
+                for row in group
+                if row["is_ignored"]
+            ]
             series_file.write_table(pa.Table.from_pylist(kept, schema=manifest.MANIFEST_SCHEMA))
             ignored_file.write_table(pa.Table.from_pylist(rest, schema=manifest.IGNORED_SCHEMA))
             if limit and num_series >= limit:
@@ -239,7 +279,7 @@ def _split_scan(
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(path).iter_batches(ledger.SERIES_PER_GROUP):
+    for batch in pq.ParquetFile(path).iter_batches(SERIES_PER_GROUP):
         yield from batch.to_pylist()
 
 
@@ -251,9 +291,9 @@ def plan(run: Run) -> Plan:
     Raises:
         ConfigError: where the cluster has no CPU to spare for decoding.
     """
-    finished = ledger.finished_keys(run)
+    finished = finished_keys(run)
     num_series = num_bytes = num_finished = 0
-    for row in ledger.read_manifest(run, ["series_key", "num_bytes"]):
+    for row in read_manifest(run, ["series_key", "num_bytes"]):
         num_series, num_bytes = num_series + 1, num_bytes + row["num_bytes"]
         num_finished += row["series_key"] in finished
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -280,7 +320,11 @@ def _free_cpus(wanted: int) -> int:
     deadline = time.monotonic() + FREE_CPUS_TIMEOUT_S
     while True:
         free = int(ray.available_resources().get("CPU", 0))
-        if free >= wanted or time.monotonic() > deadline or ray.cluster_resources().get("CPU", 0) < wanted:
+        if (
+            free >= wanted
+            or time.monotonic() > deadline
+            or ray.cluster_resources().get("CPU", 0) < wanted
+        ):
             return free
         time.sleep(1)
 
@@ -299,11 +343,15 @@ class _DecoderActor:
         self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not ledger.may_try(self.run, row["series_key"], "decode"):
+        if not count_attempt(self.run, row["series_key"], "decode"):
             return stages.gave_up(row, self.window, self.run.archive)
         with _ended_after(self.config.worker_timeout_s):
             return stages.decode_and_prepare(
-                row, archive=self.run.archive, window=self.window, config=self.config, decoder=self.decoder
+                row,
+                archive=self.run.archive,
+                window=self.window,
+                config=self.config,
+                decoder=self.decoder,
             )
 
 
@@ -314,8 +362,8 @@ class _PredictorActor:
     """
 
     def __init__(self, run: Run, config: ScreeningConfig) -> None:
+        from covtanet.inference.predictor import Predictor
         from covtanet.model import checkpoint
-        from covtanet.screening.predictor import Predictor
 
         with tempfile.TemporaryDirectory() as folder:
             storage.download_files(run.work_uri("model"), checkpoint.MODEL_FILES, Path(folder))
@@ -331,7 +379,7 @@ class _PredictorActor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if not len(row["slices"]):
             return stages.predict(row, self.predictor)
-        if not ledger.may_try(self.run, row["series_key"], "predict"):
+        if not count_attempt(self.run, row["series_key"], "predict"):
             return stages.without_answer(row)
         with _ended_after(self.config.worker_timeout_s):
             return stages.predict(row, self.predictor)
@@ -353,7 +401,7 @@ def _ended_after(timeout_s: float) -> Iterator[None]:
 def _measure_and_store(
     row: dict[str, Any], run: Run, window: WindowConfig, config: ScreeningConfig, results: str
 ) -> dict[str, Any]:
-    if len(row["lesion_levels"]) and not ledger.may_try(run, row["series_key"], "measure"):
+    if len(row["lesion_levels"]) and not count_attempt(run, row["series_key"], "measure"):
         row = stages.without_answer(row)
     with _ended_after(config.worker_timeout_s):
         return _measure_in_time(row, run, window, config, results)
@@ -365,7 +413,9 @@ def _measure_in_time(
     measured = stages.measure(row, config)
     if results and measured.masks is not None and measured.involvement is not None:
         folder = storage.join(results, run.run_id, row["series_key"])
-        files = overlay.result_files(row["slices"], row["chosen"], measured.masks, measured.involvement, window)
+        files = overlay.result_files(
+            row["slices"], row["chosen"], measured.masks, measured.involvement, window
+        )
         for name, data in files:
             storage.write_bytes(storage.join(folder, name), data)
     stored = _stored(run, measured.record)
@@ -381,19 +431,26 @@ def _measure_in_time(
 def _stored(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     """Store a series' row; a row that does not fit the ledger's schema ends as one that failed, not the run."""
     try:
-        return ledger.store_row(run, record)
+        return store_row(run, record)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         if isinstance(error, OSError):  # of storage
             raise
-        return ledger.store_row(run, stages.not_storable(record, error))
+        return store_row(run, stages.not_storable(record, error))
 
 
 @cache
 def _meters() -> tuple[metrics.Counter, metrics.Histogram, metrics.Counter]:
     """Metrics of this worker, which Ray's agents collect."""
     return (
-        metrics.Counter("covtanet_series", "Series of screening jobs that are finished.", ("status", "reason")),
-        metrics.Histogram("covtanet_stage_seconds", "How long a stage took for a series.", STAGE_SECONDS, ("stage",)),
+        metrics.Counter(
+            "covtanet_series", "Series of screening jobs that are finished.", ("status", "reason")
+        ),
+        metrics.Histogram(
+            "covtanet_stage_seconds",
+            "How long a stage took for a series.",
+            STAGE_SECONDS,
+            ("stage",),
+        ),
         metrics.Counter("covtanet_series_bytes", "Bytes of the series that are finished."),
     )
 
@@ -408,27 +465,33 @@ def _count(record: dict[str, Any]) -> None:
         num_bytes.inc(record["num_bytes"])
 
 
-def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str = "") -> None:
+def screen(
+    run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str = ""
+) -> None:
     """Screen every series of the manifest that has no row yet.
 
     window: the model's preprocessing. results: where to write masks and previews, or empty.
     """
-    from covtanet.model.checkpoint import MODEL_FILES  # torch, which decoding and measuring do without
+    from covtanet.model.checkpoint import (
+        MODEL_FILES,
+    )  # torch, which decoding and measuring do without
 
     ray_data.configure(preserve_order=False)
     todo_uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
-    finished = ledger.finished_keys(run)
+    finished = finished_keys(run)
     planned = plan(run)
     remaining = planned.num_series - planned.num_finished
     if planned.num_finished:
-        logger.info("continuing: %d of %d series are finished", planned.num_finished, planned.num_series)
+        logger.info(
+            "continuing: %d of %d series are finished", planned.num_finished, planned.num_series
+        )
     if not remaining:
         return
     logger.info("screening %d series with %d decoders", remaining, planned.num_decoders)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "todo.parquet"
-        todo = (row for row in ledger.read_manifest(run) if row["series_key"] not in finished)
-        ledger.write_rows(path, manifest.MANIFEST_SCHEMA, todo, ledger.SERIES_PER_GROUP)
+        todo = (row for row in read_manifest(run) if row["series_key"] not in finished)
+        write_rows(path, manifest.MANIFEST_SCHEMA, todo, SERIES_PER_GROUP)
         storage.upload(path, todo_uri)
     for name in MODEL_FILES:  # to where every node can fetch them
         storage.upload(model_folder / name, run.work_uri("model", name))
@@ -436,14 +499,23 @@ def screen(run: Run, config: ScreeningConfig, window: WindowConfig, model_folder
 
 
 def _pipeline(
-    run: Run, config: ScreeningConfig, window: WindowConfig, results: str, todo_uri: str, planned: Plan
+    run: Run,
+    config: ScreeningConfig,
+    window: WindowConfig,
+    results: str,
+    todo_uri: str,
+    planned: Plan,
 ) -> ray.data.Dataset:
-    waiting_bytes = SERIES_WAITING_PER_PREDICTOR * SLICES_PER_SERIES * window.size_px**2 * BYTES_PER_PIXEL
-    ray.data.DataContext.get_current().execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=waiting_bytes * planned.num_predictors
+    waiting_bytes = (
+        SERIES_WAITING_PER_PREDICTOR * SLICES_PER_SERIES * window.size_px**2 * BYTES_PER_PIXEL
+    )
+    ray.data.DataContext.get_current().execution_options.resource_limits = (
+        ray.data.ExecutionResources(object_store_memory=waiting_bytes * planned.num_predictors)
     )
     filesystem, path = storage.filesystem(todo_uri)
-    series = ray.data.read_parquet(path, filesystem=filesystem).repartition(target_num_rows_per_block=1)
+    series = ray.data.read_parquet(path, filesystem=filesystem).repartition(
+        target_num_rows_per_block=1
+    )
     return (
         series.map(
             _DecoderActor,
@@ -455,7 +527,8 @@ def _pipeline(
             _PredictorActor,
             fn_constructor_kwargs={"run": run, "config": config},
             compute=ray.data.ActorPoolStrategy(
-                size=planned.num_predictors, max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR
+                size=planned.num_predictors,
+                max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR,
             ),
             num_cpus=1,
             num_gpus=1 if planned.num_gpus else 0,
@@ -473,14 +546,25 @@ def _follow(rows: ray.data.Dataset, remaining: int) -> None:
     started, reported = time.time(), 0.0
     for done, row in enumerate(rows.iter_rows(), start=1):
         started = row["started_at"] if done == 1 else min(started, row["started_at"])
-        if row["status"] == "failed":
+        if row["status"] == Status.FAILED:
             key, reason = row["series_key"], row["reason"]
-            logger.warning("series %s failed: %s", key, reason, extra={"series_key": key, "reason": reason})
+            logger.warning(
+                "series %s failed: %s", key, reason, extra={"series_key": key, "reason": reason}
+            )
         now = time.time()
         if now - reported >= PROGRESS_EVERY_S or done == remaining:
             rate = done / max(now - started, 1e-3)
             left_s = (remaining - done) / rate
             extra = {"done": done, "remaining": remaining - done, "left_s": round(left_s)}
-            logger.info("%d of %d series, %.1f a minute, %.0f s left", done, remaining, rate * 60, left_s, extra=extra)
+            logger.info(
+                "%d of %d series, %.1f a minute, %.0f s left",
+                done,
+                remaining,
+                rate * 60,
+                left_s,
+                extra=extra,
+            )
             reported = now
-    logger.info("%d series in %.1f s since work on the first began", remaining, time.time() - started)
+    logger.info(
+        "%d series in %.1f s since work on the first began", remaining, time.time() - started
+    )

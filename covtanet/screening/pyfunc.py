@@ -10,11 +10,11 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from covtanet.inference.predictor import Predictor, refuse_without_segmentation
+from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Predictor, refuse_without_segmentation
-from covtanet.screening.records import LEDGER_SCHEMA
-from covtanet.screening.single import Screener
 from covtanet.screening.stages import ScreeningConfig, for_model
+from covtanet.screening.study import Screener
 
 
 class LedgerModel(PythonModel):  # type: ignore[misc]
@@ -36,7 +36,10 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
             self.screener.close()
         # As objects, so that what is null stays null.
         return pd.DataFrame(
-            {name: pd.Series([row[name] for row in found], dtype=object) for name in LEDGER_SCHEMA.names}
+            {
+                name: pd.Series([row[name] for row in found], dtype=object)
+                for name in LEDGER_SCHEMA.names
+            }
         )
 
 

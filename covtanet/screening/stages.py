@@ -25,25 +25,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet import storage
+from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
 from covtanet.ct.nifti import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
-from covtanet.data.manifest import Series, series_from_row
+from covtanet.decoding import prepare as decode
+from covtanet.decoding.child_process import Limits
+from covtanet.decoding.prepare import Prepared, StoredMasks
 from covtanet.errors import (
     DecoderError,
+    QcFlag,
+    Reason,
     SandboxClosedError,
+    Status,
     StudyError,
     StudyTimeoutError,
     UnavailableError,
     WeakSandboxError,
 )
-from covtanet.screening import decode
-from covtanet.screening.child_process import Limits
-from covtanet.screening.decode import Prepared, StoredMasks
-from covtanet.screening.records import FAILED, PROBABILITY_STEPS, REJECTED, SCREENED
+from covtanet.inference.quantization import PROBABILITY_STEPS
 
-if TYPE_CHECKING:  # workers that only decode or measure do without torch, whose import costs them seconds
-    from covtanet.screening.predictor import Answers
+if (
+    TYPE_CHECKING
+):  # workers that only decode or measure do without torch, whose import costs them seconds
+    from covtanet.inference.predictor import Answers
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +57,7 @@ Decoder = Callable[[str, Iterable[Iterable[bytes]]], Prepared]
 NUM_FETCH_THREADS = 8
 SMALL_OBJECT_BYTES = 8 << 20
 WORKER_DIED = {
-    "status": FAILED, "reason": "worker_died", "reason_detail": "worker_died: as often as a series is tried"
+    "status": Status.FAILED, "reason": "worker_died", "reason_detail": "worker_died: as often as a series is tried"
 }  # fmt: skip
 DETAILS = {
     "container": "an archive file, expected its members as objects",
@@ -95,7 +100,9 @@ class ScreeningConfig:
     def decode_limits(self) -> Limits:
         """Limits of the decoder's child process."""
         return Limits(
-            memory_mib=self.decode_memory_mib, timeout_s=self.decode_timeout_s, allow_weak=self.allow_weak_sandbox
+            memory_mib=self.decode_memory_mib,
+            timeout_s=self.decode_timeout_s,
+            allow_weak=self.allow_weak_sandbox,
         )
 
     def __post_init__(self) -> None:
@@ -106,7 +113,9 @@ class ScreeningConfig:
         if self.worker_timeout_s <= 0:
             raise ValueError("worker_timeout_s must be above 0")
         if self.decode_memory_mib < 256 or self.decode_timeout_s <= 0 or self.max_series_mib < 1:
-            raise ValueError("decode_memory_mib must be at least 256, decode_timeout_s above 0, max_series_mib above 0")
+            raise ValueError(
+                "decode_memory_mib must be at least 256, decode_timeout_s above 0, max_series_mib above 0"
+            )
 
 
 def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> ScreeningConfig:
@@ -135,18 +144,23 @@ def decode_and_prepare(
 
     def prepare() -> Row:
         if series.reason:
-            raise StudyError(series.reason, DETAILS[series.reason])
+            raise StudyError(Reason(series.reason), DETAILS[series.reason])
         if row["num_bytes"] > config.max_series_mib << 20:
-            raise StudyError("too_large", f"{row['num_bytes']} bytes, expected at most {config.max_series_mib} MiB")
+            raise StudyError(
+                Reason.TOO_LARGE,
+                f"{row['num_bytes']} bytes, expected at most {config.max_series_mib} MiB",
+            )
         if row["num_objects"] > MAX_SLICES:
-            raise StudyError("too_large", f"{row['num_objects']} objects, expected at most {MAX_SLICES}")
+            raise StudyError(
+                Reason.TOO_LARGE, f"{row['num_objects']} objects, expected at most {MAX_SLICES}"
+            )
         digest = storage.ContentDigest()
         objects = fetch(series, archive, digest)
         prepared, is_awaited = None, True
         try:
             prepared = decoder(series.source_format, objects)
         except StudyError as error:
-            if error.reason != "decode_crash":
+            if error.reason != Reason.DECODE_CRASH:
                 raise
         except SandboxClosedError:
             is_awaited = False
@@ -159,8 +173,13 @@ def decode_and_prepare(
             if digest.num_objects == len(series.objects):
                 record["source_digest"] = digest.hexdigest()
         if prepared is None:  # once more: the machine may have killed the decoder, not the series
-            prepared = decoder(series.source_format, fetch(series, archive, storage.ContentDigest()))
-        record["num_slices"], record["num_slices_segmented"] = prepared.num_slices, len(prepared.chosen)
+            prepared = decoder(
+                series.source_format, fetch(series, archive, storage.ContentDigest())
+            )
+        record["num_slices"], record["num_slices_segmented"] = (
+            prepared.num_slices,
+            len(prepared.chosen),
+        )
         record["spacing_z_mm"], record["spacing_y_mm"], record["spacing_x_mm"] = prepared.spacing_mm
         record["qc_flags"] += prepared.qc_flags
         return {"chosen": prepared.chosen, "slices": prepared.slices, "masks": prepared.masks}
@@ -190,7 +209,11 @@ def gave_up(row: Row, window: WindowConfig, archive: str) -> Row:
 
 def without_answer(row: Row) -> Row:
     """The row of a prepared series whose worker died of it as often as is tried, in place of predicting it."""
-    return {**row, "lesion_levels": _no_levels(row), "record": json.dumps({**json.loads(row["record"]), **WORKER_DIED})}
+    return {
+        **row,
+        "lesion_levels": _no_levels(row),
+        "record": json.dumps({**json.loads(row["record"]), **WORKER_DIED}),
+    }
 
 
 def _no_levels(row: Row) -> NDArray[np.uint8]:
@@ -206,7 +229,7 @@ def predict(row: Row, predictor: "Answers") -> Row:
         prediction = predictor.predict(row["slices"])
         record["p_infected"], record["p_severe"] = prediction.p_infected, prediction.p_severe
         if prediction.p_infected is None:
-            record["qc_flags"].append("no_diagnosis")
+            record["qc_flags"].append(QcFlag.NO_DIAGNOSIS)
         return {"lesion_levels": prediction.lesion_levels}
 
     filled = at_boundary(record, answer) if len(row["slices"]) else {}
@@ -232,10 +255,12 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
 
     def evaluate() -> Row:
         masks = StoredMasks.unpack(row["masks"])
-        lesion_mask, lesion_slices = lesion_in_source(row["lesion_levels"], row["chosen"], masks, config)
+        lesion_mask, lesion_slices = lesion_in_source(
+            row["lesion_levels"], row["chosen"], masks, config
+        )
         found = lung.measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
-        if found.is_implausible and "implausible_lungs" not in record["qc_flags"]:
-            record["qc_flags"].append("implausible_lungs")
+        if found.is_implausible and QcFlag.IMPLAUSIBLE_LUNGS not in record["qc_flags"]:
+            record["qc_flags"].append(QcFlag.IMPLAUSIBLE_LUNGS)
         record.update(conclude(record["p_infected"], record["p_severe"], found.involvement, config))
         record.update(
             lesion_volume_ml=found.lesion_volume_ml,
@@ -244,7 +269,7 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
             lesion_slices=lesion_slices,
         )
         kept.append((masks, found))
-        return {"status": SCREENED}
+        return {"status": Status.SCREENED}
 
     record.update(at_boundary(record, evaluate))
     if not kept:
@@ -253,7 +278,10 @@ def measure(row: Row, config: ScreeningConfig) -> Measured:
 
 
 def conclude(
-    p_infected: float | None, p_severe: float | None, involvement: float | None, config: ScreeningConfig
+    p_infected: float | None,
+    p_severe: float | None,
+    involvement: float | None,
+    config: ScreeningConfig,
 ) -> dict[str, str | float | None]:
     """Diagnosis and severity from the network, and severity by the paper's rule.
 
@@ -305,7 +333,10 @@ def fetch(series: Series, archive: str, digest: storage.ContentDigest) -> Iterat
 
 
 def lesion_in_source(
-    lesion_levels: NDArray[np.uint8], chosen: NDArray[np.int64], masks: StoredMasks, config: ScreeningConfig
+    lesion_levels: NDArray[np.uint8],
+    chosen: NDArray[np.int64],
+    masks: StoredMasks,
+    config: ScreeningConfig,
 ) -> tuple[NDArray[np.bool_], int]:
     """The lesion mask on the volume's grid, and in how many segmented slices it shows within the chest.
 
@@ -330,7 +361,9 @@ def lesion_in_source(
 def _identity(series: Series, row: Row, archive: str) -> Row:
     return {
         "series_key": row["series_key"],
-        "source_uri": storage.join(archive, series.source_path) if series.source_path else f"{archive}/",
+        "source_uri": storage.join(archive, series.source_path)
+        if series.source_path
+        else f"{archive}/",
         "source_format": series.source_format,
         "source_version": row["source_version"],
         "source_digest": None,
@@ -339,7 +372,7 @@ def _identity(series: Series, row: Row, archive: str) -> Row:
         "study_uid": series.study_uid,
         "series_uid": series.series_uid,
         "qc_flags": list(series.qc_flags),
-        "status": SCREENED,
+        "status": Status.SCREENED,
     }
 
 
@@ -354,17 +387,29 @@ def at_boundary(record: Row, work: Callable[[], Row]) -> Row:
     try:
         return work()
     except StudyError as error:
-        record.update(status=REJECTED, reason=error.reason, reason_detail=str(error))
+        record.update(status=Status.REJECTED, reason=error.reason, reason_detail=str(error))
     except StudyTimeoutError as error:
-        record.update(status=FAILED, reason="timeout", reason_detail=str(error))
+        record.update(status=Status.FAILED, reason=Reason.TIMEOUT, reason_detail=str(error))
     except (storage.AccessError, UnavailableError, WeakSandboxError, SandboxClosedError):
         raise
     except FileNotFoundError:
-        record.update(status=FAILED, reason="vanished", reason_detail="an object is gone since it was listed")
+        record.update(
+            status=Status.FAILED,
+            reason=Reason.VANISHED,
+            reason_detail="an object is gone since it was listed",
+        )
     except storage.ObjectChangedError:
-        record.update(status=FAILED, reason="changed", reason_detail="an object is another since it was listed")
+        record.update(
+            status=Status.FAILED,
+            reason=Reason.CHANGED,
+            reason_detail="an object is another since it was listed",
+        )
     except OSError as error:
-        record.update(status=FAILED, reason="storage", reason_detail=f"storage: {type(error).__name__}")
+        record.update(
+            status=Status.FAILED,
+            reason=Reason.STORAGE,
+            reason_detail=f"storage: {type(error).__name__}",
+        )
     except Exception as error:
         _internal_error(record, error)
     return {}
@@ -381,7 +426,7 @@ def _internal_error(record: Row, error: Exception) -> None:
     where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
     key = record["series_key"]
     logger.error("series %s: internal error, %s", key, where, extra={"series_key": key})
-    record.update(status=FAILED, reason="internal_error", reason_detail=where)
+    record.update(status=Status.FAILED, reason=Reason.INTERNAL_ERROR, reason_detail=where)
 
 
 IDENTITY = (

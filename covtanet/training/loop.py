@@ -39,14 +39,22 @@ class PhaseConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        counts = (self.num_epochs, self.batch_size, self.micro_batches, self.decay_epochs, self.stop_after_epochs)
+        counts = (
+            self.num_epochs,
+            self.batch_size,
+            self.micro_batches,
+            self.decay_epochs,
+            self.stop_after_epochs,
+        )
         if min(counts) < 1 or not self.learning_rate > 0 or not self.decay > 0:
             raise ValueError(
                 "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1, "
                 "learning_rate and decay above 0"
             )
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}"
+            )
 
     def rate(self, epoch: int) -> float:
         """Learning rate of an epoch (Section III-B)."""
@@ -124,7 +132,11 @@ def fit(
         metrics |= phase.validate() | attention_weights(phase.module)
         best = progress.history[progress.best_epoch] if progress.history else None
         # Without any number to compare, as where nothing is held back to validate, the last epoch counts.
-        is_better = best is None or math.isnan(phase.score(best)) or phase.score(metrics) > phase.score(best)
+        is_better = (
+            best is None
+            or math.isnan(phase.score(best))
+            or phase.score(metrics) > phase.score(best)
+        )
         metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
         weights = _copy(phase.module.state_dict())
         progress = Progress(
@@ -156,7 +168,9 @@ def _train_epoch(
     started, waited, losses = time.perf_counter(), 0.0, []
     num_steps = statistics.ranks.lowest(min(lane.num_batches(epoch) for lane in lanes.values()))
     if not num_steps:
-        raise ValueError("a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches")
+        raise ValueError(
+            "a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches"
+        )
     feed = steps(list(lanes.values()), epoch, num_steps)
     for number in range(num_steps):
         asked = time.perf_counter()
@@ -201,9 +215,13 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Param
     return _copy({f"{name}/{entry}": value for name, items in entries for entry, value in items})
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State) -> None:
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State
+) -> None:
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
         parameter = named[name]
         # Adam keeps its count of steps on the CPU.
-        optimizer.state[parameter][entry] = value.clone() if entry == "step" else value.to(parameter.device)
+        optimizer.state[parameter][entry] = (
+            value.clone() if entry == "step" else value.to(parameter.device)
+        )

@@ -32,7 +32,11 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
     mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
     layout = torch.channels_last
-    return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), volumes_of(rows))
+    return SliceBatch(
+        slices.to(device, memory_format=layout),
+        mask.to(device, memory_format=layout),
+        volumes_of(rows),
+    )
 
 
 def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor) -> Tensor:
@@ -93,7 +97,9 @@ def phase1(
         model=model,
         batch_of=batch_of,
         sums=sums,
-        loss=lambda total: torch.stack([focal_tversky(each, loss_config) for each in total.view(-1, 3)]).mean(),
+        loss=lambda total: torch.stack(
+            [focal_tversky(each, loss_config) for each in total.view(-1, 3)]
+        ).mean(),
         validate=validate,
         score=lambda metrics: metrics["val_dice"],
     )

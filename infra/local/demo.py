@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from services import ROOT, Service, start_ray, start_s3, write_private
 
+from covtanet import drawing as overlay
 from covtanet import storage
-from covtanet.data.phantom_archive import configs, write_archive, write_training_set
-from covtanet.report import agreement, overlay
+from covtanet.phantoms import agreement
+from covtanet.phantoms.archive import configs, write_archive, write_training_set
 
 DEMO = ROOT / ".demo"
 NUM_TRAINING, NUM_SOUND = 72, 28
@@ -57,9 +58,13 @@ def run(services: list[Service], ray_folder: Path, started: float) -> int:
     services.append(s3)
     os.environ.update(s3.environment)
     cores = len(os.sched_getaffinity(0))
-    say(f"making {NUM_TRAINING} phantoms to train on and an archive of {NUM_SOUND} sound and 17 damaged series")
+    say(
+        f"making {NUM_TRAINING} phantoms to train on and an archive of {NUM_SOUND} sound and 17 damaged series"
+    )
     write_training_set("s3://demo/training", configs(NUM_TRAINING, TRAINING_SEED), cores)
-    write_archive("s3://demo/archive", "s3://demo/truth", list(configs(NUM_SOUND, ARCHIVE_SEED)), cores)
+    write_archive(
+        "s3://demo/archive", "s3://demo/truth", list(configs(NUM_SOUND, ARCHIVE_SEED)), cores
+    )
 
     token = DEMO / "ray_token"
     write_private(token, secrets.token_hex(32))
@@ -93,7 +98,9 @@ def job(environment: dict[str, str], script: str, *arguments: str) -> None:
         Path(sys.executable).with_name("ray"), "job", "submit", "--log-style=record", "--log-color=false",
         "--working-dir", ROOT, "--", "python", f"jobs/{script}", *arguments,
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     with (DEMO / "jobs.log").open("a") as log:
         for line in process.stdout:
@@ -134,9 +141,13 @@ def conclude(say: Callable[[str], None]) -> int:
         )
         pictures.append((caption, Image.open(BytesIO(storage.read_bytes(uri))).convert("RGB")))
     overlay.sheet(pictures).save(DEMO / "overlays.png")
-    print(f"\nledger    {committed}\npictures  {DEMO / 'overlays.png'}\nregistry  sqlite:///{DEMO}/mlflow.db")
+    print(
+        f"\nledger    {committed}\npictures  {DEMO / 'overlays.png'}\nregistry  sqlite:///{DEMO}/mlflow.db"
+    )
     print("next      make screen ARCHIVE=your-folder LEDGER=your-ledger")
-    print("A model trained on phantoms: its predictions on real CT mean nothing. Research use only.")
+    print(
+        "A model trained on phantoms: its predictions on real CT mean nothing. Research use only."
+    )
     say("done" if found.is_good else "the ledger does not agree with the truth as it should")
     return 0 if found.is_good else 1
 

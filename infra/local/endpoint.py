@@ -41,7 +41,10 @@ DEMO, HERE = ROOT / ".demo", ROOT / ".serve"
 PLACES = ("s3://demo",)
 LEDGER = "s3://demo/served-ledger"
 # What every node of a Ray that serves needs in its environment, beside COVTANET_SERVE_CONFIG.
-SERVE_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares"}
+SERVE_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
+}
 ANSWER_TIMEOUT_S = 300
 CONFIG = """\
 model = "{model}"
@@ -87,8 +90,8 @@ def write_config(
 def write_examples(folder: Path) -> None:
     """A phantom as a NIfTI file and as a zip of DICOM objects."""
     from covtanet.ct import nifti
-    from covtanet.data.phantom import make_phantom
-    from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid
+    from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+    from covtanet.phantoms.phantom import make_phantom
 
     (config,) = list(configs(3, 99))[1:2]
     phantom = make_phantom(config)
@@ -111,11 +114,17 @@ class Endpoint:
         return self.service.environment["COVTANET_URL"]
 
     def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, Any, Mapping[str, str]]:
         """Status, body (JSON parsed, else bytes) and headers of one request; headers may replace the token."""
         own = {"Authorization": f"Bearer {self.token}", **(headers or {})}
-        answer = requests.request(method, f"{self.url}{path}", data=body, headers=own, timeout=ANSWER_TIMEOUT_S)
+        answer = requests.request(
+            method, f"{self.url}{path}", data=body, headers=own, timeout=ANSWER_TIMEOUT_S
+        )
         is_json = "application/json" in answer.headers.get("Content-Type", "")
         return answer.status_code, answer.json() if is_json else answer.content, answer.headers
 
@@ -123,10 +132,14 @@ class Endpoint:
         self, num_bytes: int, path: str = "/v1/studies", headers: Mapping[str, str] | None = None
     ) -> http.client.HTTPConnection:
         """Send the head of a request and none of its body. headers: in place of the token."""
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=ANSWER_TIMEOUT_S)
+        connection = http.client.HTTPConnection(
+            self.url.removeprefix("http://"), timeout=ANSWER_TIMEOUT_S
+        )
         connection.putrequest("POST", path)
         connection.putheader("Content-Length", str(num_bytes))
-        for name, value in ({"Authorization": f"Bearer {self.token}"} if headers is None else headers).items():
+        for name, value in (
+            {"Authorization": f"Bearer {self.token}"} if headers is None else headers
+        ).items():
             connection.putheader(name, value)
         connection.endheaders()
         return connection
@@ -143,7 +156,9 @@ def start_endpoint(environment: dict[str, str], port: int, log: Path, token: str
         f"serve.start(http_options={{'host': '{LOOPBACK}', 'port': {port}}}); serve.run(app({{}}), blocking=True)",
     ]  # fmt: skip
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env=environment, cwd=ROOT
+        )
     service = Service(process, {"COVTANET_URL": f"http://{LOOPBACK}:{port}"}, log)
     wait_for(service, lambda: is_healthy(f"http://{LOOPBACK}:{port}/readyz"))
     return Endpoint(service=service, token=token)
@@ -162,7 +177,9 @@ def main() -> int:
         return refuse(other)
     if not (DEMO / "mlflow.db").exists():
         print("There is no model yet: making the demo first (10 minutes).", flush=True)
-        if subprocess.run([sys.executable, ROOT / "infra" / "local" / "demo.py"], check=False).returncode:
+        if subprocess.run(
+            [sys.executable, ROOT / "infra" / "local" / "demo.py"], check=False
+        ).returncode:
             print("The demo did not end as it should; its model is used all the same.", flush=True)
     shutil.rmtree(HERE, ignore_errors=True)
     HERE.mkdir()
@@ -216,7 +233,9 @@ def run(services: list[Service], port: int, short: Path) -> None:
     services.append(tracker)
     token, ray_token = secrets.token_urlsafe(32), HERE / "ray_token"
     write_private(ray_token, secrets.token_hex(32))
-    write_config(HERE / "config.toml", token, model="models:/covtanet@champion", ledger=LEDGER, places=PLACES)
+    write_config(
+        HERE / "config.toml", token, model="models:/covtanet@champion", ledger=LEDGER, places=PLACES
+    )
     environment = {
         **s3.environment,
         **tracker.environment,
@@ -228,12 +247,17 @@ def run(services: list[Service], port: int, short: Path) -> None:
     ray = start_ray(HERE / "ray.log", environment, ray_token, temp_folder=short)
     services.append(ray)
     print("starting the endpoint", flush=True)
-    endpoint = start_endpoint({**os.environ, **ray.environment}, port or free_ports(1)[0], HERE / "serve.log", token)
+    endpoint = start_endpoint(
+        {**os.environ, **ray.environment}, port or free_ports(1)[0], HERE / "serve.log", token
+    )
     services.append(endpoint.service)
     os.environ.update(s3.environment)
     write_examples(HERE)
     url = endpoint.url
-    write_private(HERE / "env", f"export COVTANET_URL={shlex.quote(url)}\nexport COVTANET_TOKEN={shlex.quote(token)}\n")
+    write_private(
+        HERE / "env",
+        f"export COVTANET_URL={shlex.quote(url)}\nexport COVTANET_TOKEN={shlex.quote(token)}\n",
+    )
     print(f"ready     {url}  (the token is in {HERE / 'env'})")
     print(f"page      {url}/")
     print(f"API       {url}/openapi.json  (with the token)")

@@ -27,10 +27,20 @@ import torch
 from faults_screening import SCREENING, Screening, fill
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from services import LOOPBACK, Job, Service, free_ports, start_job, start_mlflow, start_ray, start_s3, write_private
+from services import (
+    LOOPBACK,
+    Job,
+    Service,
+    free_ports,
+    start_job,
+    start_mlflow,
+    start_ray,
+    start_s3,
+    write_private,
+)
 from slow import SlowDoor
 
-from covtanet.data.phantom_archive import configs, write_mosmed
+from covtanet.phantoms.archive import configs, write_mosmed
 
 # Both runs are the same sums in the same order; what differs at most is how a thread pool adds them up.
 TOLERANCE = 1e-4
@@ -78,7 +88,12 @@ class Setting:
         environment = {**self.environment, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         stored = folder / "storage"
         return Training(
-            environment=environment, folder=folder, recipe=recipe, data=self.data, storage=str(stored), stored=stored
+            environment=environment,
+            folder=folder,
+            recipe=recipe,
+            data=self.data,
+            storage=str(stored),
+            stored=stored,
         )
 
 
@@ -121,7 +136,9 @@ class Training:
 
     def checkpoints(self, phase: int) -> list[Path]:
         """Complete checkpoints of a phase, the newest last."""
-        found = self.stored.glob(f"covtanet-*/V7/fold0/checkpoints/*phase{phase}/checkpoint_*/state.json")
+        found = self.stored.glob(
+            f"covtanet-*/V7/fold0/checkpoints/*phase{phase}/checkpoint_*/state.json"
+        )
         return sorted(path.parent for path in found)
 
     def has_epochs(self, phase: int, count: int) -> Callable[[], bool]:
@@ -130,7 +147,10 @@ class Training:
         def is_there() -> bool:
             try:
                 newest = self.checkpoints(phase)[-1:]
-                return any(len(json.loads((each / "state.json").read_text())["history"]) >= count for each in newest)
+                return any(
+                    len(json.loads((each / "state.json").read_text())["history"]) >= count
+                    for each in newest
+                )
             except (OSError, ValueError):  # it is being written, or cleaned up
                 return False
 
@@ -138,8 +158,15 @@ class Training:
 
     def weights(self, phases: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """The weights of finished phases."""
-        files = {phase: load_file(self.fold / f"phase{phase}" / "weights.safetensors") for phase in phases}
-        return {f"{phase}/{name}": value for phase, state in files.items() for name, value in state.items()}
+        files = {
+            phase: load_file(self.fold / f"phase{phase}" / "weights.safetensors")
+            for phase in phases
+        }
+        return {
+            f"{phase}/{name}": value
+            for phase, state in files.items()
+            for name, value in state.items()
+        }
 
     def losses(self) -> list[float]:
         """Training loss of every epoch of both phases."""
@@ -154,7 +181,9 @@ class Training:
         names = [run.info.run_name for run in runs]
         assert len(set(names)) == len(names), f"runs appear twice: {names}"
         return {
-            run.info.run_name: sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "epoch"))
+            run.info.run_name: sorted(
+                metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")
+            )
             for run in runs
         }
 
@@ -164,11 +193,16 @@ def difference(one: Training, other: Training, phases: tuple[int, ...]) -> tuple
     first, second = one.weights(phases), other.weights(phases)
     assert first.keys() == second.keys()
     names = [name for name in first if not name.endswith("num_batches_tracked")]
-    return max((float((first[name].double() - second[name].double()).abs().max()), name) for name in names)
+    return max(
+        (float((first[name].double() - second[name].double()).abs().max()), name) for name in names
+    )
 
 
 def check_like(
-    training: Training, clean: Training, tolerance: float = TOLERANCE, phases: tuple[int, ...] = (1, 2)
+    training: Training,
+    clean: Training,
+    tolerance: float = TOLERANCE,
+    phases: tuple[int, ...] = (1, 2),
 ) -> str:
     """Same weights as the undisturbed training, one run per fold and phase, every epoch once; says what was seen."""
     found, name = difference(training, clean, phases)
@@ -181,7 +215,9 @@ def check_logged(training: Training, phases: tuple[int, ...] = (1, 2)) -> str:
     logged = training.logged()
     expected = {f"V7 fold 0 phase {phase}": list(range(EPOCHS[phase - 1])) for phase in phases}
     assert {name: epochs for name, epochs in logged.items() if "phase" in name} == expected, logged
-    assert len(logged) == 1 + len(phases), f"{len(logged)} runs, expected a parent and {len(phases)} children"
+    assert len(logged) == 1 + len(phases), (
+        f"{len(logged)} runs, expected a parent and {len(phases)} children"
+    )
     return f"{len(logged)} runs, every epoch once"
 
 
@@ -206,8 +242,13 @@ def kill_workers_in(setting: Setting, clean: Training, phases: tuple[int, ...], 
         job.wait_for(lambda phase=phase: (training.fold / f"phase{phase}" / "phase.json").exists())  # type: ignore[misc]
     assert job.finish() == 0, job.output[-4000:]
     for phase in phases:
-        found = [int(epoch) for epoch in re.findall(rf"phase {phase} continues after epoch (\d+)", job.output)]
-        assert min(found, default=0) >= 2, f"phase {phase} did not continue from its checkpoint: {found}"
+        found = [
+            int(epoch)
+            for epoch in re.findall(rf"phase {phase} continues after epoch (\d+)", job.output)
+        ]
+        assert min(found, default=0) >= 2, (
+            f"phase {phase} did not continue from its checkpoint: {found}"
+        )
     return check_like(training, clean, setting.tolerance)
 
 
@@ -275,7 +316,9 @@ def cut_checkpoint_then_worker(setting: Setting, clean: Training) -> str:
     num_lines = len(job.lines)
     assert job.finish() == 0, job.output[-4000:]
     assert "a checkpoint is left out" in job.output, "the cut checkpoint was taken"
-    assert "phase 1 continues after epoch" in "".join(job.lines[num_lines:]), "the group was not started again"
+    assert "phase 1 continues after epoch" in "".join(job.lines[num_lines:]), (
+        "the group was not started again"
+    )
     return check_like(training, clean, setting.tolerance, phases=(1,))
 
 
@@ -283,7 +326,10 @@ def not_finite(setting: Setting, clean: Training) -> str:
     """A learning rate that leaps in the second epoch makes the loss no number."""
     training = setting.training("not-finite", decay=1e35)
     output = training.run(expect=4)
-    found = re.search(r"V7 fold 0 phase 1: (the loss|a gradient) is no number; the batch holds ([0-9a-f]{16})", output)
+    found = re.search(
+        r"V7 fold 0 phase 1: (the loss|a gradient) is no number; the batch holds ([0-9a-f]{16})",
+        output,
+    )
     assert found, "the message names no series"
     for checkpoint in training.checkpoints(1):
         for value in load_file(checkpoint / "weights.safetensors").values():
@@ -331,10 +377,14 @@ def fewer_workers(setting: Setting, clean: Training) -> str:
     job = training.start()
     job.wait_for(training.has_epochs(1, 2))
     job.kill()
-    training.recipe.write_text(training.recipe.read_text().replace("num_folds", "num_workers = 1\nnum_folds"))
+    training.recipe.write_text(
+        training.recipe.read_text().replace("num_folds", "num_workers = 1\nnum_folds")
+    )
     training.run()
     found = max(abs(a - b) for a, b in zip(training.losses(), clean.losses(), strict=True))
-    assert found <= CURVE_TOLERANCE, f"losses differ by {found:g}, expected at most {CURVE_TOLERANCE:g}"
+    assert found <= CURVE_TOLERANCE, (
+        f"losses differ by {found:g}, expected at most {CURVE_TOLERANCE:g}"
+    )
     return f"losses differ by at most {found:.1g}; {check_logged(training)}"
 
 
@@ -345,7 +395,10 @@ TRAINING: dict[str, tuple[Scenario, str]] = {
     "driver killed, started again": (driver, "goes on; same weights; runs continued"),
     "killed between the phases": (between_phases, "phase 2 from the frozen phase 1, by digest"),
     "newest checkpoint cut": (cut_checkpoint, "the one before is taken; same weights"),
-    "two workers, then one": (fewer_workers, f"same global batch; every epoch's loss within {CURVE_TOLERANCE:g}"),
+    "two workers, then one": (
+        fewer_workers,
+        f"same global batch; every epoch's loss within {CURVE_TOLERANCE:g}",
+    ),
     "loss is no number": (not_finite, "stops, names the series, saves nothing of it"),
     "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
     "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
@@ -367,7 +420,10 @@ def ready_training(environment: dict[str, str], folder: Path) -> Ready:
     setting = make_setting(environment, folder)
     clean = setting.training("clean")
     clean.run()
-    return {fault: (partial(scenario, setting, clean), required) for fault, (scenario, required) in TRAINING.items()}
+    return {
+        fault: (partial(scenario, setting, clean), required)
+        for fault, (scenario, required) in TRAINING.items()
+    }
 
 
 def ready_screening(screening: Screening) -> Ready:
@@ -375,14 +431,18 @@ def ready_screening(screening: Screening) -> Ready:
     fill(screening)
     screening.run("clean")
     screening.clean = screening.table("clean")
-    return {fault: (partial(scenario, screening), required) for fault, (scenario, required) in SCREENING.items()}
+    return {
+        fault: (partial(scenario, screening), required)
+        for fault, (scenario, required) in SCREENING.items()
+    }
 
 
 def ready_serving(serving: faults_serving.Serving) -> Ready:
     """The endpoint's scenarios, each ready to run, after an undisturbed request."""
     faults_serving.fill(serving)
     return {
-        fault: (partial(scenario, serving), required) for fault, (scenario, required) in faults_serving.SERVING.items()
+        fault: (partial(scenario, serving), required)
+        for fault, (scenario, required) in faults_serving.SERVING.items()
     }
 
 
@@ -415,7 +475,9 @@ def main() -> int:
     rows = [row for suite in suites for row in run_alone(suite, arguments.only)]
     print("\n| fault | required | seen | |\n|---|---|---|---|")
     for fault, required, seen, is_good in rows:
-        print(f"| {fault} | {required} | {seen} | {'as required' if is_good else 'NOT as required'} |")
+        print(
+            f"| {fault} | {required} | {seen} | {'as required' if is_good else 'NOT as required'} |"
+        )
     num_good = sum(is_good for *_, is_good in rows)
     print(f"\n{num_good} of {len(rows)} faults ended as required")
     return 0 if num_good == len(rows) else 1
@@ -442,7 +504,9 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
                 environment["AWS_ENDPOINT_URL"] = f"http://{LOOPBACK}:{door.port}"
             if suite == "screening":
                 screening = Screening(
-                    folder=folder, bucket=folder / "s3" / "bucket", s3=start_s3(folder / "s3", folder / "s3.log")
+                    folder=folder,
+                    bucket=folder / "s3" / "bucket",
+                    s3=start_s3(folder / "s3", folder / "s3.log"),
                 )
                 assert screening.s3 is not None
                 environment |= screening.s3.environment
@@ -463,7 +527,10 @@ def run_alone(suite: str, only: str) -> list[tuple[str, str, str, bool]]:
         finally:
             if serving is not None:
                 faults_serving.shut_down(serving)
-            for service in [*reversed(services), *([screening.s3] if screening and screening.s3 else [])]:
+            for service in [
+                *reversed(services),
+                *([screening.s3] if screening and screening.s3 else []),
+            ]:
                 service.stop()
 
 

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import torch
 from services import Job, Service, start_job, start_s3
 
-from covtanet.data.phantom_archive import configs, write_archive
+from covtanet.ledger.diff import differences
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
-from covtanet.screening import view
+from covtanet.phantoms.archive import configs, write_archive
 
 DATE = "2026-11-23"
 NUM_SOUND = 8
@@ -43,7 +43,9 @@ class Screening:
     truth: list[dict[str, object]] = field(default_factory=list)
     planned: str = ""
 
-    def arguments(self, name: str, archive: str = "s3://bucket/archive", ledger: str = "") -> list[str]:
+    def arguments(
+        self, name: str, archive: str = "s3://bucket/archive", ledger: str = ""
+    ) -> list[str]:
         """The command of a run into a ledger of its own."""
         return [
             "--archive", archive, "--ledger", ledger or f"s3://bucket/{name}", "--model", str(self.folder / "model"),
@@ -78,7 +80,7 @@ class Screening:
     def check_equal(self, name: str, table: pa.Table | None = None) -> str:
         """N rows, and all of them as without a fault."""
         table = self.table(name) if table is None else table
-        found = view.differences(self.clean, table)
+        found = differences(self.clean, table)
         assert not found, f"{len(found)} differences, first {found[0]}"
         return f"{table.num_rows} rows, equal to the clean run's"
 
@@ -88,7 +90,9 @@ def fill(setting: Screening) -> None:
     folder = setting.folder
     setting.bucket.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    model = SavedModel(network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}})
+    model = SavedModel(
+        network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}
+    )
     save_model(folder / "model", model)
     (folder / "screening.toml").write_text(CONFIG)
     phantoms = list(configs(NUM_SOUND, 21, size_px=128, num_slices=20))
@@ -115,7 +119,9 @@ def _token_of(process: psutil.Process) -> str | None:
         return None
 
 
-def kill_one(setting: Screening, part: str, sent: signal.Signals = signal.SIGKILL) -> Callable[[], bool]:
+def kill_one(
+    setting: Screening, part: str, sent: signal.Signals = signal.SIGKILL
+) -> Callable[[], bool]:
     """A condition that comes true by signalling such a process."""
 
     def try_it() -> bool:
@@ -148,13 +154,17 @@ def series_kills_its_worker(setting: Screening) -> str:
     assert job.finish() in (0, 4), job.output[-3000:]
     rows = {row["series_key"]: row for row in setting.table(name).to_pylist()}
     assert len(rows) == setting.clean.num_rows
-    assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died"), rows[key]["reason"]
+    assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died"), rows[key][
+        "reason"
+    ]
     return f"{len(rows)} rows; failed: worker_died after {killed} workers died"
 
 
 def start_killer(setting: Screening, name: str) -> tuple[Job, str, int]:
     """A run in which whoever decodes one certain series dies, until its row is there; its key, and how many died."""
-    key = next(row["series_key"] for row in setting.clean.to_pylist() if row["status"] == "screened")
+    key = next(
+        row["series_key"] for row in setting.clean.to_pylist() if row["status"] == "screened"
+    )
     job, killed = setting.start(name), set()
     attempts_seen = 0
 
@@ -169,7 +179,9 @@ def start_killer(setting: Screening, name: str) -> tuple[Job, str, int]:
                     with contextlib.suppress(psutil.Error):
                         psutil.Process(attempt["pid"]).kill()
                         killed.add(attempt["pid"])
-        return bool([*(setting.bucket / name).glob(f"_work/*/rows/{key}.parquet")]) or setting.is_committed(name)
+        return bool(
+            [*(setting.bucket / name).glob(f"_work/*/rows/{key}.parquet")]
+        ) or setting.is_committed(name)
 
     job.wait_for(is_over)
     return job, key, len(killed)
@@ -183,7 +195,9 @@ def series_hangs(setting: Screening) -> str:
     job.wait_for(kill_one(setting, CHILD, signal.SIGSTOP))
     code = job.finish()
     assert code in (0, 4), job.output[-3000:]
-    reasons = Counter(row["reason"] for row in setting.table(name).to_pylist() if row["status"] == "failed")
+    reasons = Counter(
+        row["reason"] for row in setting.table(name).to_pylist() if row["status"] == "failed"
+    )
     assert reasons == {"timeout": 1}, reasons
     return f"{setting.table(name).num_rows} rows; one failed: timeout, exit code {code}"
 
@@ -208,9 +222,15 @@ def driver_killed(setting: Screening) -> str:
         assert not setting.is_committed(name), "a run that died left a ledger"
         time.sleep(1)
     rows = (setting.bucket / name).glob("_work/*/rows/*.parquet")
-    before = {path.name: pq.ParquetFile(path).read(["screened_at"])["screened_at"][0].as_py() for path in rows}
+    before = {
+        path.name: pq.ParquetFile(path).read(["screened_at"])["screened_at"][0].as_py()
+        for path in rows
+    }
     setting.run(name)
-    after = {f"{row['series_key']}.parquet": row["screened_at"] for row in setting.table(name).to_pylist()}
+    after = {
+        f"{row['series_key']}.parquet": row["screened_at"]
+        for row in setting.table(name).to_pylist()
+    }
     redone = sum(after[key] != moment for key, moment in before.items())
     assert redone == 0, f"{redone} finished series were screened again"
     return f"{setting.check_equal(name)}; {len(before)} finished before, none redone"
@@ -219,7 +239,9 @@ def driver_killed(setting: Screening) -> str:
 def two_drivers(setting: Screening) -> str:
     """The same command twice at once, each with a Ray of its own, on a disk, where a file is created by one alone."""
     ledger = str(setting.folder / "two")
-    own = {name: value for name, value in setting.environment.items() if not name.startswith("RAY_A")}
+    own = {
+        name: value for name, value in setting.environment.items() if not name.startswith("RAY_A")
+    }
     jobs = [start_job(own, "screen.py", *setting.arguments("two", ledger=ledger)) for _ in range(2)]
     codes = sorted(job.finish() for job in jobs)
     assert codes in ([0, 5], [0, 0]), (codes, *(job.output[-1500:] for job in jobs))
@@ -328,7 +350,9 @@ def wrong_model(setting: Screening) -> str:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    job = start_job(setting.environment, "screen.py", *setting.arguments("wrong"), "--model", str(folder))
+    job = start_job(
+        setting.environment, "screen.py", *setting.arguments("wrong"), "--model", str(folder)
+    )
     assert job.finish() == 3, job.output[-2000:]
     assert not (setting.bucket / "wrong").exists()
     return "exit code 3 before anything was read"
@@ -355,7 +379,10 @@ Scenario = Callable[[Screening], str]
 SCREENING: dict[str, tuple[Scenario, str]] = {
     "decoding worker killed": (worker_killed("decoder", DECODER), "N rows, equal"),
     "predicting worker killed": (worker_killed("predictor", PREDICTOR), "N rows, equal"),
-    "a series kills its worker every time": (series_kills_its_worker, "failed: worker_died, the job ends"),
+    "a series kills its worker every time": (
+        series_kills_its_worker,
+        "failed: worker_died, the job ends",
+    ),
     "a series hangs": (series_hangs, "failed: timeout, others equal"),
     "a decoder's child killed": (child_killed, "the worker survives; N rows, equal"),
     "driver killed at 10, 50 and 90 %": (driver_killed, "goes on; nothing redone; N rows, equal"),

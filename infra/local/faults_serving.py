@@ -25,19 +25,28 @@ from slow import SlowDoor
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
-from covtanet.data import bombs
-from covtanet.data.phantom import make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
+from covtanet.phantoms import bombs
+from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+from covtanet.phantoms.phantom import make_phantom
 
 RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 30.0
 NUM_CALLERS, NUM_HANG_UPS = 8, 10
 SLOW_BYTES_PER_S = 100e3  # of one connection; eight are read at a time
 SLOW_STUDY, LEDGER = "s3://bucket/slow/study", "s3://bucket/ledger"
 BACK_WITHIN_S = 30.0
-NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")  # the last is of an upload's time on disk
-API, SEGMENTER, CONTROLLER = "ServeReplica:default:Api", "ServeReplica:default:Segmenter", "ServeController"
+NOT_COMPARED = (
+    "screened_at",
+    "decode_s",
+    "predict_s",
+    "source_version",
+)  # the last is of an upload's time on disk
+API, SEGMENTER, CONTROLLER = (
+    "ServeReplica:default:Api",
+    "ServeReplica:default:Segmenter",
+    "ServeController",
+)
 
 
 @dataclass
@@ -86,7 +95,10 @@ class Serving:
     def post_slow(self) -> http.client.HTTPConnection:
         """Ask for the study that lies in the slow store, and do not wait for the answer."""
         body = json.dumps({"uri": SLOW_STUDY}).encode()
-        headers = {"Authorization": f"Bearer {self.endpoint.token}", "Content-Type": "application/json"}
+        headers = {
+            "Authorization": f"Bearer {self.endpoint.token}",
+            "Content-Type": "application/json",
+        }
         connection = self.endpoint.announce(len(body), "/v1/studies:by-uri", headers)
         connection.send(body)
         return connection
@@ -111,7 +123,9 @@ class Serving:
         for process in self.processes(API):
             with contextlib.suppress(psutil.Error):
                 children = process.children(recursive=True)
-                found += [child for child in children if "sandbox_child" in " ".join(child.cmdline())]
+                found += [
+                    child for child in children if "sandbox_child" in " ".join(child.cmdline())
+                ]
         return found
 
     def versions(self) -> set[str]:
@@ -123,7 +137,12 @@ def register(serving: Serving, seed: int) -> str:
     """Register an untrained model; returns its version."""
     torch.manual_seed(seed)
     folder = serving.folder / f"model{seed}"
-    save_model(folder, SavedModel(network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}))
+    save_model(
+        folder,
+        SavedModel(
+            network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}
+        ),
+    )
     address = tracking.RunAddress(
         uri=serving.environment["MLFLOW_TRACKING_URI"], experiment="faults", name=f"model {seed}", key=str(seed),
         artifacts=str(serving.folder / "artifacts"),
@@ -149,7 +168,9 @@ def fill(serving: Serving) -> None:
     assert status == 200, answer
     serving.expected = answer["series"][0]["p_infected"]
     slow, *others = configs(1 + NUM_CALLERS, 47, 128, 24)
-    for index, data in enumerate(dicom_objects(make_phantom(replace(slow, size_px=256, num_slices=60)), 47)):
+    for index, data in enumerate(
+        dicom_objects(make_phantom(replace(slow, size_px=256, num_slices=60)), 47)
+    ):
         storage.write_bytes(f"{SLOW_STUDY}/{index:04d}.dcm", data)
     for index, config in enumerate(others):
         phantom = make_phantom(config)
@@ -161,7 +182,10 @@ def fill(serving: Serving) -> None:
 
 def compared(answer: Any) -> list[dict[str, Any]]:
     """What two answers about one study have in common, whoever asks beside it."""
-    return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in answer["series"]]
+    return [
+        {name: value for name, value in row.items() if name not in NOT_COMPARED}
+        for row in answer["series"]
+    ]
 
 
 def processes_of(environment: dict[str, str], part: str) -> list[psutil.Process]:
@@ -184,7 +208,9 @@ def kill(environment: dict[str, str], part: str) -> None:
 
 def tokens(serving: Serving) -> str:
     """Nobody's, a wrong and the right token."""
-    seen = [serving.post(serving.study, {"Authorization": each})[0] for each in ("", "Bearer wrong")]
+    seen = [
+        serving.post(serving.study, {"Authorization": each})[0] for each in ("", "Bearer wrong")
+    ]
     seen.append(serving.post(serving.study)[0])
     assert seen == [401, 403, 200], seen
     return "401, 403, 200"
@@ -200,7 +226,9 @@ def killed_in_a_request(part: str) -> Callable[[Serving], str]:
             kill(serving.environment, part)
             found = [(status, wait_s) for status, _, wait_s in (each.result() for each in waiting)]
         back_s = serving.back_after()
-        assert all(status == 200 or (status == 503 and wait_s > 0) for status, wait_s in found), found
+        assert all(status == 200 or (status == 503 and wait_s > 0) for status, wait_s in found), (
+            found
+        )
         assert back_s <= BACK_WITHIN_S, f"back after {back_s:.0f} s"
         return f"its requests {[status for status, _ in found]}; right again after {back_s:.0f} s"
 
@@ -213,7 +241,9 @@ def flood(serving: Serving) -> str:
         found = list(pool.map(lambda _: serving.post(serving.study), range(40)))
     statuses = Counter(status for status, *_ in found)
     assert set(statuses) == {200, 503}, statuses
-    assert all(wait_s > 0 for status, _, wait_s in found if status == 503), "a 503 without Retry-After"
+    assert all(wait_s > 0 for status, _, wait_s in found if status == 503), (
+        "a 503 without Retry-After"
+    )
     assert serving.is_right()
     return f"{statuses[200]} answered, {statuses[503]} told to come again"
 
@@ -254,11 +284,19 @@ def client_gone(serving: Serving) -> str:
 
 def hostile(serving: Serving) -> str:
     """Bytes that are no study, cut, or a bomb."""
-    bodies = {"no study": b"nothing", "cut": serving.study[:-2000], "zip": b"PK\x03\x04" + bytes(500)}
+    bodies = {
+        "no study": b"nothing",
+        "cut": serving.study[:-2000],
+        "zip": b"PK\x03\x04" + bytes(500),
+    }
     seen = {name: serving.post(body) for name, body in bodies.items()}
-    assert all(status in (413, 415, 422) and answer["reason"] for status, answer, _ in seen.values()), seen
+    assert all(
+        status in (413, 415, 422) and answer["reason"] for status, answer, _ in seen.values()
+    ), seen
     assert serving.is_right()
-    return ", ".join(f"{name}: {status} {answer['reason']}" for name, (status, answer, _) in seen.items())
+    return ", ".join(
+        f"{name}: {status} {answer['reason']}" for name, (status, answer, _) in seen.items()
+    )
 
 
 def another_champion(serving: Serving) -> str:
@@ -296,7 +334,11 @@ def another_champion(serving: Serving) -> str:
 def wrong_digest(serving: Serving) -> str:
     """The alias moves to a version whose files are not what the registry says."""
     before, version = tracking.version_of("champion"), register(serving, 2)
-    source = MlflowClient().get_model_version(tracking.MODEL_NAME, version).source.removeprefix("file://")
+    source = (
+        MlflowClient()
+        .get_model_version(tracking.MODEL_NAME, version)
+        .source.removeprefix("file://")
+    )
     (weights,) = Path(source).rglob("weights.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -329,7 +371,10 @@ def hang_up_during_decoding(serving: Serving) -> str:
             seen[status] += 1
             if status == 200 and compared(answer) != expected:
                 names = ("status", "num_slices", "lesion_volume_ml", "series_uid")
-                got, due = ([[row[name] for name in names] for row in rows] for rows in (answer["series"], expected))
+                got, due = (
+                    [[row[name] for name in names] for row in rows]
+                    for rows in (answer["series"], expected)
+                )
                 wrong.append(f"caller {index} got {got}, expected {due}")
             if status not in (200, 503) or (status == 503 and not wait_s):
                 wrong.append(f"caller {index} got {status} {answer}")
@@ -392,13 +437,20 @@ def timeouts(serving: Serving) -> str:
         assert Counter(answers) == {(504, "deadline"): 2, (503, "busy"): 2}, answers
         seen["storage and the wait for a decoder"] = "504 and 503"
     seen["back after"] = f"{serving.back_after():.0f} s"
-    for name, stopped in (("decoder", serving.children), ("model", lambda: serving.processes(SEGMENTER))):
+    for name, stopped in (
+        ("decoder", serving.children),
+        ("model", lambda: serving.processes(SEGMENTER)),
+    ):
         with kept_still(stopped):
             started = time.monotonic()
             status, answer, wait_s = serving.post(serving.study)
             spent_s = time.monotonic() - started
         # A model that stands still may be replaced by another replica in time.
-        is_right = name == "model" and status == 200 and answer["series"][0]["p_infected"] == serving.expected
+        is_right = (
+            name == "model"
+            and status == 200
+            and answer["series"][0]["p_infected"] == serving.expected
+        )
         assert is_right or status == 504 or (status == 503 and wait_s), (name, status)
         assert spent_s < REQUEST_TIMEOUT_S + 10, (name, spent_s)
         seen[name] = f"{status} after {spent_s:.0f} s, right {serving.back_after():.0f} s later"
@@ -442,8 +494,14 @@ def store_is_down(serving: Serving) -> str:
             ("GET", "/v1/batches", None), ("POST", "/v1/batches", asked), ("GET", batch, None),
             ("GET", f"{batch}/ledger", None), ("GET", f"{batch}/worklist", None), ("POST", f"{batch}:cancel", None),
         ):  # fmt: skip
-            status, answer, headers = serving.endpoint.ask(method, path, body, {"Content-Type": "application/json"})
-            seen[f"{method} {path}"] = status, answer.get("reason"), bool(headers.get("Retry-After"))
+            status, answer, headers = serving.endpoint.ask(
+                method, path, body, {"Content-Type": "application/json"}
+            )
+            seen[f"{method} {path}"] = (
+                status,
+                answer.get("reason"),
+                bool(headers.get("Retry-After")),
+            )
             assert serving.is_right()
         assert set(seen.values()) == {(503, "storage", True)}, seen
     finally:

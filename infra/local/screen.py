@@ -14,15 +14,24 @@ def main() -> int:
     """Check the arguments, then run the job on this machine."""
     archive, ledger, model = (argument.strip() for argument in (*sys.argv[1:4], "", "", "")[:3])
     if not archive or not ledger:
-        print("usage: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]", file=sys.stderr)
+        print(
+            "usage: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]",
+            file=sys.stderr,
+        )
         return 2
     if model.startswith("models:") and "MLFLOW_TRACKING_URI" not in os.environ:
         if not DEMO.exists():
-            print("there is no registry: run make demo first, or set MLFLOW_TRACKING_URI", file=sys.stderr)
+            print(
+                "there is no registry: run make demo first, or set MLFLOW_TRACKING_URI",
+                file=sys.stderr,
+            )
             return 3
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{DEMO}"
     if not model:
-        print(f"with {SHIPPED.name}, which marks lesions and has no diagnosis; see {SHIPPED}/README.md", flush=True)
+        print(
+            f"with {SHIPPED.name}, which marks lesions and has no diagnosis; see {SHIPPED}/README.md",
+            flush=True,
+        )
     command = [
         sys.executable, ROOT / "jobs" / "screen.py", "--archive", archive, "--ledger", ledger,
         "--model", model or SHIPPED, "--results", f"{ledger.rstrip('/')}/_results",

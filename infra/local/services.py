@@ -80,7 +80,9 @@ def check_door(what: str, host: str, *, is_authenticated: bool) -> None:
         PermissionError: which names the service and the address.
     """
     if not ipaddress.ip_address(host).is_loopback and not is_authenticated:
-        raise PermissionError(f"{what} would answer anybody on {host}, expected loopback or authentication of its own")
+        raise PermissionError(
+            f"{what} would answer anybody on {host}, expected loopback or authentication of its own"
+        )
 
 
 def check_token(token: Path) -> None:
@@ -91,7 +93,9 @@ def check_token(token: Path) -> None:
     """
     mode = token.stat().st_mode & 0o777
     if mode & 0o077 or not token.read_text().strip():
-        raise PermissionError(f"the token file has mode {mode:04o}, expected 0600 and a token in it")
+        raise PermissionError(
+            f"the token file has mode {mode:04o}, expected 0600 and a token in it"
+        )
 
 
 def free_ports(count: int) -> list[int]:
@@ -107,10 +111,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def start_s3(
-    folder: Path, log: Path, key: str = "covtanet", secret: str = LOOPBACK_SECRET, port: int = 0, host: str = LOOPBACK
+    folder: Path,
+    log: Path,
+    key: str = "covtanet",
+    secret: str = LOOPBACK_SECRET,
+    port: int = 0,
+    host: str = LOOPBACK,
 ) -> Service:
     """Serve a folder as S3: its subfolders are buckets. port: 0 takes a free one."""
-    check_door("S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET))  # that one is known to all
+    check_door(
+        "S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET)
+    )  # that one is known to all
     port = port or free_ports(1)[0]
     binary = Path(sys.executable).with_name("rclone")
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +152,11 @@ def start_s3(
 
 
 def start_ray(
-    log: Path, environment: dict[str, str], token: Path, temp_folder: Path, num_cpus: int = NUM_LOGICAL_CPUS
+    log: Path,
+    environment: dict[str, str],
+    token: Path,
+    temp_folder: Path,
+    num_cpus: int = NUM_LOGICAL_CPUS,
 ) -> Service:
     """Start a Ray head on loopback with token authentication.
 
@@ -162,7 +177,9 @@ def start_ray(
     ]  # fmt: skip
     own = {**environment, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **own})
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **own}
+        )
     own["RAY_ADDRESS"] = f"{LOOPBACK}:{port}"
     own["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard}"
     service = Service(process, own, log)
@@ -252,7 +269,9 @@ def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ})
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ}
+        )
     service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{host}:{port}"}, log)
     wait_for(service, lambda: is_healthy(f"http://{host}:{port}/health"))
     return service
@@ -284,7 +303,9 @@ def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
         raise
     service.stop()
     tail = service.log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}")
+    raise RuntimeError(
+        f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}"
+    )
 
 
 def _answers(port: int) -> bool:
@@ -297,7 +318,8 @@ def _answers(port: int) -> bool:
 
 def _jobs_ready(port: int, token: Path) -> bool:
     request = urllib.request.Request(
-        f"http://{LOOPBACK}:{port}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text().strip()}"}
+        f"http://{LOOPBACK}:{port}/api/jobs/",
+        headers={"Authorization": f"Bearer {token.read_text().strip()}"},
     )
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:

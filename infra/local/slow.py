@@ -35,7 +35,9 @@ class SlowDoor:
                     continue
                 server = socket.create_connection((LOOPBACK, self.server_port))
                 for source, target, is_answer in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._pass_on, args=(source, target, is_answer), daemon=True).start()
+                    threading.Thread(
+                        target=self._pass_on, args=(source, target, is_answer), daemon=True
+                    ).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         with suppress(OSError):

@@ -40,4 +40,6 @@ def test_two_ranks_train_as_one_that_accumulates(tmp_path: Path) -> None:
         for name, value in alone.weights.items():
             if name.endswith("num_batches_tracked"):  # one rank's count, or that of both
                 continue
-            assert torch.allclose(torch.tensor(found["weights"][name]), value, rtol=1e-3, atol=1e-3), name
+            assert torch.allclose(
+                torch.tensor(found["weights"][name]), value, rtol=1e-3, atol=1e-3
+            ), name

@@ -22,7 +22,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
 TIMEOUT_S = 60
 
 
@@ -35,8 +40,16 @@ def fuzz(endpoint: Endpoint, batch: str, num_examples: int) -> dict[str, set[int
         operation = found.ok()
         statuses = seen.setdefault(f"{operation.method.upper()} {operation.path}", set())
         for mode in GenerationMode:
-            with contextlib.suppress(Unsatisfiable):  # a route without parameters can only be asked as described
-                ask_operation(endpoint, operation.as_strategy(generation_mode=mode), num_examples, statuses, {})
+            with contextlib.suppress(
+                Unsatisfiable
+            ):  # a route without parameters can only be asked as described
+                ask_operation(
+                    endpoint,
+                    operation.as_strategy(generation_mode=mode),
+                    num_examples,
+                    statuses,
+                    {},
+                )
         if "{batch_id}" in operation.path:
             known = {"batch_id": batch}
             ask_operation(endpoint, operation.as_strategy(), num_examples, statuses, known)
@@ -44,7 +57,11 @@ def fuzz(endpoint: Endpoint, batch: str, num_examples: int) -> dict[str, set[int
 
 
 def ask_operation(
-    endpoint: Endpoint, strategy: Any, num_examples: int, seen: set[int], path_parameters: dict[str, str]
+    endpoint: Endpoint,
+    strategy: Any,
+    num_examples: int,
+    seen: set[int],
+    path_parameters: dict[str, str],
 ) -> None:
     """Ask one route. path_parameters: in place of those that are drawn."""
 
@@ -64,11 +81,17 @@ def ask_operation(
 
 
 @pytest.mark.parametrize("num_examples", [6, pytest.param(150, marks=pytest.mark.slow)])
-def test_every_answer_is_as_described_and_none_is_5xx(endpoint: Endpoint, batch: str, num_examples: int) -> None:
+def test_every_answer_is_as_described_and_none_is_5xx(
+    endpoint: Endpoint, batch: str, num_examples: int
+) -> None:
     seen = fuzz(endpoint, batch, num_examples)
     assert len(seen) == 13
     assert not [statuses for statuses in seen.values() if max(statuses) >= 500], seen
-    answered = {"GET /v1/batches", "GET /v1/batches/{batch_id}/ledger", "GET /v1/batches/{batch_id}/worklist"}
+    answered = {
+        "GET /v1/batches",
+        "GET /v1/batches/{batch_id}/ledger",
+        "GET /v1/batches/{batch_id}/worklist",
+    }
     assert all(200 in seen[route] for route in answered), seen
 
 

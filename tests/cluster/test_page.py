@@ -18,12 +18,17 @@ from conftest import S3
 from endpoint import Endpoint
 from faults_screening import Screening
 
+from covtanet import drawing as overlay
 from covtanet.ct.window import WindowConfig, to_input
-from covtanet.report import overlay, worklist
-from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.report import worklist
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def page(browser: Any) -> Iterator[Any]:
     errors: list[str] = []
     opened = browser.new_page(viewport={"width": 1400, "height": 900})
     opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    opened.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     yield opened
     opened.close()
     assert not errors
@@ -65,7 +72,9 @@ def darkness(page: Any) -> list[int]:
     return found
 
 
-def test_a_study_is_found_opened_and_scrolled_through(page: Any, endpoint: Endpoint, batch: str) -> None:
+def test_a_study_is_found_opened_and_scrolled_through(
+    page: Any, endpoint: Endpoint, batch: str
+) -> None:
     log_in(page, endpoint)
     assert "Research use only" in page.inner_text("header")
     assert "25 series" in page.inner_text("#glance")
@@ -79,7 +88,9 @@ def test_a_study_is_found_opened_and_scrolled_through(page: Any, endpoint: Endpo
     page.locator("#study canvas").hover()
     moved = page.inner_text("#study .tools")
     page.mouse.wheel(0, 100)
-    page.wait_for_function("(before) => document.querySelector('#study .tools').innerText !== before", arg=moved)
+    page.wait_for_function(
+        "(before) => document.querySelector('#study .tools').innerText !== before", arg=moved
+    )
     marked = darkness(page)
     page.keyboard.press("o")  # without the overlay every pixel is grey
     plain = darkness(page)
@@ -109,7 +120,9 @@ def test_a_wrong_token_is_told(browser: Any, endpoint: Endpoint) -> None:
     page.goto(f"{endpoint.url}/")
     page.fill("#token", "wrong")
     page.press("#token", "Enter")
-    page.wait_for_function("() => document.querySelector('#message').innerText.includes('nobody has this token')")
+    page.wait_for_function(
+        "() => document.querySelector('#message').innerText.includes('nobody has this token')"
+    )
     page.close()
 
 
@@ -120,7 +133,9 @@ def committed_batch(s3: S3, batch: str, name: str, count: int) -> str:
     record = json.loads(path.read_text())
     served = root / "ledger"
     named = json.loads((served / "_batches" / f"{batch}.run").read_text())
-    table = pq.ParquetFile(served / f"date={named['run_date']}" / f"{named['run_id']}.parquet").read()
+    table = pq.ParquetFile(
+        served / f"date={named['run_date']}" / f"{named['run_id']}.parquet"
+    ).read()
     rows = [row for row in table.to_pylist() if row["status"] == "screened"]
     many = [
         {**rows[k % len(rows)], "series_key": f"{k:032x}",
@@ -131,22 +146,35 @@ def committed_batch(s3: S3, batch: str, name: str, count: int) -> str:
     new = pa.Table.from_pylist(many, table.schema)
     sink = pa.BufferOutputStream()
     pq.write_table(new, sink)
-    own, callers = "s3://bucket/served/_batches/ledger", f"s3://bucket/served/_batches/callers/{path.parent.name}"
-    storage.write_bytes(f"{own}/date={named['run_date']}/{name}.parquet", sink.getvalue().to_pybytes())
-    storage.write_bytes(f"{own}/_batches/{name}.run", json.dumps({**named, "run_id": name}).encode())
-    storage.write_bytes(f"{callers}/{name}.json", json.dumps({**record, "batch_id": name, "ended": None}).encode())
+    own, callers = (
+        "s3://bucket/served/_batches/ledger",
+        f"s3://bucket/served/_batches/callers/{path.parent.name}",
+    )
+    storage.write_bytes(
+        f"{own}/date={named['run_date']}/{name}.parquet", sink.getvalue().to_pybytes()
+    )
+    storage.write_bytes(
+        f"{own}/_batches/{name}.run", json.dumps({**named, "run_id": name}).encode()
+    )
+    storage.write_bytes(
+        f"{callers}/{name}.json", json.dumps({**record, "batch_id": name, "ended": None}).encode()
+    )
     storage.write_bytes(f"{callers}/newest/1-{name}", b"")
     return name
 
 
-def test_ten_thousand_rows_open_as_fast_as_a_hundred(page: Any, endpoint: Endpoint, batch: str, s3: S3) -> None:
+def test_ten_thousand_rows_open_as_fast_as_a_hundred(
+    page: Any, endpoint: Endpoint, batch: str, s3: S3
+) -> None:
     seconds = {}
     names = {count: committed_batch(s3, batch, f"{count:016x}", count) for count in (100, 10_000)}
     log_in(page, endpoint)
     for count in (100, 10_000, 100, 10_000):  # the second time counts: the first reads the file
         started = time.monotonic()
         page.select_option("#batch", names[count])
-        page.wait_for_function(f"() => document.querySelector('#shown').innerText.endsWith('of {count}')")
+        page.wait_for_function(
+            f"() => document.querySelector('#shown').innerText.endsWith('of {count}')"
+        )
         seconds[count] = time.monotonic() - started
         assert page.locator("#rows tr").count() == min(count, worklist.MAX_ROWS)
     # Stated: at most three times; a tenth of a second more for what a busy machine does beside it.
@@ -174,12 +202,18 @@ def test_the_report_opens_without_a_server(
     assert all(url.startswith(("file:", "data:", "blob:")) for url in requested)
 
 
-GREY_AT = "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]"
+GREY_AT = (
+    "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]"
+)
 LUNG_PRESET, SOFT_TISSUE_PRESET = (-1350, 150), (-160, 240)
 
 
-@pytest.mark.parametrize(("low_hu", "high_hu"), [(-1000.0, 400.0), (-1350.0, 150.0), (-1000.5, 1500.0)])
-def test_viewer_shows_hu_by_the_window_of_the_model(page: Any, tmp_path: Path, low_hu: float, high_hu: float) -> None:
+@pytest.mark.parametrize(
+    ("low_hu", "high_hu"), [(-1000.0, 400.0), (-1350.0, 150.0), (-1000.5, 1500.0)]
+)
+def test_viewer_shows_hu_by_the_window_of_the_model(
+    page: Any, tmp_path: Path, low_hu: float, high_hu: float
+) -> None:
     """A picture of another model than the usual one: the same HU have the same grey under a preset."""
     window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
     hu = np.full((8, 64, 64), -700, np.int16)
@@ -189,13 +223,19 @@ def test_viewer_shows_hu_by_the_window_of_the_model(page: Any, tmp_path: Path, l
     (tmp_path / "page.html").write_text(worklist.report(LEDGER_SCHEMA.empty_table(), {}))
     page.goto((tmp_path / "page.html").as_uri())
     url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    page.evaluate("async (url) => { at('study').hidden = false; await openViewer(at('study'), url); }", url)
+    page.evaluate(
+        "async (url) => { at('study').hidden = false; await openViewer(at('study'), url); }", url
+    )
     for key, (low, high) in (("1", LUNG_PRESET), ("3", SOFT_TISSUE_PRESET)):
         page.keyboard.press(key)
         for x, value in ((8, -700), (56, 40)):
             grey = page.evaluate(
-                "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]", x
+                "(x) => document.querySelector('canvas').getContext('2d').getImageData(x, 32, 1, 1).data[0]",
+                x,
             )
             expected = min(max(255 * (value - low) / (high - low), 0), 255)
             # Half a level of the picture, seen through the preset, and a rounding.
-            assert abs(grey - expected) <= 255 * (high_hu - low_hu) / 255 / (high - low) + 1, (key, value)
+            assert abs(grey - expected) <= 255 * (high_hu - low_hu) / 255 / (high - low) + 1, (
+                key,
+                value,
+            )

@@ -23,7 +23,8 @@ from faults_screening import Screening, start_killer
 from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
 
 from covtanet import storage
-from covtanet.screening import view
+from covtanet.ledger.diff import differences
+from covtanet.ledger.read import newest_rows, read_run
 
 
 def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> None:
@@ -37,7 +38,7 @@ def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> Non
     assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died")
     assert killed >= 3
     others = screening.table("hostile").filter(pc.field("series_key") != key)
-    assert view.differences(screening.clean.filter(pc.field("series_key") != key), others) == []
+    assert differences(screening.clean.filter(pc.field("series_key") != key), others) == []
 
 
 def write(prefix: str, name: str, objects: dict[str, bytes]) -> None:
@@ -102,8 +103,11 @@ def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
             expect=expect,
         )  # fmt: skip
         (path,) = ledger.glob(f"date={date}/*.parquet")
-        rows = view.read(str(path)).to_pylist()
-        found = [(row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"]) for row in rows]
+        rows = read_run(str(path)).to_pylist()
+        found = [
+            (row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"])
+            for row in rows
+        ]
         return sorted(found), output
 
     with listener() as (url, heard):
@@ -121,14 +125,16 @@ def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
         assert night("2026-11-23")[0] == []
         before = {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()}
         assert "the night of 2026-11-23 is done; nothing to do" in night("2026-11-23")[1]
-        assert {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()
+        } == before
     assert [(each["alert"], each["night"]) for each in heard] == [
         ("too_many_refused", "2026-11-20"), ("missing_run", "2026-11-22")
     ]  # fmt: skip
     assert heard[0]["reasons"] == {"vanished": 1}
     assert "nightly" not in str(heard), "an alert names a place"
     assert len(list((ledger / "_reports").glob("*.html"))) == 3
-    rows = view.newest_rows(str(ledger)).to_pylist()
+    rows = newest_rows(str(ledger)).to_pylist()
     assert len(rows) == 5
     assert Counter(row["status"] for row in rows) == {"screened": 4, "rejected": 1}
     shown = subprocess.run(
@@ -176,7 +182,9 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
     for name, build in CONTROLS.items():
         write(everything, f"good {name}", build())
 
-    output = screening.run("canary-open", "--results", "s3://bucket/canary-results", archive=everything)
+    output = screening.run(
+        "canary-open", "--results", "s3://bucket/canary-results", archive=everything
+    )
     table = screening.table("canary-open")
     check_malformed(table.to_pylist(), everything)
     hidden_columns = [name for name in table.column_names if name != "source_uri"]
@@ -204,21 +212,37 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
     hidden, shown = screening.table("canary-hidden").to_pylist(), table.to_pylist()
     assert CANARY not in str(hidden)
     assert not {row["series_key"] for row in hidden} & {row["series_key"] for row in shown}
-    assert not {row["study_uid"] for row in hidden if row["study_uid"]} & {row["study_uid"] for row in shown}
+    assert not {row["study_uid"] for row in hidden if row["study_uid"]} & {
+        row["study_uid"] for row in shown
+    }
     of_canaries = [row for row in shown if CANARY in row["source_uri"].removeprefix(everything)]
     assert Counter(row["reason"] for row in hidden) == Counter(row["reason"] for row in of_canaries)
     (linked,) = (s3.folder / "linkage").glob("date=*/*.parquet")
     assert CANARY in str(faults_screening.pq.ParquetFile(linked).read().to_pylist())
 
-    logs = [path for path in Path(cluster.environment["RAY_TMP"]).rglob("*") if path.is_file() and "logs" in path.parts]
+    logs = [
+        path
+        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
+        if path.is_file() and "logs" in path.parts
+    ]
     assert logs
     texts = {path.name: path.read_bytes() for path in logs}
-    assert not [name for name, text in texts.items() if f"{CANARY}-study".encode() in text or b"CANARY^" in text]
+    assert not [
+        name
+        for name, text in texts.items()
+        if f"{CANARY}-study".encode() in text or b"CANARY^" in text
+    ]
 
 
-@pytest.mark.parametrize(("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)])
-def test_ray_answers_nobody_without_its_token(cluster: Cluster, header: dict[str, str], status: int) -> None:
-    request = urllib.request.Request(f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header)
+@pytest.mark.parametrize(
+    ("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)]
+)
+def test_ray_answers_nobody_without_its_token(
+    cluster: Cluster, header: dict[str, str], status: int
+) -> None:
+    request = urllib.request.Request(
+        f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=10)
     assert error.value.code == status

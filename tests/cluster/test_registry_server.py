@@ -50,6 +50,8 @@ def test_version_whose_files_are_gone_or_too_large_is_refused(
     monkeypatch.setitem(tracking.MODEL_FILES, "weights.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors has more than 100 bytes"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "large")
-    gone = client.create_model_version("covtanet", f"{known.source}/nothing", known.run_id, tags=known.tags)
+    gone = client.create_model_version(
+        "covtanet", f"{known.source}/nothing", known.run_id, tags=known.tags
+    )
     with pytest.raises(CheckpointError, match=r"no model\.json or weights"):
         tracking.resolve_model(f"models:/covtanet/{gone.version}", tmp_path / "gone")

@@ -17,7 +17,7 @@ from conftest import ROOT, Cluster
 from faults_screening import Screening
 
 from covtanet import storage
-from covtanet.screening import view
+from covtanet.ledger.diff import differences
 
 ARCHIVE = "s3://bucket/archive"
 
@@ -35,7 +35,9 @@ def test_one_row_per_series_with_the_right_reasons(screening: Screening) -> None
 def test_ledger_reads_as_it_lies(screening: Screening) -> None:
     folder = screening.bucket / "clean"
     assert pq.read_table(folder).num_rows == screening.clean.num_rows
-    counted = duckdb.sql(f"select count(*) from read_parquet('{folder}/**/date=*/*.parquet')").fetchall()
+    counted = duckdb.sql(
+        f"select count(*) from read_parquet('{folder}/**/date=*/*.parquet')"
+    ).fetchall()
     assert counted == [(screening.clean.num_rows,)]
 
 
@@ -53,13 +55,15 @@ def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None
     time.sleep(2)  # whatever a worker still had in hand is stored by now
     stored = (screening.bucket / name).glob("_work/*/rows/*.parquet")
     before = {
-        row["series_key"]: row["screened_at"] for path in stored for row in pq.ParquetFile(path).read().to_pylist()
+        row["series_key"]: row["screened_at"]
+        for path in stored
+        for row in pq.ParquetFile(path).read().to_pylist()
     }
     output = screening.run(name)
     assert f"continuing: {len(before)} of {len(screening.truth)} series are finished" in output
     assert len(list((screening.bucket / name / "_work").iterdir())) == 1
     table = screening.table(name)
-    assert view.differences(screening.clean, table) == []
+    assert differences(screening.clean, table) == []
     # The rows that the dead run left stand in the ledger as they were: no finished series was screened again.
     after = {row["series_key"]: row["screened_at"] for row in table.to_pylist()}
     assert {key: after[key] for key in before} == before
@@ -71,7 +75,9 @@ def test_plan_tells_what_would_be_done(screening: Screening) -> None:
     assert "CPUs, 0 GPUs: fits" in screening.planned
 
 
-def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Cluster, model_folder: Path) -> None:
+def test_submitted_job_refuses_relative_places_with_the_form_to_use(
+    cluster: Cluster, model_folder: Path
+) -> None:
     process = subprocess.run(
         [
             Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", ROOT, "--",
@@ -85,14 +91,20 @@ def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Clu
     assert "give the absolute path, /.../my/archive" in output
 
 
-def test_what_cannot_work_is_refused_before_anything_is_read(cluster: Cluster, model_folder: Path) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_read(
+    cluster: Cluster, model_folder: Path
+) -> None:
     jobs = []
     for changed, message in (
         ({"--model": "models:/nobody@champion"}, "is not in the registry"),
         ({"--model": "/nowhere"}, "expected a saved model"),
         ({"--archive": "s3://bucket/ledger/x", "--ledger": "s3://bucket/ledger"}, "must be apart"),
     ):
-        usual = {"--archive": "s3://bucket/archive", "--ledger": "s3://bucket/no", "--model": str(model_folder)}
+        usual = {
+            "--archive": "s3://bucket/archive",
+            "--ledger": "s3://bucket/no",
+            "--model": str(model_folder),
+        }
         arguments = [part for pair in {**usual, **changed}.items() for part in pair]
         jobs.append((cluster.start_job("screen.py", *arguments), message))
     for job, message in jobs:
@@ -104,27 +116,40 @@ def test_what_cannot_work_is_refused_before_anything_is_read(cluster: Cluster, m
 def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster) -> None:
     uids = [row["series_uid"] for row in screening.clean.to_pylist() if row["series_uid"]]
     assert uids
-    logs = [path for path in Path(cluster.environment["RAY_TMP"]).rglob("*") if path.is_file() and "logs" in path.parts]
+    logs = [
+        path
+        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
+        if path.is_file() and "logs" in path.parts
+    ]
     assert logs
     text = b"".join(path.read_bytes() for path in logs if path.suffix in {".log", ".out", ".err"})
     assert not [uid for uid in uids if uid.encode() in text]
 
 
-def test_results_are_written_as_dicom_that_refers_to_its_source(screening: Screening, cluster: Cluster) -> None:
+def test_results_are_written_as_dicom_that_refers_to_its_source(
+    screening: Screening, cluster: Cluster
+) -> None:
     output = cluster.run_job(
         "export.py", "--ledger", "s3://bucket/clean", "--results", "s3://bucket/clean-results"
     )  # fmt: skip
     rows = [
-        row for row in screening.clean.to_pylist() if row["status"] == "screened" and row["source_format"] == "dicom"
+        row
+        for row in screening.clean.to_pylist()
+        if row["status"] == "screened" and row["source_format"] == "dicom"
     ]
     assert f"{len(rows)} written" in output
     for row in rows:
         folder = screening.bucket / "clean-results" / row["run_id"] / row["series_key"]
-        seg, report = (pydicom.dcmread(folder / name) for name in ("lesion.seg.dcm", "measurements.sr.dcm"))
+        seg, report = (
+            pydicom.dcmread(folder / name) for name in ("lesion.seg.dcm", "measurements.sr.dcm")
+        )
         assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == row["series_uid"]
         assert (seg.Modality, report.Modality) == ("SEG", "SR")
         lesion = np.asarray(nib.load(folder / "lesion_mask.nii.gz").dataobj) > 0
         read = hd.seg.Segmentation.from_dataset(seg)
-        uids = [each.ReferencedSOPInstanceUID for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence]
+        uids = [
+            each.ReferencedSOPInstanceUID
+            for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        ]
         pixels = read.get_pixels_by_source_instance(uids, [1], assert_missing_frames_are_empty=True)
         assert int(pixels.sum()) == int(lesion.sum())

@@ -17,9 +17,9 @@ from endpoint import Endpoint
 from faults_screening import Screening
 from hostile import gz, plain_nifti, slices
 
-from covtanet.data.phantom import make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects
-from covtanet.screening import view
+from covtanet.ledger.diff import differences
+from covtanet.phantoms.archive import configs, dicom_objects
+from covtanet.phantoms.phantom import make_phantom
 from serve.middleware import SECURITY_HEADERS
 
 UPLOAD_TIMEOUT_S = 120
@@ -40,7 +40,9 @@ COMPARED = (
 )  # fmt: skip
 
 
-def test_a_study_by_http_has_the_numbers_of_the_job(endpoint: Endpoint, screening: Screening) -> None:
+def test_a_study_by_http_has_the_numbers_of_the_job(
+    endpoint: Endpoint, screening: Screening
+) -> None:
     """A NIfTI file as a body, the same by its URI, and a DICOM folder as a zip: each against the job's row."""
     rows = [row for row in screening.clean.to_pylist() if row["status"] == "screened"]
     for kind in ("nifti", "dicom"):
@@ -54,14 +56,20 @@ def test_a_study_by_http_has_the_numbers_of_the_job(endpoint: Endpoint, screenin
             ("/v1/studies", body),
             ("/v1/studies:by-uri", json.dumps({"uri": job["source_uri"]}).encode()),
         ):
-            status, answer, _ = endpoint.ask("POST", path, sent, {"Content-Type": "application/json"})
+            status, answer, _ = endpoint.ask(
+                "POST", path, sent, {"Content-Type": "application/json"}
+            )
             assert status == 200, answer
             (row,) = answer["series"]
             assert answer["model"]["digest"] == job["model_digest"]
             for name in COMPARED:
                 if name == "source_digest" and path == "/v1/studies":
                     continue  # of objects with their names, which an upload does not keep
-                expected = pytest.approx(job[name], rel=1e-5) if isinstance(job[name], float) else job[name]
+                expected = (
+                    pytest.approx(job[name], rel=1e-5)
+                    if isinstance(job[name], float)
+                    else job[name]
+                )
                 assert row[name] == expected, (kind, path, name)
 
 
@@ -101,7 +109,9 @@ def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
         (zipped({"a": slices()[0]})[:-30], 422, "bad_zip"),
     ],
 )  # fmt: skip
-def test_what_is_no_study_is_refused_with_a_code(endpoint: Endpoint, body: bytes, status: int, reason: str) -> None:
+def test_what_is_no_study_is_refused_with_a_code(
+    endpoint: Endpoint, body: bytes, status: int, reason: str
+) -> None:
     found, answer, _ = endpoint.ask("POST", "/v1/studies", body)
     assert (found, answer["reason"]) == (status, reason), answer
     assert "Traceback" not in str(answer)
@@ -120,13 +130,15 @@ def test_other_places_than_ones_own_are_not_read(endpoint: Endpoint) -> None:
             assert (status, answer["reason"]) == (403, "place_not_allowed"), uri
 
 
-def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: str, screening: Screening) -> None:
+def test_a_batch_is_the_job_and_its_ledger_the_jobs(
+    endpoint: Endpoint, batch: str, screening: Screening
+) -> None:
     path, body, kind = f"/v1/batches/{batch}", json.dumps(NIGHT).encode(), NIGHT_HEADERS
     state = endpoint.ask("GET", path)[1]
     assert state["series"] == sum(state["counts"].values()) == screening.clean.num_rows
     assert endpoint.ask("POST", "/v1/batches", body, kind)[1]["state"] == "committed"
     table = pq.read_table(io.BytesIO(endpoint.ask("GET", f"{path}/ledger")[1]))
-    assert view.differences(screening.clean, table) == []
+    assert differences(screening.clean, table) == []
     rows = endpoint.ask("GET", f"{path}/ledger", headers={"Accept": "application/json"})[1]
     assert [row["series_key"] for row in rows] == table["series_key"].to_pylist()
     text = endpoint.ask("GET", f"{path}/ledger", headers={"Accept": "text/csv"})[1].decode()
@@ -140,13 +152,24 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(endpoint: Endpoint, batch: s
     assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
 
 
-def test_caller_who_hangs_up_during_decoding_leaves_the_next_one_its_own_rows(endpoint: Endpoint) -> None:
+def test_caller_who_hangs_up_during_decoding_leaves_the_next_one_its_own_rows(
+    endpoint: Endpoint,
+) -> None:
     """Both decoders in turn; make faults does it ten times, with a slow store and beside eight callers."""
     study = gz(plain_nifti())
     alone = endpoint.ask("POST", "/v1/studies", study)[1]["series"]
     (config,) = list(configs(2, 17, 256, 80))[1:]
-    other = zipped({f"{index}.dcm": data for index, data in enumerate(dicom_objects(make_phantom(config), 17))})
-    names = ("status", "series_uid", "num_slices", "lesion_volume_ml", "p_infected", "source_digest")
+    other = zipped(
+        {f"{index}.dcm": data for index, data in enumerate(dicom_objects(make_phantom(config), 17))}
+    )
+    names = (
+        "status",
+        "series_uid",
+        "num_slices",
+        "lesion_volume_ml",
+        "p_infected",
+        "source_digest",
+    )
     for _ in range(4):
         connection = endpoint.announce(len(other))
         connection.send(other)
@@ -197,7 +220,9 @@ def test_third_open_batch_of_a_caller_returns_429(endpoint: Endpoint, batch: str
         status, answer, headers = post(limit=3)
         assert (status, answer["reason"]) == (429, "too_many_batches")
         assert int(headers["Retry-After"]) > 0
-        assert post(limit=2)[1]["batch_id"] == opened[1][1]["batch_id"]  # one that is open is found, not refused
+        assert (
+            post(limit=2)[1]["batch_id"] == opened[1][1]["batch_id"]
+        )  # one that is open is found, not refused
         # The one that was refused has left neither a record nor a job.
         assert batch_ids() == ids_before | {answer["batch_id"] for _, answer, _ in opened}
     finally:
@@ -205,7 +230,9 @@ def test_third_open_batch_of_a_caller_returns_429(endpoint: Endpoint, batch: str
             endpoint.ask("POST", f"/v1/batches/{answer['batch_id']}:cancel")
     deadline = time.monotonic() + 60
     for _, answer, _ in opened:
-        while (state := endpoint.ask("GET", f"/v1/batches/{answer['batch_id']}")[1]["state"]) != "cancelled":
+        while (
+            state := endpoint.ask("GET", f"/v1/batches/{answer['batch_id']}")[1]["state"]
+        ) != "cancelled":
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
     for asked, status, reason in (
@@ -219,7 +246,16 @@ def test_third_open_batch_of_a_caller_returns_429(endpoint: Endpoint, batch: str
 def test_every_answer_has_the_headers_that_keep_a_browser_safe(endpoint: Endpoint) -> None:
     """Those of the proxy itself, too; and without a token nobody but the five routes named answers 200."""
     open_routes = {"/", "/worklist/worklist.js", "/worklist/worklist.css", "/healthz", "/readyz"}
-    closed = {"/openapi.json", "/docs", "/redoc", "/metrics", "/v1/models", "/v1/batches", "/nowhere", "/-/routes"}
+    closed = {
+        "/openapi.json",
+        "/docs",
+        "/redoc",
+        "/metrics",
+        "/v1/models",
+        "/v1/batches",
+        "/nowhere",
+        "/-/routes",
+    }
     for path in open_routes | closed:
         status, body, headers = endpoint.ask("GET", path, headers={"Authorization": ""})
         for name, value in SECURITY_HEADERS.items():
@@ -257,7 +293,9 @@ def test_stalled_uploads_hold_no_decoder_and_too_many_return_503(endpoint: Endpo
     assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
 
 
-def test_a_replica_that_dies_in_a_request_costs_that_request_alone(endpoint: Endpoint, cluster: Cluster) -> None:
+def test_a_replica_that_dies_in_a_request_costs_that_request_alone(
+    endpoint: Endpoint, cluster: Cluster
+) -> None:
     """Its caller is told to come again, and the next finds an answer."""
     study = gz(plain_nifti())
     connection = endpoint.announce(len(study))  # the replica waits for its body
@@ -274,7 +312,10 @@ def test_a_replica_that_dies_in_a_request_costs_that_request_alone(endpoint: End
 
 
 def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, batch: str) -> None:
-    deadline, wanted = time.monotonic() + 30, ("ray_covtanet_http_studies", "ray_covtanet_series", "ray_serve_")
+    deadline, wanted = (
+        time.monotonic() + 30,
+        ("ray_covtanet_http_studies", "ray_covtanet_series", "ray_serve_"),
+    )
     while not all(name in (text := endpoint.ask("GET", "/metrics")[1].decode()) for name in wanted):
         assert time.monotonic() < deadline, text[-500:]
         time.sleep(1)
@@ -285,6 +326,10 @@ def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, bat
 def test_the_api_describes_itself(endpoint: Endpoint) -> None:
     assert endpoint.ask("GET", "/openapi.json", headers={"Authorization": ""})[0] == 401
     described = endpoint.ask("GET", "/openapi.json")[1]
-    assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(described["paths"])
-    body = described["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(
+        described["paths"]
+    )
+    body = described["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert body["properties"]["archive"]["examples"]

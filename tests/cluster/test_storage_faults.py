@@ -21,9 +21,9 @@ from hostile import named, plain_nifti, slices
 from services import LOOPBACK, LOOPBACK_SECRET, start_job, start_s3
 
 from covtanet import storage
+from covtanet.archive import manifest
 from covtanet.ct import dicom_head
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
 from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import s3 as s3_store

@@ -33,7 +33,9 @@ LIMIT_S = 1500
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
-@pytest.mark.parametrize("asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_one_command_trains_networks_and_fills_their_rows(
     setting: Setting, cluster: Cluster, s3: S3, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
@@ -48,7 +50,9 @@ def test_one_command_trains_networks_and_fills_their_rows(
     assert "trainings, 2 at a time" in job.output
     (trained,) = (s3.folder / name).glob(f"{name}-*")
     out = tmp_path / "out"
-    output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/{name}/{trained.name}", "--out", str(out))
+    output = cluster.run_job(
+        "evaluate.py", "--model", f"s3://bucket/{name}/{trained.name}", "--out", str(out)
+    )
     segmenters, classifiers = {*SEGMENTERS, "V7", "V1"}, {*CLASSIFIERS}
     if asked == SOME:
         segmenters, classifiers = {"V1"}, {"ResNet-50"}

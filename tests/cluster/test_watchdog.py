@@ -19,7 +19,7 @@ from datetime import date
 import numpy as np
 
 from covtanet.ct.window import WindowConfig
-from covtanet.data.manifest import Series
+from covtanet.archive.manifest import Series
 from covtanet.screening import ledger, pipeline
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import ObjectInfo

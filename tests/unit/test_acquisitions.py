@@ -25,12 +25,17 @@ def phases_at_the_same_places() -> list[FileDataset]:
 def half_at_the_same_places() -> list[FileDataset]:
     """Slices of 9 mm of one acquisition, of 18 mm of the other."""
     fine = changed(sets(AcquisitionNumber=1), at_depths(np.arange(24) * 9.0))
-    return fine + changed(sets(AcquisitionNumber=2), [copied(one, f"8.{k}") for k, one in enumerate(fine[::2])])
+    return fine + changed(
+        sets(AcquisitionNumber=2), [copied(one, f"8.{k}") for k, one in enumerate(fine[::2])]
+    )
 
 
 def one_of_three(change: Callable[[int], dict[str, object]]) -> list[FileDataset]:
     """A regular stack in which every third slice is another acquisition's."""
-    return changed(lambda index, one: sets(**change(int(index % 3 == 2)))(index, one), at_depths(np.arange(36) * 5.0))
+    return changed(
+        lambda index, one: sets(**change(int(index % 3 == 2)))(index, one),
+        at_depths(np.arange(36) * 5.0),
+    )
 
 
 MIXED: dict[str, Callable[[], list[FileDataset]]] = {
@@ -192,7 +197,9 @@ def test_two_patients_come_before_two_acquisitions() -> None:
 
 
 def every_second_frame(group: str, name: str, values: tuple[object, object]) -> FileDataset:
-    return with_groups(lambda index, frame: setattr(frame, group, item(**{name: values[index % 2]})))
+    return with_groups(
+        lambda index, frame: setattr(frame, group, item(**{name: values[index % 2]}))
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from right_rows import Right, faults
 from test_stages import CONFIG, WINDOW
 
+from covtanet.archive import manifest
 from covtanet.ct import dicom, dicom_head, nifti
-from covtanet.data import manifest
+from covtanet.decoding.sandbox import Sandbox
+from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
-from covtanet.screening.predictor import Prediction
-from covtanet.screening.sandbox import Sandbox
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import read_bytes, walk
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from covtanet.model.attention import ChannelAttention, PixelAttention, SpatialAttention, TriLevelAttention
+from covtanet.model.attention import (
+    ChannelAttention,
+    PixelAttention,
+    SpatialAttention,
+    TriLevelAttention,
+)
 
 
 @pytest.fixture
@@ -23,7 +28,9 @@ def test_spatial_attention_follows_eq_1_to_3(features: torch.Tensor) -> None:
     unit = SpatialAttention(16)
     recalibration = torch.sigmoid(unit.restore(torch.relu(unit.expand(unit.describe(features)))))
     squeezed = torch.relu(unit.squeeze(unit.describe_recalibrated(features * recalibration)))
-    back = torch.nn.functional.interpolate(squeezed, size=(12, 10), mode="bilinear", align_corners=False)
+    back = torch.nn.functional.interpolate(
+        squeezed, size=(12, 10), mode="bilinear", align_corners=False
+    )
     assert unit(features).shape == (2, 1, 12, 10)
     torch.testing.assert_close(unit(features), torch.sigmoid(unit.restore_squeezed(back)))
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from covtanet import storage
-from covtanet.screening import ledger
-from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.ledger.batch import BatchRun
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.work import write_rows
 from serve.app import BATCH_PROBLEMS, api, build
 from serve.batches import Batches, JobsUnavailableError, ModelNotAllowedError
 from serve.schemas import BatchRequest
@@ -35,7 +36,13 @@ def write(batches: Batches, caller: Caller, index: int) -> str:
     """A batch that is committed, with a ledger of one row; returns its id."""
     batch_id, today = f"{index:016x}", datetime.now(UTC).date()
     asked = {"archive": "s3://hospital/ct", "run_date": today.isoformat()}
-    ended = {"state": "committed", "counts": {"screened": 1}, "series": 1, "run_id": batch_id, "exit_code": 0}
+    ended = {
+        "state": "committed",
+        "counts": {"screened": 1},
+        "series": 1,
+        "run_id": batch_id,
+        "exit_code": 0,
+    }
     record = {
         "batch_id": batch_id, "asked": asked, "jobs": ["one"], "submitted_at": f"{index:06}", "ended": ended,
     }  # fmt: skip
@@ -45,12 +52,12 @@ def write(batches: Batches, caller: Caller, index: int) -> str:
 
 
 def commit(batches: Batches, batch_id: str) -> None:
-    run = ledger.NamedRun(run_id=batch_id, run_date=date(2026, 11, 26), begun_at=datetime.now(UTC))
+    run = BatchRun(run_id=batch_id, run_date=date(2026, 11, 26), begun_at=datetime.now(UTC))
     named = {"run_id": batch_id, "run_date": "2026-11-26", "begun_at": run.begun_at.isoformat()}
     storage.write_bytes(f"{batches.ledger}/_batches/{batch_id}.run", json.dumps(named).encode())
     path = Path(run.committed_uri(batches.ledger))
     path.parent.mkdir(parents=True, exist_ok=True)
-    ledger.write_rows(path, LEDGER_SCHEMA, [], 1)
+    write_rows(path, LEDGER_SCHEMA, [], 1)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -69,7 +76,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def test_page_of_many_batches_reads_its_own_records_only(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_of_many_batches_reads_its_own_records_only(
+    batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for index in range(200):
         write(batches, ANN, index)
         write(batches, BOB, 5000 + index)
@@ -121,13 +130,21 @@ def test_model_that_the_configuration_does_not_name_is_refused(tmp_path: Path) -
     with pytest.raises(ModelNotAllowedError, match="does not name this model"):
         batches.submit(request, ANN, "")
     allowed = request.model_copy(update={"model": "models:/covtanet@challenger"})
-    with pytest.raises(JobsUnavailableError, match="job server does not answer"):  # so far it came; there is no Ray
+    with pytest.raises(
+        JobsUnavailableError, match="job server does not answer"
+    ):  # so far it came; there is no Ray
         batches.submit(allowed, ANN, "")
 
 
 def test_batch_writes_into_a_ledger_that_readers_of_the_nights_skip(tmp_path: Path) -> None:
     batches = Batches(settings(tmp_path))
-    asked = {"archive": "s3://hospital/ct", "model": "", "run_date": "2026-11-26", "since": "last", "group_by": ""}
+    asked = {
+        "archive": "s3://hospital/ct",
+        "model": "",
+        "run_date": "2026-11-26",
+        "since": "last",
+        "group_by": "",
+    }
     command = batches._command({"batch_id": "0" * 16, "asked": {**asked, "limit": 0}})
     assert command[command.index("--ledger") + 1] == f"{tmp_path}/_batches/ledger"
     assert command[command.index("--results") + 1] == f"{tmp_path}/_batches/ledger/_results"
@@ -145,7 +162,9 @@ def test_batch_writes_into_a_ledger_that_readers_of_the_nights_skip(tmp_path: Pa
         (storage.AccessError("Doe^Jane"), 403, "storage_refuses"),
     ],
 )
-def test_trouble_with_storage_and_ray_has_a_status_of_its_own(error: OSError, status: int, reason: str) -> None:
+def test_trouble_with_storage_and_ray_has_a_status_of_its_own(
+    error: OSError, status: int, reason: str
+) -> None:
     handler: Any = api.exception_handlers[OSError]
     answer = asyncio.run(handler(None, error))
     assert (answer.status_code, json.loads(answer.body)["reason"]) == (status, reason)

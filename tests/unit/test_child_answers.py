@@ -9,11 +9,12 @@ import pytest
 
 from covtanet.ct.dicom_head import SeriesIdentity
 from covtanet.ct.window import WindowConfig
+from covtanet.decoding import child_process
+from covtanet.decoding import headers as heads
+from covtanet.decoding.child_process import HEADER_READER, Child, Limits
+from covtanet.decoding.prepare import StoredMasks
+from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import DecoderError, StudyError
-from covtanet.screening import child_process, heads
-from covtanet.screening.child_process import HEADER_READER, Child, Limits
-from covtanet.screening.decode import StoredMasks
-from covtanet.screening.sandbox import Sandbox
 
 LIMITS = Limits(memory_mib=256, timeout_s=20)
 # A process that speaks the protocol, and then says what the test tells it to.
@@ -66,7 +67,9 @@ def test_sound_answer_is_believed(monkeypatch: pytest.MonkeyPatch, sandbox: Sand
     assert StoredMasks.unpack(found.masks).lungs.lung_mask.shape == (12, 64, 64)
 
 
-def test_sound_answer_without_a_voxel_size_is_believed(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+def test_sound_answer_without_a_voxel_size_is_believed(
+    monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
     flags = ["unknown_spacing", "blank_slices", "implausible_lungs"]
     liar(monkeypatch, f"mask_header['has_known_spacing'] = False; header['qc_flags'] = {flags}")
     found = sandbox("nifti", [[b"x"]])
@@ -118,7 +121,9 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_answer_that_cannot_be_is_a_crash(name: str, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+def test_answer_that_cannot_be_is_a_crash(
+    name: str, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
     liar(monkeypatch, LIES[name])
     with pytest.raises(StudyError, match="decoder") as error:
         sandbox("dicom", [[b"x"]])
@@ -127,7 +132,9 @@ def test_answer_that_cannot_be_is_a_crash(name: str, monkeypatch: pytest.MonkeyP
     assert sandbox.child._process is None  # it answers nobody else
 
 
-def test_text_of_a_refusal_is_one_short_line(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+def test_text_of_a_refusal_is_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
     text = "'message': 'a\\n\\x1b[31m\\ud800' + 'x' * 1000"
     liar(monkeypatch, f"header = {{'nonce': request['nonce'], 'reason': 'not_ct', {text}}}")
     with pytest.raises(StudyError, match=r"a  .31m x{100}") as error:
@@ -137,8 +144,13 @@ def test_text_of_a_refusal_is_one_short_line(monkeypatch: pytest.MonkeyPatch, sa
     assert str(error.value).isprintable()
 
 
-def test_internal_error_of_the_child_is_one_short_line(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
-    liar(monkeypatch, "header = {'nonce': request['nonce'], 'internal': {'a': 'x' * 1000}, 'is_last': True}")
+def test_internal_error_of_the_child_is_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
+    liar(
+        monkeypatch,
+        "header = {'nonce': request['nonce'], 'internal': {'a': 'x' * 1000}, 'is_last': True}",
+    )
     with pytest.raises(DecoderError, match=r"x{100}") as error:
         sandbox("dicom", [[b"x"]])
     assert len(str(error.value)) == 200

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from test_worklist import ledger, row
 
+from covtanet.ledger.read import for_spreadsheet
+from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report.comparison import compare
-from covtanet.screening.records import LEDGER_SCHEMA
-from covtanet.screening.view import for_spreadsheet
 
 
 def test_a_ledger_agrees_with_itself() -> None:
@@ -22,7 +22,14 @@ def test_flips_shifts_and_what_one_ledger_lacks() -> None:
     after = pa.Table.from_pylist(
         [
             row("b", p_infected=0.75, diagnosis="infected", severity="mild", involvement=0.1),
-            row("c", p_infected=0.98, diagnosis="infected", severity="mild", p_severe=0.4, involvement=0.2),
+            row(
+                "c",
+                p_infected=0.98,
+                diagnosis="infected",
+                severity="mild",
+                p_severe=0.4,
+                involvement=0.2,
+            ),
             row("d", status="rejected", reason="truncated"),
             row("e", p_infected=0.8, diagnosis="infected", severity="mild", p_severe=0.2),
         ],
@@ -44,6 +51,8 @@ def test_flips_shifts_and_what_one_ledger_lacks() -> None:
 
 
 def test_a_spreadsheet_runs_nothing_of_a_ledger() -> None:
-    table = pa.Table.from_pylist([row("a", reason="=1+1", qc_flags=["-x", "y"], involvement=None)], LEDGER_SCHEMA)
+    table = pa.Table.from_pylist(
+        [row("a", reason="=1+1", qc_flags=["-x", "y"], involvement=None)], LEDGER_SCHEMA
+    )
     found = for_spreadsheet(table).to_pylist()[0]
     assert (found["reason"], found["qc_flags"], found["involvement"]) == ("'=1+1", "'-x y", None)

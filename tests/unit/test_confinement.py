@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from covtanet.decoding import child_process, seccomp
+from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits
 from covtanet.errors import ConfigError
-from covtanet.screening import child_process, ledger, pipeline, seccomp
-from covtanet.screening.child_process import DECODER, HEADER_READER, Child, Limits
+from covtanet.ledger.run import Run
+from covtanet.screening import pipeline
 from covtanet.screening.stages import ScreeningConfig
 
 # What the child does up to its first request, by its own functions; then the payload instead of requests.
 TAKEN_OVER = """
 import sys; sys.path.insert(0, sys.argv[1])
 import ctypes, json, mmap, os, resource, signal, socket, threading
-from covtanet.screening import confinement, {program}
+from covtanet.decoding import confinement, {program}
 {program}.warm_up()
 libc, parent = ctypes.CDLL(None, use_errno=True), os.getppid()
 {before}
@@ -43,7 +45,10 @@ PAYLOADS = {
     "a new session": ("os.setsid()", REFUSED),
     "more CPU time": ("resource.setrlimit(resource.RLIMIT_CPU, (1 << 30, 1 << 30))", REFUSED),
     "more files": ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))", REFUSED),
-    "new code": ("mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)", REFUSED),
+    "new code": (
+        "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)",
+        REFUSED,
+    ),
     "a socket": ("os.close(2); socket.socket()", DIES),
     "a process": ("os.fork()", DIES),
     "a program": ("os.execv('/bin/true', ['true'])", DIES),
@@ -92,8 +97,8 @@ def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
 
 PARENT = """
 import ctypes, json, os, sys; sys.path.insert(0, sys.argv[1])
-from covtanet.screening import confinement, seccomp
-from covtanet.screening.child_process import HEADER_READER, Child, Limits
+from covtanet.decoding import confinement, seccomp
+from covtanet.decoding.child_process import HEADER_READER, Child, Limits
 
 libc, found = ctypes.CDLL(None), {}
 
@@ -136,18 +141,22 @@ def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "CODE", NO_FILTER)
     limits = Limits(memory_mib=256, timeout_s=3, allow_weak=False)
-    with pytest.raises(child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"):
+    with pytest.raises(
+        child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
+    ):
         Child(HEADER_READER, limits).warm()
     weak = Child(HEADER_READER, replace(limits, allow_weak=True))
     assert weak.warm().poll() is None
     weak.kill()
 
 
-def test_job_refuses_to_start_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_job_refuses_to_start_if_the_kernel_has_no_filter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Before it lists anything: no row fails for it."""
     monkeypatch.setattr(child_process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
-    run = ledger.Run(
+    run = Run(
         archive=str(tmp_path / "nowhere"), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26),
         model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
     )  # fmt: skip
@@ -169,6 +178,9 @@ def test_weak_sandbox_that_is_allowed_is_said_once(
 def test_filter_names_no_call_twice() -> None:
     for column in (0, 1):
         tables = [*seccomp.ALLOWED.values(), *seccomp.UNKNOWN.values(), *seccomp.ENDS.values()]
-        tables += [condition[0] for condition in (*seccomp.ALLOWED_IF.values(), *seccomp.ENDS_UNLESS.values())]
+        tables += [
+            condition[0]
+            for condition in (*seccomp.ALLOWED_IF.values(), *seccomp.ENDS_UNLESS.values())
+        ]
         numbers = [numbers[column] for numbers in tables if numbers[column] >= 0]
         assert len(set(numbers)) == len(numbers)

@@ -25,13 +25,18 @@ def test_rescale_type_that_is_hu_in_words_is_read(text: str) -> None:
     np.testing.assert_array_equal(read(with_values(RescaleType=text)).hu, phantom().hu)
 
 
-@pytest.mark.parametrize("text", ["Z_EFF", "ED", "EDW", "MGML", "PCT", "HU*10", "OD", "US_Z", "IODINE"])
+@pytest.mark.parametrize(
+    "text", ["Z_EFF", "ED", "EDW", "MGML", "PCT", "HU*10", "OD", "US_Z", "IODINE"]
+)
 def test_rescale_type_of_other_units_is_not_hu(text: str) -> None:
     assert reason_of(with_values(RescaleType=text)) == "not_hu"
 
 
 def test_rescale_type_is_judged_behind_the_geometry() -> None:
-    assert reason_of(with_values(RescaleType="Z_EFF")[:5] + with_values(RescaleType="Z_EFF")[6:]) == "missing_slices"
+    assert (
+        reason_of(with_values(RescaleType="Z_EFF")[:5] + with_values(RescaleType="Z_EFF")[6:])
+        == "missing_slices"
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,10 @@ def agents(*meanings: str) -> pydicom.Sequence:
     found = []
     for number, meaning in enumerate(meanings, 1):
         (agent,) = item(
-            CodeValue="1", CodingSchemeDesignator="99X", CodeMeaning=meaning, ContrastBolusAgentNumber=number
+            CodeValue="1",
+            CodingSchemeDesignator="99X",
+            CodeMeaning=meaning,
+            ContrastBolusAgentNumber=number,
         )
         found.append(agent)
     return pydicom.Sequence(found)
@@ -77,11 +85,27 @@ def agents(*meanings: str) -> pydicom.Sequence:
     [
         (("Iohexol",), None, True),
         (("None",), None, False),
-        (("Iohexol",), {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentAdministered": "YES"}, True),
-        (("Iohexol",), {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentAdministered": "NO"}, False),
+        (
+            ("Iohexol",),
+            {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentAdministered": "YES"},
+            True,
+        ),
+        (
+            ("Iohexol",),
+            {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentAdministered": "NO"},
+            False,
+        ),
         (("Iohexol",), {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentDetected": "YES"}, True),
-        (("None", "Water"), {"ContrastBolusAgentNumber": 2, "ContrastBolusAgentAdministered": "NO"}, False),
-        (("Iohexol", "Water"), {"ContrastBolusAgentNumber": 2, "ContrastBolusAgentAdministered": "NO"}, True),
+        (
+            ("None", "Water"),
+            {"ContrastBolusAgentNumber": 2, "ContrastBolusAgentAdministered": "NO"},
+            False,
+        ),
+        (
+            ("Iohexol", "Water"),
+            {"ContrastBolusAgentNumber": 2, "ContrastBolusAgentAdministered": "NO"},
+            True,
+        ),
     ],
 )
 def test_agents_of_an_enhanced_ct_count_if_they_were_administered(
@@ -97,7 +121,12 @@ def test_agents_of_an_enhanced_ct_count_if_they_were_administered(
 
 def test_contrast_before_the_first_of_its_frames_is_flagged() -> None:
     def change(index: int, frame: Dataset) -> None:
-        usage = {"ContrastBolusAgentNumber": 1, "ContrastBolusAgentAdministered": "YES" if index > 9 else "NO"}
+        usage = {
+            "ContrastBolusAgentNumber": 1,
+            "ContrastBolusAgentAdministered": "YES" if index > 9 else "NO",
+        }
         frame.ContrastBolusUsageSequence = item(**usage)
 
-    assert read([with_groups(change, ContrastBolusAgentSequence=agents("Iohexol"))]).qc_flags == ("contrast",)
+    assert read([with_groups(change, ContrastBolusAgentSequence=agents("Iohexol"))]).qc_flags == (
+        "contrast",
+    )

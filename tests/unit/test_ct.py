@@ -24,22 +24,25 @@ from covtanet.ct.window import (
     thin_slices,
     to_input,
 )
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.data.phantom_archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
-from covtanet.errors import StudyError
-from covtanet.screening.records import REASONS
+from covtanet.errors import REJECTION_REASONS, StudyError
+from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 WINDOW = WindowConfig(size_px=64)
 
 
 def as_nifti(phantom: Phantom, axes: str = "LPS", dtype: type = np.int16) -> bytes:
     """The phantom as a NIfTI file in any axis order."""
-    image = nib.Nifti1Image.from_bytes(nifti.isal_zlib.decompress(nifti.write(phantom.hu, nifti_grid(phantom)), 31))
+    image = nib.Nifti1Image.from_bytes(
+        nifti.isal_zlib.decompress(nifti.write(phantom.hu, nifti_grid(phantom)), 31)
+    )
     turn = orientations.ornt_transform(
         orientations.io_orientation(image.affine), orientations.axcodes2ornt(tuple(axes))
     )
     turned = image.as_reoriented(turn)
-    return bytes(nib.Nifti1Image(np.asarray(turned.dataobj).astype(dtype), turned.affine).to_bytes())
+    return bytes(
+        nib.Nifti1Image(np.asarray(turned.dataobj).astype(dtype), turned.affine).to_bytes()
+    )
 
 
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "SPL", "PSR", "AIR"])
@@ -51,7 +54,9 @@ def test_every_axis_order_gives_the_same_volume(mild: Phantom, axes: str) -> Non
 
 def test_dicom_gives_the_same_volume_as_nifti(mild: Phantom) -> None:
     objects = dicom_objects(mild, 5)
-    volume = dicom.read_series([objects[k] for k in np.random.default_rng(0).permutation(len(objects))])
+    volume = dicom.read_series(
+        [objects[k] for k in np.random.default_rng(0).permutation(len(objects))]
+    )
     np.testing.assert_array_equal(volume.hu, mild.hu)
     np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-3)
     assert volume.hu.dtype == np.int16
@@ -71,7 +76,9 @@ def test_prone_dicom_is_turned_on_its_back(mild: Phantom) -> None:
     flipped[:, 3] = mild.affine @ [0, mild.hu.shape[1] - 1, mild.hu.shape[2] - 1, 1]
     flipped[:3, 1] *= -1
     flipped[:3, 2] *= -1
-    objects = dicom.write_series(mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3")
+    objects = dicom.write_series(
+        mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3"
+    )
     np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
 
 
@@ -102,7 +109,9 @@ def test_rescale_is_applied_slice_by_slice(mild: Phantom) -> None:
 
 
 ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
-    JPEG2000Lossless: lambda pixels: imagecodecs.jpeg2k_encode(pixels, level=0, reversible=True, codecformat="j2k"),
+    JPEG2000Lossless: lambda pixels: imagecodecs.jpeg2k_encode(
+        pixels, level=0, reversible=True, codecformat="j2k"
+    ),
     JPEGLSLossless: imagecodecs.jpegls_encode,
     JPEGLosslessSV1: lambda pixels: imagecodecs.ljpeg_encode(pixels, bitspersample=16),
 }
@@ -151,7 +160,7 @@ def test_damaged_dicom_is_refused_for_its_reason(mild: Phantom, reason: str) -> 
     with pytest.raises(StudyError) as error:
         dicom.read_series(DICOM_DAMAGE[reason](dicom_objects(mild, 5)))
     assert error.value.reason == reason
-    assert reason in REASONS
+    assert reason in REJECTION_REASONS
 
 
 @pytest.mark.parametrize(
@@ -161,14 +170,20 @@ def test_header_that_is_no_number_is_unreadable(mild: Phantom, name: str, value:
     objects = []
     for data in dicom_objects(mild, 5):
         original = pydicom.dcmread(BytesIO(data))
-        held = str(original[name].value) if name == "RescaleSlope" else "\\".join(map(str, original[name].value))
+        held = (
+            str(original[name].value)
+            if name == "RescaleSlope"
+            else "\\".join(map(str, original[name].value))
+        )
         tag = original[name].tag
         raw = bytes([tag.group & 255, tag.group >> 8, tag.element & 255, tag.element >> 8]) + b"DS"
         place = data.index(raw)
         length = int.from_bytes(data[place + 6 : place + 8], "little")
         assert held.encode() in data[place + 8 : place + 8 + length]
         text = value.encode() + b" " * (len(value) % 2)
-        objects.append(data[: place + 6] + len(text).to_bytes(2, "little") + text + data[place + 8 + length :])
+        objects.append(
+            data[: place + 6] + len(text).to_bytes(2, "little") + text + data[place + 8 + length :]
+        )
     with pytest.raises(StudyError, match=name) as error:
         dicom.read_series(objects)
     assert error.value.reason == "unreadable"
@@ -190,7 +205,12 @@ def damaged_nifti(mild: Phantom, kind: str) -> bytes:
     wrong_checksum[-6] ^= 0xFF
     header = bytearray(plain)
     header[252:256] = bytes(4)  # qform_code, sform_code
-    small = Phantom(hu=mild.hu[:6], affine=mild.affine, lesion_mask=mild.lesion_mask[:6], lung_mask=mild.lung_mask[:6])
+    small = Phantom(
+        hu=mild.hu[:6],
+        affine=mild.affine,
+        lesion_mask=mild.lesion_mask[:6],
+        lung_mask=mild.lung_mask[:6],
+    )
     shown = np.clip((mild.hu.astype(float) + 1000) / 1400 * 255, 0, 255)
     huge = bytearray(plain)
     huge[42:48] = np.array([32767, 32767, 32767], "<i2").tobytes()
@@ -201,7 +221,8 @@ def damaged_nifti(mild: Phantom, kind: str) -> bytes:
         "missing_position": bytes(header),
         "too_few_slices": as_nifti(small),
         "not_hu": as_nifti(
-            Phantom(hu=shown, affine=mild.affine, lesion_mask=mild.hu > 0, lung_mask=mild.hu > 0), dtype=np.uint8
+            Phantom(hu=shown, affine=mild.affine, lesion_mask=mild.hu > 0, lung_mask=mild.hu > 0),
+            dtype=np.uint8,
         ),
         "too_large": bytes(huge),
     }[kind]
@@ -209,7 +230,15 @@ def damaged_nifti(mild: Phantom, kind: str) -> bytes:
 
 @pytest.mark.parametrize(
     "reason",
-    ["unreadable", "truncated", "undecodable", "missing_position", "too_few_slices", "not_hu", "too_large"],
+    [
+        "unreadable",
+        "truncated",
+        "undecodable",
+        "missing_position",
+        "too_few_slices",
+        "not_hu",
+        "too_large",
+    ],
 )
 def test_damaged_nifti_is_refused_for_its_reason(mild: Phantom, reason: str) -> None:
     with pytest.raises(StudyError) as error:
@@ -228,7 +257,9 @@ def test_slope_and_intercept_are_applied(mild: Phantom) -> None:
 def test_masks_go_back_to_the_axis_order_of_their_source(mild: Phantom) -> None:
     source = as_nifti(mild, "PSR")
     volume = nifti.read(source)
-    written = nib.Nifti1Image.from_bytes(nifti.isal_zlib.decompress(nifti.write(volume.hu, volume.source), 31))
+    written = nib.Nifti1Image.from_bytes(
+        nifti.isal_zlib.decompress(nifti.write(volume.hu, volume.source), 31)
+    )
     original = nib.Nifti1Image.from_bytes(source)
     np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(original.dataobj))
     np.testing.assert_allclose(written.affine, original.affine, atol=1e-4)
@@ -287,8 +318,13 @@ def test_square_pixels_give_the_input_of_a_padded_and_resized_slice(mild: Phanto
     slices_hu = mild.hu[9:11, :100]
     square = np.pad(slices_hu, ((0, 0), (14, 14), (0, 0)), constant_values=-1000).astype(np.float32)
     level = (np.clip(square, -1000, 400) + np.float32(1000)) * np.float32(65535 / 1400)
-    resized = [np.asarray(Image.fromarray(each).resize((64, 64), Image.Resampling.BILINEAR)) for each in level]
-    np.testing.assert_array_equal(to_input(slices_hu, WINDOW), np.clip(np.rint(resized), 0, 65535).astype(np.uint16))
+    resized = [
+        np.asarray(Image.fromarray(each).resize((64, 64), Image.Resampling.BILINEAR))
+        for each in level
+    ]
+    np.testing.assert_array_equal(
+        to_input(slices_hu, WINDOW), np.clip(np.rint(resized), 0, 65535).astype(np.uint16)
+    )
     np.testing.assert_array_equal(to_input(slices_hu, WINDOW, 1.0), to_input(slices_hu, WINDOW))
 
 
@@ -311,7 +347,9 @@ def test_network_sees_a_circle_as_a_circle(factor_y: int, factor_x: int) -> None
 @pytest.mark.parametrize(
     ("shape", "aspect"), [((60, 512), 7.0), ((512, 60), 0.14), ((8, 500), 0.01), ((500, 8), 100.0)]
 )
-def test_slices_of_any_shape_and_aspect_come_back_in_their_shape(shape: tuple[int, int], aspect: float) -> None:
+def test_slices_of_any_shape_and_aspect_come_back_in_their_shape(
+    shape: tuple[int, int], aspect: float
+) -> None:
     slices_hu = np.full((1, *shape), 400, np.int16)
     level = to_input(slices_hu, WINDOW, aspect)
     assert level.shape == (1, 64, 64)
@@ -339,12 +377,16 @@ def test_slices_spread_from_end_to_end() -> None:
     assert spread_slices(1, 3).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("involvement", "consolidation"), [(0.0, 0.3), (0.1, 0.3), (0.3, 0.5), (0.6, 0.3), (0.6, 0.6)])
+@pytest.mark.parametrize(
+    ("involvement", "consolidation"), [(0.0, 0.3), (0.1, 0.3), (0.3, 0.5), (0.6, 0.3), (0.6, 0.6)]
+)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_involvement_is_within_three_hundredths_of_the_truth(
     involvement: float, consolidation: float, seed: int
 ) -> None:
-    phantom = make_phantom(PhantomConfig(seed=seed, involvement=involvement, consolidation=consolidation))
+    phantom = make_phantom(
+        PhantomConfig(seed=seed, involvement=involvement, consolidation=consolidation)
+    )
     volume = canonical_volume(phantom.hu, phantom.affine)
     lungs = lung.find_lungs(volume)
     found = lung.measure_involvement(lungs, phantom.lesion_mask, volume.voxel_ml)
@@ -356,7 +398,9 @@ def test_lungs_cut_by_the_field_of_view_are_partial_and_have_no_involvement(mild
     volume = canonical_volume(mild.hu[8:18], mild.affine)
     lungs = lung.find_lungs(volume)
     assert lungs.is_partial
-    assert lung.measure_involvement(lungs, mild.lesion_mask[8:18], volume.voxel_ml).involvement is None
+    assert (
+        lung.measure_involvement(lungs, mild.lesion_mask[8:18], volume.voxel_ml).involvement is None
+    )
 
 
 def test_airway_is_no_lung(mild_volume: Volume, mild: Phantom) -> None:
@@ -368,7 +412,9 @@ def test_airway_is_no_lung(mild_volume: Volume, mild: Phantom) -> None:
 
 
 def test_phantoms_follow_from_their_seed() -> None:
-    config = PhantomConfig(seed=3, involvement=0.2, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18)
+    config = PhantomConfig(
+        seed=3, involvement=0.2, size_px=64, num_slices=12, pixel_mm=5.6, slice_mm=18
+    )
     one, same, other = (
         make_phantom(config),
         make_phantom(config),
@@ -387,7 +433,9 @@ def test_error_of_a_reader_says_nothing_of_the_input(
     objects = []
     for data in dicom_objects(mild, 5):
         place = data.index(b"\x28\x00\x52\x10DS")
-        objects.append(data[: place + 6] + b"\x08\x00CANARYXX" + data[place + 8 + data[place + 6] :])
+        objects.append(
+            data[: place + 6] + b"\x08\x00CANARYXX" + data[place + 8 + data[place + 6] :]
+        )
     with pytest.raises(StudyError, match="RescaleIntercept of an object is no number") as error:
         dicom.read_series(objects)
     output = capfd.readouterr()
@@ -415,7 +463,9 @@ def test_a_uid_that_the_head_cuts_is_no_identity(mild: Phantom) -> None:
 
 
 @pytest.mark.parametrize(("degrees", "is_refused"), [(0.3, False), (1.0, True), (16.5, True)])
-def test_tilt_is_refused_above_half_a_degree(mild: Phantom, degrees: float, is_refused: bool) -> None:
+def test_tilt_is_refused_above_half_a_degree(
+    mild: Phantom, degrees: float, is_refused: bool
+) -> None:
     affine = mild.affine.copy()
     affine[1, 0] = np.tan(np.radians(degrees)) * affine[2, 0]
     objects = dicom.write_series(mild.hu, affine, study_uid="1.2", series_uid="1.2.3")

@@ -16,8 +16,8 @@ from pydicom.uid import JPEGLSLossless
 
 from covtanet.ct import dicom, nifti
 from covtanet.ct.window import WindowConfig
+from covtanet.decoding import prepare as decode
 from covtanet.errors import StudyError
-from covtanet.screening import decode
 from covtanet.screening.stages import ScreeningConfig
 
 MIB = 1 << 20
@@ -37,7 +37,9 @@ def hu() -> np.ndarray:
 
 
 def as_jpeg_ls(hu: np.ndarray) -> list[bytes]:
-    affine = np.array([[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]])
+    affine = np.array(
+        [[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]]
+    )
     objects = []
     for data in dicom.write_series(hu, affine, study_uid="1.2", series_uid="1.2.3"):
         dataset, buffer = pydicom.dcmread(BytesIO(data)), BytesIO()
@@ -51,7 +53,9 @@ def as_jpeg_ls(hu: np.ndarray) -> list[bytes]:
 
 
 def as_nifti(hu: np.ndarray) -> bytes:
-    image = nib.Nifti1Image((hu.T + 1024).astype(np.uint16), np.diag([-PIXEL_MM, -PIXEL_MM, SLICE_MM, 1.0]))
+    image = nib.Nifti1Image(
+        (hu.T + 1024).astype(np.uint16), np.diag([-PIXEL_MM, -PIXEL_MM, SLICE_MM, 1.0])
+    )
     image.header.set_slope_inter(1, -1024)
     return gz(image.to_bytes())
 
@@ -76,7 +80,9 @@ def test_series_takes_two_bytes_a_voxel_beside_its_own_while_it_is_read(hu: np.n
 
 
 def test_uncompressed_series_is_in_memory_once_beside_its_hu(hu: np.ndarray) -> None:
-    affine = np.array([[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]])
+    affine = np.array(
+        [[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]]
+    )
     objects = dicom.write_series(hu, affine, study_uid="1.2", series_uid="1.2.3")
     assert peak_bytes(lambda: dicom.read_series(once(objects))) < 5 * hu.size
 
@@ -91,7 +97,10 @@ def test_prepared_series_takes_five_bytes_a_voxel(hu: np.ndarray, source_format:
     """HU, two masks, and what the network reads."""
     objects = as_jpeg_ls(hu) if source_format == "dicom" else [as_nifti(hu)]
     window = WindowConfig()
-    assert peak_bytes(lambda: decode.prepare(source_format, once(objects), window, 2.5)) < 5.5 * hu.size
+    assert (
+        peak_bytes(lambda: decode.prepare(source_format, once(objects), window, 2.5))
+        < 5.5 * hu.size
+    )
 
 
 def test_memory_of_the_decoder_holds_the_largest_volume() -> None:
@@ -107,7 +116,9 @@ def test_memory_of_the_decoder_holds_the_largest_volume() -> None:
 
 def test_documents_name_the_limits_of_size() -> None:
     config = ScreeningConfig()
-    (line,) = (line for line in INPUT_MD.read_text().splitlines() if line.startswith("| `too_large` |"))
+    (line,) = (
+        line for line in INPUT_MD.read_text().splitlines() if line.startswith("| `too_large` |")
+    )
     for words in (
         f"2^{nifti.MAX_VOXELS.bit_length() - 1} voxels", f"2^{nifti.MAX_VOXELS.bit_length() - 2} ",
         f"{nifti.MAX_SLICES} slices", f"{config.max_series_mib // 1024} GiB of bytes",
@@ -125,7 +136,9 @@ def test_documents_name_the_limits_of_size() -> None:
         (2, 8, (1024, 1024, 513), 1 << 29),
     ],
 )
-def test_more_voxels_than_fit_are_too_large(datatype: int, bits: int, shape: tuple[int, ...], limit: int) -> None:
+def test_more_voxels_than_fit_are_too_large(
+    datatype: int, bits: int, shape: tuple[int, ...], limit: int
+) -> None:
     header = patched((DIM, "4h", (3, *shape)), (DATATYPE, "2h", (datatype, bits)))["a.nii"][:400]
     with pytest.raises(StudyError, match=f"expected at most {limit}") as error:
         nifti.read(header)
@@ -146,7 +159,9 @@ def test_hu_that_are_no_whole_numbers_count_twice(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(StudyError, match="expected at most") as error:
             read()
         assert error.value.reason == "too_large"
-    assert nifti.read(patched()["a.nii"]).hu.dtype == dicom.read_series(slices()).hu.dtype == np.int16
+    assert (
+        nifti.read(patched()["a.nii"]).hu.dtype == dicom.read_series(slices()).hu.dtype == np.int16
+    )
 
 
 def test_slices_of_fractional_hu_are_floats_in_their_order() -> None:
@@ -168,4 +183,6 @@ def test_masks_of_any_size_are_packed_bit_by_bit() -> None:
     rng = np.random.default_rng(0)
     for shape in ((3, 5, 7), (2, 4, 8), (1, 1, 1)):
         first, second = rng.random(shape) > 0.5, rng.random(shape) > 0.5
-        np.testing.assert_array_equal(decode._packed_bits(first, second), np.packbits(np.stack([first, second])))
+        np.testing.assert_array_equal(
+            decode._packed_bits(first, second), np.packbits(np.stack([first, second]))
+        )

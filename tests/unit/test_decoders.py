@@ -12,10 +12,10 @@ from conftest import small_model
 from hostile import gz, plain_nifti
 
 from covtanet.ct.window import WindowConfig
-from covtanet.screening.predictor import Predictor
-from covtanet.screening.sandbox import Sandbox
-from covtanet.screening.single import Screener
+from covtanet.decoding.sandbox import Sandbox
+from covtanet.inference.predictor import Predictor
 from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.study import Screener
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 
 WAIT_S = 30.0
@@ -62,7 +62,9 @@ def test_cancelled_request_frees_its_slot_only_when_its_thread_has_ended() -> No
     asyncio.run(scenario())
 
 
-def test_request_past_its_deadline_raises_and_closes_the_screener(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_past_its_deadline_raises_and_closes_the_screener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Closed:
         model_digest = "one"
 
@@ -85,7 +87,9 @@ def test_request_past_its_deadline_raises_and_closes_the_screener(monkeypatch: p
         assert screener.is_closed.is_set()
         slot = Slot()
         slot.abandon()
-        with pytest.raises(DeadlineError, match="ended before"):  # its own thread, at its next check
+        with pytest.raises(
+            DeadlineError, match="ended before"
+        ):  # its own thread, at its next check
             slot.check()
 
     asyncio.run(scenario())
@@ -112,7 +116,9 @@ def predictor() -> Predictor:
     return Predictor(small_model(), engine="eager")
 
 
-def test_study_after_an_abandoned_one_gets_its_own_rows(predictor: Predictor, tmp_path: Path) -> None:
+def test_study_after_an_abandoned_one_gets_its_own_rows(
+    predictor: Predictor, tmp_path: Path
+) -> None:
     """The next caller never gets slices of the study before: it waits, and reads with a decoder of its own."""
     study, alone = tmp_path / "b.nii.gz", []
     study.write_bytes(gz(plain_nifti()))
@@ -151,7 +157,9 @@ def test_study_after_an_abandoned_one_gets_its_own_rows(predictor: Predictor, tm
         go_on.set()
         rows = await after
         names = ("status", "num_slices", "lesion_volume_ml", "source_digest", "series_key")
-        assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in alone]
+        assert [[row[name] for name in names] for row in rows] == [
+            [row[name] for name in names] for row in alone
+        ]
         (await decoders._take(WAIT_S + time.monotonic())).screener("digest", make).close()
 
     started = time.monotonic()

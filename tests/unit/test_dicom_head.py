@@ -16,9 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
+from covtanet.archive.manifest import HEAD_BYTES, LONG_HEAD_BYTES
 from covtanet.ct import dicom_head
 from covtanet.ct.dicom_head import SeriesIdentity, read_identity
-from covtanet.data.manifest import HEAD_BYTES, LONG_HEAD_BYTES
 
 SLOW = ("dicom a head of 500,000 items", "dicom deflated bomb")  # for pydicom, half a minute
 UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "PixelData"]
@@ -29,7 +29,9 @@ def by_pydicom(data: bytes) -> tuple[str | None, str] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(BytesIO(data), specific_tags=UIDS, force=not dicom_head.has_magic(data))
+            dataset = pydicom.dcmread(
+                BytesIO(data), specific_tags=UIDS, force=not dicom_head.has_magic(data)
+            )
         except Exception:
             return None
         uids = [str(dataset.get(name) or "") for name in UIDS[:2]]
@@ -70,7 +72,10 @@ def test_scan_finds_what_pydicom_finds_without_preamble() -> None:
     for path in sound_files():
         data = path.read_bytes()
         bare = data[132:] if dicom_head.has_magic(data) else data
-        if dicom_head.looks_like_dicom(bare[:HEAD_BYTES]) and (expected := by_pydicom(bare)) is not None:
+        if (
+            dicom_head.looks_like_dicom(bare[:HEAD_BYTES])
+            and (expected := by_pydicom(bare)) is not None
+        ):
             assert flat(bare) == expected, path.name
             compared += 1
     assert compared > 50
@@ -116,7 +121,9 @@ def test_scan_reads_odd_but_sound_objects(name: str) -> None:
         assert flat(data) == by_pydicom(data) != None  # noqa: E711
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name.startswith("dicom") and name not in SLOW])
+@pytest.mark.parametrize(
+    "name", [name for name in CATALOGUE if name.startswith("dicom") and name not in SLOW]
+)
 def test_scan_never_names_another_series_than_pydicom(name: str) -> None:
     for data in CATALOGUE[name][1]().values():
         expected = by_pydicom(data)
@@ -139,14 +146,20 @@ def test_sequences_of_both_kinds_of_length_are_passed_in_every_syntax() -> None:
             buffer = BytesIO()
             dataset.save_as(buffer, enforce_file_format=True)
             found = read_identity(buffer.getvalue(), is_whole=True)
-            assert found == SeriesIdentity(str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID))
+            assert found == SeriesIdentity(
+                str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
+            )
 
 
 HEAD_BOMBS = {
     "items of a sequence": bomb_of_items,
     "sequences in sequences": lambda: next(iter(nested(2000).values())),
-    "empty elements": lambda: slices()[0][:132] + struct.pack("<HH2sH", 8, 8, b"CS", 0) * (LONG_HEAD_BYTES // 8),
-    "file meta without end": lambda: slices()[0][:132] + struct.pack("<HH2sH", 2, 3, b"UI", 0) * (LONG_HEAD_BYTES // 8),
+    "empty elements": lambda: (
+        slices()[0][:132] + struct.pack("<HH2sH", 8, 8, b"CS", 0) * (LONG_HEAD_BYTES // 8)
+    ),
+    "file meta without end": lambda: (
+        slices()[0][:132] + struct.pack("<HH2sH", 2, 3, b"UI", 0) * (LONG_HEAD_BYTES // 8)
+    ),
     "a deflated bomb": lambda: next(iter(CATALOGUE["dicom deflated bomb"][1]().values())),
 }
 

@@ -19,10 +19,18 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from covtanet.ct import dicom
-from covtanet.data.phantom import Phantom
-from covtanet.data.phantom_archive import dicom_objects
 from covtanet.errors import StudyError
-from covtanet.report.dicom_results import LESION, LUNG, Finding, frames_of, segmentation, structured_report, to_bytes
+from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.phantom import Phantom
+from covtanet.report.dicom_results import (
+    LESION,
+    LUNG,
+    Finding,
+    frames_of,
+    segmentation,
+    structured_report,
+    to_bytes,
+)
 from covtanet.report.dicom_source import TYPE_2
 
 FINDING = Finding(
@@ -42,10 +50,13 @@ def headers(source: list[bytes]) -> list[pydicom.Dataset]:
     return [found[k] for k in np.random.default_rng(0).permutation(len(found))]  # in any order
 
 
-def written(source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom) -> tuple[bytes, bytes]:
+def written(
+    source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom
+) -> tuple[bytes, bytes]:
     grid = dicom.read_series(source).source
     lesion, lung = (
-        frames_of(headers, grid.from_canonical(mask), grid.affine) for mask in (mild.lesion_mask, mild.lung_mask)
+        frames_of(headers, grid.from_canonical(mask), grid.affine)
+        for mask in (mild.lesion_mask, mild.lung_mask)
     )
     seg = segmentation(headers, lesion, lung, FINDING)
     return to_bytes(seg), to_bytes(structured_report(headers, seg, FINDING))
@@ -68,7 +79,9 @@ def test_segments_have_the_masks_voxels_at_their_places(
             # The first voxel of this slice in the patient, by the volume's own affine.
             y, x = np.argwhere(frame)[0] if frame.any() else (0, 0)
             across, down = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
-            place = np.array(header.ImagePositionPatient, float) + across * x * float(header.PixelSpacing[1])
+            place = np.array(header.ImagePositionPatient, float) + across * x * float(
+                header.PixelSpacing[1]
+            )
             place += down * y * float(header.PixelSpacing[0])
             index = np.linalg.inv(volume.affine) @ [*place, 1.0]
             assert np.abs((volume.affine @ [*np.rint(index[:3]), 1.0])[:3] - place).max() < 0.1
@@ -104,7 +117,9 @@ def test_the_report_has_the_ledgers_numbers_and_refers_to_the_segments(
     assert written(source, headers, mild)[1] != b""
 
 
-def test_the_same_result_has_the_same_uids(source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom) -> None:
+def test_the_same_result_has_the_same_uids(
+    source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom
+) -> None:
     first, second = (pydicom.dcmread(BytesIO(written(source, headers, mild)[0])) for _ in range(2))
     assert first.SOPInstanceUID == second.SOPInstanceUID
     assert replace(FINDING, run_id="other").uid("segmentation") != FINDING.uid("segmentation")
@@ -117,7 +132,9 @@ def test_a_mask_of_another_grid_is_refused(headers: list[pydicom.Dataset], mild:
 
 
 @pytest.mark.skipif(shutil.which("dcmdump") is None, reason="dcmtk is not installed")
-def test_dcmtk_reads_both(source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom, tmp_path: Path) -> None:
+def test_dcmtk_reads_both(
+    source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom, tmp_path: Path
+) -> None:
     for command, data in zip(("dcmdump", "dsrdump"), written(source, headers, mild), strict=True):
         path = tmp_path / command
         path.write_bytes(data)
@@ -157,7 +174,14 @@ def without(*names: str, every: int = 1) -> Edit:
 
 
 def tilt(dataset: Dataset, number: int) -> None:
-    dataset.ImageOrientationPatient = ["1", f"{3e-4 * (number % 2):.8f}", "0", f"{-3e-4 * (number % 2):.8f}", "1", "0"]
+    dataset.ImageOrientationPatient = [
+        "1",
+        f"{3e-4 * (number % 2):.8f}",
+        "0",
+        f"{-3e-4 * (number % 2):.8f}",
+        "1",
+        "0",
+    ]
 
 
 def renumber_frame_of_reference(dataset: Dataset, number: int) -> None:
@@ -174,7 +198,9 @@ def results_of(*edits: Edit) -> tuple[Dataset, Dataset]:
             edit(dataset, number)
         buffer = BytesIO()
         dataset.save_as(buffer, implicit_vr=False, little_endian=True, enforce_file_format=False)
-        headers.append(pydicom.dcmread(BytesIO(buffer.getvalue()), stop_before_pixels=True, force=True))
+        headers.append(
+            pydicom.dcmread(BytesIO(buffer.getvalue()), stop_before_pixels=True, force=True)
+        )
     lung = np.zeros((len(headers), headers[0].Rows, headers[0].Columns), bool)
     lung[2:-2, 20:40, 30:50] = True
     lesion = lung.copy()
@@ -190,14 +216,24 @@ MADE_UP = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality", "Fra
 @pytest.mark.parametrize(
     "edit",
     [
-        without(*TYPE_2, "SliceThickness", "Manufacturer", "SeriesNumber", "InstanceNumber", "ImageType"),
+        without(
+            *TYPE_2, "SliceThickness", "Manufacturer", "SeriesNumber", "InstanceNumber", "ImageType"
+        ),
         without(*TYPE_2, every=2),
         without(*MADE_UP),
         without("StudyInstanceUID", "FrameOfReferenceUID", every=2),
-        values(**dict.fromkeys((*TYPE_2, "PositionReferenceIndicator", "Manufacturer", "SliceThickness"))),
-        values(PatientBirthDate="1980", StudyDate="yesterday", StudyTime="25:61", PatientSex="male"),
+        values(
+            **dict.fromkeys(
+                (*TYPE_2, "PositionReferenceIndicator", "Manufacturer", "SliceThickness")
+            )
+        ),
+        values(
+            PatientBirthDate="1980", StudyDate="yesterday", StudyTime="25:61", PatientSex="male"
+        ),
         values(PatientID="x" * 200, AccessionNumber="a" * 40, StudyID="s" * 40),
-        values(SeriesInstanceUID="1.2.abc", StudyInstanceUID="hello world", FrameOfReferenceUID="x y"),
+        values(
+            SeriesInstanceUID="1.2.abc", StudyInstanceUID="hello world", FrameOfReferenceUID="x y"
+        ),
         values(SeriesInstanceUID="1.02.003", SOPInstanceUID="1." * 50 + "2"),
         values(SOPInstanceUID="1.2.3"),
         values(SpecificCharacterSet=""),
@@ -211,7 +247,11 @@ MADE_UP = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality", "Fra
         raw("PatientName", "OB", b"DOE^J "),
         raw("ReferringPhysicianName", "SQ", b""),
         values(LossyImageCompression=""),
-        values(LossyImageCompression="01", LossyImageCompressionRatio="10", LossyImageCompressionMethod="ISO_10918_1"),
+        values(
+            LossyImageCompression="01",
+            LossyImageCompressionRatio="10",
+            LossyImageCompressionMethod="ISO_10918_1",
+        ),
         values(Manufacturer="M" * 200, SoftwareVersions=["a" * 100], AcquisitionDateTime="bad"),
         values(NumberOfFrames="1"),
         values(ProcedureCodeSequence=[Dataset()]),
@@ -257,9 +297,13 @@ def test_identity_that_one_slice_lacks_is_taken_from_another() -> None:
         ("", "Doe^Jane"),
     ],
 )
-def test_name_in_any_character_set_is_the_same_in_seg_and_report(character_set: str, name: str) -> None:
+def test_name_in_any_character_set_is_the_same_in_seg_and_report(
+    character_set: str, name: str
+) -> None:
     """Also under sets that highdicom refuses: an empty first value, code extensions alone, a misspelled one."""
-    for result in results_of(values(SpecificCharacterSet=character_set.split("\\"), PatientName=name)):
+    for result in results_of(
+        values(SpecificCharacterSet=character_set.split("\\"), PatientName=name)
+    ):
         assert str(result.PatientName).rstrip("=") == name
 
 
@@ -281,7 +325,9 @@ def test_name_of_another_representation_becomes_a_person_name(edit: Edit, expect
         assert str(result.PatientName) == expected
 
 
-def test_headers_of_the_source_are_not_changed(headers: list[pydicom.Dataset], mild: Phantom) -> None:
+def test_headers_of_the_source_are_not_changed(
+    headers: list[pydicom.Dataset], mild: Phantom
+) -> None:
     before = [header.to_json() for header in headers]
     masks = (np.ones((len(headers), 128, 128), bool),) * 2
     structured_report(headers, segmentation(headers, *masks, FINDING), FINDING)
@@ -292,15 +338,24 @@ def test_null_in_the_ledger_is_no_measurement() -> None:
     nulls = dict.fromkeys(("lesion_volume_ml", "lung_volume_ml", "involvement", "p_infected"))
     headers = [pydicom.dcmread(BytesIO(data), stop_before_pixels=True) for data in slices()]
     box = np.ones((len(headers), headers[0].Rows, headers[0].Columns), bool)
-    for finding, expected in ((replace(FINDING, **nulls), []), (replace(FINDING, lung_volume_ml=None), ["lesion"] * 3)):
+    for finding, expected in (
+        (replace(FINDING, **nulls), []),
+        (replace(FINDING, lung_volume_ml=None), ["lesion"] * 3),
+    ):
         seg = segmentation(headers, box, box, finding)
         read = hd.sr.srread(BytesIO(to_bytes(structured_report(headers, seg, finding))))
         groups = read.content.get_volumetric_roi_measurement_groups()
         assert [group.tracking_identifier for group in groups] == ["lesion", "lung"]
-        assert [group.tracking_identifier for group in groups for _ in group.get_measurements()] == expected
+        assert [
+            group.tracking_identifier for group in groups for _ in group.get_measurements()
+        ] == expected
 
 
-def test_no_value_of_the_source_is_logged(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_value_of_the_source_is_logged(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level(logging.DEBUG):
-        results_of(values(PatientName="CANARY", StudyInstanceUID="CANARY", PatientBirthDate="CANARY"))
+        results_of(
+            values(PatientName="CANARY", StudyInstanceUID="CANARY", PatientBirthDate="CANARY")
+        )
     assert "CANARY" not in caplog.text + capfd.readouterr().err

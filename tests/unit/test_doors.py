@@ -90,7 +90,9 @@ ODD = [  # an integer, hexadecimal, short forms, unspecified, the cloud's metada
 
 @pytest.mark.parametrize("name", ENDPOINTS)
 @pytest.mark.parametrize("uri", SAFE)
-def test_endpoint_that_is_encrypted_or_of_this_machine_or_cluster_is_accepted(name: str, uri: str) -> None:
+def test_endpoint_that_is_encrypted_or_of_this_machine_or_cluster_is_accepted(
+    name: str, uri: str
+) -> None:
     check_endpoints({name: uri})
 
 
@@ -112,7 +114,9 @@ def test_plain_http_in_a_private_network_needs_the_switch(uri: str) -> None:
 
 def test_refusal_names_the_host_and_no_password() -> None:
     with pytest.raises(ConfigError, match=r"mlflow\.hospital\.example") as caught:
-        check_endpoints({"MLFLOW_TRACKING_URI": "http://user:swordfish@mlflow.hospital.example/x?key=swordfish"})
+        check_endpoints(
+            {"MLFLOW_TRACKING_URI": "http://user:swordfish@mlflow.hospital.example/x?key=swordfish"}
+        )
     assert "swordfish" not in str(caught.value)
 
 

@@ -23,7 +23,11 @@ def row(
     counts: tuple[tuple[int, ...], ...] | None = None,
 ) -> Row:  # fmt: skip
     """counts: (TP, FP, FN, TN) of each slice."""
-    columns = dict(zip(rows.COUNTS, zip(*counts, strict=True), strict=True)) if counts else dict.fromkeys(rows.COUNTS)
+    columns = (
+        dict(zip(rows.COUNTS, zip(*counts, strict=True), strict=True))
+        if counts
+        else dict.fromkeys(rows.COUNTS)
+    )
     return {
         "volume": volume, "source_digest": volume, "network": network, "fold": fold, "grade": grade,
         "p_infected": p, "p_severe": severe, "slice": list(range(len(counts or ()))),
@@ -36,7 +40,9 @@ TWO = [row("a", counts=((6, 2, 2, 90), (0, 0, 0, 100))), row("b", counts=((1, 0,
 
 def test_overlap_per_slice_per_volume_and_pooled_by_hand() -> None:
     found = figures.segmentation(TWO)
-    assert found["per_slice"]["dice"] == pytest.approx((12 / 16 + 2 / 5) / 2)  # the slice without any lesion is none
+    assert found["per_slice"]["dice"] == pytest.approx(
+        (12 / 16 + 2 / 5) / 2
+    )  # the slice without any lesion is none
     assert found["per_volume"]["dice"] == pytest.approx((12 / 16 + 2 / 5) / 2)
     assert found["pooled"]["dice"] == pytest.approx(14 / 21)
     assert found["pooled"]["sensitivity"] == pytest.approx(7 / 12)
@@ -77,14 +83,18 @@ def test_pairs_of_table_iv_by_hand() -> None:
     assert mild["f1_binary"] == 0.5
     assert mild["f1_macro"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert mild["f1_weighted"] == pytest.approx((2 * 0.5 + 3 * 2 / 3) / 5)
-    assert mild["auc"] == pytest.approx(5 / 6)  # of six pairs one is turned round: m2 0.4 below n2 0.6
+    assert mild["auc"] == pytest.approx(
+        5 / 6
+    )  # of six pairs one is turned round: m2 0.4 below n2 0.6
     assert mild["auc_low"] <= mild["auc"] <= mild["auc_high"]
     severe = found["mild_vs_severe"]
     assert (severe["tp"], severe["fp"], severe["fn"], severe["tn"]) == (2, 1, 0, 1)
 
 
 def test_perfect_probabilities_are_calibrated() -> None:
-    found = figures.classification([row("n", "normal", 0.0), row("m", "mild", 1.0, 0.0), row("s", "severe", 1.0, 1.0)])
+    found = figures.classification(
+        [row("n", "normal", 0.0), row("m", "mild", 1.0, 0.0), row("s", "severe", 1.0, 1.0)]
+    )
     for name in ("diagnosis_calibration", "severity_calibration"):
         assert found[name]["brier"] == 0
         assert found[name]["expected_calibration_error"] == 0
@@ -92,13 +102,17 @@ def test_perfect_probabilities_are_calibrated() -> None:
 
 def test_calibration_error_by_hand() -> None:
     """Two bins: 0.25 against 1 of 4, and 0.75 against 1 of 2."""
-    found = figures.calibration(np.array([1, 0, 0, 0, 1, 0], bool), np.array([0.25] * 4 + [0.75] * 2))
+    found = figures.calibration(
+        np.array([1, 0, 0, 0, 1, 0], bool), np.array([0.25] * 4 + [0.75] * 2)
+    )
     assert found["expected_calibration_error"] == pytest.approx(2 / 6 * 0.25)
     assert found["observed"] == [0.25, 0.5]
 
 
 def test_rows_without_grade_or_diagnosis_are_not_classified() -> None:
-    assert figures.classification([{**row("a"), "grade": None}, {**row("b"), "p_infected": None}]) == {"num_volumes": 0}
+    assert figures.classification(
+        [{**row("a"), "grade": None}, {**row("b"), "p_infected": None}]
+    ) == {"num_volumes": 0}
 
 
 def test_rows_survive_their_file() -> None:
@@ -117,7 +131,10 @@ def folds() -> list[Row]:
         for fold, tp in enumerate(dice):
             counts = ((tp, 10 - tp, 10 - tp, 80),)
             own = {"fold": fold, "network": network}
-            out += [row(f"{network}{fold}m", counts=counts, **own), row(f"{network}{fold}n", "normal", 0.1, **own)]
+            out += [
+                row(f"{network}{fold}m", counts=counts, **own),
+                row(f"{network}{fold}n", "normal", 0.1, **own),
+            ]
             out.append(row(f"{network}{fold}s", "severe", 0.9, 0.8, **own))
     return out
 
@@ -128,14 +145,22 @@ def cells(table: Table, name: str, whose: str) -> dict[str, Any]:
 
 
 def test_tables_are_in_the_papers_form_with_its_figures_beside_ours() -> None:
-    table_i, table_ii, table_iv = paper_tables(figures.summarise(folds()), "phantoms", is_second_data_set=False)
+    table_i, table_ii, table_iv = paper_tables(
+        figures.summarise(folds()), "phantoms", is_second_data_set=False
+    )
     assert cells(table_i, "V7", "paper") == {"Dice": (60.2, 0.26)}
     mean, sd = cells(table_i, "V7", "ours")["Dice"]
-    assert (mean, sd) == (pytest.approx(70), pytest.approx(14.142, abs=1e-3))  # sample deviation of 60 and 80
+    assert (mean, sd) == (
+        pytest.approx(70),
+        pytest.approx(14.142, abs=1e-3),
+    )  # sample deviation of 60 and 80
     assert cells(table_i, "V2", "ours") == {"Dice": None}
     assert cells(table_ii, "Unet", "ours")["Dice"][0] == pytest.approx(50)
     assert cells(table_ii, "TA-SegNet", "ours")["Dice"][0] == pytest.approx(70)
-    assert cells(table_iv, "CovTANet", "ours")["Normal vs. Severe Acc."] == (pytest.approx(100), pytest.approx(0))
+    assert cells(table_iv, "CovTANet", "ours")["Normal vs. Severe Acc."] == (
+        pytest.approx(100),
+        pytest.approx(0),
+    )
     assert cells(table_iv, "VGG-19", "ours")["Normal vs. Severe Acc."] is None
     text = table_ii.as_markdown()
     assert re.search(r"\| TA-SegNet \| ours, fold 0\+1: 2 volumes \| .*70.0±14.14 \|", text)
@@ -154,16 +179,24 @@ def test_second_data_set_gives_table_iii() -> None:
 
 def test_papers_tables_are_whole() -> None:
     """Every network of Tables II to IV has a figure in every column; the best Dice is TA-SegNet's."""
-    assert {len(each) for each in TABLE_II.values()} == {len(each) for each in TABLE_III.values()} == {4}
+    assert (
+        {len(each) for each in TABLE_II.values()}
+        == {len(each) for each in TABLE_III.values()}
+        == {4}
+    )
     assert {len(each) for each in TABLE_IV.values()} == {12}
     for table in (TABLE_II, TABLE_III):
         assert max(table, key=lambda name: table[name][2]) == "TA-SegNet"
 
 
-@pytest.mark.parametrize("found", [GRADED, [row("n", "normal", 0.1)]], ids=["all grades", "one volume"])
+@pytest.mark.parametrize(
+    "found", [GRADED, [row("n", "normal", 0.1)]], ids=["all grades", "one volume"]
+)
 def test_plots_are_pictures_whatever_is_missing(found: list[Row]) -> None:
     judged = figures.classification(found)
-    history = [{"epoch": 0.0, "best_epoch": 0.0, "train_loss": 1.0, "val_dice": 0.5, "alpha/x": 0.5}]
+    history = [
+        {"epoch": 0.0, "best_epoch": 0.0, "train_loss": 1.0, "val_dice": 0.5, "alpha/x": 0.5}
+    ]
     for picture in (
         plots.confusion("t", judged), plots.roc("t", found, judged), plots.reliability("t", judged),
         plots.curves("t", history),
@@ -187,8 +220,12 @@ CHAMPION = {"dice": 0.6, "normal_vs_mild_sensitivity": 0.8, "normal_vs_mild_auc"
         ({"normal_vs_mild_sensitivity": None}, ["normal_vs_mild_sensitivity"]),
     ],
 )
-def test_challenger_must_hold_every_figure(change: dict[str, float | None], worse: list[str]) -> None:
-    challenger = {name: value for name, value in {**CHAMPION, **change}.items() if value is not None}
+def test_challenger_must_hold_every_figure(
+    change: dict[str, float | None], worse: list[str]
+) -> None:
+    challenger = {
+        name: value for name, value in {**CHAMPION, **change}.items() if value is not None
+    }
     compared = compare(challenger, CHAMPION, Margins())
     assert [each.figure for each in compared if not each.is_no_worse] == worse
 
@@ -200,7 +237,10 @@ def test_margins_are_those_asked_for() -> None:
 
 
 def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_seeing() -> None:
-    many = [row("a", counts=((90, 10, 10, 0), (60, 40, 40, 0), (1, 0, 3, 96))), row("b", counts=((10, 90, 90, 0),))]
+    many = [
+        row("a", counts=((90, 10, 10, 0), (60, 40, 40, 0), (1, 0, 3, 96))),
+        row("b", counts=((10, 90, 90, 0),)),
+    ]
     chosen = gallery.choose(many)
     assert {rank: (shown.volume, shown.position) for rank, shown in chosen.items()} == {
         "best": ("a", 0), "median": ("a", 1), "worst": ("b", 0),

@@ -23,8 +23,8 @@ from test_stages import CONFIG, WINDOW, manifest_rows
 from covtanet import storage
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import canonical_volume
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.errors import StudyError
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.report import dicom_results
 from covtanet.screening import stages
 from covtanet.storage import AccessError, ObjectChangedError
@@ -53,17 +53,31 @@ def screened_row(archive: Path) -> dict[str, Any]:
     """The ledger row of the one series of an archive, as far as decoding fills it."""
     (row,) = manifest_rows(archive)
     decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.decode_and_prepare(row, archive=str(archive), window=WINDOW, config=CONFIG, decoder=decoder)
+    prepared = stages.decode_and_prepare(
+        row, archive=str(archive), window=WINDOW, config=CONFIG, decoder=decoder
+    )
     record = json.loads(prepared["record"])
-    measured = {"lesion_volume_ml": 310.25, "lung_volume_ml": 4890.5, "involvement": 0.0634, "p_infected": 0.98}
-    model = {"model_name": "m", "model_version": "1", "model_digest": "0" * 64, "software_version": "0"}
+    measured = {
+        "lesion_volume_ml": 310.25,
+        "lung_volume_ml": 4890.5,
+        "involvement": 0.0634,
+        "p_infected": 0.98,
+    }
+    model = {
+        "model_name": "m",
+        "model_version": "1",
+        "model_digest": "0" * 64,
+        "software_version": "0",
+    }
     return {**record, **measured, **model, "run_id": RUN_ID}
 
 
 @pytest.fixture(scope="module")
 def chest() -> Phantom:
     """Sparse, but with plausible steps along all axes, so that its coronal and sagittal slices are a series too."""
-    return make_phantom(PhantomConfig(seed=5, involvement=0.1, size_px=96, num_slices=34, pixel_mm=3.7, slice_mm=8))
+    return make_phantom(
+        PhantomConfig(seed=5, involvement=0.1, size_px=96, num_slices=34, pixel_mm=3.7, slice_mm=8)
+    )
 
 
 def turned(chest: Phantom, plane: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
@@ -89,12 +103,17 @@ def turned(chest: Phantom, plane: str) -> tuple[NDArray[Any], NDArray[Any], NDAr
         affine[:3, axis] *= -1
     affine[:3, 1] *= shear
     cos, sin = np.cos(np.radians(8)), np.sin(np.radians(8))
-    turn = {"prone": np.diag([-1.0, -1, 1]), "oblique": np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.0]])}
+    turn = {
+        "prone": np.diag([-1.0, -1, 1]),
+        "oblique": np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.0]]),
+    }
     affine[:3] = turn.get(plane, np.eye(3)) @ affine[:3]
     return hu, mask, affine
 
 
-def keep_masks(row: dict[str, Any], results: Path, lung: NDArray[Any], objects: list[bytes]) -> Path:
+def keep_masks(
+    row: dict[str, Any], results: Path, lung: NDArray[Any], objects: list[bytes]
+) -> Path:
     """Masks as a run keeps them; lung and its front half as lesion, in the frame of a Volume."""
     folder = results / row["run_id"] / row["series_key"]
     folder.mkdir(parents=True)
@@ -109,14 +128,18 @@ def keep_masks(row: dict[str, Any], results: Path, lung: NDArray[Any], objects: 
 def points_mm(seg: Dataset, segment: int) -> NDArray[np.float64]:
     """Centres of a segment's voxels in the patient, from the attributes of the SEG alone."""
     shared = seg.SharedFunctionalGroupsSequence[0]
-    across, down = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float).reshape(2, 3)
+    across, down = np.array(
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient, float
+    ).reshape(2, 3)
     down_mm, across_mm = (float(mm) for mm in shared.PixelMeasuresSequence[0].PixelSpacing)
     found = []
     for pixels, frame in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
         if frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber == segment:
             corner = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
             rows, columns = np.nonzero(pixels)
-            found.append(corner + rows[:, None] * down * down_mm + columns[:, None] * across * across_mm)
+            found.append(
+                corner + rows[:, None] * down * down_mm + columns[:, None] * across * across_mm
+            )
     return np.concatenate(found)
 
 
@@ -127,7 +150,9 @@ def points_mm(seg: Dataset, segment: int) -> NDArray[np.float64]:
         "oblique",
     ],
 )  # fmt: skip
-def test_segment_lies_in_the_patient_where_its_mask_lies(plane: str, chest: Phantom, tmp_path: Path) -> None:
+def test_segment_lies_in_the_patient_where_its_mask_lies(
+    plane: str, chest: Phantom, tmp_path: Path
+) -> None:
     hu, mask, affine = turned(chest, plane)
     objects = dicom.write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
     shuffled = [objects[k] for k in np.random.default_rng(0).permutation(len(objects))]
@@ -143,7 +168,9 @@ def test_segment_lies_in_the_patient_where_its_mask_lies(plane: str, chest: Phan
     assert distances_mm.max() < 0.05
 
 
-def exported(row: dict[str, Any], objects: list[bytes], results: Path) -> tuple[dict[str, Any], Path]:
+def exported(
+    row: dict[str, Any], objects: list[bytes], results: Path
+) -> tuple[dict[str, Any], Path]:
     """The outcome of a series whose masks are a box, and the folder of its results."""
     volume = dicom.read_series(objects)
     box = np.zeros(volume.hu.shape, bool)
@@ -190,14 +217,19 @@ def waver(datasets: list[Dataset]) -> None:
 def round_cosines(datasets: list[Dataset]) -> None:
     """3 decimals of a small rotation, about which the positions turn exactly."""
     turn = np.radians(3.5)
-    across, down = np.array([np.cos(turn), np.sin(turn), 0]), np.array([-np.sin(turn), np.cos(turn), 0])
+    across, down = (
+        np.array([np.cos(turn), np.sin(turn), 0]),
+        np.array([-np.sin(turn), np.cos(turn), 0]),
+    )
     for dataset in datasets:
         x, y, z = (float(mm) for mm in dataset.ImagePositionPatient)
         dataset.ImagePositionPatient = [f"{mm:.3f}" for mm in (across * x + down * y + [0, 0, z])]
         dataset.ImageOrientationPatient = [f"{cosine:.3f}" for cosine in (*across, *down)]
 
 
-def test_series_that_screening_accepts_is_exported_with_the_slices_that_were_screened(tmp_path: Path) -> None:
+def test_series_that_screening_accepts_is_exported_with_the_slices_that_were_screened(
+    tmp_path: Path,
+) -> None:
     edits: dict[str, Edit] = {
         "as it is": lambda _: None,
         "repeated object": repeat_one,
@@ -214,7 +246,9 @@ def test_series_that_screening_accepts_is_exported_with_the_slices_that_were_scr
         assert found["outcome"] == "written", name
         seg = pydicom.dcmread(folder / export.SEG)
         referenced = {each.ReferencedSOPInstanceUID for each in seg.SourceImageSequence}
-        assert referenced == {pydicom.dcmread(BytesIO(data)).SOPInstanceUID for data in slices()}, name
+        assert referenced == {pydicom.dcmread(BytesIO(data)).SOPInstanceUID for data in slices()}, (
+            name
+        )
         assert len(seg.SourceImageSequence) == 12, name
 
 
@@ -245,7 +279,14 @@ def test_series_without_attributes_is_exported_beside_the_others(tmp_path: Path)
 
 def remove_identity(datasets: list[Dataset]) -> None:
     for dataset in datasets:
-        for name in ("PatientBirthDate", "PatientSex", "StudyTime", "AccessionNumber", "StudyID", "SliceThickness"):
+        for name in (
+            "PatientBirthDate",
+            "PatientSex",
+            "StudyTime",
+            "AccessionNumber",
+            "StudyID",
+            "SliceThickness",
+        ):
             delattr(dataset, name)
 
 
@@ -284,7 +325,9 @@ def test_unknown_error_is_internal_error_without_its_text(
     assert "Doe" not in caplog.text
 
 
-def test_internal_error_of_the_job_itself_has_a_place(screened: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_internal_error_of_the_job_itself_has_a_place(
+    screened: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
     row = dict(screened[0])
     del row["model_name"]
     found, _ = exported(row, list(slices()), tmp_path / "results")

@@ -11,8 +11,8 @@ from scipy import ndimage
 from covtanet.ct import lung
 from covtanet.ct.body import blank_slices, find_outside
 from covtanet.ct.volume import canonical_volume
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.errors import StudyError
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 Array = np.ndarray
 
@@ -28,7 +28,9 @@ def chest(size_px: int = 128, num_slices: int = 30, involvement: float = 0.12) -
     )  # fmt: skip
 
 
-def found_in(hu: Array, phantom: Phantom, *, scale: float = 1.0, is_known: bool = True) -> lung.Lungs:
+def found_in(
+    hu: Array, phantom: Phantom, *, scale: float = 1.0, is_known: bool = True
+) -> lung.Lungs:
     """Find the lungs in an edited phantom."""
     affine = phantom.affine @ np.diag([scale, scale, scale, 1])
     return lung.find_lungs(replace(canonical_volume(hu, affine), has_known_spacing=is_known))
@@ -39,7 +41,9 @@ def share(lungs: lung.Lungs, truth: Array) -> float:
     return float(np.count_nonzero(lungs.lung_mask) / np.count_nonzero(truth))
 
 
-def beyond(radius_mm: float, centre_mm: tuple[float, float] = (0, 0), phantom: Phantom | None = None) -> Array:
+def beyond(
+    radius_mm: float, centre_mm: tuple[float, float] = (0, 0), phantom: Phantom | None = None
+) -> Array:
     """Pixels outside a round field of view, (y, x)."""
     phantom = phantom or chest()
     size = phantom.hu.shape[1]
@@ -55,7 +59,9 @@ def filled(where: Array, value: int, hu: Array | None = None) -> Array:
 
 def lung_box(phantom: Phantom) -> tuple[Array, Array]:
     """First and last row and column with lung."""
-    rows, columns = (np.flatnonzero(phantom.lung_mask.any(axis=axes))[[0, -1]] for axes in ((0, 2), (0, 1)))
+    rows, columns = (
+        np.flatnonzero(phantom.lung_mask.any(axis=axes))[[0, -1]] for axes in ((0, 2), (0, 1))
+    )
     return rows, columns
 
 
@@ -65,12 +71,18 @@ FILLS = (0, -1000, -1024, -2000, -3024, 100, 3071)
 # The image edge cuts a lung.
 
 CROPS: dict[str, Callable[[Array, Array], tuple[slice, slice]]] = {
-    "a strip of 5 mm on the right": lambda rows, columns: (slice(None), slice(columns[0] + 2, None)),
+    "a strip of 5 mm on the right": lambda rows, columns: (
+        slice(None),
+        slice(columns[0] + 2, None),
+    ),
     "half of the right lung": lambda rows, columns: (slice(None), slice(columns[0] + 18, None)),
     "half of the left lung": lambda rows, columns: (slice(None), slice(None, columns[1] - 18)),
     "the front": lambda rows, columns: (slice(rows[0] + 8, None), slice(None)),
     "the back": lambda rows, columns: (slice(None, rows[1] - 8), slice(None)),
-    "all but a quarter": lambda rows, columns: (slice(rows[0] + 25, None), slice(columns[0] + 25, None)),
+    "all but a quarter": lambda rows, columns: (
+        slice(rows[0] + 25, None),
+        slice(columns[0] + 25, None),
+    ),
     "all but the middle of one lung": lambda rows, columns: (slice(44, 88), slice(30, 58)),
 }
 
@@ -91,7 +103,9 @@ def test_image_of_one_lung_is_partial(columns: slice) -> None:
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize(("radius_mm", "centre_mm"), [(109, (0, 0)), (90, (0, 75)), (100, (-40, -30))])
+@pytest.mark.parametrize(
+    ("radius_mm", "centre_mm"), [(109, (0, 0)), (90, (0, 75)), (100, (-40, -30))]
+)
 def test_lung_that_a_round_field_of_view_cuts_is_partial(
     fill: int, radius_mm: float, centre_mm: tuple[float, float]
 ) -> None:
@@ -187,7 +201,9 @@ def with_air_of(air_hu: int, hu: Array) -> Array:
 def test_fill_value_with_noise_around_a_circle_is_no_lung(air_hu: int) -> None:
     where = beyond(174)
     hu = filled(where, 0, with_air_of(air_hu, chest().hu))
-    hu[:, where] += np.rint(np.random.default_rng(0).normal(0, 8, hu[:, where].shape)).astype(np.int16)
+    hu[:, where] += np.rint(np.random.default_rng(0).normal(0, 8, hu[:, where].shape)).astype(
+        np.int16
+    )
     lungs = found_in(hu, chest())
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
@@ -211,9 +227,13 @@ def test_room_air_between_arms_and_a_frame_is_no_lung() -> None:
 def test_room_air_is_outside_wherever_its_value_lies(air_hu: int) -> None:
     """Not only no lung: the chest wall is measured from it."""
     hu = with_air_of(air_hu, chest().hu)
-    is_air = ndimage.binary_opening(chest().hu < -950, structure=np.ones((1, 5, 5))) & ~chest().lung_mask
+    is_air = (
+        ndimage.binary_opening(chest().hu < -950, structure=np.ones((1, 5, 5))) & ~chest().lung_mask
+    )
     is_air[:, 20:108, 20:108] = False
-    hu, is_air, is_lung = (array[:, :, 8:-8] for array in (hu, is_air, chest().lung_mask))  # no ring of air
+    hu, is_air, is_lung = (
+        array[:, :, 8:-8] for array in (hu, is_air, chest().lung_mask)
+    )  # no ring of air
     outside, unmeasured = find_outside(hu.astype(np.float32), hu, (9.0, 2.8, 2.8))
     assert is_air.any()
     assert np.count_nonzero(outside & is_air) > 0.99 * np.count_nonzero(is_air)
@@ -248,15 +268,24 @@ def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order:
     matrix = matrix * spacing / spacing[:, None]
     centre = (np.array(hu.shape) - 1) / 2
     out = ndimage.affine_transform(
-        hu.astype(np.float32), matrix, centre - matrix @ centre, order=order, mode="constant", cval=fill
+        hu.astype(np.float32),
+        matrix,
+        centre - matrix @ centre,
+        order=order,
+        mode="constant",
+        cval=fill,
     )
     return np.rint(out)
 
 
 @pytest.mark.parametrize("fill", [0, -1024, 3071])
 @pytest.mark.parametrize("order", [1, 3])
-@pytest.mark.parametrize(("degrees", "axes"), [(20, (1, 2)), (45, (1, 2)), (15, (0, 1)), (15, (0, 2))])
-def test_corners_of_a_rotated_volume_are_no_lung(fill: int, order: int, degrees: float, axes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("degrees", "axes"), [(20, (1, 2)), (45, (1, 2)), (15, (0, 1)), (15, (0, 2))]
+)
+def test_corners_of_a_rotated_volume_are_no_lung(
+    fill: int, order: int, degrees: float, axes: tuple[int, int]
+) -> None:
     hu = turned(chest().hu, degrees, axes, fill, order).astype(np.int16)
     truth = turned(chest().lung_mask, degrees, axes, 0) > 0.5
     lungs = found_in(hu, chest())
@@ -307,7 +336,9 @@ def test_room_air_off_its_value_is_no_lung(air_hu: int) -> None:
     """Room air of -934 was measured in a sound series."""
     hu = with_air_of(air_hu, chest().hu)
     for where in (beyond(1000), beyond(174)):
-        assert share(found_in(filled(where, 0, hu), chest()), chest().lung_mask) == pytest.approx(1, abs=0.1)
+        assert share(found_in(filled(where, 0, hu), chest()), chest().lung_mask) == pytest.approx(
+            1, abs=0.1
+        )
 
 
 def test_noise_of_a_sharp_kernel_moves_no_verdict() -> None:
@@ -340,7 +371,9 @@ def test_blank_slices_within_the_lungs_hold_no_lung(value: int, num_slices: int)
 
 
 @pytest.mark.parametrize(("value", "noise_hu"), [(0, 0), (0, 3), (-1000, 22), (-1000, 60)])
-def test_slice_that_is_nearly_constant_within_its_circle_is_blank(value: int, noise_hu: float) -> None:
+def test_slice_that_is_nearly_constant_within_its_circle_is_blank(
+    value: int, noise_hu: float
+) -> None:
     where = beyond(174)
     hu = filled(where, -2000)
     noise = np.random.default_rng(0).normal(value, noise_hu, hu[15][~where].shape)
@@ -415,7 +448,9 @@ def test_newborn_without_lung_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("size_px", "num_slices"), [(128, 30), (128, 108), (256, 30)])
-def test_lungs_of_unknown_spacing_are_found_from_the_size_of_the_body(size_px: int, num_slices: int) -> None:
+def test_lungs_of_unknown_spacing_are_found_from_the_size_of_the_body(
+    size_px: int, num_slices: int
+) -> None:
     phantom = chest(size_px, num_slices)
     affine = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
     lungs = lung.find_lungs(replace(canonical_volume(phantom.hu, affine), has_known_spacing=False))
@@ -425,7 +460,9 @@ def test_lungs_of_unknown_spacing_are_found_from_the_size_of_the_body(size_px: i
 
 def test_no_length_in_the_header_counts_if_spacing_is_unknown() -> None:
     """The same voxels with any nominal size give the same masks."""
-    one, other = (found_in(chest().hu, chest(), scale=scale, is_known=False) for scale in (0.01, 100))
+    one, other = (
+        found_in(chest().hu, chest(), scale=scale, is_known=False) for scale in (0.01, 100)
+    )
     np.testing.assert_array_equal(one.lung_mask, other.lung_mask)
     assert not one.is_partial
 
@@ -442,7 +479,13 @@ def test_unknown_spacing_without_lung_or_with_cut_lungs_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("scale", "is_known", "is_implausible"),
-    [(1.0, True, False), (0.29, True, False), (0.2, True, True), (1.6, True, True), (0.2, False, False)],
+    [
+        (1.0, True, False),
+        (0.29, True, False),
+        (0.2, True, True),
+        (1.6, True, True),
+        (0.2, False, False),
+    ],
 )
 def test_lung_volume_that_no_lungs_have_gives_no_involvement(
     scale: float, is_known: bool, is_implausible: bool
@@ -460,7 +503,9 @@ def test_lung_volume_that_no_lungs_have_gives_no_involvement(
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 2), (1, 2, 1), (1, 4, 1), (1, 1, 4), (1, 6, 1)])
-def test_lungs_of_anisotropic_slices_are_those_of_square_ones(factors: tuple[int, int, int]) -> None:
+def test_lungs_of_anisotropic_slices_are_those_of_square_ones(
+    factors: tuple[int, int, int],
+) -> None:
     """Reformats: up to 8.4 mm along one axis of the slice, 1.4 mm along the other."""
     phantom = chest(256, 60)
     hu, truth = (averaged(array, factors) for array in (phantom.hu, phantom.lung_mask))
@@ -474,5 +519,7 @@ def averaged(array: Array, factors: tuple[int, int, int]) -> Array:
     """Means of blocks; what does not fill a block at the end is left out."""
     shape = [length // factor for length, factor in zip(array.shape, factors, strict=True)]
     z, y, x = (length * factor for length, factor in zip(shape, factors, strict=True))
-    blocks = array[:z, :y, :x].reshape(shape[0], factors[0], shape[1], factors[1], shape[2], factors[2])
+    blocks = array[:z, :y, :x].reshape(
+        shape[0], factors[0], shape[1], factors[1], shape[2], factors[2]
+    )
     return np.asarray(blocks.mean(axis=(1, 3, 5), dtype=np.float64))

@@ -12,7 +12,9 @@ from conftest import ROOT
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("reader", ["nifti", "dicom"])
-def test_a_search_finds_no_bytes_that_are_neither_read_nor_refused(reader: str, tmp_path: Path) -> None:
+def test_a_search_finds_no_bytes_that_are_neither_read_nor_refused(
+    reader: str, tmp_path: Path
+) -> None:
     found = subprocess.run(
         [
             sys.executable, ROOT / "tests" / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,

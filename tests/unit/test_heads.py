@@ -7,17 +7,18 @@ import psutil
 import pytest
 from hostile import bomb_of_items, deflated, slices
 
+from covtanet.archive.manifest import HEAD_BYTES, Series, scan_folder
 from covtanet.ct import dicom_head
-from covtanet.data.manifest import HEAD_BYTES, Series, scan_folder
+from covtanet.decoding import child_process
+from covtanet.decoding import headers as heads
+from covtanet.decoding.child_process import HEADER_READER, Child, Limits
 from covtanet.errors import DecoderStartError, SandboxClosedError
-from covtanet.screening import child_process, heads
-from covtanet.screening.child_process import HEADER_READER, Child, Limits
 from covtanet.storage import ObjectInfo
 
 # The child's reader as it would be with a fault that some header sets off.
 FAULTY = (
     "import os, sys; sys.path.insert(0, sys.argv[1]); from covtanet.ct import dicom_head; "
-    "from covtanet.screening import header_child; read = dicom_head.read_identity; "
+    "from covtanet.decoding import header_child; read = dicom_head.read_identity; "
     "dicom_head.read_identity = lambda head, is_whole=False: "
     "os._exit(9) if b'KILLER' in head else read(head, is_whole=is_whole); header_child.main()"
 )
@@ -43,7 +44,10 @@ def folder(killer: bytes) -> dict[str, bytes]:
 
 
 def check_one_row_lost(found: list[Series]) -> None:
-    assert [(each.source_path, each.reason) for each in found] == [("042a.dcm", "unreadable"), ("", None)]
+    assert [(each.source_path, each.reason) for each in found] == [
+        ("042a.dcm", "unreadable"),
+        ("", None),
+    ]
     assert len(found[1].objects) == 100
 
 
@@ -81,7 +85,9 @@ def test_header_that_needs_more_memory_than_allowed_is_one_unreadable_row() -> N
         child.kill()
 
 
-def test_child_that_does_not_start_makes_no_header_unreadable(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_does_not_start_makes_no_header_unreadable(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(child_process, "CODE", "import sys; sys.exit(3)")
     with pytest.raises(DecoderStartError, match="does not start"):
         heads.read_identities(child, [slices()[0]], HEAD_BYTES)

@@ -10,8 +10,8 @@ from hostile import CATALOGUE, CONTROLS, Objects, phantom
 from test_stages import CONFIG, WINDOW, manifest_rows
 
 from covtanet.ct import dicom, nifti
+from covtanet.decoding.sandbox import Limits, Sandbox
 from covtanet.screening import stages
-from covtanet.screening.sandbox import Limits, Sandbox
 
 
 def write(folder: Path, objects: Objects) -> None:
@@ -28,13 +28,17 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_malformed_input_is_refused_for_its_reason(name: str, tmp_path: Path, sandbox: Sandbox) -> None:
+def test_malformed_input_is_refused_for_its_reason(
+    name: str, tmp_path: Path, sandbox: Sandbox
+) -> None:
     reason, build = CATALOGUE[name]
     write(tmp_path, build())
     rows = manifest_rows(tmp_path)
     verdicts = []
     for row in rows:
-        prepared = stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=sandbox)
+        prepared = stages.decode_and_prepare(
+            row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=sandbox
+        )
         verdicts.append(json.loads(prepared["record"]))
     # A cut object is a row of its own where its header does not say which series it is of.
     assert {record["reason"] for record in verdicts} <= {reason, "unreadable", "missing_slices"}

@@ -47,7 +47,10 @@ from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
         (["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"], "reformatted"),
         (["DERIVED", "SECONDARY", "AXIAL", "AVERAGE INTENSITY PROJECTION"], "reformatted"),
         (["DERIVED", "SECONDARY", "AXIAL", "MEAN"], "reformatted"),
-        (["DERIVED", "SECONDARY", "MPR", "CSA MPR", "", "CSAPARALLEL", "AXIAL", "CT_SOM5 SPI"], "reformatted"),
+        (
+            ["DERIVED", "SECONDARY", "MPR", "CSA MPR", "", "CSAPARALLEL", "AXIAL", "CT_SOM5 SPI"],
+            "reformatted",
+        ),
         (["DERIVED", "SECONDARY", "OTHER", "CSA MPR THICK"], "reformatted"),
         (["DERIVED", "SECONDARY", "MPVR"], "reformatted"),
         (["DERIVED", "SECONDARY", "REFORMATTED"], "reformatted"),
@@ -61,7 +64,9 @@ from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_image_type_of_vendors_is_told_by_its_words(values: list[str] | str | None, kind: str) -> None:
+def test_image_type_of_vendors_is_told_by_its_words(
+    values: list[str] | str | None, kind: str
+) -> None:
     header = Dataset()
     header.ImageType = values
     found = {
@@ -81,8 +86,14 @@ def test_image_type_of_vendors_is_told_by_its_words(values: list[str] | str | No
         ({"VolumetricProperties": "SAMPLED"}, "reformatted"),
         ({"VolumeBasedCalculationTechnique": "MPR"}, "reformatted"),
         ({"VolumetricProperties": "VOLUME", "VolumeBasedCalculationTechnique": "NONE"}, ""),
-        ({"DerivationCodeSequence": item(CodeValue="113078", CodingSchemeDesignator="DCM")}, "projection"),
-        ({"DerivationCodeSequence": item(CodeValue="113072", CodingSchemeDesignator="DCM")}, "reformatted"),
+        (
+            {"DerivationCodeSequence": item(CodeValue="113078", CodingSchemeDesignator="DCM")},
+            "projection",
+        ),
+        (
+            {"DerivationCodeSequence": item(CodeValue="113072", CodingSchemeDesignator="DCM")},
+            "reformatted",
+        ),
         ({"DerivationCodeSequence": item(CodeValue="113040", CodingSchemeDesignator="DCM")}, ""),
         ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "AVERAGE"]}, "reformatted"),
         ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MIP"]}, "projection"),
@@ -99,12 +110,17 @@ def test_computed_slices_are_refused_or_flagged(values: dict[str, object], kind:
 
 
 def frame_type(**values: object) -> FileDataset:
-    return with_groups(lambda index, frame: setattr(frame, "CTImageFrameTypeSequence", item(**values)))
+    return with_groups(
+        lambda index, frame: setattr(frame, "CTImageFrameTypeSequence", item(**values))
+    )
 
 
 def test_frames_of_an_enhanced_ct_are_judged_one_by_one() -> None:
     assert reason_of([frame_type(VolumeBasedCalculationTechnique="MAX_IP")]) == "projection"
-    assert reason_of([frame_type(FrameType=["DERIVED", "SECONDARY", "AXIAL", "MINIMUM"])]) == "projection"
+    assert (
+        reason_of([frame_type(FrameType=["DERIVED", "SECONDARY", "AXIAL", "MINIMUM"])])
+        == "projection"
+    )
     assert read([frame_type(VolumeBasedCalculationTechnique="MPR")]).qc_flags == ("reformatted",)
     assert read([frame_type(FrameType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"])]).qc_flags == ()
 
@@ -133,7 +149,9 @@ def test_localizer_under_the_series_uid_is_left_out() -> None:
     assert volume.qc_flags == ("localizer_dropped",)
 
 
-@pytest.mark.parametrize("words", [["ORIGINAL", "PRIMARY", "SCOUT"], ["DERIVED", "SECONDARY", "LOCALIZER", "MIP"]])
+@pytest.mark.parametrize(
+    "words", [["ORIGINAL", "PRIMARY", "SCOUT"], ["DERIVED", "SECONDARY", "LOCALIZER", "MIP"]]
+)
 def test_localizer_is_told_by_any_of_its_names(words: list[str]) -> None:
     scout = localizer()
     scout.ImageType = words

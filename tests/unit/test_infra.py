@@ -72,7 +72,9 @@ def test_custom_resources_satisfy_kuberays_schema(path: Path) -> None:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with (SCHEMAS / f"ray.io_{KINDS[manifest['kind']]}.yaml").open() as file:
         definition = yaml.load(file, loader)
-    (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    (schema,) = [
+        v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"
+    ]
     close(schema)
     jsonschema.Draft7Validator(schema).validate(manifest)
 
@@ -86,9 +88,15 @@ def close(schema: Any) -> None:
         if schema.get("x-kubernetes-int-or-string"):
             schema.pop("anyOf", None)
             schema["type"] = ["integer", "string"]
-        is_closed = schema.get("type") == "object" and schema.get("properties") and "kind" not in schema["properties"]
+        is_closed = (
+            schema.get("type") == "object"
+            and schema.get("properties")
+            and "kind" not in schema["properties"]
+        )
         if is_closed and "additionalProperties" not in schema:
-            schema["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields", False))
+            schema["additionalProperties"] = bool(
+                schema.get("x-kubernetes-preserve-unknown-fields", False)
+            )
         for each in list(schema.values()):
             close(each)
 
@@ -108,7 +116,9 @@ def test_pods_are_not_root_write_nowhere_and_hold_no_secret(path: Path) -> None:
                 assert amounts["cpu"]
                 assert amounts["memory"]
             for each in container["env"]:
-                is_secret = any(part in each["name"] for part in ("TOKEN", "KEY", "SECRET", "PASSWORD", "URI"))
+                is_secret = any(
+                    part in each["name"] for part in ("TOKEN", "KEY", "SECRET", "PASSWORD", "URI")
+                )
                 assert ("secretKeyRef" in each.get("valueFrom", {})) == is_secret, each["name"]
 
 
@@ -119,7 +129,12 @@ def test_the_operator_deals_out_rays_token(path: Path) -> None:
     (spec,) = cluster_specs(load(path))
     assert spec["authOptions"] == {"mode": "token", "secretName": "covtanet-ray"}
     assert spec["rayVersion"] == metadata.version("ray")
-    names = [each["name"] for pod in pods(load(path)) for container in pod["containers"] for each in container["env"]]
+    names = [
+        each["name"]
+        for pod in pods(load(path))
+        for container in pod["containers"]
+        for each in container["env"]
+    ]
     assert not [name for name in names if name.startswith("RAY_AUTH")]
 
 
@@ -127,7 +142,10 @@ def test_the_plain_cron_job_has_the_token_by_itself() -> None:
     ((container,),) = (pod["containers"] for pod in pods(load(KUBERAY / "cronjob.yaml")))
     given = {each["name"]: each for each in container["env"]}
     assert given["RAY_AUTH_MODE"]["value"] == "token"
-    assert given["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "covtanet-ray", "key": "auth_token"}
+    assert given["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
+        "name": "covtanet-ray",
+        "key": "auth_token",
+    }
 
 
 @pytest.mark.parametrize("path", RAY_MANIFESTS, ids=lambda path: path.stem)
@@ -145,7 +163,9 @@ def test_endpoint_takes_requests_on_workers_and_upgrades_by_a_new_cluster() -> N
     spec = load(KUBERAY / "service.yaml")["spec"]
     assert spec["excludeHeadPodFromServeSvc"] is True
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
-    assert not [name for name in spec if name.endswith("UnhealthySecondThreshold")]  # KubeRay uses them no more
+    assert not [
+        name for name in spec if name.endswith("UnhealthySecondThreshold")
+    ]  # KubeRay uses them no more
 
 
 GIB = 1 << 30
@@ -162,7 +182,9 @@ def test_workers_of_the_endpoint_hold_what_its_replicas_ask_for() -> None:
 
     settings = ServeConfig(callers=(Caller(name="any", token_sha256="0" * 64),))
     decoders = settings.max_api_replicas * settings.num_decoders
-    decode_bytes = (ScreeningConfig().decode_memory_mib + 600) << 20  # the child, and its parent's copy of the series
+    decode_bytes = (
+        ScreeningConfig().decode_memory_mib + 600
+    ) << 20  # the child, and its parent's copy of the series
     (spec,) = cluster_specs(load(KUBERAY / "service.yaml"))
     cpus = memory = shm = 0
     for group in spec["workerGroupSpecs"]:
@@ -172,13 +194,21 @@ def test_workers_of_the_endpoint_hold_what_its_replicas_ask_for() -> None:
         memory += group["replicas"] * in_bytes(limits["memory"])
         volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}
         shm += group["replicas"] * in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
-    segmenter, batch = 1, 1 + 3  # a batch: its driver, and one CPU each to predict, decode and measure
+    segmenter, batch = (
+        1,
+        1 + 3,
+    )  # a batch: its driver, and one CPU each to predict, decode and measure
     assert cpus >= decoders + segmenter + batch
-    assert memory >= (decoders + 1) * decode_bytes + (4 + 3 + 2 + 2) * GIB + shm  # Segmenter, predict, measure, Ray
+    assert (
+        memory >= (decoders + 1) * decode_bytes + (4 + 3 + 2 + 2) * GIB + shm
+    )  # Segmenter, predict, measure, Ray
 
 
 def test_nights_never_overlap_and_say_their_time_zone() -> None:
-    cron, ray_cron = load(KUBERAY / "cronjob.yaml")["spec"], load(KUBERAY / "raycronjob.yaml")["spec"]
+    cron, ray_cron = (
+        load(KUBERAY / "cronjob.yaml")["spec"],
+        load(KUBERAY / "raycronjob.yaml")["spec"],
+    )
     assert cron["concurrencyPolicy"] == "Forbid"
     assert cron["timeZone"] == ray_cron["timeZone"] == "Europe/Berlin"
     assert "jobs/nightly.py" in ray_cron["jobTemplate"]["entrypoint"]
@@ -192,13 +222,19 @@ def test_serve_config_satisfies_rays_own_schema() -> None:
         load(ROOT / "infra" / "serve.yaml"),
         yaml.safe_load(load(KUBERAY / "service.yaml")["spec"]["serveConfigV2"]),
     ):
-        assert ServeDeploySchema.model_validate(values).applications[0].import_path == "serve.app:app"
+        assert (
+            ServeDeploySchema.model_validate(values).applications[0].import_path == "serve.app:app"
+        )
     assert load(ROOT / "infra" / "serve.yaml")["http_options"]["host"] == "127.0.0.1"
 
 
 def test_the_dashboard_asks_for_metrics_that_are_counted() -> None:
     panels = json.loads((ROOT / "infra" / "grafana.json").read_text())["panels"]
-    asked = {name for panel in panels for name in re.findall(r"ray_(covtanet_\w+)", panel["targets"][0]["expr"])}
+    asked = {
+        name
+        for panel in panels
+        for name in re.findall(r"ray_(covtanet_\w+)", panel["targets"][0]["expr"])
+    }
     code = "".join(path.read_text() for path in ((ROOT / "serve" / "app.py"), PIPELINE))
     counted = set(re.findall(r'"(covtanet_\w+)"', code))
     assert {re.sub(r"_bucket$|_total$|$", "", name, count=1) for name in asked} == counted
@@ -281,7 +317,11 @@ COMPONENTS = (*CLUSTERS, "nightly", "screen-submitter", "train-submitter")
 
 
 def test_components_are_those_that_the_policies_know() -> None:
-    found = {each["metadata"]["labels"][COMPONENT] for path in POD_MANIFESTS for each in templates(load(path))}
+    found = {
+        each["metadata"]["labels"][COMPONENT]
+        for path in POD_MANIFESTS
+        for each in templates(load(path))
+    }
     assert found == set(COMPONENTS)
 
 
@@ -317,7 +357,10 @@ def test_from_outside_only_operator_ingress_and_prometheus_come_in(component: st
         ("monitoring", 8265, False),
         ("default", 8000, False),
     ):
-        assert reaches(Peer(namespace=namespace), pod_of(component), port) == is_open, (namespace, port)
+        assert reaches(Peer(namespace=namespace), pod_of(component), port) == is_open, (
+            namespace,
+            port,
+        )
 
 
 @pytest.mark.parametrize("path", POD_MANIFESTS, ids=lambda path: path.stem)
@@ -340,7 +383,7 @@ def test_namespace_enforces_the_restricted_standard() -> None:
 
 
 def test_ingress_ends_tls_and_fits_the_endpoints_limits() -> None:
-    from covtanet.screening.intake import IntakeLimits
+    from covtanet.archive.upload import IntakeLimits
     from serve.settings import Caller, ServeConfig
 
     ingress, service = load(KUBERAY / "ingress.yaml"), load(KUBERAY / "service.yaml")
@@ -351,9 +394,15 @@ def test_ingress_ends_tls_and_fits_the_endpoints_limits() -> None:
     assert tls["secretName"]
     (path,) = rule["http"]["paths"]
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]
-    backend = {"name": f"{service['metadata']['name']}-serve-svc", "port": {"number": serve["port"]}}
+    backend = {
+        "name": f"{service['metadata']['name']}-serve-svc",
+        "port": {"number": serve["port"]},
+    }
     assert path["backend"]["service"] == backend
-    given = {name.removeprefix("nginx.org/"): value for name, value in ingress["metadata"]["annotations"].items()}
+    given = {
+        name.removeprefix("nginx.org/"): value
+        for name, value in ingress["metadata"]["annotations"].items()
+    }
     assert given["redirect-to-https"] == given["hsts"] == "true"
     assert int(given["hsts-max-age"]) >= 365 * 86400
     assert int(given["client-max-body-size"].removesuffix("m")) << 20 == IntakeLimits().max_bytes
@@ -492,7 +541,9 @@ def test_image_has_bytecode_of_our_own_code() -> None:
 
 def test_make_test_prints_what_was_skipped_and_why() -> None:
     """Of pytest's short summary, which -q does not hide; the Makefile passes no -r of its own that would replace it."""
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"][
+        "addopts"
+    ]
     (shown,) = re.findall(r"-r(\w+)", options)
     assert set(shown) >= set("fEs")
     assert not re.search(r"pytest.* -r", (ROOT / "Makefile").read_text())

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hostile import big_endian_nifti, gz, nifti2, plain_nifti, slices
 
+from covtanet.archive.manifest import scan_folder
+from covtanet.archive.upload import IntakeLimits, lay_out
 from covtanet.ct.dicom_head import read_identities, transfer_syntax
-from covtanet.data.bombs import directory_bomb
-from covtanet.data.manifest import scan_folder
 from covtanet.errors import UploadError
-from covtanet.screening.intake import IntakeLimits, lay_out
+from covtanet.phantoms.bombs import directory_bomb
 from covtanet.storage import ObjectInfo
 
 DIGEST = "d" * 32
@@ -76,7 +76,9 @@ def patient_cd() -> list[tuple[str, bytes]]:
 def test_zip_of_a_patient_cd_from_a_mac_is_one_series(tmp_path: Path) -> None:
     found = spread(zipped(*patient_cd()), tmp_path)
     infos = [ObjectInfo(path.name, path.stat().st_size, "v1") for path in found]
-    series, ignored = scan_folder("", infos, lambda name, n: (found[0].parent / name).read_bytes()[:n], read_identities)
+    series, ignored = scan_folder(
+        "", infos, lambda name, n: (found[0].parent / name).read_bytes()[:n], read_identities
+    )
     assert [(each.reason, len(each.objects)) for each in series] == [(None, len(slices()))]
     assert len(ignored) == 3  # README, AUTORUN and .DS_Store
 
@@ -87,7 +89,9 @@ def test_names_of_members_never_become_names_of_files(tmp_path: Path) -> None:
 
 
 def test_dicom_under_a_name_of_a_mac_is_kept(tmp_path: Path) -> None:
-    found = spread(zipped(("._IM0.dcm", slices()[0]), ("__MACOSX/IM1", slices()[1][132:])), tmp_path)
+    found = spread(
+        zipped(("._IM0.dcm", slices()[0]), ("__MACOSX/IM1", slices()[1][132:])), tmp_path
+    )
     assert [path.read_bytes() for path in found] == [slices()[0], slices()[1][132:]]
 
 
@@ -144,7 +148,9 @@ def encrypted() -> bytes:
         (lambda: zipped(("a.dcm", b"x" * 500))[:-20], "bad_zip", "cannot be read"),
     ],
 )  # fmt: skip
-def test_a_zip_that_breaks_a_rule_is_refused(build: object, reason: str, message: str, tmp_path: Path) -> None:
+def test_a_zip_that_breaks_a_rule_is_refused(
+    build: object, reason: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UploadError, match=message) as error:
         spread(build(), tmp_path)  # type: ignore[operator]
     assert error.value.reason == reason

@@ -23,12 +23,14 @@ from covtanet.data.prepared import PreparedVolume
 from covtanet.evaluation.pipeline import Evaluated, guarded
 from covtanet.evaluation.promotion import Comparison
 from covtanet.evaluation.rows import EVALUATION_SCHEMA
+from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report.comparison import compare
-from covtanet.screening.records import LEDGER_SCHEMA
 from covtanet.storage import AccessError
 from covtanet.training.distributed import _prepare_row
 
-evaluate, promote, report, compare_job = (load_job(name) for name in ("evaluate", "promote", "report", "compare"))
+evaluate, promote, report, compare_job = (
+    load_job(name) for name in ("evaluate", "promote", "report", "compare")
+)
 RUN_ID = "0123456789abcdef"
 CANARY = "Doe^Jane"
 WINDOW = WindowConfig(size_px=64)
@@ -91,7 +93,9 @@ def odd() -> pa.Table:
 
 
 def test_comparison_goes_on_after_a_series_that_fails() -> None:
-    after = pa.Table.from_pylist([row("b", p_infected=0.4, diagnosis="normal"), row("e")], LEDGER_SCHEMA)
+    after = pa.Table.from_pylist(
+        [row("b", p_infected=0.4, diagnosis="normal"), row("e")], LEDGER_SCHEMA
+    )
     found = compare(odd(), after)
     assert list(found.failures) == ["b" * 32]
     assert found.statuses == {("screened", "screened"): 1}
@@ -108,11 +112,16 @@ def test_compare_job_counts_series_that_fail(
     logged = capsys.readouterr().err
     assert f"series {'b' * 32}: internal error, TypeError at report/comparison.py" in logged
     assert run(compare_job, monkeypatch, "--before", str(after), "--after", str(after)) == 0
-    assert run(compare_job, monkeypatch, "--before", str(tmp_path / "none"), "--after", str(after)) == 3
+    assert (
+        run(compare_job, monkeypatch, "--before", str(tmp_path / "none"), "--after", str(after))
+        == 3
+    )
 
 
 def volume(key: str = "k") -> PreparedVolume:
-    return PreparedVolume(key=key, volume_path="a.nii.gz", patient=CANARY, intensity="hu", source_digest="d")
+    return PreparedVolume(
+        key=key, volume_path="a.nii.gz", patient=CANARY, intensity="hu", source_digest="d"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,8 +150,14 @@ def test_evaluation_ends_if_storage_refuses_us() -> None:
         guarded(volume(), refuse)
 
 
-def test_evaluation_counts_outcomes_and_ends_with_4_if_volumes_are_lacking(caplog: pytest.LogCaptureFixture) -> None:
-    refused = [prepared.refused(LabelledVolume(volume_path="a", patient="p"), "a", WINDOW, "mask_mismatch", "")]
+def test_evaluation_counts_outcomes_and_ends_with_4_if_volumes_are_lacking(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused = [
+        prepared.refused(
+            LabelledVolume(volume_path="a", patient="p"), "a", WINDOW, "mask_mismatch", ""
+        )
+    ]
     failures = {"b": "internal error, ValueError at x:1", "c": "storage: OSError"}
     found = evaluate.count(refused, Evaluated(rows=[{}, {}], failures=failures))
     assert found == Counter(evaluated=2, mask_mismatch=1, internal_error=1, storage=1)
@@ -152,12 +167,20 @@ def test_evaluation_counts_outcomes_and_ends_with_4_if_volumes_are_lacking(caplo
     assert evaluate.concluded(evaluate.count(refused, Evaluated(rows=[{}], failures={}))) == 0
 
 
-def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(tmp_path: Path) -> None:
+def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
+    tmp_path: Path,
+) -> None:
     """The folds of a training would be others the next time, so it ends."""
     (tmp_path / "data" / "a.nii.gz").mkdir(parents=True)  # reading it is an OSError
     labelled = {"key": "k", **vars(LabelledVolume(volume_path="a.nii.gz", patient="p"))}
-    how = {"data_uri": str(tmp_path / "data"), "prepared_uri": str(tmp_path / "out"), "window": WINDOW}
-    found = prepared.from_json(_prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=True)["found"])
+    how = {
+        "data_uri": str(tmp_path / "data"),
+        "prepared_uri": str(tmp_path / "out"),
+        "window": WINDOW,
+    }
+    found = prepared.from_json(
+        _prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=True)["found"]
+    )
     assert found.reason == "storage"
     assert not (tmp_path / "out").exists()  # it is tried again the next time
     with pytest.raises(OSError, match="volume k: storage: IsADirectoryError"):

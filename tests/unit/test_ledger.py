@@ -16,17 +16,33 @@ import pyarrow.parquet as pq
 import pytest
 
 from covtanet import storage
-from covtanet.data.manifest import IGNORED_SCHEMA, Series
-from covtanet.errors import AlreadyCommittedError, ConfigError
+from covtanet.archive.manifest import IGNORED_SCHEMA, Series
+from covtanet.errors import REJECTION_REASONS, AlreadyCommittedError, ConfigError
+from covtanet.ledger import work
+from covtanet.ledger.accounting import Accounting
+from covtanet.ledger.attempts import count_attempt
+from covtanet.ledger.commit import commit_run
+from covtanet.ledger.diff import differences
+from covtanet.ledger.incremental import KnownSeries, known_series
+from covtanet.ledger.read import committed_files, newest_rows, read_run
+from covtanet.ledger.run import (
+    Run,
+    begin_run,
+    check_locations,
+    choose_date,
+    is_committed,
+    known_runs,
+)
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.work import complete_row, finished_keys, store_row, write_manifest, write_rows
 from covtanet.report.summary import findings
-from covtanet.screening import ledger, pipeline, view
-from covtanet.screening.records import LEDGER_SCHEMA, REASONS
+from covtanet.screening import pipeline
 from covtanet.storage import ObjectInfo
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> ledger.Run:
-    return ledger.Run(
+def run(tmp_path: Path) -> Run:
+    return Run(
         archive="/archive",
         ledger=str(tmp_path / "ledger"),
         run_date=date(2026, 11, 23),
@@ -40,7 +56,9 @@ def run(tmp_path: Path) -> ledger.Run:
 
 def series(name: str) -> dict[str, Any]:
     path = f"{name}.nii.gz"
-    return Series(source_path=path, source_format="nifti", objects=(ObjectInfo(path, 7, "v"),)).to_row()
+    return Series(
+        source_path=path, source_format="nifti", objects=(ObjectInfo(path, 7, "v"),)
+    ).to_row()
 
 
 def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -58,16 +76,16 @@ def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
     }
 
 
-def freeze(run: ledger.Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
+def freeze(run: Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
     rows = [series(name) for name in names]
     ignored = tmp_path / "ignored.parquet"
-    ledger.write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}], 10)
-    ledger.begin(run)
-    ledger.write_manifest(run, rows, ignored)
+    write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}], 10)
+    begin_run(run)
+    write_manifest(run, rows, ignored)
     return rows
 
 
-def test_run_id_follows_from_what_is_screened_with_what_and_when(run: ledger.Run) -> None:
+def test_run_id_follows_from_what_is_screened_with_what_and_when(run: Run) -> None:
     changes: list[dict[str, Any]] = [
         {"archive": "/other"},
         {"model_digest": "e" * 64},
@@ -76,118 +94,133 @@ def test_run_id_follows_from_what_is_screened_with_what_and_when(run: ledger.Run
         {"run_date": date(2026, 11, 24)},
     ]
     assert len({run.run_id, *(replace(run, **change).run_id for change in changes)}) == 6
-    assert replace(run, ledger="/elsewhere", software_version="2", model_version="9").run_id == run.run_id
+    assert (
+        replace(run, ledger="/elsewhere", software_version="2", model_version="9").run_id
+        == run.run_id
+    )
 
 
-def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: ledger.Run, tmp_path: Path) -> None:
+def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a", "b", "c")
     for row in rows:
-        ledger.store_row(run, record(row))
-    counts = ledger.commit(run)
-    assert (counts.series, counts.rejected["not_hu"], counts.screened, counts.failed) == (3, 3, 0, 0)
+        store_row(run, record(row))
+    counts = commit_run(run)
+    assert (counts.series, counts.rejected["not_hu"], counts.screened, counts.failed) == (
+        3,
+        3,
+        0,
+        0,
+    )
     table = pq.read_table(run.ledger)
     assert table.num_rows == 3
     assert table.select(LEDGER_SCHEMA.names).schema.equals(LEDGER_SCHEMA)
-    found = duckdb.sql(f"select count(*), count(distinct series_key) from '{run.ledger}/date=*/*.parquet'").fetchall()
+    found = duckdb.sql(
+        f"select count(*), count(distinct series_key) from '{run.ledger}/date=*/*.parquet'"
+    ).fetchall()
     assert found == [(3, 3)]
 
 
-def test_a_missing_row_stops_the_commit(run: ledger.Run, tmp_path: Path) -> None:
+def test_a_missing_row_stops_the_commit(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a", "b")
-    ledger.store_row(run, record(rows[0]))
+    store_row(run, record(rows[0]))
     with pytest.raises(RuntimeError, match="1 of 2 series have no row"):
-        ledger.commit(run)
-    assert not ledger.is_committed(run)
+        commit_run(run)
+    assert not is_committed(run)
 
 
-def test_of_two_drivers_one_commits_and_the_other_is_told(run: ledger.Run, tmp_path: Path) -> None:
+def test_of_two_drivers_one_commits_and_the_other_is_told(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a")
-    ledger.store_row(run, record(rows[0]))
-    ledger.commit(run)
+    store_row(run, record(rows[0]))
+    commit_run(run)
     committed = Path(run.committed_uri).read_bytes()
-    ledger.store_row(run, record(rows[0], reason="no_lung"))  # the other was still at it
+    store_row(run, record(rows[0], reason="no_lung"))  # the other was still at it
     with pytest.raises(AlreadyCommittedError, match="committed first"):
-        ledger.commit(run)
+        commit_run(run)
     assert Path(run.committed_uri).read_bytes() == committed
 
 
-def test_a_series_is_tried_three_times_and_no_more(run: ledger.Run) -> None:
-    assert [ledger.may_try(run, "k", "decode") for _ in range(5)] == [True, True, True, False, False]
-    assert ledger.may_try(run, "k", "predict")
-    assert ledger.may_try(run, "other", "decode")
+def test_a_series_is_tried_three_times_and_no_more(run: Run) -> None:
+    assert [count_attempt(run, "k", "decode") for _ in range(5)] == [True, True, True, False, False]
+    assert count_attempt(run, "k", "predict")
+    assert count_attempt(run, "other", "decode")
 
 
-def test_the_newest_row_of_each_series_is_the_view(run: ledger.Run, tmp_path: Path) -> None:
+def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> None:
     for day, names in ((20, "abc"), (21, "b"), (22, "")):
         night = replace(run, run_date=date(2026, 11, day))
         for row in freeze(night, tmp_path, *names):
-            ledger.store_row(night, record(row, reason="no_lung" if day == 21 else "not_hu"))
-        ledger.commit(night)
-    found = {row["source_uri"]: row["reason"] for row in view.newest_rows(run.ledger).to_pylist()}
+            store_row(night, record(row, reason="no_lung" if day == 21 else "not_hu"))
+        commit_run(night)
+    found = {row["source_uri"]: row["reason"] for row in newest_rows(run.ledger).to_pylist()}
     assert found == {
-        f"/archive/{name}.nii.gz": reason for name, reason in zip("abc", ("not_hu", "no_lung", "not_hu"), strict=True)
+        f"/archive/{name}.nii.gz": reason
+        for name, reason in zip("abc", ("not_hu", "no_lung", "not_hu"), strict=True)
     }
-    known = view.known_series(run.ledger, {replace(run, run_date=date(2026, 11, 20)).run_id})
+    known = known_series(run.ledger, {replace(run, run_date=date(2026, 11, 20)).run_id})
     first, version = known[series("a")["series_key"]], series("a")["source_version"]
     assert first.is_settled({version}, "0.1.0")
     assert not first.is_settled({version}, "0.2.0")  # refused by older software
     assert not first.is_settled({"another"}, "0.1.0")
 
 
-def test_a_series_screened_twice_leaves_one_row(run: ledger.Run, tmp_path: Path) -> None:
+def test_a_series_screened_twice_leaves_one_row(run: Run, tmp_path: Path) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    ledger.store_row(run, record(row))
-    ledger.store_row(run, record(row, reason="no_lung"))
-    assert ledger.finished_keys(run) == {row["series_key"]}
-    assert ledger.commit(run).series == 1
+    store_row(run, record(row))
+    store_row(run, record(row, reason="no_lung"))
+    assert finished_keys(run) == {row["series_key"]}
+    assert commit_run(run).series == 1
 
 
-def test_half_written_rows_do_not_count(run: ledger.Run, tmp_path: Path) -> None:
+def test_half_written_rows_do_not_count(run: Run, tmp_path: Path) -> None:
     (row,) = freeze(run, tmp_path, "a")
     folder = Path(run.work_uri("rows"))
     folder.mkdir(parents=True)
     (folder / f"._{row['series_key']}.parquet").write_bytes(b"PAR1")
-    assert ledger.finished_keys(run) == set()
+    assert finished_keys(run) == set()
 
 
-def test_the_newest_unfinished_run_is_continued(run: ledger.Run, tmp_path: Path) -> None:
+def test_the_newest_unfinished_run_is_continued(run: Run, tmp_path: Path) -> None:
     today = datetime.now(UTC).date()
-    assert ledger.choose_date(run) == today
+    assert choose_date(run) == today
     older = replace(run, run_date=date(2026, 11, 20))
     for each in (run, older):
         freeze(each, tmp_path)
-    assert ledger.choose_date(run) == run.run_date
-    ledger.commit(run)
-    assert ledger.choose_date(run) == older.run_date
-    ledger.commit(older)
-    assert ledger.choose_date(run) == today
-    assert ledger.choose_date(replace(run, limit=3)) == today
+    assert choose_date(run) == run.run_date
+    commit_run(run)
+    assert choose_date(run) == older.run_date
+    commit_run(older)
+    assert choose_date(run) == today
+    assert choose_date(replace(run, limit=3)) == today
 
 
 def test_ledger_and_archive_may_not_lie_in_each_other() -> None:
     with pytest.raises(ConfigError, match="must be apart"):
-        ledger.check_places("/data/archive", "/data/archive/ledger")
+        check_locations("/data/archive", "/data/archive/ledger")
     with pytest.raises(ConfigError, match="must be apart"):
-        ledger.check_places("s3://b/x/archive", "s3://b/x")
-    ledger.check_places("/data/archive", "/data/archive2")
+        check_locations("s3://b/x/archive", "s3://b/x")
+    check_locations("/data/archive", "/data/archive2")
 
 
-def rows_of(run: ledger.Run, **values: Any) -> Any:
-    table = ledger.pa.Table.from_pylist(
-        [ledger.complete_row(run, record(series("a"), status="screened", reason=None, p_infected=0.5, **values))],
+def rows_of(run: Run, **values: Any) -> Any:
+    table = pa.Table.from_pylist(
+        [
+            complete_row(
+                run, record(series("a"), status="screened", reason=None, p_infected=0.5, **values)
+            )
+        ],
         schema=LEDGER_SCHEMA,
     )
     return table
 
 
-def test_ledgers_are_equal_within_their_tolerances(run: ledger.Run) -> None:
+def test_ledgers_are_equal_within_their_tolerances(run: Run) -> None:
     one = rows_of(run, involvement=0.2, decode_s=1.0)
     later = replace(run, run_date=date(2026, 11, 24))
-    assert view.differences(one, rows_of(later, involvement=0.2001, decode_s=2.0)) == []
-    assert len(view.differences(one, rows_of(run, involvement=0.21))) == 1
-    assert len(view.differences(one, rows_of(run, involvement=None))) == 1
-    assert len(view.differences(one, one.slice(0, 0))) == 1
-    assert view.differences(one, ledger.pa.concat_tables([one, one])) == ["a series has more than one row"]
+    assert differences(one, rows_of(later, involvement=0.2001, decode_s=2.0)) == []
+    assert len(differences(one, rows_of(run, involvement=0.21))) == 1
+    assert len(differences(one, rows_of(run, involvement=None))) == 1
+    assert len(differences(one, one.slice(0, 0))) == 1
+    assert differences(one, pa.concat_tables([one, one])) == ["a series has more than one row"]
 
 
 def test_schema_is_the_promise() -> None:
@@ -200,14 +233,14 @@ spacing_z_mm: double|spacing_y_mm: double|spacing_x_mm: double|p_infected: float
 severity: string|severity_by_involvement: string|lesion_volume_ml: double|lung_volume_ml: double
 involvement: double|lesion_slices: int32|model_name: string|model_version: string|model_digest: string
 config_digest: string|software_version: string|decode_s: double|predict_s: double"""
-    assert [f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA] == [
-        each for line in expected.splitlines() for each in line.split("|")
-    ]
-    assert len(set(REASONS)) == len(REASONS) == 24
+    assert [
+        f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA
+    ] == [each for line in expected.splitlines() for each in line.split("|")]
+    assert len(set(REJECTION_REASONS)) == len(REJECTION_REASONS) == 24
 
 
-def counts_of(*rows: tuple[str, str | None, str | None]) -> ledger.Accounting:
-    counts = ledger.Accounting()
+def counts_of(*rows: tuple[str, str | None, str | None]) -> Accounting:
+    counts = Accounting()
     for status, reason, diagnosis in rows:
         counts.add({
             "status": status, "reason": reason, "diagnosis": diagnosis, "severity": None,
@@ -217,7 +250,9 @@ def counts_of(*rows: tuple[str, str | None, str | None]) -> ledger.Accounting:
 
 
 def test_accounting_adds_up() -> None:
-    counts = counts_of(("screened", None, "infected"), ("rejected", "not_hu", None), ("failed", "storage", None))
+    counts = counts_of(
+        ("screened", None, "infected"), ("rejected", "not_hu", None), ("failed", "storage", None)
+    )
     assert counts.series == counts.screened + sum(counts.rejected.values()) + counts.failed
     assert counts.failures == Counter(storage=1)
 
@@ -232,7 +267,9 @@ def test_what_a_model_does_not_say_is_no_count_of_none() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("uri", ["http://host/archive", "s3://user:secret@host/x", "s3://bucket/../x", "gs://b/x"])
+@pytest.mark.parametrize(
+    "uri", ["http://host/archive", "s3://user:secret@host/x", "s3://bucket/../x", "gs://b/x"]
+)
 def test_places_beyond_paths_and_s3_are_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
         storage.absolute(uri)
@@ -248,138 +285,161 @@ def test_a_file_name_that_is_no_utf8_is_listed_and_found_again(tmp_path: Path) -
     assert folder == "d\uf7ff/"
 
 
-def test_series_is_tried_three_times_by_each_driver(run: ledger.Run) -> None:
+def test_series_is_tried_three_times_by_each_driver(run: Run) -> None:
     """A driver that dies takes the series in flight with it; that is no fault of theirs."""
     for _ in range(5):
         driver = replace(run, driver=uuid.uuid4().hex)
-        assert ledger.may_try(driver, "k", "decode")
+        assert count_attempt(driver, "k", "decode")
     one, other = (replace(run, driver=name) for name in ("one", "other"))
-    assert [ledger.may_try(each, "k", "decode") for each in (one, other) * 3] == [True] * 6
-    assert not ledger.may_try(one, "k", "decode")
+    assert [count_attempt(each, "k", "decode") for each in (one, other) * 3] == [True] * 6
+    assert not count_attempt(one, "k", "decode")
     assert make_again(run).driver != run.driver
     assert make_again(run) == run
 
 
-def make_again(run: ledger.Run) -> ledger.Run:
+def make_again(run: Run) -> Run:
     """The same run, as another process makes it."""
-    return ledger.Run(**{name: value for name, value in vars(run).items() if name != "driver"})
+    return Run(**{name: value for name, value in vars(run).items() if name != "driver"})
 
 
-def test_row_from_2030_does_not_win(run: ledger.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_from_2030_does_not_win(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a worker whose clock is years ahead: the run that began later has the newest row."""
     future = datetime(2030, 1, 1, tzinfo=UTC)
     (row,) = freeze(run, tmp_path, "a")
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "complete_row", lambda *args: {**completed(*args), "screened_at": future})
-        ledger.store_row(run, record(row, reason="no_lung"))
+        patched.setattr(
+            work, "complete_row", lambda *args: {**completed(*args), "screened_at": future}
+        )
+        store_row(run, record(row, reason="no_lung"))
     table_before = pq.read_table(run.row_uri(row["series_key"]))
     assert table_before["screened_at"][0].as_py() == future
-    ledger.commit(run)
-    assert view.read(run.committed_uri)["screened_at"][0].as_py() < datetime.now(UTC)
+    commit_run(run)
+    assert read_run(run.committed_uri)["screened_at"][0].as_py() < datetime.now(UTC)
     later = replace(run, run_date=date(2026, 11, 24))
     commit_one(later, tmp_path, reason="not_hu")
-    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+    assert newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
 
 
-completed = ledger.complete_row
+completed = complete_row
 
 
-def test_newest_row_is_of_the_run_that_began_last_even_in_old_files(run: ledger.Run, tmp_path: Path) -> None:
+def test_newest_row_is_of_the_run_that_began_last_even_in_old_files(
+    run: Run, tmp_path: Path
+) -> None:
     """Files of older software bear no begun_at; their rows' times are a worker's, and say nothing between runs."""
     commit_one(run, tmp_path, reason="no_lung")
     later = replace(run, run_date=date(2026, 11, 24))
     commit_one(later, tmp_path, reason="not_hu")
-    for each, moment in ((run, datetime(2030, 1, 1, tzinfo=UTC)), (later, datetime(2026, 11, 24, 2, tzinfo=UTC))):
+    for each, moment in (
+        (run, datetime(2030, 1, 1, tzinfo=UTC)),
+        (later, datetime(2026, 11, 24, 2, tzinfo=UTC)),
+    ):
         table = pq.ParquetFile(each.committed_uri).read()
         times = pa.array([moment], table.schema.field("screened_at").type)
         old = table.set_column(3, table.schema.field("screened_at"), times)
         pq.write_table(old.replace_schema_metadata(LEDGER_SCHEMA.metadata), each.committed_uri)
-    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+    assert newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
 
 
-def commit_one(run: ledger.Run, tmp_path: Path, **values: Any) -> None:
+def commit_one(run: Run, tmp_path: Path, **values: Any) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    ledger.store_row(run, record(row, **values))
-    ledger.commit(run)
+    store_row(run, record(row, **values))
+    commit_run(run)
 
 
 def test_run_with_a_date_in_the_future_is_never_the_newest(
-    run: ledger.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ahead = replace(run, run_date=date(9999, 12, 31))
     commit_one(run, tmp_path, reason="not_hu")
     commit_one(ahead, tmp_path, reason="no_lung")
-    assert view.committed_files(run.ledger) == [run.committed_uri]
-    assert view.newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
+    assert committed_files(run.ledger) == [run.committed_uri]
+    assert newest_rows(run.ledger)["reason"].to_pylist() == ["not_hu"]
     assert "1 dates in the future" in caplog.text
     night = replace(run, run_date=date(2026, 11, 25), since_last=True)
     assert known_reasons(night) == {"rejected"}
     assert pipeline._what_is_known(night).folders == {}
     freeze(replace(ahead, limit=7), tmp_path)  # one that has begun is not continued either
-    assert ledger.choose_date(replace(run, limit=7)) == datetime.now(UTC).date()
+    assert choose_date(replace(run, limit=7)) == datetime.now(UTC).date()
 
 
-def known_reasons(night: ledger.Run) -> set[str]:
+def known_reasons(night: Run) -> set[str]:
     return {known.status for known in pipeline._what_is_known(night).series.values()}
 
 
-def test_challenger_never_hides_a_study_from_the_night(run: ledger.Run, tmp_path: Path) -> None:
+def test_challenger_never_hides_a_study_from_the_night(run: Run, tmp_path: Path) -> None:
     """Whichever way it is tried: as an alias, as a version, in the ledger of the nights and on the same day."""
-    night = replace(run, model_ref="models:/covtanet@champion", since_last=True, run_date=date(2026, 11, 24))
+    night = replace(
+        run, model_ref="models:/covtanet@champion", since_last=True, run_date=date(2026, 11, 24)
+    )
     for digit, ref in (("1", "models:/covtanet@challenger"), ("2", "models:/covtanet/2")):
-        trial = replace(run, model_ref=ref, model_version="2", model_digest=digit * 64, since_last=True)
+        trial = replace(
+            run, model_ref=ref, model_version="2", model_digest=digit * 64, since_last=True
+        )
         commit_one(trial, tmp_path, status="screened", reason=None)
     assert pipeline._what_is_known(night).series == {}
-    commit_one(replace(night, run_date=date(2026, 11, 23)), tmp_path, status="screened", reason=None)
+    commit_one(
+        replace(night, run_date=date(2026, 11, 23)), tmp_path, status="screened", reason=None
+    )
     promoted = replace(night, model_version="2", model_digest="2" * 64)
     for each in (night, promoted):  # another version under the same name screens no series again
         assert known_reasons(each) == {"screened"}
 
 
-def test_runs_of_older_software_settle_what_their_model_screened(run: ledger.Run, tmp_path: Path) -> None:
+def test_runs_of_older_software_settle_what_their_model_screened(run: Run, tmp_path: Path) -> None:
     commit_one(run, tmp_path)
     path = Path(run.work_uri("run.json"))
     description = json.loads(path.read_text())
     for name in ("model_ref", "begun_at", "limit"):
         del description[name]
     path.write_text(json.dumps(description))
-    night = replace(run, model_ref="models:/covtanet@champion", model_version="7", run_date=date(2026, 11, 24))
+    night = replace(
+        run, model_ref="models:/covtanet@champion", model_version="7", run_date=date(2026, 11, 24)
+    )
     assert known_reasons(night) == {"rejected"}
     assert known_reasons(replace(night, model_name="other")) == set()
 
 
 def test_run_json_that_cannot_be_read_is_left_out_and_counted(
-    run: ledger.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     freeze(run, tmp_path)
     for name, text in (("odd", "{"), ("list", "[]"), ("undated", "{}")):
         Path(run.work_root, name).mkdir()
         Path(run.work_root, name, "run.json").write_text(text)
-    assert [known.run_id for known in ledger.known_runs(run.ledger, run.work_root)] == [run.run_id]
+    assert [known.run_id for known in known_runs(run.ledger, run.work_root)] == [run.run_id]
     assert "3 runs are left out" in caplog.text
 
 
-def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(run: ledger.Run, tmp_path: Path) -> None:
+def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
+    run: Run, tmp_path: Path
+) -> None:
     hidden = replace(run, site_key=b"a secret of this hospital", linkage=str(tmp_path / "linkage"))
     row = {**series("a"), "series_key": hidden.pseudonym("a")}
     ignored = tmp_path / "ignored.parquet"
-    ledger.write_rows(ignored, IGNORED_SCHEMA, [], 10)
-    ledger.begin(hidden)
-    ledger.write_manifest(hidden, [row], ignored)
-    ledger.store_row(hidden, record(row, source_digest="5" * 64, status="screened", reason=None))
-    ledger.commit(hidden)
-    (found,) = view.read(hidden.committed_uri).to_pylist()
-    assert found["source_version"] == hidden.pseudonym(row["source_version"]) != row["source_version"]
+    write_rows(ignored, IGNORED_SCHEMA, [], 10)
+    begin_run(hidden)
+    write_manifest(hidden, [row], ignored)
+    store_row(hidden, record(row, source_digest="5" * 64, status="screened", reason=None))
+    commit_run(hidden)
+    (found,) = read_run(hidden.committed_uri).to_pylist()
+    assert (
+        found["source_version"] == hidden.pseudonym(row["source_version"]) != row["source_version"]
+    )
     assert found["source_digest"] == hidden.pseudonym("5" * 64)
     night = replace(hidden, run_date=date(2026, 11, 24))
     known = pipeline._what_is_known(night)
     assert known.settles(row, night)
     assert not known.settles({**row, "source_version": "another"}, night)
-    before = view.Known(row["source_version"], "screened", "0.1.0", None)  # of a ledger of older software
+    before = KnownSeries(
+        row["source_version"], "screened", "0.1.0", None
+    )  # of a ledger of older software
     assert pipeline.Before(series={row["series_key"]: before}).settles(row, night)
 
 
-def test_site_key_does_not_travel_to_workers(run: ledger.Run) -> None:
+def test_site_key_does_not_travel_to_workers(run: Run) -> None:
     hidden = replace(run, site_key=b"a secret of this hospital", linkage="/linkage")
     text = pickle.dumps(hidden)
     assert b"secret" not in text
@@ -391,20 +451,20 @@ def test_site_key_does_not_travel_to_workers(run: ledger.Run) -> None:
 
 
 def test_commit_stands_if_its_work_cannot_be_removed(
-    run: ledger.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    ledger.store_row(run, record(row))
+    store_row(run, record(row))
 
     def fail(uri: str) -> None:
         raise OSError("1 of 1 objects could not be deleted: AccessDenied")
 
     monkeypatch.setattr(storage, "delete_folder", fail)
-    assert ledger.commit(run).series == 1
+    assert commit_run(run).series == 1
     assert "could not be removed: OSError" in caplog.text
 
 
-def test_run_ids_of_existing_runs_stay_as_they_are(run: ledger.Run) -> None:
+def test_run_ids_of_existing_runs_stay_as_they_are(run: Run) -> None:
     assert run.run_id == "d3d1e9fa23c262d3"
     assert replace(run, model_ref="models:/covtanet@champion", driver="x").run_id == run.run_id
 

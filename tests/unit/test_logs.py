@@ -27,7 +27,11 @@ def test_json_lines_carry_the_run_and_the_series(
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["level"], first["logger"], first["message"]) == ("INFO", "covtanet", "3 series")
     assert "run_id" not in first
-    assert (second["run_id"], second["series_key"], second["message"]) == ("r1", "k1", "series k1 failed")
+    assert (second["run_id"], second["series_key"], second["message"]) == (
+        "r1",
+        "k1",
+        "series k1 failed",
+    )
     assert second["time"]
 
 

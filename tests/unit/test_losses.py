@@ -41,7 +41,9 @@ def test_exponent_one_is_tversky_of_an_independent_library() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(4, 1, 16, 16, generator=generator)
     mask = (torch.rand(4, 1, 16, 16, generator=generator) > 0.7).float()
-    theirs = TverskyLoss(sigmoid=True, alpha=0.3, beta=0.7, smooth_nr=1.0, smooth_dr=1.0, batch=True)(logits, mask)
+    theirs = TverskyLoss(
+        sigmoid=True, alpha=0.3, beta=0.7, smooth_nr=1.0, smooth_dr=1.0, batch=True
+    )(logits, mask)
     ours = focal_tversky_loss(logits, mask, FocalTverskyConfig(exponent=1.0))
     assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
 
@@ -65,15 +67,21 @@ def test_empty_mask_gives_finite_loss_and_gradient(value: float) -> None:
 
 
 def test_joint_loss_by_hand() -> None:
-    loss = joint_loss(logits_of(0.8, 0.3), logits_of(0.6, 0.9), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
-    assert float(loss) == pytest.approx(-(math.log(0.8) + math.log(0.7)) / 2 - math.log(0.6), rel=1e-5)
+    loss = joint_loss(
+        logits_of(0.8, 0.3), logits_of(0.6, 0.9), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
+    )
+    assert float(loss) == pytest.approx(
+        -(math.log(0.8) + math.log(0.7)) / 2 - math.log(0.6), rel=1e-5
+    )
 
 
 def test_joint_loss_ignores_severity_of_normal_volumes() -> None:
     """Eq. 8 with y_d = 0."""
     infected = torch.tensor([INFECTED, NORMAL])
     losses = [
-        float(joint_loss(logits_of(0.8, 0.3), logits_of(0.6, p), infected, torch.tensor([1.0, truth])))
+        float(
+            joint_loss(logits_of(0.8, 0.3), logits_of(0.6, p), infected, torch.tensor([1.0, truth]))
+        )
         for p, truth in ((0.1, 0.0), (0.9, 0.0), (0.9, 1.0))
     ]
     assert losses[0] == losses[1] == losses[2]
@@ -91,7 +99,10 @@ def test_batch_without_infected_volumes_is_finite_and_keeps_severity_in_the_grap
 def test_loss_of_added_sums_is_that_of_the_joined_batch() -> None:
     """What micro-batches and ranks rely on."""
     generator = torch.Generator().manual_seed(1)
-    logits, mask = torch.randn(4, 1, 8, 8, generator=generator), torch.rand(4, 1, 8, 8, generator=generator) > 0.5
+    logits, mask = (
+        torch.randn(4, 1, 8, 8, generator=generator),
+        torch.rand(4, 1, 8, 8, generator=generator) > 0.5,
+    )
     added = overlap_sums(logits[:2], mask[:2]) + overlap_sums(logits[2:], mask[2:])
     assert float(focal_tversky(added)) == pytest.approx(float(focal_tversky_loss(logits, mask)))
 

@@ -10,10 +10,17 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from covtanet.archive.manifest import (
+    HEAD_BYTES,
+    Series,
+    flag_repeated,
+    join_by_uid,
+    scan_folder,
+    series_from_row,
+)
 from covtanet.ct import dicom_head
-from covtanet.data.manifest import HEAD_BYTES, Series, flag_repeated, join_by_uid, scan_folder, series_from_row
-from covtanet.data.phantom import Phantom
-from covtanet.data.phantom_archive import dicom_objects
+from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.phantom import Phantom
 from covtanet.storage import ObjectInfo
 
 
@@ -63,7 +70,13 @@ def test_unreadable_dicom_is_a_row_of_its_own() -> None:
 
 def test_containers_are_rows_and_the_rest_is_ignored(series_objects: list[bytes]) -> None:
     found, ignored = scan(
-        {"a.zip": b"PK", "b.tar.gz": b"", "c.7z": b"", "notes.txt": b"x", "DICOMDIR": series_objects[0]}
+        {
+            "a.zip": b"PK",
+            "b.tar.gz": b"",
+            "c.7z": b"",
+            "notes.txt": b"x",
+            "DICOMDIR": series_objects[0],
+        }
     )
     assert [each.reason for each in found] == ["container"] * 3
     assert [item.path for item in ignored] == ["a/notes.txt", "a/DICOMDIR"]
@@ -73,7 +86,9 @@ APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X        " + bytes(200)
 
 
 @pytest.mark.parametrize("content", [APPLE, b"", bytes(4096), b"not what a Mac writes"])
-def test_what_a_mac_leaves_beside_its_files_is_ignored(content: bytes, series_objects: list[bytes]) -> None:
+def test_what_a_mac_leaves_beside_its_files_is_ignored(
+    content: bytes, series_objects: list[bytes]
+) -> None:
     names = ["._IM0.dcm", "._IM1", "._scan.nii.gz", "._scan.nii", "._all.zip", "__MACOSX/._IM0.dcm", "._DICOMDIR",
              "__MACOSX/scan.nii.gz", ".AppleDouble/IM0.dcm", ".AppleDouble/scan.nii.gz"]  # fmt: skip
     found, ignored = scan({"IM0.dcm": series_objects[0], **dict.fromkeys(names, content)})
@@ -98,7 +113,9 @@ def test_files_that_systems_leave_are_ignored() -> None:
     assert len(ignored) == len(junk)
 
 
-def test_dicom_or_nifti_content_under_a_name_of_a_mac_is_a_series(series_objects: list[bytes]) -> None:
+def test_dicom_or_nifti_content_under_a_name_of_a_mac_is_a_series(
+    series_objects: list[bytes],
+) -> None:
     nifti = (348).to_bytes(4, "little") + bytes(348)
     odd = {
         "._IM0": series_objects[0],
@@ -127,7 +144,9 @@ def directory() -> bytes:
     return bytes(128) + b"DICM" + meta + b"\x04\0\x30\x11CS\x04\0TEST"
 
 
-@pytest.mark.parametrize("name", ["DICOMDIR", "dicomdir", "DicomDir.dcm", "DICOMDIR.;1", "DICOMDIR;1", "dicomdir.ima"])
+@pytest.mark.parametrize(
+    "name", ["DICOMDIR", "dicomdir", "DicomDir.dcm", "DICOMDIR.;1", "DICOMDIR;1", "dicomdir.ima"]
+)
 @pytest.mark.parametrize("cut", [0, 132, 3000])
 def test_directory_of_a_cd_is_ignored(name: str, cut: int) -> None:
     """With a preamble, without one, or nothing of it."""
@@ -154,18 +173,25 @@ def rewritten(data: bytes, syntax: str, *, meta: bool) -> bytes:
         fresh.add(item)
     fresh.file_meta = dataset.file_meta
     fresh.file_meta.TransferSyntaxUID = UID(syntax)
-    fresh.save_as(buffer, implicit_vr=is_implicit, little_endian=is_little, enforce_file_format=True)
+    fresh.save_as(
+        buffer, implicit_vr=is_implicit, little_endian=is_little, enforce_file_format=True
+    )
     whole = buffer.getvalue()
     return whole[132 if meta else dicom_head.transfer_syntax(whole)[1] :]
 
 
 @pytest.mark.parametrize("suffix", ["", ".dcm"])
 @pytest.mark.parametrize("meta", [True, False])
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]
+)
 def test_objects_without_preamble_are_grouped_by_series(
     series_objects: list[bytes], mild: Phantom, syntax: str, meta: bool, suffix: str
 ) -> None:
-    bare = [rewritten(data, syntax, meta=meta) for data in [*series_objects, *dicom_objects(mild, 6)[:2]]]
+    bare = [
+        rewritten(data, syntax, meta=meta)
+        for data in [*series_objects, *dicom_objects(mild, 6)[:2]]
+    ]
     found, ignored = scan({f"IM{index}{suffix}": data for index, data in enumerate(bare)})
     assert [(each.source_format, each.reason, len(each.objects)) for each in found] == [
         ("dicom", None, 3), ("dicom", None, 2)
@@ -176,7 +202,9 @@ def test_objects_without_preamble_are_grouped_by_series(
 
 
 def test_objects_with_and_without_preamble_are_one_series(series_objects: list[bytes]) -> None:
-    found, _ = scan({"1": series_objects[0], "2": series_objects[1][132:], "3.dcm": series_objects[2][128:]})
+    found, _ = scan(
+        {"1": series_objects[0], "2": series_objects[1][132:], "3.dcm": series_objects[2][128:]}
+    )
     assert [len(each.objects) for each in found] == [3]
 
 
@@ -198,10 +226,16 @@ def test_other_files_than_dicom_are_told_apart_by_their_first_bytes() -> None:
     assert {each.reason for each in found} == {"unreadable"}
 
 
-def test_header_of_an_object_without_preamble_is_read_further_if_it_is_long(series_objects: list[bytes]) -> None:
+def test_header_of_an_object_without_preamble_is_read_further_if_it_is_long(
+    series_objects: list[bytes],
+) -> None:
     bare = series_objects[0][132:]
     at = bare.index(b"\x10\0\x10\0PN")
-    note = b"\x09\0\x10\0LO\x04\0NOTE" + b"\x09\0\x01\x10OB\0\0" + (HEAD_BYTES * 2).to_bytes(4, "little")
+    note = (
+        b"\x09\0\x10\0LO\x04\0NOTE"
+        + b"\x09\0\x01\x10OB\0\0"
+        + (HEAD_BYTES * 2).to_bytes(4, "little")
+    )
     found, _ = scan({"IM0": bare[:at] + note + bytes(HEAD_BYTES * 2) + bare[at:]})
     assert [each.reason for each in found] == [None]
     assert found[0].series_uid == scan({"IM0": bare})[0][0].series_uid
@@ -222,12 +256,18 @@ def test_rows_come_back_as_series(series_objects: list[bytes]) -> None:
 def test_source_version_changes_with_an_object(series_objects: list[bytes]) -> None:
     versions = {
         Series(source_path="a/", source_format="dicom", objects=objects).to_row()["source_version"]
-        for objects in ((ObjectInfo("a/1", 5, "x"),), (ObjectInfo("a/1", 5, "y"),), (ObjectInfo("a/1", 6, "x"),))
+        for objects in (
+            (ObjectInfo("a/1", 5, "x"),),
+            (ObjectInfo("a/1", 5, "y"),),
+            (ObjectInfo("a/1", 6, "x"),),
+        )
     }
     assert len(versions) == 3
 
 
-def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(series_objects: list[bytes]) -> None:
+def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(
+    series_objects: list[bytes],
+) -> None:
     """It has the magic and no UIDs in its first bytes, and is gone when more of it is read."""
     item = ObjectInfo("a/1", 1 << 20, "v1")
 
@@ -237,14 +277,20 @@ def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(series_ob
         return bytes(128) + b"DICM"
 
     found, ignored = scan_folder("a/", [item], read_head, dicom_head.read_identities)
-    assert [(each.source_path, each.source_format, each.reason) for each in found] == [("a/1", "other", None)]
+    assert [(each.source_path, each.source_format, each.reason) for each in found] == [
+        ("a/1", "other", None)
+    ]
     assert ignored == []
 
 
-def test_many_objects_of_every_kind_keep_their_order_and_their_series(series_objects: list[bytes]) -> None:
+def test_many_objects_of_every_kind_keep_their_order_and_their_series(
+    series_objects: list[bytes],
+) -> None:
     """More than are read at a time."""
     objects = {f"{k:03d}": series_objects[k % 3] for k in range(200)}
-    objects |= {f"{k:03d}.nii": b"" for k in range(0, 200, 50)} | {"070.dcm": b"no"} | {"071.txt": b"no"}
+    objects |= (
+        {f"{k:03d}.nii": b"" for k in range(0, 200, 50)} | {"070.dcm": b"no"} | {"071.txt": b"no"}
+    )
     found, ignored = scan(dict(sorted(objects.items())))
     assert [each.source_path for each in found[:-1]] == [
         "a/000.nii",
@@ -260,7 +306,10 @@ def test_many_objects_of_every_kind_keep_their_order_and_their_series(series_obj
 def repeated() -> tuple[list[dict[str, object]], Counter[str]]:
     rows = [
         Series(
-            source_path=path, source_format="dicom", objects=(ObjectInfo(f"{path}1", 5, "x"),), series_uid=uid
+            source_path=path,
+            source_format="dicom",
+            objects=(ObjectInfo(f"{path}1", 5, "x"),),
+            series_uid=uid,
         ).to_row()
         for path, uid in (("b/", "1.2"), ("a/", "1.2"), ("c/", "1.3"))
     ]
@@ -269,7 +318,9 @@ def repeated() -> tuple[list[dict[str, object]], Counter[str]]:
 
 def test_a_uid_in_two_folders_is_two_flagged_series() -> None:
     rows, counts = repeated()
-    assert [row["qc_flags"] for row in flag_repeated(rows, counts)] == [["series_uid_repeated"]] * 2 + [[]]
+    assert [row["qc_flags"] for row in flag_repeated(rows, counts)] == [
+        ["series_uid_repeated"]
+    ] * 2 + [[]]
 
 
 def test_group_by_uid_joins_folders() -> None:

@@ -15,7 +15,9 @@ from serve.proxy import middlewares
 CANARY = "Doe^Jane"
 
 
-def ask(app: Any, headers: tuple[tuple[bytes, bytes], ...] = (), path: str = "/") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    app: Any, headers: tuple[tuple[bytes, bytes], ...] = (), path: str = "/"
+) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a GET."""
     sent: list[Message] = []
 
@@ -47,14 +49,20 @@ def test_error_that_nobody_caught_is_500_without_its_text(caplog: pytest.LogCapt
     assert CANARY not in caplog.text
 
 
-def test_request_leaves_one_line_with_caller_route_status_and_series(caplog: pytest.LogCaptureFixture) -> None:
+def test_request_leaves_one_line_with_caller_route_status_and_series(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"].update(caller="ann", series_keys=["1f", "2e"])
         await PlainTextResponse("ok", 202)(scope, receive, send)
 
     with caplog.at_level(logging.INFO, logger="ray.serve"):
         ask(Audit(app))
-    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("request")]
+    (line,) = [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith("request")
+    ]
     assert "caller=ann method=GET route=none status=202" in line
     assert line.endswith("series=1f,2e")
 
@@ -66,7 +74,10 @@ def test_every_answer_carries_the_security_headers() -> None:
         _, found, _ = ask(app, headers)
         assert {name: found[name.lower()] for name in SECURITY_HEADERS} == SECURITY_HEADERS
         assert ("strict-transport-security" in found) == has_hsts
-    assert "frame-ancestors 'none'; base-uri 'none'; form-action 'self'" in SECURITY_HEADERS["Content-Security-Policy"]
+    assert (
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+        in SECURITY_HEADERS["Content-Security-Policy"]
+    )
     status, found, body = ask(api, path="/nowhere")
     assert (status, found["cache-control"]) == (404, "no-store")
     assert b'"no_such_route"' in body

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Predictor
 
 MODELS = sorted(path.parent for path in (ROOT / "models").glob("*/model.json"))
 MAX_BYTES = 25 << 20
@@ -21,7 +21,14 @@ def test_card_names_digest_data_licence_and_command(folder: Path) -> None:
     model = load_model(folder)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_BYTES
     assert model.digest in card
-    wanted = ("Non-commercial", "share alike", "CC BY-NC-SA", "Research use only", "jobs/train.py", "jobs/evaluate.py")
+    wanted = (
+        "Non-commercial",
+        "share alike",
+        "CC BY-NC-SA",
+        "Research use only",
+        "jobs/train.py",
+        "jobs/evaluate.py",
+    )
     assert [word for word in wanted if word not in card] == []
     assert json.loads((folder / "model.json").read_text())["provenance"]["has_diagnosis"] is False
     assert not re.search(r"/(root|work|tmp|home)/", (folder / "model.json").read_text() + card)

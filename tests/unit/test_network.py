@@ -29,16 +29,31 @@ def millions(module: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize(
     ("row", "expected"),
-    [("V1", 7.76), ("V2", 7.81), ("V3", 7.86), ("V4", 10.74), ("V5", 8.51), ("V6", 11.49), ("V7", 11.58), ("V8", 5.37)],
+    [
+        ("V1", 7.76),
+        ("V2", 7.81),
+        ("V3", 7.86),
+        ("V4", 10.74),
+        ("V5", 8.51),
+        ("V6", 11.49),
+        ("V7", 11.58),
+        ("V8", 5.37),
+    ],
 )
 def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: float) -> None:
-    assert millions(TASegNet(SegNetConfig().row_of_table_i(row))) == pytest.approx(expected, abs=0.006)
+    assert millions(TASegNet(SegNetConfig().row_of_table_i(row))) == pytest.approx(
+        expected, abs=0.006
+    )
 
 
 def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
     classifier = JointClassifier(SIZES["paper"])
     assert millions(classifier.regional) == pytest.approx(1.964, abs=0.001)
-    assert millions(classifier.diagnosis) == millions(classifier.severity) == pytest.approx(4.461, abs=0.001)
+    assert (
+        millions(classifier.diagnosis)
+        == millions(classifier.severity)
+        == pytest.approx(4.461, abs=0.001)
+    )
 
 
 @pytest.mark.parametrize("row", TABLE_I)
@@ -54,7 +69,9 @@ def test_every_classifier_parameter_gets_a_gradient_even_without_infected_volume
     pooled = torch.randn(2, SMALL.num_slices, SMALL.segnet.fused_channels, 32, 32)
     infected, severe = classifier(pooled)
     joint_loss(infected, severe, torch.zeros(2), torch.zeros(2)).backward()
-    assert [name for name, parameter in classifier.named_parameters() if parameter.grad is None] == []
+    assert [
+        name for name, parameter in classifier.named_parameters() if parameter.grad is None
+    ] == []
 
 
 @pytest.mark.parametrize("row", TABLE_I)
@@ -70,7 +87,10 @@ def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None
     torch.manual_seed(1)
     rgb = EfficientNetEncoder("efficientnet_b0", 3).net
     torch.nn.init.normal_(rgb.conv_stem.weight)
-    save_file({name: value.contiguous() for name, value in rgb.state_dict().items()}, tmp_path / "rgb.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in rgb.state_dict().items()},
+        tmp_path / "rgb.safetensors",
+    )
     grey = EfficientNetEncoder("efficientnet_b0", 1)
     grey.load_state_dict(pretrained_state("efficientnet_b0", 1, tmp_path / "rgb.safetensors"))
     slices = torch.rand(1, 1, 64, 64)
@@ -95,20 +115,28 @@ def test_packaged_imagenet_weights_know_what_a_photograph_shows() -> None:
     with torch.inference_mode():
         assert net((levels - encoder.mean) / encoder.deviation).argmax() == 652
     encoder.load_state_dict(pretrained_state(name, 1, None))
-    torch.testing.assert_close(encoder.net.conv_stem.weight, net.conv_stem.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        encoder.net.conv_stem.weight, net.conv_stem.weight.sum(1, keepdim=True)
+    )
 
 
 def test_missing_imagenet_weights_say_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"timm.create_model\('NAME', pretrained=True\).*--encoder-weights"):
+    with pytest.raises(
+        ConfigError, match=r"timm.create_model\('NAME', pretrained=True\).*--encoder-weights"
+    ):
         pretrained_state("efficientnet_b0", 1, tmp_path / "none.safetensors")
 
 
 def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     """A lite EfficientNet has all layers of the other by the same names, but for squeeze-and-excitation."""
     other = timm().create_model("efficientnet_b0", pretrained=False).state_dict()
-    save_file({name: value.contiguous() for name, value in other.items()}, tmp_path / "b0.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in other.items()}, tmp_path / "b0.safetensors"
+    )
     pretrained_state("efficientnet_b0", 1, tmp_path / "b0.safetensors")
-    with pytest.raises(ConfigError, match=r"the file has \d+ tensors that tf_efficientnet_lite0 has not"):
+    with pytest.raises(
+        ConfigError, match=r"the file has \d+ tensors that tf_efficientnet_lite0 has not"
+    ):
         pretrained_state("tf_efficientnet_lite0", 1, tmp_path / "b0.safetensors")
 
 
@@ -120,7 +148,9 @@ def test_size_that_does_not_fit_says_so() -> None:
 def test_a_slice_is_segmented_alike_alone_and_in_a_batch() -> None:
     net = small_model().network
     slices = torch.rand(5, 1, 128, 128)
-    torch.testing.assert_close(net.segment(slices)[0][2:3], net.segment(slices[2:3])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        net.segment(slices)[0][2:3], net.segment(slices[2:3])[0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_slice_count_of_a_volume_is_checked() -> None:
@@ -194,7 +224,9 @@ def test_file_of_a_model_that_is_too_large_is_refused_unread(tmp_path: Path) -> 
     save_model(tmp_path / "model", saved(SIZES["tiny"]))
     with (tmp_path / "model" / "weights.safetensors").open("r+b") as file:
         file.truncate(MODEL_FILES["weights.safetensors"] + 1)  # sparse
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors has \d+ bytes, expected at most"):
+    with pytest.raises(
+        CheckpointError, match=r"weights\.safetensors has \d+ bytes, expected at most"
+    ):
         load_model(tmp_path / "model")
 
 
@@ -206,4 +238,7 @@ def test_every_network_is_loaded_bit_for_bit(tmp_path: Path, name: str) -> None:
     found = load_model(tmp_path / "model").network.state_dict()
     expected = model.network.state_dict()
     assert list(found) == list(expected)
-    assert all(torch.equal(found[key], expected[key]) and found[key].device.type == "cpu" for key in expected)
+    assert all(
+        torch.equal(found[key], expected[key]) and found[key].device.type == "cpu"
+        for key in expected
+    )

@@ -72,7 +72,9 @@ def test_nifti_2_voxels_at_an_odd_offset_are_read() -> None:
     plain = bytearray(nib.Nifti2Image(voxels(), image.affine).to_bytes())
     start = struct.unpack_from("<q", plain, 168)[0]
     struct.pack_into("<q", plain, 168, start + 9)
-    np.testing.assert_array_equal(nifti.read(bytes(plain[:start] + bytes(9) + plain[start:])).hu, phantom().hu)
+    np.testing.assert_array_equal(
+        nifti.read(bytes(plain[:start] + bytes(9) + plain[start:])).hu, phantom().hu
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 8.0, 348.0, 351.0])
@@ -88,7 +90,9 @@ def turned(quaternion: tuple[float, float, float], sform: bool = False) -> Objec
     image = nib.Nifti1Image(voxels(), None)
     image.header["pixdim"][1:4] = (5.625, 5.625, 20.0)
     image.header.set_xyzt_units("mm")
-    data = patched((QFORM_CODE, "2h", (1, 0)), (QUATERN, "3f", quaternion), data=image.to_bytes())["a.nii"]
+    data = patched((QFORM_CODE, "2h", (1, 0)), (QUATERN, "3f", quaternion), data=image.to_bytes())[
+        "a.nii"
+    ]
     if sform:
         affine = nib.quaternions.quat2mat([0, *HALF_TURN]) @ np.diag([5.625, 5.625, 20.0])
         rows = np.column_stack([affine, np.zeros(3)]).ravel()
@@ -109,8 +113,12 @@ def test_quaternion_a_rounding_error_over_unit_length_is_read(excess: float, sfo
     assert volume.qc_flags == exact.qc_flags == ()
 
 
-@pytest.mark.parametrize("quaternion", [(3.0, 3.0, 3.0), (0.8, 0.8, 0.0), (1.03, 0.0, 0.0), (float("nan"), 0, 0)])
-@pytest.mark.parametrize(("sform", "reason"), [(False, "missing_position"), (True, "orientation_conflict")])
+@pytest.mark.parametrize(
+    "quaternion", [(3.0, 3.0, 3.0), (0.8, 0.8, 0.0), (1.03, 0.0, 0.0), (float("nan"), 0, 0)]
+)
+@pytest.mark.parametrize(
+    ("sform", "reason"), [(False, "missing_position"), (True, "orientation_conflict")]
+)
 def test_quaternion_far_from_unit_length_is_refused(
     quaternion: tuple[float, float, float], sform: bool, reason: str
 ) -> None:
@@ -125,13 +133,17 @@ def test_quaternion_far_from_unit_length_is_refused(
 @pytest.mark.parametrize("spacing_mm", [(2800.0, 2800.0, 5000.0), (0.0028, 0.0028, 0.005), (0.7, 0.7, 25.0),
                                         (12.0, 12.0, 5.0), (0.05, 0.05, 1.0), (0.7, 0.7, 0.05)])  # fmt: skip
 @pytest.mark.parametrize("unit", [0, 2])
-def test_impossible_voxel_size_is_implausible_spacing(spacing_mm: tuple[float, float, float], unit: int) -> None:
+def test_impossible_voxel_size_is_implausible_spacing(
+    spacing_mm: tuple[float, float, float], unit: int
+) -> None:
     assert reason_of(resized(spacing_mm, unit)) == "implausible_spacing"
 
 
 @pytest.mark.parametrize("spacing_mm", [(0.15, 0.15, 0.2), (8.0, 8.0, 18.0), (0.7, 5.0, 0.7), (4.0, 0.9, 0.9),
                                         (0.1, 0.1, 0.1), (10.000001, 10.000001, 20.000002)])  # fmt: skip
-def test_possible_voxel_size_is_read_whatever_the_plane(spacing_mm: tuple[float, float, float]) -> None:
+def test_possible_voxel_size_is_read_whatever_the_plane(
+    spacing_mm: tuple[float, float, float],
+) -> None:
     x, y, z = spacing_mm
     volume = read(resized(spacing_mm))
     np.testing.assert_allclose(volume.spacing_mm, (z, y, x), rtol=1e-6)
@@ -143,14 +155,21 @@ def test_spacing_is_judged_along_the_axes_of_the_patient() -> None:
     affine = np.zeros((4, 4))
     affine[1, 0], affine[2, 1], affine[0, 2], affine[3, 3] = 0.7, 15.0, 0.7, 1
     turned_voxels = np.ascontiguousarray(np.transpose(voxels(), (1, 2, 0)))
-    assert read({"a.nii": nib.Nifti1Image(turned_voxels, affine).to_bytes()}).spacing_mm[0] == pytest.approx(15.0)
+    assert read({"a.nii": nib.Nifti1Image(turned_voxels, affine).to_bytes()}).spacing_mm[
+        0
+    ] == pytest.approx(15.0)
     affine[2, 1], affine[0, 2] = 0.7, 15.0
-    assert reason_of({"a.nii": nib.Nifti1Image(turned_voxels, affine).to_bytes()}) == "implausible_spacing"
+    assert (
+        reason_of({"a.nii": nib.Nifti1Image(turned_voxels, affine).to_bytes()})
+        == "implausible_spacing"
+    )
 
 
 def test_implausible_spacing_is_named_before_conflict_and_rescale_and_after_position() -> None:
     huge = resized((2800.0, 2800.0, 5000.0))["a.nii"]
-    assert reason_of(patched((PIXDIM + 4, "3f", (1.0, 1.0, 1.0)), data=huge)) == "implausible_spacing"
+    assert (
+        reason_of(patched((PIXDIM + 4, "3f", (1.0, 1.0, 1.0)), data=huge)) == "implausible_spacing"
+    )
     assert reason_of(patched((SLOPE, "f", float("inf")), data=huge)) == "implausible_spacing"
     assert reason_of(patched((UNITS, "B", 1), data=huge)) == "missing_position"
     assert reason_of(patched((UNITS, "B", 3), data=huge)) == "missing_position"
@@ -162,7 +181,9 @@ def test_unit_voxels_without_unit_have_unknown_spacing() -> None:
     volume = read(resized((1.0, 1.0, 1.0), unit=0))
     assert not volume.has_known_spacing
     assert not nifti.has_spacing(resized((1.0, 1.0, 1.0), unit=0)["a.nii"])
-    assert not nifti.has_spacing(gz(resized((1.0, 1.0, 1.0), unit=8)["a.nii"]))  # seconds say nothing of lengths
+    assert not nifti.has_spacing(
+        gz(resized((1.0, 1.0, 1.0), unit=8)["a.nii"])
+    )  # seconds say nothing of lengths
 
 
 @pytest.mark.parametrize(
@@ -180,8 +201,12 @@ def test_voxels_with_a_unit_or_a_size_of_their_own_have_known_spacing(
 def test_grey_values_of_nominal_voxels_have_unknown_spacing() -> None:
     grey = np.clip((voxels().astype(float) + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
     image = nib.Nifti1Image(grey, np.eye(4))
-    assert not nifti.read_grey8(patched((UNITS, "B", 0), data=image.to_bytes())["a.nii"]).has_known_spacing
-    assert nifti.read_grey8(patched((UNITS, "B", 2), data=image.to_bytes())["a.nii"]).has_known_spacing
+    assert not nifti.read_grey8(
+        patched((UNITS, "B", 0), data=image.to_bytes())["a.nii"]
+    ).has_known_spacing
+    assert nifti.read_grey8(
+        patched((UNITS, "B", 2), data=image.to_bytes())["a.nii"]
+    ).has_known_spacing
 
 
 # ---- label maps are told by their HU
@@ -189,9 +214,17 @@ def test_grey_values_of_nominal_voxels_have_unknown_spacing() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "slope", "intercept"),
-    [("u2", 1.0, -1024.0), ("u2", 2.0, -1024.0), ("u4", 1.0, -1024.0), ("f4", 1.0, -1024.0), ("i2", 1.0, -1024.0)],
+    [
+        ("u2", 1.0, -1024.0),
+        ("u2", 2.0, -1024.0),
+        ("u4", 1.0, -1024.0),
+        ("f4", 1.0, -1024.0),
+        ("i2", 1.0, -1024.0),
+    ],
 )
-def test_ct_of_few_values_stored_above_0_is_no_label_map(dtype: str, slope: float, intercept: float) -> None:
+def test_ct_of_few_values_stored_above_0_is_no_label_map(
+    dtype: str, slope: float, intercept: float
+) -> None:
     array = ((coarse() - intercept) / slope).astype(dtype)
     assert len(np.unique(array)) <= nifti.MAX_LABELS
     assert array.min() >= 0
@@ -201,15 +234,22 @@ def test_ct_of_few_values_stored_above_0_is_no_label_map(dtype: str, slope: floa
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "i8", "f4", "f8"])
 @pytest.mark.parametrize(
-    ("slope", "intercept"), [(1.0, 0.0), (0.0, 0.0), (float("nan"), 0.0), (1 / 255, 0.0), (2.0, 1.0)]
+    ("slope", "intercept"),
+    [(1.0, 0.0), (0.0, 0.0), (float("nan"), 0.0), (1 / 255, 0.0), (2.0, 1.0)],
 )
-def test_few_whole_numbers_none_below_0_hu_are_a_label_map(dtype: str, slope: float, intercept: float) -> None:
+def test_few_whole_numbers_none_below_0_hu_are_a_label_map(
+    dtype: str, slope: float, intercept: float
+) -> None:
     array = (voxels() > 0).astype(dtype) + (voxels() > 40).astype(dtype)
     assert reason_of(with_rescale(array, slope, intercept)) == "label_map"
 
 
-@pytest.mark.parametrize(("slope", "intercept"), [(float("inf"), 0.0), (1.0, float("inf")), (1.0, float("nan"))])
-def test_label_map_is_named_before_a_slope_that_is_no_number(slope: float, intercept: float) -> None:
+@pytest.mark.parametrize(
+    ("slope", "intercept"), [(float("inf"), 0.0), (1.0, float("inf")), (1.0, float("nan"))]
+)
+def test_label_map_is_named_before_a_slope_that_is_no_number(
+    slope: float, intercept: float
+) -> None:
     assert reason_of(with_rescale((voxels() > 0).astype("u1"), slope, intercept)) == "label_map"
     assert reason_of(with_rescale(voxels(), slope, intercept)) == "missing_rescale"
 
@@ -262,7 +302,9 @@ def test_fill_value_far_below_air_becomes_air(kind: str, fill: int) -> None:
     check_padded(read(filled(kind, fill)), kind)
 
 
-@pytest.mark.parametrize("fill", [-32768.0, -1e6, -3e38, float("nan"), float("inf"), float("-inf"), 62512.0])
+@pytest.mark.parametrize(
+    "fill", [-32768.0, -1e6, -3e38, float("nan"), float("inf"), float("-inf"), 62512.0]
+)
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_fill_value_of_floats_becomes_air(fill: float, dtype: str) -> None:
     check_padded(read(filled("ring", fill, dtype)), "ring")
@@ -291,7 +333,9 @@ def test_values_between_fill_and_air_are_air_too() -> None:
 
 def test_air_of_a_padded_volume_is_whole_numbers_still() -> None:
     assert read(filled("ring", -32768)).hu.dtype == np.int16
-    shifted = with_rescale(np.where(ring(), -32768, voxels().astype(int) + 1024).astype("i2"), 1.0, -1024.0)
+    shifted = with_rescale(
+        np.where(ring(), -32768, voxels().astype(int) + 1024).astype("i2"), 1.0, -1024.0
+    )
     np.testing.assert_array_equal(read(shifted).hu, read(filled("ring", -1024)).hu)
 
 

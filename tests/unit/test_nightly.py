@@ -18,8 +18,12 @@ from test_ledger import freeze, record, series
 
 from covtanet import storage
 from covtanet.errors import ConfigError
-from covtanet.screening import ledger
-from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.ledger.accounting import Accounting
+from covtanet.ledger.batch import name_batch, run_of_batch
+from covtanet.ledger.commit import commit_run
+from covtanet.ledger.run import Run, latest_date
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.work import complete_row, store_row
 
 NIGHT = date(2026, 11, 23)
 screen = load_job("screen")
@@ -28,8 +32,13 @@ screen = load_job("screen")
 class Nights:
     """Starts of one night, as a scheduler makes them, with a screening job that has committed these rows."""
 
-    def __init__(self, run: ledger.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run, self.tmp_path, self.alerts, self.commands = run, tmp_path, list[dict[str, Any]](), list[list[str]]()
+    def __init__(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.tmp_path, self.alerts, self.commands = (
+            run,
+            tmp_path,
+            list[dict[str, Any]](),
+            list[list[str]](),
+        )
         self.code: int | None = None
         monkeypatch.setattr(nightly, "alert", lambda url_file, what: self.alerts.append(what))
         monkeypatch.setattr(nightly, "subprocess", SimpleNamespace(run=self._screen))
@@ -39,16 +48,16 @@ class Nights:
         rows = freeze(self.run, self.tmp_path, *(str(number) for number in range(len(reasons))))
         for row, reason in zip(rows, reasons, strict=True):
             values = {"status": status if reason else "screened", "reason": reason}
-            ledger.store_row(self.run, record(row, **values))
-        ledger.commit(self.run)
-        ledger.name_batch(self.run, nightly.batch_of(NIGHT))
+            store_row(self.run, record(row, **values))
+        commit_run(self.run)
+        name_batch(self.run, nightly.batch_of(NIGHT))
 
     def _screen(self, command: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
         """What jobs/screen.py says of a run that is committed; or as it is told, of one that is not."""
         self.commands.append(command)
         code = self.code
         if code is None:
-            counts = ledger.Accounting()
+            counts = Accounting()
             for row in pq.ParquetFile(self.run.committed_uri).read().to_pylist():
                 counts.add(row)
             code = screen.judge(counts, 0.5, 0.05)
@@ -71,7 +80,7 @@ class Nights:
 
 @pytest.fixture
 def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
-    run = ledger.Run(
+    run = Run(
         archive="/archive",
         ledger=str(tmp_path / "ledger"),
         run_date=NIGHT,
@@ -126,12 +135,18 @@ def test_night_without_a_mark_cannot_be_acknowledged(nights: Nights) -> None:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, 1), (2, 2), (3, 3), (5, 5), (-9, 1)])
-def test_screening_that_failed_leaves_no_mark_and_alerts(nights: Nights, code: int, expected: int) -> None:
+def test_screening_that_failed_leaves_no_mark_and_alerts(
+    nights: Nights, code: int, expected: int
+) -> None:
     nights.code = code
     for _ in range(2):
         assert nights.start() == (expected, ["screening_failed"])
     assert not nights.mark.exists()
-    assert nights.alerts[-1] == {"alert": "screening_failed", "night": "2026-11-23", "exit_code": expected}
+    assert nights.alerts[-1] == {
+        "alert": "screening_failed",
+        "night": "2026-11-23",
+        "exit_code": expected,
+    }
 
 
 def test_storage_that_fails_after_a_good_commit_is_mended_by_the_next_start(nights: Nights) -> None:
@@ -158,15 +173,20 @@ def test_dead_store_raises_an_alert(nights: Nights, monkeypatch: pytest.MonkeyPa
         ("report", "write_report", OSError("full")),
         ("nightly", "prune", OSError("full")),
         ("nightly", "prune", KeyError("begun_at")),
-        ("view", "read", OSError("full")),
+        ("nightly", "read_run", OSError("full")),
     ],
 )
 def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
-    nights: Nights, monkeypatch: pytest.MonkeyPatch, reason: str | None, module: str, name: str, error: Exception
+    nights: Nights,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str | None,
+    module: str,
+    name: str,
+    error: Exception,
 ) -> None:
     nights.commit(reason)
     nights.code = 4 if reason else 0
-    told = "too_many_refused" if reason and name != "read" else "night_failed"
+    told = "too_many_refused" if reason and name != "read_run" else "night_failed"
 
     def fail(*arguments: object) -> None:
         raise error
@@ -182,7 +202,7 @@ def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
 
 def test_committed_run_is_judged_by_its_file_at_each_start(nights: Nights) -> None:
     nights.commit("internal_error", None)
-    counts = nightly.view.account(nights.run.committed_uri)
+    counts = nightly.account_run(nights.run.committed_uri)
     assert (counts.series, counts.failures["internal_error"]) == (2, 1)
     assert screen.judge(counts, 1.0, 1.0) == 1
 
@@ -195,25 +215,35 @@ def test_site_key_and_linkage_reach_the_screening(nights: Nights, tmp_path: Path
     assert command[command.index("--linkage") + 1] == str(tmp_path / "linkage")
 
 
-def old_run(run: ledger.Run, tmp_path: Path, day: int, **changes: Any) -> ledger.Run:
+def old_run(run: Run, tmp_path: Path, day: int, **changes: Any) -> Run:
     """Work of a run that was never committed, and whose run.json is of older software."""
     old = replace(run, run_date=date(2026, 9, day), **changes)
     freeze(old, tmp_path, "a")
     path = Path(old.work_uri("run.json"))
-    description = {name: value for name, value in json.loads(path.read_text()).items() if name != "begun_at"}
+    description = {
+        name: value for name, value in json.loads(path.read_text()).items() if name != "begun_at"
+    }
     path.write_text(json.dumps(description))
     return old
 
 
-def test_old_work_is_removed_also_under_the_linkage_and_without_begun_at(nights: Nights, tmp_path: Path) -> None:
+def test_old_work_is_removed_also_under_the_linkage_and_without_begun_at(
+    nights: Nights, tmp_path: Path
+) -> None:
     linkage = str(tmp_path / "linkage")
     shown = old_run(nights.run, tmp_path, 1)
-    hidden = old_run(nights.run, tmp_path, 2, site_key=b"a secret of this hospital", linkage=linkage)
+    hidden = old_run(
+        nights.run, tmp_path, 2, site_key=b"a secret of this hospital", linkage=linkage
+    )
     fresh = replace(nights.run, run_date=date(2026, 11, 22), limit=1)
     freeze(fresh, tmp_path, "a")
     nights.commit(None)
     assert nights.start("--linkage", linkage) == (0, [])
-    assert [Path(each.work_uri()).exists() for each in (shown, hidden, fresh)] == [False, False, True]
+    assert [Path(each.work_uri()).exists() for each in (shown, hidden, fresh)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_listings_but_the_last_and_old_results_are_removed(nights: Nights, tmp_path: Path) -> None:
@@ -224,16 +254,28 @@ def test_listings_but_the_last_and_old_results_are_removed(nights: Nights, tmp_p
         result = Path(each.ledger, "_results", each.run_id, row["series_key"], "preview.png")
         result.parent.mkdir(parents=True)
         result.write_bytes(b"picture")
-        ledger.store_row(each, record(row))
-        ledger.commit(each)
-    nights.run = replace(nights.run, limit=5)  # lists not all, so that the listing before it is needed
+        store_row(each, record(row))
+        commit_run(each)
+    nights.run = replace(
+        nights.run, limit=5
+    )  # lists not all, so that the listing before it is needed
     nights.commit(None)
     assert nights.start("--keep-results-days", "2") == (0, [])
-    assert [Path(each.work_uri("folders.parquet")).exists() for each in days] == [False, False, True]
-    assert [Path(each.ledger, "_results", each.run_id).exists() for each in days] == [False, True, True]
+    assert [Path(each.work_uri("folders.parquet")).exists() for each in days] == [
+        False,
+        False,
+        True,
+    ]
+    assert [Path(each.ledger, "_results", each.run_id).exists() for each in days] == [
+        False,
+        True,
+        True,
+    ]
 
 
-@pytest.mark.parametrize("options", [("--keep-days", "0"), ("--keep-days", "-3"), ("--keep-results-days", "-1")])
+@pytest.mark.parametrize(
+    "options", [("--keep-days", "0"), ("--keep-days", "-3"), ("--keep-results-days", "-1")]
+)
 def test_days_to_keep_that_would_remove_work_under_way_are_a_usage_error(
     nights: Nights, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +284,9 @@ def test_days_to_keep_that_would_remove_work_under_way_are_a_usage_error(
     assert "must be at least" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("url", ["https://alerts.hospital/x", "http://127.0.0.1:9/x", "http://localhost:9/x"])
+@pytest.mark.parametrize(
+    "url", ["https://alerts.hospital/x", "http://127.0.0.1:9/x", "http://localhost:9/x"]
+)
 def test_alert_url_that_is_safe_is_accepted(url: str) -> None:
     nightly.check_alert_url(url)
 
@@ -266,7 +310,7 @@ def test_alert_follows_no_redirect() -> None:
 
 
 def test_run_date_in_the_future_is_refused() -> None:
-    tomorrow = ledger.latest_date()
+    tomorrow = latest_date()
     assert (tomorrow - datetime.now(UTC).date()).days == 1
     screen.check_date(tomorrow)
     screen.check_date(None)
@@ -285,21 +329,32 @@ def test_screening_refuses_a_run_date_in_the_future_with_3(
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
-@pytest.mark.parametrize(("reasons", "code"), [(["internal_error"], 1), (["vanished", None], 4), ([None], 0)])
+@pytest.mark.parametrize(
+    ("reasons", "code"), [(["internal_error"], 1), (["vanished", None], 4), ([None], 0)]
+)
 def test_committed_run_that_is_started_again_ends_with_the_code_of_its_ledger(
-    nights: Nights, model_folder: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str | None], code: int
+    nights: Nights,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reasons: list[str | None],
+    code: int,
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")  # open, so that the first start ends before it joins
+    monkeypatch.setenv(
+        "RAY_ADDRESS", "10.0.0.5:6379"
+    )  # open, so that the first start ends before it joins
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     (nights.tmp_path / "archive").mkdir()
     arguments = ["--archive", str(nights.tmp_path / "archive"), "--ledger", nights.run.ledger]
-    monkeypatch.setattr("sys.argv", ["screen.py", *arguments, "--model", str(model_folder), "--batch", "one"])
+    monkeypatch.setattr(
+        "sys.argv", ["screen.py", *arguments, "--model", str(model_folder), "--batch", "one"]
+    )
     assert screen.main() == 3
-    named = ledger.run_of_batch(nights.run.ledger, "one")
+    named = run_of_batch(nights.run.ledger, "one")
     assert named is not None
     rows = [
-        ledger.complete_row(
-            nights.run, record(series(str(number)), status="failed" if reason else "screened", reason=reason)
+        complete_row(
+            nights.run,
+            record(series(str(number)), status="failed" if reason else "screened", reason=reason),
         )
         for number, reason in enumerate(reasons)
     ]

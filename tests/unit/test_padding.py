@@ -29,7 +29,11 @@ def padded(
     def change(index: int, dataset: FileDataset) -> None:
         values = phantom().hu[index].astype(int) - intercept
         values = np.where(where, stored, values if is_signed else np.clip(values, 0, None))
-        dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit = int(is_signed), bits, bits - 1
+        dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit = (
+            int(is_signed),
+            bits,
+            bits - 1,
+        )
         dataset.RescaleIntercept = str(intercept)
         put(dataset, values)
         for name, (representation, value) in elements.items():
@@ -101,8 +105,12 @@ def test_padding_that_is_air_already_changes_nothing(name: str) -> None:
     np.testing.assert_array_equal(volume.hu, expected)
 
 
-@pytest.mark.parametrize(("raw", "is_padded"), [((63536).to_bytes(2, "little"), True), (b"abc", False)])
-def test_padding_value_of_unknown_representation_is_read_as_bytes(raw: bytes, is_padded: bool) -> None:
+@pytest.mark.parametrize(
+    ("raw", "is_padded"), [((63536).to_bytes(2, "little"), True), (b"abc", False)]
+)
+def test_padding_value_of_unknown_representation_is_read_as_bytes(
+    raw: bytes, is_padded: bool
+) -> None:
     objects = to_bytes(padded(-2000, is_signed=True, **value("SS", -2000)))
     known = b"\x28\x00\x20\x01SS\x02\x00" + (63536).to_bytes(2, "little")
     assert known in objects[0]

@@ -20,7 +20,12 @@ from odd_dicom import (
 )
 from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+)
 
 from covtanet.ct import dicom
 
@@ -29,9 +34,15 @@ def upper_bits(shift: int, is_signed: bool, bits: int = 12) -> list[FileDataset]
     """Samples in the upper bits, as ACR-NEMA allowed."""
 
     def change(index: int, dataset: FileDataset) -> None:
-        values = np.clip(phantom().hu[index].astype(int) + (0 if is_signed else 1024), -2048, 4095) << shift
+        values = (
+            np.clip(phantom().hu[index].astype(int) + (0 if is_signed else 1024), -2048, 4095)
+            << shift
+        )
         dataset.BitsStored, dataset.HighBit = bits, bits + shift - 1
-        dataset.PixelRepresentation, dataset.RescaleIntercept = int(is_signed), "0" if is_signed else "-1024"
+        dataset.PixelRepresentation, dataset.RescaleIntercept = (
+            int(is_signed),
+            "0" if is_signed else "-1024",
+        )
         put(dataset, values)
 
     return changed(change)
@@ -44,9 +55,12 @@ def test_samples_in_the_upper_bits_are_read_right(shift: int, is_signed: bool) -
 
 
 @pytest.mark.parametrize(
-    ("bits_stored", "high_bit"), [(12, 15), (12, 14), (16, 11), (12, 16), (12, 3), (16, 17), (10, 12)]
+    ("bits_stored", "high_bit"),
+    [(12, 15), (12, 14), (16, 11), (12, 16), (12, 3), (16, 17), (10, 12)],
 )
-def test_high_bit_that_contradicts_the_pixels_is_undecodable(bits_stored: int, high_bit: int) -> None:
+def test_high_bit_that_contradicts_the_pixels_is_undecodable(
+    bits_stored: int, high_bit: int
+) -> None:
     def change(index: int, dataset: FileDataset) -> None:
         put(dataset, pixels(dataset) | 1)
         dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits_stored, high_bit, 0
@@ -58,7 +72,9 @@ def test_high_bit_of_compressed_pixels_must_fit_their_bits() -> None:
     import imagecodecs
 
     def change(index: int, dataset: FileDataset) -> None:
-        stream = imagecodecs.jpeg2k_encode(pixels(dataset).view(np.uint16), level=0, reversible=True, codecformat="j2k")
+        stream = imagecodecs.jpeg2k_encode(
+            pixels(dataset).view(np.uint16), level=0, reversible=True, codecformat="j2k"
+        )
         dataset.PixelData = encapsulate([bytes(stream)])
         dataset["PixelData"].is_undefined_length = True
         dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
@@ -92,7 +108,9 @@ LINE = bytes(range(1, 129))  # 64 pixels
         (bytes(4096) + b"\x01\0", False),
     ],
 )
-def test_bytes_behind_the_pixels_are_read_over_unless_they_may_be_pixels(surplus: bytes, is_read: bool) -> None:
+def test_bytes_behind_the_pixels_are_read_over_unless_they_may_be_pixels(
+    surplus: bytes, is_read: bool
+) -> None:
     def change(index: int, dataset: FileDataset) -> None:
         dataset.PixelData = dataset.PixelData + surplus
 
@@ -126,7 +144,9 @@ def test_same_instance_uid_with_other_bytes_is_a_duplicate_slice() -> None:
 
 
 @pytest.mark.parametrize("has_meta", [True, False])
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(
+    "syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
+)
 def test_objects_without_preamble_are_read(syntax: str, has_meta: bool) -> None:
     volume = dicom.read_series(bare(datasets(), syntax, has_meta))
     np.testing.assert_array_equal(volume.hu, phantom().hu)
@@ -139,7 +159,15 @@ def test_preamble_without_file_meta_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no DICOM", b"\x08\0", b"\x08\0no DICOM at all, " * 40, bytes(4000), b"\x02\0\0\0UL\x04\0" * 50]
+    "data",
+    [
+        b"",
+        b"no DICOM",
+        b"\x08\0",
+        b"\x08\0no DICOM at all, " * 40,
+        bytes(4000),
+        b"\x02\0\0\0UL\x04\0" * 50,
+    ],
 )
 def test_what_is_no_dicom_stays_unreadable(data: bytes) -> None:
     assert reason_of([*to_bytes(datasets()), data]) == "unreadable"
@@ -150,7 +178,12 @@ def test_bare_object_that_is_deflated_is_not_inflated() -> None:
     syntax = b"1.2.840.10008.1.2.1\0"
     assert syntax in data
     at = data.index(syntax) - 2
-    deflated = data[:at] + (22).to_bytes(2, "little") + b"1.2.840.10008.1.2.1.99" + data[at + 2 + len(syntax) :]
+    deflated = (
+        data[:at]
+        + (22).to_bytes(2, "little")
+        + b"1.2.840.10008.1.2.1.99"
+        + data[at + 2 + len(syntax) :]
+    )
     assert reason_of([deflated]) == "unsupported_syntax"
 
 
@@ -188,14 +221,21 @@ def replaced(data: bytes, name: str, old: bytes, new: bytes) -> bytes:
 
 
 def test_optional_value_of_a_frame_that_makes_no_sense_costs_no_series() -> None:
-    groups = with_groups(lambda index, frame: setattr(frame, "CTXRayDetailsSequence", item(KVP="120")))
+    groups = with_groups(
+        lambda index, frame: setattr(frame, "CTXRayDetailsSequence", item(KVP="120"))
+    )
     (data,) = to_bytes([groups])
     volume = dicom.read_series([replaced(data, "KVP", b"120", b"x20")])
     np.testing.assert_array_equal(volume.hu, phantom().hu)
 
 
 def test_contrast_agent_whose_number_makes_no_sense_costs_no_series() -> None:
-    (agent,) = item(CodeValue="1", CodingSchemeDesignator="99X", CodeMeaning="Iohexol", ContrastBolusAgentNumber=7)
+    (agent,) = item(
+        CodeValue="1",
+        CodingSchemeDesignator="99X",
+        CodeMeaning="Iohexol",
+        ContrastBolusAgentNumber=7,
+    )
     objects = to_bytes(with_values(ContrastBolusAgentSequence=pydicom.Sequence([agent])))
     number = b"\x18\x00\x37\x93US\x02\x00\x07\x00"
     damaged = [data.replace(number, number[:4] + b"IS\x02\x00x ") for data in objects]
@@ -210,6 +250,8 @@ def test_truncated_object_comes_before_two_patients() -> None:
 
 
 def test_truncated_object_comes_before_one_that_contradicts_itself() -> None:
-    series = to_bytes(changed(lambda index, one: setattr(one, "BitsStored", 40 if index == 1 else 16)))
+    series = to_bytes(
+        changed(lambda index, one: setattr(one, "BitsStored", 40 if index == 1 else 16))
+    )
     series[3] = series[3][:-500]
     assert reason_of(series) == "truncated"

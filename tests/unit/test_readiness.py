@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from covtanet.errors import UnavailableError
-from covtanet.screening.predictor import Part
+from covtanet.inference.predictor import Part
 from serve.deployments import Readiness, RemoteNetwork
 
 
@@ -94,4 +94,6 @@ def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
     network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})  # type: ignore[arg-type]
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
-    assert list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])])) == [("levels", "pooled")]
+    assert list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])])) == [
+        ("levels", "pooled")
+    ]

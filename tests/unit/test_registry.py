@@ -69,14 +69,18 @@ def test_a_slice_of_odd_size_is_padded_and_cut_back(name: str) -> None:
 def test_dropout_on_slices_never_takes_a_whole_sample() -> None:
     """MONAI's VNet brings those of volumes, which read a batch of slices as channels."""
     network = build_segmenter(architecture("Vnet", TINY, SIDE_PX).segnet)
-    kinds = {type(module).__name__ for module in network.modules() if "Dropout" in type(module).__name__}
+    kinds = {
+        type(module).__name__ for module in network.modules() if "Dropout" in type(module).__name__
+    }
     assert kinds == {"Dropout2d"}
 
 
 def test_a_slice_is_still_seen_behind_the_last_layer_of_fcn() -> None:
     network = build_segmenter(architecture("FCN", SIZES["small"], SIDE_PX).segnet).eval()
     with torch.no_grad():
-        features = torch.cat([torch.zeros(1, 1, SIDE_PX, SIDE_PX), torch.rand(1, 1, SIDE_PX, SIDE_PX)])
+        features = torch.cat(
+            [torch.zeros(1, 1, SIDE_PX, SIDE_PX), torch.rand(1, 1, SIDE_PX, SIDE_PX)]
+        )
         for stage in network.net.stages:
             features = stage(features)
     assert float((features[1] - features[0]).abs().mean()) > 1e-2
@@ -103,7 +107,9 @@ def test_a_classifier_learns_with_all_it_has(name: str, tmp_path: Path) -> None:
 
 def _survives_storage(network: CovTANet, folder: Path) -> None:
     save_model(folder / "model", SavedModel(network=network.eval(), preprocessing={}))
-    again = pickle.loads(pickle.dumps(load_model(folder / "model"))).network  # as Ray hands it to its workers
+    again = pickle.loads(
+        pickle.dumps(load_model(folder / "model"))
+    ).network  # as Ray hands it to its workers
     with torch.no_grad():
         slices = torch.rand(network.config.num_slices, 1, SIDE_PX, SIDE_PX)
         for ours, theirs in zip(network.segment(slices), again.segment(slices), strict=True):

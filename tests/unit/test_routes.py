@@ -11,7 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
-from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.ledger.schema import LEDGER_SCHEMA
 from serve.app import Api, api
 from serve.schemas import EXAMPLE_ROW, SeriesRow, StudyAnswer
 from serve.settings import Caller, ServeConfig
@@ -50,7 +50,11 @@ def closed_routes() -> list[tuple[str, str]]:
     """Method and path of every route that the application has, but the open ones."""
     found = []
     for route in routes_of(api):
-        found += [(method, route.path) for method in sorted(route.methods) if route.path not in OPEN_ROUTES]
+        found += [
+            (method, route.path)
+            for method in sorted(route.methods)
+            if route.path not in OPEN_ROUTES
+        ]
     return found
 
 
@@ -95,7 +99,9 @@ def test_description_names_what_traces_a_row() -> None:
     for name in ("config_digest", "software_version", "model_digest"):
         assert row["properties"][name]["description"]
         assert name in row["required"]
-    assert described["StudyAnswer"]["properties"]["series"]["items"] == {"$ref": "#/components/schemas/SeriesRow"}
+    assert described["StudyAnswer"]["properties"]["series"]["items"] == {
+        "$ref": "#/components/schemas/SeriesRow"
+    }
     SeriesRow.model_validate(EXAMPLE_ROW)
 
 

@@ -16,10 +16,10 @@ from pydicom.uid import RLELossless
 from test_ct import ENCODERS, encoded
 
 from covtanet.ct.window import WindowConfig
+from covtanet.decoding import child_process as module
+from covtanet.decoding import prepare as decode
+from covtanet.decoding.sandbox import Limits, Sandbox
 from covtanet.errors import SandboxClosedError, StudyError, StudyTimeoutError
-from covtanet.screening import child_process as module
-from covtanet.screening import decode
-from covtanet.screening.sandbox import Limits, Sandbox
 
 WINDOW = WindowConfig(size_px=64)
 
@@ -64,7 +64,9 @@ def test_a_refusal_half_way_leaves_the_child_fit_for_the_next(sandbox: Sandbox) 
     assert child(sandbox).pid == pid
 
 
-def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(sandbox: Sandbox) -> None:
+def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(
+    sandbox: Sandbox,
+) -> None:
     """It stops in the middle of a series that fits no pipe: nobody waits for it but for the time that a series has."""
     process, timeout_s = child(sandbox), sandbox.limits.timeout_s
 
@@ -80,7 +82,9 @@ def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(sa
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
 
 
-def test_a_child_that_dies_at_its_start_is_started_once_more(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_dies_at_its_start_is_started_once_more(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def child_code() -> str:
@@ -89,7 +93,9 @@ def test_a_child_that_dies_at_its_start_is_started_once_more(sandbox: Sandbox, m
 
     started = module.subprocess.Popen
     monkeypatch.setattr(
-        module.subprocess, "Popen", lambda command, **how: started([*command[:3], child_code(), *command[4:]], **how)
+        module.subprocess,
+        "Popen",
+        lambda command, **how: started([*command[:3], child_code(), *command[4:]], **how),
     )
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
     assert len(tried) == 2
@@ -103,9 +109,12 @@ def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sa
         "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
     }  # fmt: skip
     limits = {
-        line[:25].strip(): line[26:46].strip() for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+        line[:25].strip(): line[26:46].strip()
+        for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
     }
-    assert limits["Max open files"] == "0"  # none, not one more than there are: one that is closed is free again
+    assert (
+        limits["Max open files"] == "0"
+    )  # none, not one more than there are: one that is closed is free again
     assert (limits["Max file size"], limits["Max core file size"]) == ("0", "0")
     assert int(limits["Max address space"]) < process.memory_info().vms + (513 << 20)
 
@@ -200,12 +209,16 @@ def test_second_thread_is_refused_and_the_first_gets_its_own_answer(sandbox: San
             refused.append(error)
 
     found = sandbox("dicom", half_way(enter))
-    np.testing.assert_array_equal(found.slices, decode.prepare("dicom", slices(), WINDOW, 2.5).slices)
+    np.testing.assert_array_equal(
+        found.slices, decode.prepare("dicom", slices(), WINDOW, 2.5).slices
+    )
     assert isinstance(refused[0], RuntimeError)
     assert "two threads use one sandbox" in str(refused[0])
 
 
-def test_closed_sandbox_ends_the_series_that_is_being_sent_and_takes_no_other(sandbox: Sandbox) -> None:
+def test_closed_sandbox_ends_the_series_that_is_being_sent_and_takes_no_other(
+    sandbox: Sandbox,
+) -> None:
     process = child(sandbox)
 
     def kill() -> None:

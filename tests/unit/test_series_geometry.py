@@ -42,8 +42,12 @@ SOUND_POSITIONS: dict[str, Callable[[], list[FileDataset]]] = {
     "0.5 mm, 1 decimal": lambda: at_depths(100 + np.arange(60) * 0.5, 1),
     "1.25 mm downwards, 1 decimal": lambda: at_depths(-np.arange(60) * 1.25, 1),
     "5 mm that waver by 0.2 mm": lambda: at_depths(wavering(5.0, 0.04)),
-    "1 mm in plane, 1 decimal": lambda: changed(lambda index, one: move(one, 0.04 * (-1) ** index, 0.04, 0)),
-    "tilt of 0.3 degrees": lambda: changed(lambda index, one: move(one, 0, 0.0052 * STEP_MM * index, 0)),
+    "1 mm in plane, 1 decimal": lambda: changed(
+        lambda index, one: move(one, 0.04 * (-1) ** index, 0.04, 0)
+    ),
+    "tilt of 0.3 degrees": lambda: changed(
+        lambda index, one: move(one, 0, 0.0052 * STEP_MM * index, 0)
+    ),
     "3 decimals at 3 degrees": lambda: turned((3, 3), 3),
     "3 decimals at 12 and 7 degrees": lambda: turned((12, -7), 3),
     "3 decimals at 30 degrees": lambda: turned((30, 20), 3),
@@ -88,7 +92,9 @@ def test_affine_of_rounded_positions_is_that_of_the_fitted_grid() -> None:
 
 
 @pytest.mark.parametrize("degrees", [(3, 3), (12, -7), (25, 35)])
-def test_cosines_of_three_decimals_give_unit_vectors_at_a_right_angle(degrees: tuple[float, float]) -> None:
+def test_cosines_of_three_decimals_give_unit_vectors_at_a_right_angle(
+    degrees: tuple[float, float],
+) -> None:
     volume = read(turned(degrees, 3))
     np.testing.assert_allclose(volume.spacing_mm, (STEP_MM, 5.6, 5.6), atol=1e-3)
     across, down = (volume.source.affine[:3, column] / 5.6 for column in (2, 1))
@@ -97,20 +103,29 @@ def test_cosines_of_three_decimals_give_unit_vectors_at_a_right_angle(degrees: t
 
 def rounded_corner() -> list[FileDataset]:
     """A stack of 3.5 mm whose upper half is written 0.1 mm to the left: as a tilt it would be 1.6 degrees."""
-    return changed(lambda index, one: move(one, 0.1 * (index > 3), 0, 0), at_depths(np.arange(8) * 0.5))
+    return changed(
+        lambda index, one: move(one, 0.1 * (index > 3), 0, 0), at_depths(np.arange(8) * 0.5)
+    )
 
 
 def test_sideways_step_within_the_limit_is_rounding_and_no_tilt() -> None:
     assert reason_of(rounded_corner()) == ""
 
 
-@pytest.mark.parametrize(("voxel_mm", "limit_mm"), [(0.2, 0.06), (0.625, 0.1), (5.0, 0.5), (18.0, 1.0)])
-def test_limit_off_the_grid_is_a_tenth_with_a_floor_and_an_end(voxel_mm: float, limit_mm: float) -> None:
+@pytest.mark.parametrize(
+    ("voxel_mm", "limit_mm"), [(0.2, 0.06), (0.625, 0.1), (5.0, 0.5), (18.0, 1.0)]
+)
+def test_limit_off_the_grid_is_a_tenth_with_a_floor_and_an_end(
+    voxel_mm: float, limit_mm: float
+) -> None:
     assert off_grid_limit_mm(voxel_mm) == pytest.approx(limit_mm)
 
 
 def one_moved(x: float, y: float, z: float, number: int = 7) -> list[FileDataset]:
-    return changed(lambda index, one: move(one, x, y, z) if index == number else None, at_depths(np.arange(40) * 5.0))
+    return changed(
+        lambda index, one: move(one, x, y, z) if index == number else None,
+        at_depths(np.arange(40) * 5.0),
+    )
 
 
 DRIFT = np.cumsum([0.0, *[5.15] * 20, *[4.85] * 20])
@@ -164,4 +179,9 @@ def test_positions_off_a_grid_are_refused_for_their_reason(name: str) -> None:
 
 @pytest.mark.parametrize(("low_mm", "high_mm"), [(0.1, 20.0), (0.12, 19.9)])
 def test_voxel_sizes_at_their_limits_are_read(low_mm: float, high_mm: float) -> None:
-    assert reason_of(changed(sets(PixelSpacing=[f"{low_mm}", "10"]), at_depths(np.arange(12) * high_mm))) == ""
+    assert (
+        reason_of(
+            changed(sets(PixelSpacing=[f"{low_mm}", "10"]), at_depths(np.arange(12) * high_mm))
+        )
+        == ""
+    )

@@ -14,7 +14,9 @@ TOKEN = "a-token"
 
 def settings(ledger: str = "", places: tuple[str, ...] = ("s3://hospital/ct",)) -> ServeConfig:
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    return ServeConfig(callers=(Caller(name="ann", token_sha256=digest, places=places),), ledger=ledger)
+    return ServeConfig(
+        callers=(Caller(name="ann", token_sha256=digest, places=places),), ledger=ledger
+    )
 
 
 def test_digest_of_an_empty_token_is_refused() -> None:
@@ -28,7 +30,13 @@ def test_digest_of_an_empty_token_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://hospital/ct/a\nb", "s3://hospital/ct/a\x00", "s3://hospital/ct/*", "s3://hospital/ct/\x1b[0m", "~nobody/x"],
+    [
+        "s3://hospital/ct/a\nb",
+        "s3://hospital/ct/a\x00",
+        "s3://hospital/ct/*",
+        "s3://hospital/ct/\x1b[0m",
+        "~nobody/x",
+    ],
 )
 def test_uri_with_control_characters_or_wildcard_is_not_read(uri: str) -> None:
     caller = settings().callers[0]
@@ -41,14 +49,20 @@ def test_uri_inside_or_around_the_ledger_is_not_read() -> None:
     found = settings(ledger="s3://hospital/ct/ledger")
     caller = found.callers[0]
     assert found.may_read(caller, "s3://hospital/ct/ledger-of-2025/x")
-    for uri in ("s3://hospital/ct", "s3://hospital/ct/ledger", "s3://hospital/ct/ledger/_batches/ledger/_results/x"):
+    for uri in (
+        "s3://hospital/ct",
+        "s3://hospital/ct/ledger",
+        "s3://hospital/ct/ledger/_batches/ledger/_results/x",
+    ):
         assert not found.may_read(caller, uri)
 
 
 def test_run_date_far_from_today_is_refused() -> None:
     today = datetime.now(UTC).date()
     for days in (-1, 0, 1):
-        assert BatchRequest(archive="s3://hospital/ct", run_date=today + timedelta(days=days)).run_date
+        assert BatchRequest(
+            archive="s3://hospital/ct", run_date=today + timedelta(days=days)
+        ).run_date
     for date in ("9999-12-31", (today - timedelta(days=3)).isoformat()):
         with pytest.raises(ValidationError, match="a day before or after"):
             BatchRequest(archive="s3://hospital/ct", run_date=date)

@@ -10,10 +10,10 @@ from hostile import gz, plain_nifti
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UploadError
-from covtanet.screening.ledger import digest_of
-from covtanet.screening.predictor import Predictor
-from covtanet.screening.single import Screener, StudyLimits
+from covtanet.inference.predictor import Predictor
+from covtanet.ledger.run import digest_of
 from covtanet.screening.stages import ScreeningConfig, config_values
+from covtanet.screening.study import Screener, StudyLimits
 
 
 @pytest.fixture
@@ -39,10 +39,16 @@ def fill(folder: Path, count: int) -> str:
     ],
 )
 def test_study_with_more_than_a_request_may_hold_is_refused_before_it_is_decoded(
-    screener: Screener, tmp_path: Path, limits: StudyLimits, message: str, monkeypatch: pytest.MonkeyPatch
+    screener: Screener,
+    tmp_path: Path,
+    limits: StudyLimits,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoded: list[object] = []
-    monkeypatch.setattr(type(screener.decoder), "__call__", lambda *arguments, **how: decoded.append(arguments))
+    monkeypatch.setattr(
+        type(screener.decoder), "__call__", lambda *arguments, **how: decoded.append(arguments)
+    )
     with pytest.raises(UploadError, match=message) as error:
         list(screener(fill(tmp_path, 3), limits=limits))
     assert error.value.reason == "too_large"
@@ -61,14 +67,18 @@ def test_one_object_is_found_without_listing_its_archive(
 def test_row_names_configuration_and_software_as_a_run_of_the_job_does(tmp_path: Path) -> None:
     """Screened or refused: the digest is that of a run with the same window and configuration."""
     window, config = WindowConfig(size_px=64), ScreeningConfig(engine="eager")
-    screener = Screener(Predictor(small_model(), engine="eager"), window, config, "digest", "0.1+g12ab")
+    screener = Screener(
+        Predictor(small_model(), engine="eager"), window, config, "digest", "0.1+g12ab"
+    )
     (tmp_path / "0.nii.gz").write_bytes(gz(plain_nifti()))
     (tmp_path / "1.nii.gz").write_bytes(gz(plain_nifti())[:-40])
     found = list(screener(str(tmp_path)))
     screener.close()
     assert [row["status"] for row in found] == ["screened", "rejected"]
     expected = digest_of(config_values(window, config))
-    assert {(row["config_digest"], row["software_version"]) for row in found} == {(expected, "0.1+g12ab")}
+    assert {(row["config_digest"], row["software_version"]) for row in found} == {
+        (expected, "0.1+g12ab")
+    }
     assert expected != digest_of(config_values(WindowConfig(size_px=96), config))
 
 

@@ -20,19 +20,21 @@ from PIL import Image
 from test_ct import as_nifti
 from test_field_of_view import averaged, chest
 
+from covtanet import drawing as overlay
+from covtanet.archive import manifest
 from covtanet.ct import dicom_head, lung
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
-from covtanet.data.phantom import Phantom
-from covtanet.data.phantom_archive import dicom_objects
+from covtanet.decoding import prepare as decode
 from covtanet.errors import SandboxClosedError
+from covtanet.inference.predictor import Prediction, Predictor
+from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
-from covtanet.report import overlay
-from covtanet.screening import decode, ledger, pipeline, stages
-from covtanet.screening.predictor import Prediction, Predictor
-from covtanet.screening.single import Screener
+from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.phantom import Phantom
+from covtanet.screening import pipeline, stages
 from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.study import Screener
 from covtanet.storage import read_bytes, walk
 
 CONFIG = ScreeningConfig(engine="eager", max_batch_slices=8)
@@ -48,7 +50,10 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     rows = []
     for folder, objects in walk(str(archive)):
         found, _ = manifest.scan_folder(
-            folder, objects, lambda path, size: read_bytes(f"{archive}/{path}", size), dicom_head.read_identities
+            folder,
+            objects,
+            lambda path, size: read_bytes(f"{archive}/{path}", size),
+            dicom_head.read_identities,
         )
         rows += [series.to_row() for series in found]
     return rows
@@ -56,10 +61,14 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
 
 def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> dict[str, Any]:
     decoder = stages.in_process(WINDOW, config)
-    return stages.decode_and_prepare(row, archive=str(archive), window=WINDOW, config=config, decoder=decoder)
+    return stages.decode_and_prepare(
+        row, archive=str(archive), window=WINDOW, config=config, decoder=decoder
+    )
 
 
-def screen(archive: Path, predictor: Predictor, config: ScreeningConfig = CONFIG) -> list[dict[str, Any]]:
+def screen(
+    archive: Path, predictor: Predictor, config: ScreeningConfig = CONFIG
+) -> list[dict[str, Any]]:
     records = []
     for row in manifest_rows(archive):
         prepared = prepare(row, archive, config)
@@ -79,14 +88,23 @@ def test_nifti_dicom_and_other_axis_order_give_equal_predictions(
     assert len(records) == 4
     for record in records:
         assert record["status"] == "screened"
-        for name in ("p_infected", "p_severe", "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices"):
+        for name in (
+            "p_infected",
+            "p_severe",
+            "lesion_volume_ml",
+            "lung_volume_ml",
+            "involvement",
+            "lesion_slices",
+        ):
             if records[0][name] is None:
                 assert record[name] is None
             else:
                 assert record[name] == pytest.approx(records[0][name], rel=1e-3, abs=1e-4), name
 
 
-def test_batches_bounded_by_slices_do_not_change_the_answer(mild: Phantom, model_folder: Path) -> None:
+def test_batches_bounded_by_slices_do_not_change_the_answer(
+    mild: Phantom, model_folder: Path
+) -> None:
     slices = np.random.default_rng(0).integers(0, 65535, (19, 128, 128), dtype=np.uint16)
     answers = [
         Predictor(load_model(model_folder), engine="eager", max_batch_slices=size).predict(slices)
@@ -107,23 +125,38 @@ def test_engines_agree_within_their_tolerance(model_folder: Path, engine: str) -
     assert other.p_severe == pytest.approx(one.p_severe, abs=1e-4)
 
 
-def test_refused_series_has_a_reason_and_no_measurement(tmp_path: Path, predictor: Predictor) -> None:
+def test_refused_series_has_a_reason_and_no_measurement(
+    tmp_path: Path, predictor: Predictor
+) -> None:
     (tmp_path / "bad.nii.gz").write_bytes(b"no")
     (record,) = screen(tmp_path, predictor)
     assert (record["status"], record["reason"]) == ("rejected", "unreadable")
     assert record["source_digest"] is not None
-    for name in ("p_infected", "p_severe", "diagnosis", "involvement", "num_slices", "spacing_z_mm"):
+    for name in (
+        "p_infected",
+        "p_severe",
+        "diagnosis",
+        "involvement",
+        "num_slices",
+        "spacing_z_mm",
+    ):
         assert record.get(name) is None
 
 
-def test_object_that_vanished_is_failed_not_rejected(tmp_path: Path, predictor: Predictor, mild: Phantom) -> None:
+def test_object_that_vanished_is_failed_not_rejected(
+    tmp_path: Path, predictor: Predictor, mild: Phantom
+) -> None:
     path = tmp_path / "gone.nii"
     path.write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
     path.unlink()
     prepared = prepare(row, tmp_path)
     record = stages.measure(stages.predict(prepared, predictor), CONFIG).record
-    assert (record["status"], record["reason"], record["source_digest"]) == ("failed", "vanished", None)
+    assert (record["status"], record["reason"], record["source_digest"]) == (
+        "failed",
+        "vanished",
+        None,
+    )
 
 
 def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
@@ -153,7 +186,9 @@ def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
         (0.9, 0.5, None, ("infected", 0.5, "severe", None)),
     ],
 )
-def test_conclusions(p_infected: float, p_severe: float, involvement: float | None, expected: tuple[Any, ...]) -> None:
+def test_conclusions(
+    p_infected: float, p_severe: float, involvement: float | None, expected: tuple[Any, ...]
+) -> None:
     assert tuple(stages.conclude(p_infected, p_severe, involvement, CONFIG).values()) == expected
 
 
@@ -166,12 +201,25 @@ def test_masks_survive_their_packing(mild_volume: Any) -> None:
     assert len(masks.pack()) < mild_volume.hu.size / 8
 
 
-def test_ledger_volumes_are_those_of_the_written_masks(mild_volume: Any, mild: Phantom, tmp_path: Path) -> None:
+def test_ledger_volumes_are_those_of_the_written_masks(
+    mild_volume: Any, mild: Phantom, tmp_path: Path
+) -> None:
     """A perfect network: the lesion of the chosen slices, repeated over what they stand for."""
     masks, chosen, slices = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
     levels = (mild.lesion_mask[chosen] * 254).astype(np.uint8)
-    record = {"series_key": "k", "p_infected": 0.9, "p_severe": 0.2, "status": "screened", "qc_flags": []}
-    row = {"record": json.dumps(record), "lesion_levels": levels, "chosen": chosen, "masks": masks.pack()}
+    record = {
+        "series_key": "k",
+        "p_infected": 0.9,
+        "p_severe": 0.2,
+        "status": "screened",
+        "qc_flags": [],
+    }
+    row = {
+        "record": json.dumps(record),
+        "lesion_levels": levels,
+        "chosen": chosen,
+        "masks": masks.pack(),
+    }
     measured = stages.measure(row, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
@@ -192,14 +240,23 @@ class BrightnessPredictor:
         is_lesion = (hu > -680) & (hu < -300)
         share = float(is_lesion.mean())
         return Prediction(
-            lesion_levels=(is_lesion * 254).astype(np.uint8), p_infected=min(1.0, 25 * share), p_severe=0.0
+            lesion_levels=(is_lesion * 254).astype(np.uint8),
+            p_infected=min(1.0, 25 * share),
+            p_severe=0.0,
         )
 
 
-def screened(volume: Volume, predictor: Any = None, config: ScreeningConfig = CONFIG) -> tuple[dict[str, Any], Any]:
+def screened(
+    volume: Volume, predictor: Any = None, config: ScreeningConfig = CONFIG
+) -> tuple[dict[str, Any], Any]:
     """The record of a volume that was read, and what was measured."""
     masks, chosen, slices = decode.prepare_volume(volume, WINDOW, config.slice_step_mm)
-    record = {"series_key": "k", "status": "screened", "qc_flags": [], "num_slices_segmented": len(chosen)}
+    record = {
+        "series_key": "k",
+        "status": "screened",
+        "qc_flags": [],
+        "num_slices_segmented": len(chosen),
+    }
     row = {"record": json.dumps(record), "slices": slices, "chosen": chosen, "masks": masks.pack()}
     measured = stages.measure(stages.predict(row, predictor or BrightnessPredictor()), config)
     return measured.record, measured
@@ -219,11 +276,16 @@ def test_axial_coronal_and_sagittal_series_of_one_chest_agree() -> None:
         records[name], _ = screened(volume)
     for name, record in records.items():
         for column in ("lesion_volume_ml", "lung_volume_ml", "involvement"):
-            assert record[column] == pytest.approx(records["axial"][column], rel=0.15), (name, column)
+            assert record[column] == pytest.approx(records["axial"][column], rel=0.15), (
+                name,
+                column,
+            )
         assert record["diagnosis"] == records["axial"]["diagnosis"] == "infected"
         assert record["severity_by_involvement"] == records["axial"]["severity_by_involvement"]
     voxel_ml = 1.4 * 1.4 * 3 / 1000
-    assert records["axial"]["lesion_volume_ml"] == pytest.approx(phantom.lesion_mask.sum() * voxel_ml, rel=0.15)
+    assert records["axial"]["lesion_volume_ml"] == pytest.approx(
+        phantom.lesion_mask.sum() * voxel_ml, rel=0.15
+    )
 
 
 def test_pictures_of_anisotropic_slices_show_masks_where_the_network_sees_the_lungs() -> None:
@@ -239,8 +301,12 @@ def test_pictures_of_anisotropic_slices_show_masks_where_the_network_sees_the_lu
     assert np.count_nonzero(is_lung & is_dark) > 0.7 * np.count_nonzero(is_lung)
     side_mm, tile_px = 358.4, 128
     shown_mm2 = np.count_nonzero(is_lung) * (side_mm / tile_px) ** 2
-    assert shown_mm2 == pytest.approx(np.count_nonzero(measured.involvement.lung_mask[chosen]) * 1.4 * 5.6, rel=0.05)
-    lesion = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(files["lesion_mask.nii.gz"])).dataobj)
+    assert shown_mm2 == pytest.approx(
+        np.count_nonzero(measured.involvement.lung_mask[chosen]) * 1.4 * 5.6, rel=0.05
+    )
+    lesion = np.asarray(
+        nib.Nifti1Image.from_bytes(gzip.decompress(files["lesion_mask.nii.gz"])).dataobj
+    )
     assert lesion.shape == volume.source.shape == (30, 64, 256)
 
 
@@ -253,8 +319,14 @@ def test_unknown_spacing_keeps_involvement_and_gives_no_volume(mild_volume: Volu
     assert unknown["involvement"] == pytest.approx(known["involvement"], rel=0.05)
     assert unknown["severity_by_involvement"] == known["severity_by_involvement"]
     assert measured.masks.voxel_ml is None
-    thinned, _ = screened(replace(mild_volume, affine=tiny), config=replace(CONFIG, slice_step_mm=2.5))
-    assert unknown["num_slices_segmented"] == known["num_slices_segmented"] > thinned["num_slices_segmented"]
+    thinned, _ = screened(
+        replace(mild_volume, affine=tiny), config=replace(CONFIG, slice_step_mm=2.5)
+    )
+    assert (
+        unknown["num_slices_segmented"]
+        == known["num_slices_segmented"]
+        > thinned["num_slices_segmented"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,14 +336,22 @@ def test_unknown_spacing_keeps_involvement_and_gives_no_volume(mild_volume: Volu
         ({"has_known_spacing": False}, ["unknown_spacing"], False),
         ({"affine": np.diag([2.0, 2.0, 2.0, 1.0])}, ["implausible_lungs"], True),
         ({"affine": np.diag([0.2, 0.2, 0.2, 1.0])}, ["implausible_lungs"], True),
-        ({"affine": np.diag([0.2, 0.2, 0.2, 1.0]), "has_known_spacing": False}, ["unknown_spacing"], False),
+        (
+            {"affine": np.diag([0.2, 0.2, 0.2, 1.0]), "has_known_spacing": False},
+            ["unknown_spacing"],
+            False,
+        ),
         ({"blank": [11, 12]}, ["blank_slices"], False),
         ({"shown": slice(8, 18)}, ["partial_lungs"], True),
         ({"shown": slice(8, 18), "affine": np.diag([2.0, 2.0, 2.0, 1.0])}, ["partial_lungs"], True),
     ],
 )
 def test_flags_of_lungs_and_spacing_stand_in_the_row(
-    mild_volume: Volume, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], flags: list[str], is_null: bool
+    mild_volume: Volume,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    flags: list[str],
+    is_null: bool,
 ) -> None:
     """Whatever reader gives such a volume."""
     hu = mild_volume.hu.copy()
@@ -304,7 +384,9 @@ def test_lesion_that_makes_lungs_implausible_is_flagged(mild_volume: Volume) -> 
 
     class Everywhere:
         def predict(self, slices: np.ndarray) -> Prediction:
-            return Prediction(lesion_levels=np.full(slices.shape, 254, np.uint8), p_infected=None, p_severe=None)
+            return Prediction(
+                lesion_levels=np.full(slices.shape, 254, np.uint8), p_infected=None, p_severe=None
+            )
 
     larger = replace(mild_volume, affine=mild_volume.affine @ np.diag([1.39, 1.39, 1.39, 1]))
     masks, _, _ = decode.prepare_volume(larger, WINDOW, CONFIG.slice_step_mm)
@@ -318,7 +400,9 @@ def test_lesion_that_makes_lungs_implausible_is_flagged(mild_volume: Volume) -> 
 @pytest.mark.parametrize("aspect", [1, 2])
 def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -> None:
     """Also of pixels that are not square, whose masks are drawn in the network's own grid."""
-    volume = canonical_volume(mild_volume.hu[:, ::aspect], mild_volume.affine @ np.diag([1.0, aspect, 1.0, 1.0]))
+    volume = canonical_volume(
+        mild_volume.hu[:, ::aspect], mild_volume.affine @ np.diag([1.0, aspect, 1.0, 1.0])
+    )
     window = replace(WINDOW, low_hu=-1350.0, high_hu=150.0)
     masks, chosen, slices = decode.prepare_volume(volume, window, CONFIG.slice_step_mm)
     nothing = np.zeros(volume.hu.shape, bool)
@@ -398,7 +482,9 @@ def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
 ) -> None:
     """Null and a flag; the rule of the paper still gives a severity, and the involvement its number."""
     model = load_model(model_folder)
-    untrained = Predictor(replace(model, provenance={"has_diagnosis": False}), engine="eager", max_batch_slices=8)
+    untrained = Predictor(
+        replace(model, provenance={"has_diagnosis": False}), engine="eager", max_batch_slices=8
+    )
     (tmp_path / "a.nii.gz").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
     measured = stages.measure(stages.predict(prepare(row, tmp_path), untrained), CONFIG).record
@@ -415,13 +501,21 @@ def test_link_out_of_the_archive_is_a_row_and_never_read(tmp_path: Path) -> None
     for folder in (archive, outside):
         folder.mkdir()
     (outside / "a.nii").write_bytes(b"secret")
-    for name, target in (("linked.nii", outside / "a.nii"), ("folder", outside), ("noted.txt", outside / "a.nii")):
+    for name, target in (
+        ("linked.nii", outside / "a.nii"),
+        ("folder", outside),
+        ("noted.txt", outside / "a.nii"),
+    ):
         (archive / name).symlink_to(target)
     rows = {row["source_path"]: row for row in manifest_rows(archive)}
     assert set(rows) == {"linked.nii", "folder", "noted.txt"}
     for row in rows.values():
         record = json.loads(prepare(row, archive)["record"])
-        assert (record["status"], record["reason"], record["source_digest"]) == ("rejected", "unreadable", None)
+        assert (record["status"], record["reason"], record["source_digest"]) == (
+            "rejected",
+            "unreadable",
+            None,
+        )
     assert [folder for folder, _ in walk(str(archive), leaves_root=True)] == ["", "folder/"]
 
 
@@ -432,7 +526,9 @@ def test_weak_sandbox_is_no_part_of_a_runs_identity() -> None:
     assert stages.config_values(WINDOW, other) != stages.config_values(WINDOW, CONFIG)
 
 
-def test_closed_sandbox_ends_the_request_without_reading_the_rest(tmp_path: Path, mild: Phantom) -> None:
+def test_closed_sandbox_ends_the_request_without_reading_the_rest(
+    tmp_path: Path, mild: Phantom
+) -> None:
     """Nobody waits for the digest of what was not read yet."""
     read = []
     (tmp_path / "dicom").mkdir()
@@ -446,7 +542,9 @@ def test_closed_sandbox_ends_the_request_without_reading_the_rest(tmp_path: Path
             raise SandboxClosedError("no more")
 
     with pytest.raises(SandboxClosedError, match="no more"):
-        stages.decode_and_prepare(row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=decoder)
+        stages.decode_and_prepare(
+            row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=decoder
+        )
     assert len(read) == 1
 
 
@@ -465,7 +563,9 @@ def study(tmp_path: Path, mild: Phantom) -> str:
     return str(tmp_path)
 
 
-def test_closed_screener_ends_its_study_with_an_error_and_no_row(screener: Screener, study: str) -> None:
+def test_closed_screener_ends_its_study_with_an_error_and_no_row(
+    screener: Screener, study: str
+) -> None:
     rows = screener(study)
     assert next(rows)["status"] == "screened"
     screener.close()
@@ -473,18 +573,35 @@ def test_closed_screener_ends_its_study_with_an_error_and_no_row(screener: Scree
         next(rows)
 
 
-def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(tmp_path: Path, mild: Phantom) -> None:
+def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
+    tmp_path: Path, mild: Phantom
+) -> None:
     (tmp_path / "a.nii").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
     record = json.loads(prepare(row, tmp_path)["record"])
-    run = ledger.Run(
+    run = Run(
         archive=str(tmp_path), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26), model_name="m",
         model_version="1", model_digest="d", config_digest="c", software_version="0",
     )  # fmt: skip
     sound = pipeline._stored(run, record)
     assert sound["status"] == "screened"
-    for lie in ({"num_slices": 10**12}, {"qc_flags": [1]}, {"reason_detail": "\ud800"}, {"p_infected": "x"}):
+    for lie in (
+        {"num_slices": 10**12},
+        {"qc_flags": [1]},
+        {"reason_detail": "\ud800"},
+        {"p_infected": "x"},
+    ):
         stored = pipeline._stored(run, {**record, **lie})
-        assert (stored["status"], stored["reason"], stored["num_slices"]) == ("failed", "internal_error", None)
-        assert (stored["series_key"], stored["source_uri"]) == (row["series_key"], f"{tmp_path}/a.nii")
-        assert pq.read_table(run.row_uri(row["series_key"])).to_pylist()[0]["reason"] == "internal_error"
+        assert (stored["status"], stored["reason"], stored["num_slices"]) == (
+            "failed",
+            "internal_error",
+            None,
+        )
+        assert (stored["series_key"], stored["source_uri"]) == (
+            row["series_key"],
+            f"{tmp_path}/a.nii",
+        )
+        assert (
+            pq.read_table(run.row_uri(row["series_key"])).to_pylist()[0]["reason"]
+            == "internal_error"
+        )

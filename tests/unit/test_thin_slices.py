@@ -17,8 +17,8 @@ from test_stages import manifest_rows
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
+from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
-from covtanet.screening.predictor import Prediction
 from covtanet.screening.stages import Measured, ScreeningConfig
 
 SIZE_PX, PIXEL_MM, NUM_SLICES = 128, 3.0, 84

@@ -34,7 +34,11 @@ def test_configuration_that_is_refused_ends_with_3_in_one_line(
 ) -> None:  # fmt: skip
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    places = () if "needed" in message else ("--data", str(tmp_path), "--storage", str(tmp_path / "kept"))
+    places = (
+        ()
+        if "needed" in message
+        else ("--data", str(tmp_path), "--storage", str(tmp_path / "kept"))
+    )
     assert start(monkeypatch, "--config", str(path), *places, *arguments) == 3
     logged = caplog.text + capsys.readouterr().err
     assert message in logged
@@ -58,7 +62,14 @@ def test_fault_of_one_fold_is_logged_with_its_traceback(
     """The other folds go on; an actor's answer would lose it."""
     config = train.TrainingConfig()
     current = train.experiment.Experiment(
-        config=config, uri="", prepared_uri="", key="", run=None, volumes={}, folds={}, data_digest=""
+        config=config,
+        uri="",
+        prepared_uri="",
+        key="",
+        run=None,
+        volumes={},
+        folds={},
+        data_digest="",
     )
 
     def fault(*arguments: Any) -> None:
@@ -81,7 +92,9 @@ def test_fault_of_one_fold_is_logged_with_its_traceback(
         (OSError("s3"), 1),
     ],
 )
-def test_errors_have_their_exit_codes(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_have_their_exit_codes(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(arguments: Any) -> int:
         raise error
 

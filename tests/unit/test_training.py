@@ -44,7 +44,8 @@ def test_order_does_not_depend_on_the_order_of_arrival() -> None:
     rows = slice_rows(12, 0)
     turned = {name: values[::-1] for name, values in rows.items()}
     orders = [
-        [names(batch) for batch in MemoryLane(each, Sampling(batch_size=2), 0).batches(4)] for each in (rows, turned)
+        [names(batch) for batch in MemoryLane(each, Sampling(batch_size=2), 0).batches(4)]
+        for each in (rows, turned)
     ]
     assert orders[0] == orders[1]
 
@@ -53,7 +54,9 @@ def test_lesion_free_slices_are_drawn_anew_every_epoch() -> None:
     rows = slice_rows(400, 0)
     own = MemoryLane(rows, Sampling(batch_size=1, lesion_free_share=0.5), 0)
     drawn = [{name for batch in own.batches(epoch) for name in names(batch)} for epoch in range(2)]
-    with_lesion = {str(name) for name, has in zip(rows["name"], rows["has_lesion"], strict=True) if has}
+    with_lesion = {
+        str(name) for name, has in zip(rows["name"], rows["has_lesion"], strict=True) if has
+    }
     assert with_lesion < drawn[0]
     assert 30 < len(drawn[0] - with_lesion) < 70  # of 100
     assert drawn[0] != drawn[1]
@@ -76,12 +79,19 @@ def test_epochs_draw_independently() -> None:
     """Of two epochs' halves of the slices without lesion, a quarter is in both; the ways of drawing do not clash."""
     rows = slice_rows(4000, 0)
     rows["name"] = np.array([f"v{index % 2}:{index:04}" for index in range(4000)])
-    without = {name for name, has in zip(rows["name"].tolist(), rows["has_lesion"], strict=True) if not has}
+    without = {
+        name for name, has in zip(rows["name"].tolist(), rows["has_lesion"], strict=True) if not has
+    }
     names, has_lesion = rows["name"].tolist(), rows["has_lesion"].tolist()
-    halves = [Sampling(batch_size=1, lesion_free_share=0.5).drawn(names, has_lesion, epoch) for epoch in range(8)]
+    halves = [
+        Sampling(batch_size=1, lesion_free_share=0.5).drawn(names, has_lesion, epoch)
+        for epoch in range(8)
+    ]
     for one, two in itertools.combinations(halves, 2):
         assert len(one & two & without) / len(without) == pytest.approx(0.25, abs=0.04)
-    few = Sampling(batch_size=1, lesion_free_share=0.5, slices_per_volume=200).drawn(names, has_lesion, 0)
+    few = Sampling(batch_size=1, lesion_free_share=0.5, slices_per_volume=200).drawn(
+        names, has_lesion, 0
+    )
     assert len(few) == 400
     drawable = len(without) / 2
     expected = drawable / (drawable + 4000 - len(without))
@@ -108,8 +118,12 @@ def test_accumulated_gradient_is_that_of_the_added_sums(phase: int) -> None:
     own = build(phase, CONFIG, Ranks())
     own.module.train()
     batches = [own.batch_of(next(lane(number, phase, CONFIG).batches(0)), 0) for number in range(2)]
-    value = backward(own.model, batches, own.sums, own.loss, LaneStatistics(own.module, 2, Ranks()), [5, 6])
-    found = {name: p.grad.clone() for name, p in own.module.named_parameters() if p.grad is not None}
+    value = backward(
+        own.model, batches, own.sums, own.loss, LaneStatistics(own.module, 2, Ranks()), [5, 6]
+    )
+    found = {
+        name: p.grad.clone() for name, p in own.module.named_parameters() if p.grad is not None
+    }
     own.module.zero_grad()
     parts = []
     for seed, batch in zip((5, 6), batches, strict=True):
@@ -147,7 +161,9 @@ def test_interrupted_training_ends_with_the_same_weights(phase: int, tmp_path: P
         assert torch.equal(again.weights[name], value), name
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"]
+)
 def test_cut_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     reports: list[Progress] = []
     train(1, replace(CONFIG, num_epochs=1), reports=reports)
@@ -174,13 +190,18 @@ def test_best_epoch_counts_and_a_stale_validation_stops() -> None:
     progress = fit(config, scored, lanes, Ranks(), 0, Progress(), reports.append)
     assert len(progress.history) == 4
     assert progress.best_epoch == 1
-    assert all(torch.equal(progress.best[name], value) for name, value in reports[1].weights.items())
+    assert all(
+        torch.equal(progress.best[name], value) for name, value in reports[1].weights.items()
+    )
 
 
 def test_without_validation_the_last_epoch_counts() -> None:
     own = replace(build(1, CONFIG, Ranks()), validate=lambda: {"val_dice": math.nan})
     lanes = {number: lane(number, 1, CONFIG) for number in range(2)}
-    assert fit(CONFIG, own, lanes, Ranks(), 0, Progress(), lambda _: None).best_epoch == CONFIG.num_epochs - 1
+    assert (
+        fit(CONFIG, own, lanes, Ranks(), 0, Progress(), lambda _: None).best_epoch
+        == CONFIG.num_epochs - 1
+    )
 
 
 def test_loss_that_is_no_number_stops_and_names_the_series() -> None:
@@ -190,7 +211,9 @@ def test_loss_that_is_no_number_stops_and_names_the_series() -> None:
     assert isinstance(bad, MemoryLane)
     bad.rows["pooled"][3] = np.nan
     reports: list[Progress] = []
-    with pytest.raises(FloatingPointError, match=r"the loss is no number; the batch holds .*volume1-003"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is no number; the batch holds .*volume1-003"
+    ):
         fit(config, build(2, config, Ranks()), lanes, Ranks(), 0, Progress(), reports.append)
     assert not reports
 
@@ -203,7 +226,9 @@ def test_batch_size_above_a_lane_is_refused() -> None:
 
 def test_learning_rate_decays_as_in_the_paper() -> None:
     """Section III-B: 1e-5, times 0.99 after every 10 epochs."""
-    assert [PhaseConfig().rate(epoch) for epoch in (0, 9, 10, 25)] == pytest.approx([1e-5, 1e-5, 0.99e-5, 0.9801e-5])
+    assert [PhaseConfig().rate(epoch) for epoch in (0, 9, 10, 25)] == pytest.approx(
+        [1e-5, 1e-5, 0.99e-5, 0.9801e-5]
+    )
 
 
 def test_every_attention_unit_reports_its_alpha() -> None:
@@ -243,12 +268,16 @@ def test_augmentation_moves_slice_and_mask_alike_and_follows_from_its_seed() -> 
 def test_experiment_key_ignores_what_may_change_between_starts() -> None:
     config = TrainingConfig()
     assert config.key(["a", "b"]) == config.key(["b", "a"])
-    assert replace(config, folds=(1,), num_workers=1, network="V1", phases=(1,)).key(["a"]) == config.key(["a"])
+    assert replace(config, folds=(1,), num_workers=1, network="V1", phases=(1,)).key(
+        ["a"]
+    ) == config.key(["a"])
     assert replace(config, seed=1).key(["a"]) != config.key(["a"])
 
 
 def test_workers_must_divide_the_micro_batches() -> None:
-    with pytest.raises(ValueError, match=r"phase1.micro_batches is 2, expected a multiple of 4 workers"):
+    with pytest.raises(
+        ValueError, match=r"phase1.micro_batches is 2, expected a multiple of 4 workers"
+    ):
         TrainingConfig(num_workers=4)
 
 
@@ -286,5 +315,7 @@ from training import train
 assert len(train(1).history) == len(train(2).history) == 3
 """
     folder = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,10 @@ async def stalled(go_on: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
 def test_stalled_uploads_of_one_caller_leave_room_for_another(uploads: Uploads) -> None:
     async def scenario() -> None:
         go_on, resources = asyncio.Event(), ExitStack()
-        slow = [asyncio.create_task(uploads.receive(body_of(stalled(go_on)), ANN, resources)) for _ in range(2)]
+        slow = [
+            asyncio.create_task(uploads.receive(body_of(stalled(go_on)), ANN, resources))
+            for _ in range(2)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(BusyError):
             await uploads.receive(body_of(one_chunk(b"x")), ANN, resources)
@@ -54,14 +57,18 @@ def test_stalled_uploads_of_one_caller_leave_room_for_another(uploads: Uploads) 
         assert received.path.read_bytes() == b"x"
         go_on.set()
         assert [(await task).path.read_bytes() for task in slow] == [b"firstlast"] * 2
-        assert (await uploads.receive(body_of(one_chunk(b"y")), ANN, resources)).digest.startswith("a1fce436")
+        assert (await uploads.receive(body_of(one_chunk(b"y")), ANN, resources)).digest.startswith(
+            "a1fce436"
+        )
         resources.close()
         assert not received.path.exists()
 
     asyncio.run(scenario())
 
 
-def test_full_disk_raises_enospc_and_frees_the_place(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_raises_enospc_and_frees_the_place(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real full device stands in for the file."""
 
     async def scenario() -> None:
@@ -79,7 +86,9 @@ def _to_full(join: Callable[[Path, str], Path], full: Path) -> Callable[[Path, s
     return lambda folder, name: full if name == "upload" else join(folder, name)
 
 
-def test_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(tmp_path: Path) -> None:
+def test_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(
+    tmp_path: Path,
+) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from serve.uploads import ReplicaFolder; "
         "folder = ReplicaFolder(Path(sys.argv[1])); (folder.path / 'study').write_bytes(b'image'); "

@@ -12,9 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from covtanet import drawing as overlay
 from covtanet.ct.window import WindowConfig, to_input
-from covtanet.report import overlay, worklist
-from covtanet.screening.records import LEDGER_SCHEMA
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.report import worklist
 
 KEYS = "abcdef"
 
@@ -86,7 +87,11 @@ def test_the_night_at_a_glance() -> None:
 
 def test_a_night_without_studies_has_a_summary_too() -> None:
     page = worklist.page(LEDGER_SCHEMA.empty_table())
-    assert (page["total"], page["summary"]["series"], page["summary"]["studies_per_minute"]) == (0, 0, None)
+    assert (page["total"], page["summary"]["series"], page["summary"]["studies_per_minute"]) == (
+        0,
+        0,
+        None,
+    )
 
 
 def test_the_report_stands_alone_and_no_text_of_a_ledger_ends_its_data() -> None:
@@ -111,7 +116,9 @@ def steps_of_hu(window: WindowConfig) -> NDArray[np.int16]:
 
 
 @pytest.mark.parametrize(("low_hu", "high_hu"), WINDOWS)
-def test_viewer_level_is_hu_by_the_window_that_stands_in_the_picture(low_hu: float, high_hu: float) -> None:
+def test_viewer_level_is_hu_by_the_window_that_stands_in_the_picture(
+    low_hu: float, high_hu: float
+) -> None:
     """As the page reads it: two big-endian float32 in the blue of eight pixels, then the level."""
     window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
     hu = steps_of_hu(window)
@@ -130,7 +137,9 @@ def test_preview_greys_span_the_window_of_the_model(low_hu: float, high_hu: floa
     window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
     hu = steps_of_hu(window)
     nothing = np.zeros(hu.shape, bool)
-    tile = overlay.preview(to_input(hu, window), nothing, nothing)[: overlay.PREVIEW_PX, : overlay.PREVIEW_PX]
+    tile = overlay.preview(to_input(hu, window), nothing, nothing)[
+        : overlay.PREVIEW_PX, : overlay.PREVIEW_PX
+    ]
     middles = (np.arange(4) * 16 + 8) * overlay.PREVIEW_PX // 64
     expected = 255 * (hu[0, 0, 8::16] - low_hu) / (high_hu - low_hu)
     assert (tile[..., 0] == tile[..., 1]).all()

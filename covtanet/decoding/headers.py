@@ -5,8 +5,8 @@ import logging
 from typing import IO, Any
 
 from covtanet.ct.dicom_head import INVALID_UID_TEXT, UID_TEXT, SeriesIdentity
-from covtanet.errors import DecoderError, DecoderStartError, StudyError, StudyTimeoutError
-from covtanet.screening.child_process import Child, read_exactly
+from covtanet.decoding.child_process import Child, read_exactly
+from covtanet.errors import DecoderError, DecoderStartError, Reason, StudyError, StudyTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def _tried(child: Child, heads: list[bytes], head_bytes: int) -> Identities | No
         return _checked(header, pipe, len(heads))
 
     try:
-        return child.ask({"kind": "heads", "head_bytes": head_bytes}, [[head] for head in heads], read)
+        return child.ask(
+            {"kind": "heads", "head_bytes": head_bytes}, [[head] for head in heads], read
+        )
     except DecoderStartError:
         raise
     except (StudyError, StudyTimeoutError, DecoderError):
@@ -64,13 +66,13 @@ def _checked(header: dict[str, Any], pipe: IO[bytes], count: int) -> Identities:
     """
     num_bytes = header.get("num_bytes")
     if not isinstance(num_bytes, int) or not 0 < num_bytes <= count * BYTES_PER_IDENTITY:
-        raise StudyError("decode_crash", "the decoder's answer cannot be: num_bytes")
+        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer cannot be: num_bytes")
     try:
         rows = json.loads(read_exactly(pipe, num_bytes))
     except (ValueError, RecursionError):
         rows = None
     if not isinstance(rows, list) or len(rows) != count or not all(_is_sound(row) for row in rows):
-        raise StudyError("decode_crash", "the decoder's answer cannot be: identities")
+        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer cannot be: identities")
     return [None if row is None else SeriesIdentity(*row) for row in rows]
 
 
@@ -84,4 +86,6 @@ def _is_sound(row: object) -> bool:
 
 
 def _is_uid(text: object) -> bool:
-    return isinstance(text, str) and bool(UID_TEXT.fullmatch(text) or INVALID_UID_TEXT.fullmatch(text))
+    return isinstance(text, str) and bool(
+        UID_TEXT.fullmatch(text) or INVALID_UID_TEXT.fullmatch(text)
+    )

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from covtanet.decoding import seccomp
 from covtanet.errors import ConfigError
-from covtanet.screening import seccomp
 
 PAGE_BYTES = resource.getpagesize()
 NOBODY = 65534
@@ -39,14 +39,19 @@ def run(work: dict[str, Work], warm_up: Callable[[], None]) -> None:
     os.dup2(2, 1)  # printed text must not look like an answer
     warm_up()
     cpu_s = CPU_LIMIT_FACTOR * limits["timeout_s"]
-    _write(answers, {"open_doors": shut_the_doors(limits["memory_mib"] << 20, CPU_LIMIT_REQUESTS * cpu_s)})
+    _write(
+        answers,
+        {"open_doors": shut_the_doors(limits["memory_mib"] << 20, CPU_LIMIT_REQUESTS * cpu_s)},
+    )
     started_s = _cpu_s()
     while line := requests.readline():
         request = json.loads(line)
         contents = _receive(requests)
         header, buffers = work[request["kind"]](request, contents)
         if not header.get("is_last"):
-            for _ in contents:  # unread bytes of a refused series; the next request begins behind them
+            for (
+                _
+            ) in contents:  # unread bytes of a refused series; the next request begins behind them
                 pass
         if _cpu_s() - started_s > (CPU_LIMIT_REQUESTS - 1) * cpu_s:
             header["is_last"] = True
@@ -67,7 +72,11 @@ def shut_the_doors(memory_bytes: int, cpu_s: float) -> list[str]:
         (resource.RLIMIT_CPU, cpu_limit_s, cpu_limit_s + CPU_GRACE_S),
         (resource.RLIMIT_FSIZE, 0, 0),
         (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_NOFILE, 0, 0),  # not only the next number: one that is closed is free again
+        (
+            resource.RLIMIT_NOFILE,
+            0,
+            0,
+        ),  # not only the next number: one that is closed is free again
     ):
         resource.setrlimit(what, (soft, hard))
     still_open = []

@@ -125,7 +125,9 @@ def install() -> None:
     machine = ARCHITECTURES.get(platform.machine())
     if machine is None:
         expected = " or ".join(ARCHITECTURES)
-        raise ConfigError(f"no filter of system calls for {platform.machine()}, expected {expected}")
+        raise ConfigError(
+            f"no filter of system calls for {platform.machine()}, expected {expected}"
+        )
     code = instructions(machine)
     program = _Program(len(code) // 8, code)
     if _libc.syscall(machine.seccomp, SET_MODE_FILTER, TSYNC, ctypes.byref(program)):

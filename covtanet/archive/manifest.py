@@ -15,7 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from covtanet.ct.dicom_head import SeriesIdentity, has_magic, is_directory, looks_like_dicom, read_identities
+from covtanet.ct.dicom_head import (
+    SeriesIdentity,
+    has_magic,
+    is_directory,
+    looks_like_dicom,
+    read_identities,
+)
+from covtanet.errors import QcFlag, Reason
 from covtanet.storage import OUTSIDE, ObjectInfo, version_digest
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -110,7 +117,10 @@ def series_from_row(row: dict[str, Any]) -> Series:
 
 
 def scan_folder(
-    folder: str, objects: Iterable[ObjectInfo], read_head: ReadHead, identify: Identify = read_identities
+    folder: str,
+    objects: Iterable[ObjectInfo],
+    read_head: ReadHead,
+    identify: Identify = read_identities,
 ) -> tuple[list[Series], list[ObjectInfo]]:
     """Sort the objects of one folder into series and what is ignored.
 
@@ -127,12 +137,25 @@ def scan_folder(
         elif kind == "nifti":
             found.append(Series(source_path=item.path, source_format="nifti", objects=(item,)))
         elif kind == "container":
-            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason=kind))
+            found.append(
+                Series(source_path=item.path, source_format="other", objects=(item,), reason=kind)
+            )
         elif kind == "outside":
-            found.append(Series(source_path=item.path, source_format="other", objects=(item,), reason="unreadable"))
+            found.append(
+                Series(
+                    source_path=item.path,
+                    source_format="other",
+                    objects=(item,),
+                    reason=Reason.UNREADABLE,
+                )
+            )
         elif kind == "unreadable":
-            found.append(Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind))
-        elif kind == "vanished":  # it may be a slice: a row of its own, which fails when it is fetched
+            found.append(
+                Series(source_path=item.path, source_format="dicom", objects=(item,), reason=kind)
+            )
+        elif (
+            kind == "vanished"
+        ):  # it may be a slice: a row of its own, which fails when it is fetched
             found.append(Series(source_path=item.path, source_format="other", objects=(item,)))
         else:
             ignored.append(item)
@@ -171,7 +194,11 @@ def _kinds(
             if identity is None and item.num_bytes > HEAD_BYTES:  # a long header before the UIDs
                 longer.append(item)
         for start in range(0, len(longer), LONG_HEADS_AT_A_TIME):
-            kinds.update(_kinds_by_long_head(longer[start : start + LONG_HEADS_AT_A_TIME], read_head, identify))
+            kinds.update(
+                _kinds_by_long_head(
+                    longer[start : start + LONG_HEADS_AT_A_TIME], read_head, identify
+                )
+            )
         for item in group:
             yield item, kinds[item]
 
@@ -258,7 +285,7 @@ def flag_repeated(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Itera
     """Add ``series_uid_repeated`` to rows whose series UID stands in more than one folder."""
     for row in rows:
         if row["series_uid"] and counts[row["series_uid"]] > 1:
-            row = {**row, "qc_flags": [*row["qc_flags"], "series_uid_repeated"]}
+            row = {**row, "qc_flags": [*row["qc_flags"], QcFlag.SERIES_UID_REPEATED]}
         yield row
 
 
@@ -273,5 +300,7 @@ def join_by_uid(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterato
             yield row
     for parts in waiting.values():
         first = min(parts, key=lambda part: part.source_path)
-        objects = sorted((item for part in parts for item in part.objects), key=lambda item: item.path)
+        objects = sorted(
+            (item for part in parts for item in part.objects), key=lambda item: item.path
+        )
         yield replace(first, objects=tuple(objects)).to_row()

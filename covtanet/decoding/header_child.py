@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from covtanet.ct import dicom_head
-from covtanet.screening import confinement
+from covtanet.decoding import confinement
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from covtanet.ct.dicom_head import looks_like_dicom
-from covtanet.data.manifest import (
+from covtanet.archive.manifest import (
     CONTAINER_SUFFIXES,
     DICOM_SUFFIXES,
     GZIP,
@@ -21,6 +20,7 @@ from covtanet.data.manifest import (
     is_debris_name,
     looks_like_nifti,
 )
+from covtanet.ct.dicom_head import looks_like_dicom
 from covtanet.errors import UploadError
 
 CHUNK_BYTES = 1 << 20
@@ -46,7 +46,11 @@ class IntakeLimits:
 
 
 def lay_out(
-    upload: Path, folder: Path, digest: str, limits: IntakeLimits, check: Callable[[], None] = lambda: None
+    upload: Path,
+    folder: Path,
+    digest: str,
+    limits: IntakeLimits,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Put the objects of an upload into an empty folder.
 
@@ -64,7 +68,10 @@ def lay_out(
     elif looks_like_dicom(head):
         upload.rename(folder / f"{digest}.dcm")
     else:
-        raise UploadError("unsupported_media", "expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects")
+        raise UploadError(
+            "unsupported_media",
+            "expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects",
+        )
 
 
 def _head(path: Path) -> bytes:
@@ -87,7 +94,14 @@ def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[],
                         file.write(chunk)
                 if is_debris_content(_path_of(member), _head(target)):
                     target.unlink()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise UploadError("bad_zip", f"the zip cannot be read: {type(error).__name__}") from None
 
 
@@ -114,7 +128,9 @@ def _check_directory(upload: Path, limits: IntakeLimits) -> None:
     if end is None:
         raise zipfile.BadZipFile
     num_entries, num_bytes = end[zipfile._ECD_ENTRIES_TOTAL], end[zipfile._ECD_SIZE]  # type: ignore[attr-defined]
-    max_entries = 2 * limits.max_members  # folders have entries too, and a Mac adds one to every file
+    max_entries = (
+        2 * limits.max_members
+    )  # folders have entries too, and a Mac adds one to every file
     if num_entries > max_entries or num_bytes > MAX_DIRECTORY_BYTES:
         raise UploadError(
             "too_large",
@@ -130,12 +146,19 @@ def _members(archive: zipfile.ZipFile, limits: IntakeLimits) -> list[zipfile.Zip
         raise UploadError("bad_zip", "the zip is empty")
     num_members = sum(not is_debris_name(_path_of(each)) for each in found)
     if num_members > limits.max_members:
-        raise UploadError("too_large", f"the zip has {num_members} members, expected at most {limits.max_members}")
+        raise UploadError(
+            "too_large", f"the zip has {num_members} members, expected at most {limits.max_members}"
+        )
     if len(set(names)) != len(names):
         raise UploadError("bad_zip", "the zip has two members of one name")
     for each in found:
         name = each.filename
-        if name.startswith(("/", "\\")) or "\0" in name or ":" in name or ".." in name.replace("\\", "/").split("/"):
+        if (
+            name.startswith(("/", "\\"))
+            or "\0" in name
+            or ":" in name
+            or ".." in name.replace("\\", "/").split("/")
+        ):
             raise UploadError("bad_zip", "a member's name leads out of the zip")
         if stat.S_ISLNK(each.external_attr >> 16):
             raise UploadError("bad_zip", "the zip has a link")
@@ -152,7 +175,9 @@ def _chunks(source: IO[bytes]) -> Iterator[bytes]:
     """A member's bytes; what another archive begins with is refused."""
     first = source.read(CHUNK_BYTES)
     if first.startswith(NESTED):
-        raise UploadError("bad_zip", "the zip holds another archive, expected DICOM objects as they are")
+        raise UploadError(
+            "bad_zip", "the zip holds another archive, expected DICOM objects as they are"
+        )
     while first:
         yield first
         first = source.read(CHUNK_BYTES)
@@ -162,4 +187,6 @@ def _check_size(inflated: int, size: int, limits: IntakeLimits) -> None:
     if inflated > limits.max_inflated_bytes:
         raise UploadError("too_large", f"the zip inflates beyond {limits.max_inflated_bytes} bytes")
     if inflated > RATIO_FROM_BYTES and inflated > limits.max_ratio * size:
-        raise UploadError("too_large", f"the zip inflates to more than {limits.max_ratio:g} times its size")
+        raise UploadError(
+            "too_large", f"the zip inflates to more than {limits.max_ratio:g} times its size"
+        )

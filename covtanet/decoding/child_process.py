@@ -22,22 +22,23 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from covtanet.decoding import seccomp
 from covtanet.errors import (
+    REJECTION_REASONS,
     DecoderError,
     DecoderStartError,
+    Reason,
     SandboxClosedError,
     StudyError,
     StudyTimeoutError,
     WeakSandboxError,
 )
-from covtanet.screening import seccomp
-from covtanet.screening.records import REASONS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DECODER, HEADER_READER = "sandbox_child", "header_child"
-CODE = "import sys; sys.path.insert(0, sys.argv[1]); from covtanet.screening.{} import main; main()"
+CODE = "import sys; sys.path.insert(0, sys.argv[1]); from covtanet.decoding.{} import main; main()"
 ROOT = str(Path(__file__).resolve().parents[2])
 PIPE_BYTES = 1 << 20
 HEADER_BYTES = 1 << 16
@@ -143,7 +144,9 @@ class Child:
     def warm(self) -> subprocess.Popen[bytes]:
         """Return the running process; start one if it is missing, dead or due to be replaced."""
         process = self._process
-        if process is not None and (process.poll() is not None or self._num_requests >= REQUESTS_PER_CHILD):
+        if process is not None and (
+            process.poll() is not None or self._num_requests >= REQUESTS_PER_CHILD
+        ):
             self._drop()
         if self._process is None:
             try:
@@ -174,7 +177,7 @@ class Child:
                     # As of a child that an input has taken over. As a crash it is tried once more,
                     # with a new child; a DecoderError would make one hostile file fail a sound one.
                     logger.warning("the decoder answered another request; it is replaced")
-                    raise StudyError("decode_crash", "the decoder answered another request")
+                    raise StudyError(Reason.DECODE_CRASH, "the decoder answered another request")
                 refusal = _refusal(header)
                 answer = None if refusal else read(header, process.stdout)
             is_clean = header.get("is_last", False) is False
@@ -191,12 +194,16 @@ class Child:
             self.check_open()
             try:
                 process = self._process = _started(self.program, self.limits)
-            except OSError as error:  # no process to be had; not storage, which an OSError means elsewhere
+            except (
+                OSError
+            ) as error:  # no process to be had; not storage, which an OSError means elsewhere
                 raise DecoderStartError("the decoder's child process does not start") from error
         assert process.stdout is not None
         with _killed_after(process, START_TIMEOUT_S):
             try:
-                open_doors = json.loads(process.stdout.readline(HEADER_BYTES) or "null")["open_doors"]
+                open_doors = json.loads(process.stdout.readline(HEADER_BYTES) or "null")[
+                    "open_doors"
+                ]
             except (ValueError, TypeError, KeyError):
                 self._drop()
                 raise DecoderStartError("the decoder's child process does not start") from None
@@ -245,11 +252,11 @@ class Child:
         with _killed_after(process, DEATH_S) as is_stuck:
             code = process.wait()
         if is_stuck.is_set():
-            return StudyError("decode_crash", "the decoder's answer is missing")
+            return StudyError(Reason.DECODE_CRASH, "the decoder's answer is missing")
         if is_late.is_set() or code == -signal.SIGXCPU:
             return self._too_long()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return StudyError("decode_crash", f"the decoder died of this input, {how}")
+        return StudyError(Reason.DECODE_CRASH, f"the decoder died of this input, {how}")
 
     def _too_long(self) -> Exception:
         return StudyTimeoutError(f"decoding took longer than {self.limits.timeout_s:g} s")
@@ -288,14 +295,14 @@ def read_exactly(pipe: IO[bytes], num_bytes: int) -> bytearray:
     while done < num_bytes:
         count = pipe.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            raise StudyError("decode_crash", "the decoder died in the middle of its answer")
+            raise StudyError(Reason.DECODE_CRASH, "the decoder died in the middle of its answer")
         done += count
     return kept
 
 
 def _refusal(header: dict[str, Any]) -> Exception | None:
     """The error that an answer stands for; of its text no more is believed than that it is a line."""
-    if header.get("reason") in REASONS:
+    if header.get("reason") in REJECTION_REASONS:
         return StudyError(header["reason"], _line(header.get("message"), MAX_MESSAGE))
     if "internal" in header:
         return DecoderError(_line(header["internal"], MAX_PLACE))
@@ -306,7 +313,9 @@ def _line(text: object, length: int) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:length])
 
 
-def _framed(request: dict[str, Any], objects: Iterable[Iterable[bytes]]) -> Iterator[bytes | memoryview]:
+def _framed(
+    request: dict[str, Any], objects: Iterable[Iterable[bytes]]
+) -> Iterator[bytes | memoryview]:
     """A line of JSON, then each object: a 1, chunks behind their lengths, a length of 0. A 0 ends the request."""
     yield json.dumps(request).encode() + b"\n"
     for chunks in objects:

@@ -14,7 +14,7 @@ from covtanet.ct.lung import Involvement
 from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, mask_to_input, pixel_aspect
 
 if TYPE_CHECKING:
-    from covtanet.screening.decode import StoredMasks
+    from covtanet.decoding.prepare import StoredMasks
 
 LESION_RGB, LUNG_RGB = (255, 112, 67), (79, 195, 247)
 FOUND_RGB, ALARM_RGB, MISSED_RGB = (60, 190, 90), (66, 120, 245), (230, 60, 60)
@@ -45,7 +45,10 @@ def result_files(
 
 
 def viewer(
-    slices: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_], window: WindowConfig
+    slices: NDArray[np.uint16],
+    lesion_mask: NDArray[np.bool_],
+    lung_mask: NDArray[np.bool_],
+    window: WindowConfig,
 ) -> NDArray[np.uint8]:
     """Every slice that the network read as a tile, base first, ten to a row, for a viewer that sets the window itself.
 
@@ -62,9 +65,13 @@ def viewer(
     out = np.zeros((rows, side, VIEWER_COLUMNS, side, 3), np.uint8)
     for tile, (index, mark) in enumerate(zip(shown, marks, strict=True)):
         row, column = divmod(tile, VIEWER_COLUMNS)
-        grey = Image.fromarray((slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8))
+        grey = Image.fromarray(
+            (slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8)
+        )
         out[row, :, column, :, 0] = np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR))
-        out[row, :, column, :, 1] = np.asarray(Image.fromarray(mark).resize((side, side), Image.Resampling.NEAREST))
+        out[row, :, column, :, 1] = np.asarray(
+            Image.fromarray(mark).resize((side, side), Image.Resampling.NEAREST)
+        )
     out = out.reshape(rows * side, VIEWER_COLUMNS * side, 3)
     window_hu = np.array([window.low_hu, window.high_hu], ">f4")
     out[0, 0, 2] = len(shown)
@@ -86,25 +93,38 @@ def preview(
     for index, lesion, lung in zip(shown, lesions, lungs, strict=True):
         scale = slices.shape[1] / lungs.shape[1]
         box = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
-        grey = Image.fromarray((slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8))
-        picture = np.asarray(grey.resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BICUBIC, box=box))
+        grey = Image.fromarray(
+            (slices[index].astype(np.float32) * (255 / INTENSITY_STEPS)).astype(np.uint8)
+        )
+        picture = np.asarray(
+            grey.resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BICUBIC, box=box)
+        )
         inside = (slice(top, top + side), slice(left, left + side))
         tiles.append(draw(picture, _enlarge(lesion[inside]), _enlarge(lung[inside])))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % PREVIEW_COLUMNS)
-    rows = [np.concatenate(tiles[k : k + PREVIEW_COLUMNS], axis=1) for k in range(0, len(tiles), PREVIEW_COLUMNS)]
+    rows = [
+        np.concatenate(tiles[k : k + PREVIEW_COLUMNS], axis=1)
+        for k in range(0, len(tiles), PREVIEW_COLUMNS)
+    ]
     return np.concatenate(rows)
 
 
-def draw(picture: NDArray[np.uint8], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def draw(
+    picture: NDArray[np.uint8], lesion_mask: NDArray[np.bool_], lung_mask: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     """One grey slice with its masks, all (height, width), to colours (height, width, 3)."""
     rgb = np.repeat(picture[:, :, None], 3, axis=2).astype(np.float32)
-    rgb[lesion_mask] = (1 - LESION_OPACITY) * rgb[lesion_mask] + LESION_OPACITY * np.array(LESION_RGB)
+    rgb[lesion_mask] = (1 - LESION_OPACITY) * rgb[lesion_mask] + LESION_OPACITY * np.array(
+        LESION_RGB
+    )
     rgb[_outline(lung_mask)] = LUNG_RGB
     rgb[_outline(lesion_mask)] = LESION_RGB
     return rgb.astype(np.uint8)
 
 
-def errors(levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def errors(
+    levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], truth: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     """Up to six slices, those with the most true lesion, in the colours of Fig. 8, (height, width, 3).
 
     Green is found, blue is a false alarm, red is missed. All inputs: (S, H, W).
@@ -115,15 +135,29 @@ def errors(levels: NDArray[np.uint16], lesion_mask: NDArray[np.bool_], truth: ND
     return np.concatenate(tiles, axis=1)
 
 
-def errors_of(level: NDArray[np.uint16], found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def errors_of(
+    level: NDArray[np.uint16], found: NDArray[np.bool_], truth: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     """One slice as ``errors`` has it. All inputs: (H, W)."""
     rgb = np.repeat((level * (255 / INTENSITY_STEPS))[:, :, None], 3, axis=2)
-    for where, colour in ((found & truth, FOUND_RGB), (found & ~truth, ALARM_RGB), (~found & truth, MISSED_RGB)):
+    for where, colour in (
+        (found & truth, FOUND_RGB),
+        (found & ~truth, ALARM_RGB),
+        (~found & truth, MISSED_RGB),
+    ):
         rgb[where] = (1 - ERROR_OPACITY) * rgb[where] + ERROR_OPACITY * np.array(colour)
-    return np.asarray(Image.fromarray(rgb.astype(np.uint8)).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(rgb.astype(np.uint8)).resize(
+            (PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR
+        )
+    )
 
 
-def grid(rows: Mapping[str, str], columns: Sequence[str], tiles: Mapping[tuple[str, str], NDArray[np.uint8]]) -> bytes:
+def grid(
+    rows: Mapping[str, str],
+    columns: Sequence[str],
+    tiles: Mapping[tuple[str, str], NDArray[np.uint8]],
+) -> bytes:
     """Tiles in captioned rows and columns, as PNG; one that is missing stays dark. rows: name to caption."""
     side, head = PREVIEW_PX, 24
     out = Image.new("RGB", (side * len(columns), (side + head) * len(rows)), (16, 18, 22))
@@ -159,7 +193,9 @@ def _to_square(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _enlarge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize((PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR)
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+        (PREVIEW_PX, PREVIEW_PX), Image.Resampling.BILINEAR
+    )
     return np.asarray(grey) >= 128
 
 

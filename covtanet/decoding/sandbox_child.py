@@ -8,8 +8,9 @@ import numpy as np
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
+from covtanet.decoding import confinement, header_child
+from covtanet.decoding import prepare as decode
 from covtanet.errors import StudyError
-from covtanet.screening import confinement, decode, header_child
 
 
 def main() -> None:
@@ -26,18 +27,25 @@ def warm_up() -> None:
     left, right = (((y - 32) / 14) ** 2 + ((x - middle) / 9) ** 2 < 1 for middle in (20, 44))
     hu[:, body] = 40
     hu[:, left | right] = -850
-    affine = np.array([[0, 0, 6.0, 0], [0, 6.0, 0, 0], [10.0, 0, 0, 0], [0, 0, 0, 1]])  # (z, y, x) -> LPS
+    affine = np.array(
+        [[0, 0, 6.0, 0], [0, 6.0, 0, 0], [10.0, 0, 0, 0], [0, 0, 0, 1]]
+    )  # (z, y, x) -> LPS
     plain = dicom.write_series(hu, affine, study_uid="1.2", series_uid="1.2.3")
     window = WindowConfig(size_px=32)
     decode.prepare("dicom", plain, window, 2.5)
-    decode.prepare("nifti", [nifti.write(hu, SourceGrid(shape=hu.shape, affine=affine))], window, 2.5)
+    decode.prepare(
+        "nifti", [nifti.write(hu, SourceGrid(shape=hu.shape, affine=affine))], window, 2.5
+    )
 
 
 def decode_series(request: dict[str, Any], contents: Iterator[bytes]) -> confinement.Answer:
     """Read one series; a refusal is an answer, too. ``is_last``: the process is fit for no other."""
     try:
         prepared = decode.prepare(
-            request["source_format"], contents, WindowConfig(**request["window"]), request["slice_step_mm"]
+            request["source_format"],
+            contents,
+            WindowConfig(**request["window"]),
+            request["slice_step_mm"],
         )
     except StudyError as error:
         return {"reason": error.reason, "message": str(error)}, []

@@ -1,49 +1,8 @@
-"""The ledger's schema, statuses and reason codes: the promise to everyone who reads a ledger. No logic."""
+"""Columns of the ledger: the promise to everyone who reads one."""
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-
-SCREENED, REJECTED, FAILED = "screened", "rejected", "failed"
-STATUSES = (SCREENED, REJECTED, FAILED)
-
-# Why a series is rejected, by its own fault. The first that holds is given. Codes are added, never renamed.
-REASONS = (
-    "unreadable",
-    "container",
-    "label_map",
-    "not_ct",
-    "projection",
-    "unsupported_syntax",
-    "truncated",
-    "undecodable",
-    "decode_crash",
-    "mixed_patients",
-    "mixed_acquisitions",
-    "missing_position",
-    "implausible_spacing",
-    "missing_rescale",
-    "orientation_conflict",
-    "mixed_orientation",
-    "gantry_tilt",
-    "duplicate_slice",
-    "missing_slices",
-    "irregular_spacing",
-    "not_hu",
-    "too_few_slices",
-    "too_large",
-    "no_lung",
-)
-# Why a series failed through no fault of its own.
-FAILURES = ("storage", "vanished", "changed", "timeout", "worker_died", "internal_error")
-
-QC_FLAGS = (
-    "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding", "no_diagnosis",
-    "reformatted", "implausible_lungs", "unknown_spacing", "blank_slices", "localizer_dropped", "duplicate_objects",
-)  # fmt: skip
-
-# Lesion probability travels as uint8 in these steps, so that 127 is one half.
-PROBABILITY_STEPS = 254
 
 LEDGER_SCHEMA = pa.schema(
     [

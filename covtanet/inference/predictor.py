@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from covtanet.ct.window import WindowConfig, spread_slices
 from covtanet.errors import CheckpointError
+from covtanet.inference.engine import build_engine, to_intensity
+from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.checkpoint import SavedModel
-from covtanet.screening.engine import build_engine, to_intensity
-from covtanet.screening.records import PROBABILITY_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +77,31 @@ def predict(network: Network, slices: NDArray[np.uint16], part_slices: int) -> P
     starts = range(0, len(slices), part_slices)
     parts = (
         Part(
-            slices[start : start + part_slices], [k - start for k in np.unique(picked) if 0 <= k - start < part_slices]
+            slices[start : start + part_slices],
+            [k - start for k in np.unique(picked) if 0 <= k - start < part_slices],
         )
         for start in starts
     )
     levels, pooled = zip(*network.segment(parts), strict=True)
     by_slice = dict(zip(np.unique(picked).tolist(), np.concatenate(pooled), strict=True))
-    p_infected, p_severe = network.diagnose(np.stack([by_slice[index] for index in picked.tolist()]))
-    return Prediction(lesion_levels=np.concatenate(levels), p_infected=p_infected, p_severe=p_severe)
+    p_infected, p_severe = network.diagnose(
+        np.stack([by_slice[index] for index in picked.tolist()])
+    )
+    return Prediction(
+        lesion_levels=np.concatenate(levels), p_infected=p_infected, p_severe=p_severe
+    )
 
 
 class Predictor:
     """Segments and diagnoses prepared volumes with one model; a ``Network`` of this process."""
 
     def __init__(
-        self, model: SavedModel, *, engine: str = "auto", num_threads: int = 1, max_batch_slices: int = 16
+        self,
+        model: SavedModel,
+        *,
+        engine: str = "auto",
+        num_threads: int = 1,
+        max_batch_slices: int = 16,
     ) -> None:
         self.window = window_of(model)
         self.max_batch_slices = max_batch_slices
@@ -115,14 +125,17 @@ class Predictor:
             probability, pooled = self.engine.segment(to_intensity(slices))
             if not np.isfinite(probability).all():
                 raise FloatingPointError("the network's answer is no number")
-            yield Segmented(np.rint(probability * PROBABILITY_STEPS).astype(np.uint8), pooled[wanted])
+            yield Segmented(
+                np.rint(probability * PROBABILITY_STEPS).astype(np.uint8), pooled[wanted]
+            )
 
     def segment_together(self, parts: Sequence[Part]) -> Iterator[Segmented]:
         """Answer parts of several volumes, whose slices share the network's batches."""
         slices = np.concatenate([part.slices for part in parts])
         size = self.max_batch_slices
         every = [
-            Part(slices[k : k + size], list(range(len(slices[k : k + size])))) for k in range(0, len(slices), size)
+            Part(slices[k : k + size], list(range(len(slices[k : k + size]))))
+            for k in range(0, len(slices), size)
         ]
         levels, pooled = (np.concatenate(each) for each in zip(*self.segment(every), strict=True))
         start = 0
@@ -141,7 +154,9 @@ class Predictor:
             return None, None
         with torch.inference_mode():
             device = next(self.network.parameters()).device
-            logits = torch.cat(self.network.classifier(torch.from_numpy(pooled)[None].to(device))).float()
+            logits = torch.cat(
+                self.network.classifier(torch.from_numpy(pooled)[None].to(device))
+            ).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()
         if not math.isfinite(p_infected + p_severe):
             raise FloatingPointError("the network's answer is no number")
@@ -155,7 +170,9 @@ def refuse_without_segmentation(model: SavedModel) -> None:
         CheckpointError: where it marks no lesions: an involvement of 0 would be made up.
     """
     if not model.provenance.get("has_segmentation", True):
-        raise CheckpointError("the model marks no lesions, and a ledger without involvement is no screening")
+        raise CheckpointError(
+            "the model marks no lesions, and a ledger without involvement is no screening"
+        )
 
 
 def window_of(model: SavedModel) -> WindowConfig:
@@ -167,4 +184,6 @@ def window_of(model: SavedModel) -> WindowConfig:
     try:
         return WindowConfig(**model.preprocessing["window"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the model's preprocessing has no sound window: {type(error).__name__}") from error
+        raise CheckpointError(
+            f"the model's preprocessing has no sound window: {type(error).__name__}"
+        ) from error

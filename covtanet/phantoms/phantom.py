@@ -61,7 +61,9 @@ def make_phantom(config: PhantomConfig) -> Phantom:
     rng = np.random.default_rng(config.seed)
     height_mm = config.num_slices * config.slice_mm
     z = (np.arange(config.num_slices, dtype=np.float32)[:, None, None] + 0.5) / config.num_slices
-    axis = (np.arange(config.size_px, dtype=np.float32) - (config.size_px - 1) / 2) * np.float32(config.pixel_mm)
+    axis = (np.arange(config.size_px, dtype=np.float32) - (config.size_px - 1) / 2) * np.float32(
+        config.pixel_mm
+    )
     scale = rng.uniform(0.92, 1.06)
     y = (axis[None, :, None] - np.float32(rng.uniform(-6, 6))) / np.float32(scale)
     x = (axis[None, None, :] - np.float32(rng.uniform(-6, 6))) / np.float32(scale)
@@ -91,13 +93,22 @@ def make_phantom(config: PhantomConfig) -> Phantom:
     hu[_airways(x, y, z, lung)] = AIR
     hu = ndimage.gaussian_filter(hu, (0, 0.6, 0.6))
     hu += (
-        config.noise_hu * ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0.5, 0.5)) * 1.6
+        config.noise_hu
+        * ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0.5, 0.5))
+        * 1.6
     )
     affine = np.diag([0.0, 0.0, 0.0, 1.0])
     affine[2, 0], affine[1, 1], affine[0, 2] = config.slice_mm, config.pixel_mm, config.pixel_mm
-    affine[:3, 3] = (-config.size_px * config.pixel_mm / 2, -config.size_px * config.pixel_mm / 2, -height_mm / 2)
+    affine[:3, 3] = (
+        -config.size_px * config.pixel_mm / 2,
+        -config.size_px * config.pixel_mm / 2,
+        -height_mm / 2,
+    )
     return Phantom(
-        hu=np.clip(np.rint(hu), -1024, 2000).astype(np.int16), affine=affine, lesion_mask=lesion_mask, lung_mask=lung
+        hu=np.clip(np.rint(hu), -1024, 2000).astype(np.int16),
+        affine=affine,
+        lesion_mask=lesion_mask,
+        lung_mask=lung,
     )
 
 
@@ -137,11 +148,15 @@ def _airways(x: Any, y: Any, z: Any, lung: NDArray[np.bool_]) -> NDArray[np.bool
     """The trachea and the main bronchi down to the lungs."""
     trachea = (_ellipse(x, y, 0, 12, 9, 9) < 1) & (z > 0.62)
     spread = np.clip((0.62 - z) / 0.12, 0, 1) * 38
-    bronchi = ((_ellipse(x, y, spread, 14, 7, 6) < 1) | (_ellipse(x, y, -spread, 14, 7, 6) < 1)) & (z > 0.52)
+    bronchi = ((_ellipse(x, y, spread, 14, 7, 6) < 1) | (_ellipse(x, y, -spread, 14, 7, 6) < 1)) & (
+        z > 0.52
+    )
     return np.asarray((trachea | (bronchi & (z <= 0.62))) & ~lung)
 
 
-def _noise(rng: np.random.Generator, config: PhantomConfig, correlation_mm: float) -> NDArray[np.float32]:
+def _noise(
+    rng: np.random.Generator, config: PhantomConfig, correlation_mm: float
+) -> NDArray[np.float32]:
     """Smooth noise with unit variance. Made on a coarse grid, which costs a twentieth of the full one."""
     step = max(1, int(correlation_mm / config.pixel_mm / 3))
     coarse_px = -(-config.size_px // step) + 2
@@ -153,14 +168,22 @@ def _noise(rng: np.random.Generator, config: PhantomConfig, correlation_mm: floa
     return np.asarray(full[:, : config.size_px, : config.size_px])
 
 
-def _vessels(lung: NDArray[np.bool_], z: Any, rng: np.random.Generator, config: PhantomConfig) -> NDArray[np.float32]:
+def _vessels(
+    lung: NDArray[np.bool_], z: Any, rng: np.random.Generator, config: PhantomConfig
+) -> NDArray[np.float32]:
     """Vessels from the hilum outwards, thinning as they go: 0..1, how much of a voxel is blood."""
     voxels = np.argwhere(lung)
     out = np.zeros(lung.shape, np.float32)
     middle = (config.size_px - 1) / 2
     for end in voxels[rng.integers(0, len(voxels), NUM_VESSELS)].astype(float):
         side = np.sign(end[2] - middle) or 1.0
-        hilum = np.array([0.5 * config.num_slices, middle + 8 / config.pixel_mm, middle + side * 38 / config.pixel_mm])
+        hilum = np.array(
+            [
+                0.5 * config.num_slices,
+                middle + 8 / config.pixel_mm,
+                middle + side * 38 / config.pixel_mm,
+            ]
+        )
         steps = np.linspace(0, 1, 90)[:, None]
         bend = rng.normal(0, 6, 3) * np.array([0.3, 1, 1])
         path = hilum + (end - hilum) * steps + bend * np.sin(np.pi * steps)
@@ -182,11 +205,15 @@ def _add_lesions(
     config: PhantomConfig,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Cover the asked share of the lung: a smooth random field above its quantile is lesion, its peaks are opaque."""
-    depth_mm = ndimage.distance_transform_edt(lung, sampling=(1e3, config.pixel_mm, config.pixel_mm))
+    depth_mm = ndimage.distance_transform_edt(
+        lung, sampling=(1e3, config.pixel_mm, config.pixel_mm)
+    )
     field = _noise(rng, config, CORRELATION_MM) + 0.25 * _noise(rng, config, 4.0)
     field += 0.5 * np.clip(1 - depth_mm / 30, 0, 1) + 0.006 * y - 0.8 * z
     inside = field[lung]
-    threshold, core = np.quantile(inside, [1 - config.involvement, 1 - config.involvement * config.consolidation])
+    threshold, core = np.quantile(
+        inside, [1 - config.involvement, 1 - config.involvement * config.consolidation]
+    )
     lesion_mask = lung & (field > threshold)
     slope = EDGE_MM / CORRELATION_MM
     opacity = lung / (1 + np.exp(-(field - threshold) / slope * 8))

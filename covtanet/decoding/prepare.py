@@ -19,6 +19,7 @@ from covtanet.ct import dicom, lung, nifti
 from covtanet.ct.body import Mask
 from covtanet.ct.volume import SourceGrid, Volume
 from covtanet.ct.window import WindowConfig, pixel_aspect, thin_slices, to_input
+from covtanet.errors import QcFlag
 
 PACKAGE = Path(__file__).parents[1]
 MAX_MASK_HEADER_BYTES = 4096
@@ -69,14 +70,20 @@ class StoredMasks:
             done += len(chunk)
         masks = np.unpackbits(bits, count=2 * num_voxels).view(bool).reshape(2, *shape)
         return cls(
-            lungs=lung.Lungs(lung_mask=masks[0], cavity_mask=masks[1], is_partial=header["is_partial"]),
-            source=SourceGrid(shape=tuple(header["source_shape"]), affine=np.array(header["source_affine"])),
+            lungs=lung.Lungs(
+                lung_mask=masks[0], cavity_mask=masks[1], is_partial=header["is_partial"]
+            ),
+            source=SourceGrid(
+                shape=tuple(header["source_shape"]), affine=np.array(header["source_affine"])
+            ),
             spacing_mm=tuple(header["spacing_mm"]),
             has_known_spacing=header["has_known_spacing"],
         )
 
 
-def check_masks(data: bytes, num_slices: int, spacing_mm: tuple[float, float, float], has_known_spacing: bool) -> None:
+def check_masks(
+    data: bytes, num_slices: int, spacing_mm: tuple[float, float, float], has_known_spacing: bool
+) -> None:
     """Compare packed masks with their volume's slice count and spacing, without keeping the inflated bytes.
 
     Raises:
@@ -115,7 +122,11 @@ def _mask_header(data: bytes) -> tuple[dict[str, Any], memoryview]:
 
 
 def _check_shape(value: object) -> None:
-    if not isinstance(value, list) or len(value) != 3 or any(type(length) is not int for length in value):
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or any(type(length) is not int for length in value)
+    ):
         raise ValueError("the masks' shape is not three whole numbers")
     if min(value) < 1 or max(value) > nifti.MAX_VOXELS or math.prod(value) > nifti.MAX_VOXELS:
         raise ValueError(f"the masks' shape is {value}, expected at most {nifti.MAX_VOXELS} voxels")
@@ -128,7 +139,9 @@ def _check_finite(value: object, shape: tuple[int, ...]) -> None:
     except (TypeError, OverflowError):
         raise ValueError("the masks' header holds something else than numbers") from None
     if numbers.shape != shape or not np.isfinite(numbers).all():
-        raise ValueError(f"the masks' header has numbers of shape {numbers.shape}, expected {shape}, all finite")
+        raise ValueError(
+            f"the masks' header has numbers of shape {numbers.shape}, expected {shape}, all finite"
+        )
 
 
 def _packed_bits(first: Mask, second: Mask) -> NDArray[np.uint8]:
@@ -149,7 +162,9 @@ def _inflated(packed: memoryview, num_bytes: int) -> Iterator[bytes]:
     """The inflated bytes in chunks, which must be as many as asked, and nothing behind them."""
     stream, done = zlib.decompressobj(), 0
     try:
-        for start in range(0, len(packed), CHUNK_BYTES):  # in pieces: what is not consumed of one is copied each time
+        for start in range(
+            0, len(packed), CHUNK_BYTES
+        ):  # in pieces: what is not consumed of one is copied each time
             waiting: bytes | memoryview = packed[start : start + CHUNK_BYTES]
             while chunk := stream.decompress(waiting, CHUNK_BYTES):
                 done += len(chunk)
@@ -178,7 +193,9 @@ class Prepared:
     masks: bytes
 
 
-def prepare(source_format: str, contents: Iterable[bytes], window: WindowConfig, slice_step_mm: float) -> Prepared:
+def prepare(
+    source_format: str, contents: Iterable[bytes], window: WindowConfig, slice_step_mm: float
+) -> Prepared:
     """Decode and prepare one series.
 
     source_format: ``nifti`` or ``dicom``. contents: the bytes of its objects, which may come one by one.
@@ -186,7 +203,11 @@ def prepare(source_format: str, contents: Iterable[bytes], window: WindowConfig,
     Raises:
         StudyError: where the series cannot be read as a chest CT in HU.
     """
-    volume = nifti.read(next(iter(contents))) if source_format == "nifti" else dicom.read_series(contents)
+    volume = (
+        nifti.read(next(iter(contents)))
+        if source_format == "nifti"
+        else dicom.read_series(contents)
+    )
     masks, chosen, slices = prepare_volume(volume, window, slice_step_mm)
     return Prepared(
         num_slices=len(volume.hu),
@@ -202,13 +223,13 @@ def _lung_flags(masks: StoredMasks) -> Iterator[str]:
     """Yield the flags that follow from the lungs and the voxel size."""
     num_voxels = int(np.count_nonzero(masks.lungs.lung_mask))
     if masks.lungs.is_partial:
-        yield "partial_lungs"
+        yield QcFlag.PARTIAL_LUNGS
     if not masks.has_known_spacing:
-        yield "unknown_spacing"
+        yield QcFlag.UNKNOWN_SPACING
     if lung.is_implausible_volume(masks.lungs, num_voxels, masks.voxel_ml):
-        yield "implausible_lungs"
+        yield QcFlag.IMPLAUSIBLE_LUNGS
     if masks.lungs.has_blank_slices:
-        yield "blank_slices"
+        yield QcFlag.BLANK_SLICES
 
 
 def prepare_volume(
@@ -233,6 +254,14 @@ def prepare_volume(
 
 def place_of(error: Exception) -> str:
     """Type of an error and the line of ours that it came through; not its text, which may quote the input."""
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
-    place = f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}" if ours else "no line of ours"
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if PACKAGE in Path(frame.filename).parents
+    ]
+    place = (
+        f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
+        if ours
+        else "no line of ours"
+    )
     return f"{type(error).__name__} at {place}"

@@ -51,7 +51,9 @@ def default_engine() -> str:
     return "channels_last" if torch.cuda.is_available() else "openvino"
 
 
-def build_engine(network: CovTANet, size_px: int, name: str = "auto", num_threads: int = 1) -> Engine:
+def build_engine(
+    network: CovTANet, size_px: int, name: str = "auto", num_threads: int = 1
+) -> Engine:
     """Make a network ready to run, on the GPU if there is one. network: in eval mode, on the CPU.
 
     Raises:
@@ -91,7 +93,11 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
     model = openvino.convert_model(segmenter, example_input=example)
     model.reshape({0: [-1, *example.shape[1:]]})
     # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the tolerance.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": num_threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": num_threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     compiled, one_at_a_time = openvino.Core().compile_model(model, "CPU", options), threading.Lock()
 
     def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

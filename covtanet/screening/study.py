@@ -10,15 +10,16 @@ from functools import partial
 from typing import Any
 
 from covtanet import storage
+from covtanet.archive import manifest
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
+from covtanet.decoding import headers as heads
+from covtanet.decoding.child_process import refuse_weak_sandbox
+from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import NoSeriesError, UploadError
-from covtanet.screening import heads, stages
-from covtanet.screening.child_process import refuse_weak_sandbox
-from covtanet.screening.ledger import digest_of
-from covtanet.screening.predictor import Answers
-from covtanet.screening.records import LEDGER_SCHEMA, SCHEMA_VERSION
-from covtanet.screening.sandbox import Sandbox
+from covtanet.inference.predictor import Answers
+from covtanet.ledger.run import digest_of
+from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
+from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig
 
 
@@ -50,7 +51,12 @@ class Screener:
         model_digest: str,
         software_version: str | None = None,
     ) -> None:
-        self.predictor, self.window, self.config, self.model_digest = predictor, window, config, model_digest
+        self.predictor, self.window, self.config, self.model_digest = (
+            predictor,
+            window,
+            config,
+            model_digest,
+        )
         self.traced_by = {
             "schema_version": SCHEMA_VERSION,
             "model_digest": model_digest,
@@ -82,12 +88,21 @@ class Screener:
         for folder, items in objects:
             found += manifest.scan_folder(folder, items, read_head, identify)[0]
         if not found:
-            raise NoSeriesError("the input holds no series, expected a NIfTI file or a folder with CT")
+            raise NoSeriesError(
+                "the input holds no series, expected a NIfTI file or a folder with CT"
+            )
         if limits is not None and len(found) > limits.max_series:
-            raise UploadError("too_large", f"{len(found)} series, expected at most {limits.max_series} in a request")
+            raise UploadError(
+                "too_large",
+                f"{len(found)} series, expected at most {limits.max_series} in a request",
+            )
         for series in found:
             row = stages.decode_and_prepare(
-                series.to_row(), archive=root, window=self.window, config=self.config, decoder=self.decoder
+                series.to_row(),
+                archive=root,
+                window=self.window,
+                config=self.config,
+                decoder=self.decoder,
             )
             self.decoder.child.check_open()  # a series that was refused before asks the child nothing
             record = stages.measure(stages.predict(row, self.predictor), self.config).record
@@ -99,7 +114,9 @@ class Screener:
         self.decoder.close()
 
 
-def _listing(place: str, limits: StudyLimits | None) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
+def _listing(
+    place: str, limits: StudyLimits | None
+) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
     """Return root and objects: a file with its folder as the root, or a folder with all below it.
 
     Raises:
@@ -114,7 +131,9 @@ def _listing(place: str, limits: StudyLimits | None) -> tuple[str, list[tuple[st
         root = place
     num_bytes = sum(item.num_bytes for _, items in listed for item in items)
     if limits is not None and num_bytes > limits.max_bytes:
-        raise UploadError("too_large", f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request")
+        raise UploadError(
+            "too_large", f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request"
+        )
     return root, listed
 
 
@@ -124,4 +143,6 @@ def _folders(place: str, limits: StudyLimits | None) -> list[tuple[str, list[sto
     try:
         return list(storage.walk(place, max_objects=limits.max_objects))
     except storage.TooManyObjectsError:
-        raise UploadError("too_large", f"more than {limits.max_objects} objects, the most in a request") from None
+        raise UploadError(
+            "too_large", f"more than {limits.max_objects} objects, the most in a request"
+        ) from None

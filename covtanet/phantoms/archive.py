@@ -22,7 +22,7 @@ from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.data import labels
 from covtanet.data.labels import LabelledVolume, write_labels
-from covtanet.data.phantom import Phantom, PhantomConfig, make_phantom
+from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 GRADE_OF_SEVERITY = {None: 0, "mild": 1, "severe": 2}
 TRUTH_SCHEMA = pa.schema([
@@ -40,7 +40,11 @@ def nifti_grid(phantom: Phantom) -> SourceGrid:
     """A phantom's grid as NIfTI files usually have it: x to the right, y to the front, z to the head."""
     shape = (phantom.hu.shape[2], phantom.hu.shape[1], phantom.hu.shape[0])
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = -phantom.affine[:3, 2], -phantom.affine[:3, 1], phantom.affine[:3, 0]
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = (
+        -phantom.affine[:3, 2],
+        -phantom.affine[:3, 1],
+        phantom.affine[:3, 0],
+    )
     affine[:, 3] = phantom.affine @ np.array([0, shape[1] - 1, shape[0] - 1, 1.0])
     return SourceGrid(shape=shape, affine=affine)
 
@@ -50,7 +54,9 @@ def draw_involvement(index: int, rng: np.random.Generator) -> float:
     return (0.0, float(rng.uniform(0.03, 0.18)), float(rng.uniform(0.33, 0.6)))[index % 3]
 
 
-def configs(count: int, seed: int, size_px: int = 256, num_slices: int = 36) -> Iterator[PhantomConfig]:
+def configs(
+    count: int, seed: int, size_px: int = 256, num_slices: int = 36
+) -> Iterator[PhantomConfig]:
     """Different phantoms, a third each normal, mild and severe."""
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -71,7 +77,9 @@ def severity_of(involvement: float) -> str | None:
     return labels.severity_of(involvement) if involvement else None
 
 
-def write_training_set(uri: str, phantoms: Iterable[PhantomConfig], num_processes: int = 1) -> list[LabelledVolume]:
+def write_training_set(
+    uri: str, phantoms: Iterable[PhantomConfig], num_processes: int = 1
+) -> list[LabelledVolume]:
     """Write volumes, lesion masks and labels.parquet. Fresh processes: a forked one would share open connections."""
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
         volumes = list(pool.map(partial(_write_labelled, uri), phantoms))
@@ -90,7 +98,9 @@ def _write_labelled(uri: str, config: PhantomConfig) -> LabelledVolume:
         severity=severity_of(config.involvement),
     )
     storage.write_bytes(storage.join(uri, volume.volume_path), nifti.write(phantom.hu, grid))
-    storage.write_bytes(storage.join(uri, str(volume.lesion_mask_path)), nifti.write(phantom.lesion_mask, grid))
+    storage.write_bytes(
+        storage.join(uri, str(volume.lesion_mask_path)), nifti.write(phantom.lesion_mask, grid)
+    )
     return volume
 
 
@@ -105,7 +115,9 @@ def _write_study(uri: str, numbered: tuple[int, PhantomConfig]) -> int:
     number, config = numbered
     phantom, name = make_phantom(config), f"study_{number:04d}"
     grid, grade = nifti_grid(phantom), GRADE_OF_SEVERITY[severity_of(config.involvement)]
-    storage.write_bytes(storage.join(uri, f"studies/CT-{grade}/{name}.nii.gz"), nifti.write(phantom.hu, grid))
+    storage.write_bytes(
+        storage.join(uri, f"studies/CT-{grade}/{name}.nii.gz"), nifti.write(phantom.hu, grid)
+    )
     if grade == 1:
         mask = nifti.write(phantom.lesion_mask, grid)
         storage.write_bytes(storage.join(uri, f"masks/{name}_mask.nii.gz"), mask)
@@ -131,7 +143,11 @@ def write_archive(
     entries = [Entry(config=config, as_dicom=bool(k % 2)) for k, config in enumerate(phantoms)]
     base = phantoms[0]
     entries += [
-        Entry(config=PhantomConfig(**{**vars(base), "seed": base.seed + 7919 + k}), as_dicom=True, damage=damage)
+        Entry(
+            config=PhantomConfig(**{**vars(base), "seed": base.seed + 7919 + k}),
+            as_dicom=True,
+            damage=damage,
+        )
         for k, damage in enumerate([*DICOM_DAMAGE, *OTHER_DAMAGE])
     ]
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
@@ -160,12 +176,16 @@ def _write_entry(archive: str, truth: str, number: int, entry: Entry) -> dict[st
             storage.write_bytes(storage.join(archive, f"{path}IM{index:05d}"), data)
     else:
         path = f"nifti/{name}.nii.gz"
-        storage.write_bytes(storage.join(archive, path), nifti.write(phantom.hu, nifti_grid(phantom)))
+        storage.write_bytes(
+            storage.join(archive, path), nifti.write(phantom.hu, nifti_grid(phantom))
+        )
     row["source_path"] = path
     if entry.damage:
         return {**row, "status": "rejected", "reason": entry.damage}
     mask_path = f"masks/{name}.nii.gz"
-    storage.write_bytes(storage.join(truth, mask_path), nifti.write(phantom.lesion_mask, nifti_grid(phantom)))
+    storage.write_bytes(
+        storage.join(truth, mask_path), nifti.write(phantom.lesion_mask, nifti_grid(phantom))
+    )
     return {
         **row,
         "status": "screened",
@@ -183,7 +203,9 @@ def dicom_objects(phantom: Phantom, seed: int) -> list[bytes]:
         for kind in ("study", "series")
     )
     # Room for the slice's number behind the series' UID.
-    return dicom.write_series(phantom.hu, phantom.affine, study_uid=study_uid[:58], series_uid=series_uid[:58])
+    return dicom.write_series(
+        phantom.hu, phantom.affine, study_uid=study_uid[:58], series_uid=series_uid[:58]
+    )
 
 
 def _edit(objects: list[bytes], change: Callable[[int, pydicom.Dataset], None]) -> list[bytes]:
@@ -214,7 +236,9 @@ def _uneven(index: int, dataset: pydicom.Dataset) -> None:
 
 
 def _rename(index: int, dataset: pydicom.Dataset) -> None:
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(f"{dataset.SOPInstanceUID}.1")
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(
+        f"{dataset.SOPInstanceUID}.1"
+    )
 
 
 def _turn_last(index: int, dataset: pydicom.Dataset) -> None:

@@ -21,10 +21,9 @@ import numpy as np
 
 from covtanet.ct.nifti import MAX_SLICES
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import StudyError
-from covtanet.screening.child_process import DECODER, Child, Limits, read_exactly
-from covtanet.screening.decode import Prepared, check_masks
-from covtanet.screening.records import QC_FLAGS
+from covtanet.decoding.child_process import DECODER, Child, Limits, read_exactly
+from covtanet.decoding.prepare import Prepared, check_masks
+from covtanet.errors import QcFlag, Reason, StudyError
 
 __all__ = ["Limits", "Sandbox"]
 
@@ -71,7 +70,7 @@ class Sandbox:
             raise _contradiction("length")
         spacing_mm = _spacing(header.get("spacing_mm"))
         qc_flags = header.get("qc_flags")
-        if not isinstance(qc_flags, list) or any(flag not in QC_FLAGS for flag in qc_flags):
+        if not isinstance(qc_flags, list) or any(flag not in tuple(QcFlag) for flag in qc_flags):
             raise _contradiction("qc_flags")
         chosen = np.frombuffer(read_exactly(pipe, num_chosen * 8), np.int64)
         if chosen[0] < 0 or chosen[-1] >= num_slices or (chosen[1:] <= chosen[:-1]).any():
@@ -79,7 +78,7 @@ class Sandbox:
         slices = np.frombuffer(read_exactly(pipe, num_chosen * size * size * 2), np.uint16)
         masks = bytes(read_exactly(pipe, num_mask_bytes))
         try:
-            check_masks(masks, num_slices, spacing_mm, "unknown_spacing" not in qc_flags)
+            check_masks(masks, num_slices, spacing_mm, QcFlag.UNKNOWN_SPACING not in qc_flags)
         except ValueError:
             raise _contradiction("masks") from None
         return Prepared(
@@ -109,4 +108,4 @@ def _spacing(value: object) -> tuple[float, float, float]:
 
 
 def _contradiction(name: str) -> StudyError:
-    return StudyError("decode_crash", f"the decoder's answer cannot be: {name}")
+    return StudyError(Reason.DECODE_CRASH, f"the decoder's answer cannot be: {name}")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.ct import nifti
+from covtanet.errors import Status
 from covtanet.report.summary import table
 
 
@@ -46,7 +47,10 @@ class Agreement:
             "Agreement with the known truth (phantoms)",
             [
                 ("rows / series", f"{self.rows} / {self.series}"),
-                ("damaged series refused with their reason", f"{self.refused_right} / {self.refused}"),
+                (
+                    "damaged series refused with their reason",
+                    f"{self.refused_right} / {self.refused}",
+                ),
                 ("sound series screened", f"{self.screened} / {self.sound}"),
                 ("diagnosis right", f"{self.diagnosis_right} / {self.sound}"),
                 ("severity right (null for normal)", f"{self.severity_right} / {self.sound}"),
@@ -67,16 +71,20 @@ class Agreement:
 
 def compare(ledger: pa.Table, archive: str, truth_uri: str, results: str) -> Agreement:
     """Compare a run's ledger and result masks with ``truth.parquet`` and its masks."""
-    truth = pq.read_table(BytesIO(storage.read_bytes(storage.join(truth_uri, "truth.parquet")))).to_pylist()
+    truth = pq.read_table(
+        BytesIO(storage.read_bytes(storage.join(truth_uri, "truth.parquet")))
+    ).to_pylist()
     rows = {row["source_uri"]: row for row in ledger.to_pylist()}
     found = Agreement(series=len(truth), rows=ledger.num_rows)
     for expected in truth:
         row = rows.get(storage.join(archive, expected["source_path"]))
         if row is None:
             continue
-        if expected["status"] == "rejected":
+        if expected["status"] == Status.REJECTED:
             found.refused += 1
-            found.refused_right += row["status"] == "rejected" and row["reason"] == expected["reason"]
+            found.refused_right += (
+                row["status"] == Status.REJECTED and row["reason"] == expected["reason"]
+            )
         else:
             _compare_sound(found, row, expected, truth_uri, results)
     return found
@@ -86,12 +94,14 @@ def _compare_sound(
     found: Agreement, row: dict[str, Any], expected: dict[str, Any], truth_uri: str, results: str
 ) -> None:
     found.sound += 1
-    found.screened += row["status"] == "screened"
+    found.screened += row["status"] == Status.SCREENED
     found.diagnosis_right += row["diagnosis"] == expected["diagnosis"]
-    found.severity_right += row["status"] == "screened" and row["severity"] == expected["severity"]
+    found.severity_right += (
+        row["status"] == Status.SCREENED and row["severity"] == expected["severity"]
+    )
     if expected["diagnosis"] == "normal":
         return
-    if row["status"] != "screened":
+    if row["status"] != Status.SCREENED:
         found.dice.append(0.0)
         return
     found.rule_right += row["severity_by_involvement"] == expected["severity"]
@@ -99,6 +109,9 @@ def _compare_sound(
         found.involvement_error.append(abs(row["involvement"] - expected["involvement"]))
     predicted_uri = storage.join(results, row["run_id"], row["series_key"], "lesion_mask.nii.gz")
     predicted = nifti.read_labels(storage.read_bytes(predicted_uri)) > 0
-    truth = nifti.read_labels(storage.read_bytes(storage.join(truth_uri, expected["lesion_mask_path"]))) > 0
+    truth = (
+        nifti.read_labels(storage.read_bytes(storage.join(truth_uri, expected["lesion_mask_path"])))
+        > 0
+    )
     overlap = float(np.count_nonzero(predicted & truth))
     found.dice.append(2 * overlap / float(np.count_nonzero(predicted) + np.count_nonzero(truth)))
