@@ -25,7 +25,11 @@ OSError
 └── TooLargeError       an object has more bytes than allowed
 """
 
+import traceback
 from enum import StrEnum
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 class Status(StrEnum):
@@ -208,3 +212,16 @@ class TooLargeError(OSError):
 
 class UnavailableError(CovtanetError):
     """What answers studies is not there now, or has too much to do; the same request is worth another try."""
+
+
+def error_location(error: BaseException) -> str:
+    """Return an error's type and the last line of this package that it passed through.
+
+    Its text is left out, since it may quote the input.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
+    if not ours:
+        return f"{type(error).__name__} at no line of covtanet"
+    last = ours[-1]
+    return f"{type(error).__name__} at {Path(last.filename).relative_to(PACKAGE)}:{last.lineno}"

@@ -24,6 +24,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from covtanet import storage
+from covtanet.errors import CheckpointError, ConfigError
+from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
+
+# MLflow reports usage as soon as it is imported, unless this is set before.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
@@ -34,10 +41,6 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request
-
-from covtanet import storage
-from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
 
 logger = logging.getLogger(__name__)
 

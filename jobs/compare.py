@@ -15,8 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 from cluster import parser, place, start_logging
 
-from covtanet.decoding.prepare import place_of
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, error_location
 from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report.comparison import compare
 
@@ -50,7 +49,7 @@ def main() -> int:
         arguments.out.write_text(found.as_html(title))
     for key, error in found.failures.items():
         logger.error(
-            "series %s: internal error, %s", key, place_of(error), extra={"series_key": key}
+            "series %s: internal error, %s", key, error_location(error), extra={"series_key": key}
         )
     return 4 if found.failures else 0
 

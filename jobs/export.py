@@ -56,9 +56,8 @@ from covtanet.ct.frames import ENHANCED_CLASSES
 from covtanet.ct.image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding import headers as heads
-from covtanet.decoding import prepare as decode
 from covtanet.decoding.child_process import Limits, header_reader
-from covtanet.errors import ConfigError, Reason, Status, StudyError
+from covtanet.errors import ConfigError, Reason, Status, StudyError, error_location
 from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report import dicom_results
 from covtanet.report.dicom_source import quiet
@@ -209,13 +208,13 @@ def export(row: dict[str, Any], results: str) -> dict[str, Any]:
 
 def place_of(error: Exception) -> str:
     """Type of an error and the line of ours that it came through, in the package or here; not its text."""
-    found = decode.place_of(error)
+    found = error_location(error)
     here = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename.endswith("export.py")
     ]
-    if not found.endswith("no line of ours") or not here:
+    if not found.endswith("no line of covtanet") or not here:
         return found
     return f"{type(error).__name__} at jobs/export.py:{here[-1].lineno}"
 

@@ -32,8 +32,7 @@ import report
 from cluster import parser, place, start_logging
 
 from covtanet import storage
-from covtanet.decoding.prepare import place_of
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, error_location
 from covtanet.ledger.batch import run_of_batch
 from covtanet.ledger.read import account_run, committed_files, find_run_file, read_run
 from covtanet.ledger.run import WORK, KnownRun, known_runs
@@ -141,7 +140,7 @@ def watched(arguments: argparse.Namespace, night: date) -> int:
         logger.error("storage: %s; the same command continues", type(error).__name__)
         watch.about["error"] = type(error).__name__
     except Exception as error:  # its text may quote a ledger
-        logger.error("a fault of this software, %s", place_of(error))
+        logger.error("a fault of this software, %s", error_location(error))
         watch.about["error"] = type(error).__name__
     finally:
         if code != COMMITTED:

@@ -41,9 +41,15 @@ from covtanet import storage
 from covtanet.archive import upload as intake
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.child_process import refuse_weak_sandbox
-from covtanet.decoding.prepare import place_of
-from covtanet.doors import check_endpoints, check_ray_doors
-from covtanet.errors import LedgerVersionError, NoSeriesError, Status, UnavailableError, UploadError
+from covtanet.environment import check_endpoints, check_ray_environment
+from covtanet.errors import (
+    LedgerVersionError,
+    NoSeriesError,
+    Status,
+    UnavailableError,
+    UploadError,
+    error_location,
+)
 from covtanet.ledger.read import for_spreadsheet
 from covtanet.report import worklist
 from covtanet.screening.stages import for_model
@@ -186,7 +192,7 @@ async def _other_version(request: Request, error: LedgerVersionError) -> JSONRes
 @api.exception_handler(OSError)
 async def _storage(request: Request, error: OSError) -> JSONResponse:
     """Answer for storage, Ray's job server and a full disk: all worth another try, but for storage that refuses us."""
-    logger.error("a request met %s", place_of(error))
+    logger.error("a request met %s", error_location(error))
     headers = {"Retry-After": str(RETRY_STORAGE_S)}
     if isinstance(error, storage.AccessError):
         message = "the object store refuses this endpoint"
@@ -602,6 +608,6 @@ def app(arguments: dict[str, str]) -> Any:
         ConfigError: the settings, or a Ray or a store that would answer strangers or be read by them.
     """
     address = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
-    check_ray_doors({**os.environ, "RAY_ADDRESS": address})
+    check_ray_environment({**os.environ, "RAY_ADDRESS": address})
     check_endpoints(os.environ)
     return build(load_settings())

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from covtanet.decoding.prepare import place_of
+from covtanet.errors import error_location
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,7 +86,7 @@ class Audit:
         except ClientDisconnect:
             status = 499  # nginx's code for a caller who has hung up
         except Exception as error:
-            logger.error("internal error, %s", place_of(error))
+            logger.error("internal error, %s", error_location(error))
             if status == 0:
                 answer = JSONResponse(
                     {"reason": "internal_error", "message": "a fault of this software"}, 500

@@ -5,7 +5,6 @@ Pure, and without torch or storage: this is what runs in the sandbox, on bytes t
 
 import json
 import math
-import traceback
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -250,18 +249,3 @@ def prepare_volume(
         has_known_spacing=volume.has_known_spacing,
     )
     return masks, chosen, to_input(volume.hu[chosen], window, pixel_aspect(volume.spacing_mm))
-
-
-def place_of(error: Exception) -> str:
-    """Type of an error and the line of ours that it came through; not its text, which may quote the input."""
-    ours = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if PACKAGE in Path(frame.filename).parents
-    ]
-    place = (
-        f"{Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}"
-        if ours
-        else "no line of ours"
-    )
-    return f"{type(error).__name__} at {place}"

@@ -10,7 +10,7 @@ from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import confinement, header_child
 from covtanet.decoding import prepare as decode
-from covtanet.errors import StudyError
+from covtanet.errors import StudyError, error_location
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def decode_series(request: dict[str, Any], contents: Iterator[bytes]) -> confine
         message = "decoding needs more memory than decode_memory_mib allows"
         return {"reason": "too_large", "message": message, "is_last": True}, []
     except Exception as error:
-        return {"internal": decode.place_of(error), "is_last": True}, []
+        return {"internal": error_location(error), "is_last": True}, []
     header = {
         "num_slices": prepared.num_slices,
         "num_chosen": len(prepared.chosen),

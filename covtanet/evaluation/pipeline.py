@@ -14,8 +14,7 @@ from covtanet import drawing as overlay
 from covtanet import ray_data, storage
 from covtanet.data import prepared
 from covtanet.data.prepared import PreparedVolume
-from covtanet.decoding.prepare import place_of
-from covtanet.errors import TrainingError
+from covtanet.errors import TrainingError, error_location
 from covtanet.evaluation.rows import EVALUATION_SCHEMA, answer
 from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import SavedModel
@@ -143,5 +142,5 @@ def guarded(volume: PreparedVolume, answer: Callable[[PreparedVolume], Row]) -> 
     except OSError as error:
         failure = f"storage: {type(error).__name__}"
     except Exception as error:  # ours
-        failure = f"internal error, {place_of(error)}"
+        failure = f"internal error, {error_location(error)}"
     return {**dict.fromkeys(EVALUATION_SCHEMA.names), "volume": volume.key, "failure": failure}

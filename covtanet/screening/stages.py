@@ -42,6 +42,7 @@ from covtanet.errors import (
     StudyTimeoutError,
     UnavailableError,
     WeakSandboxError,
+    error_location,
 )
 from covtanet.inference.quantization import PROBABILITY_STEPS
 
@@ -423,7 +424,7 @@ def not_storable(record: Row, error: Exception) -> Row:
 
 
 def _internal_error(record: Row, error: Exception) -> None:
-    where = str(error) if isinstance(error, DecoderError) else decode.place_of(error)
+    where = str(error) if isinstance(error, DecoderError) else error_location(error)
     key = record["series_key"]
     logger.error("series %s: internal error, %s", key, where, extra={"series_key": key})
     record.update(status=Status.FAILED, reason=Reason.INTERNAL_ERROR, reason_detail=where)

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "covtanet"
 # named with its package is the only one of that package that may be imported.
 ALLOWED = {
     "errors": set(),
-    "doors": set(),
+    "environment": set(),
+    "runtime": {"environment", "storage"},
     "ray_data": set(),
     "storage": set(),
     "ct": set(),
@@ -53,6 +54,7 @@ ALLOWED = {
     "config": {"screening.stages", "training.config"},
 }
 RAY_PLACES = {
+    "runtime.py",
     "ray_data.py",
     "training/worker.py",
     "training/distributed.py",

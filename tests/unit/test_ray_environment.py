@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import cluster
 import pytest
 from conftest import load_job
 
-from covtanet.doors import check_ray_doors
+from covtanet import runtime
+from covtanet.environment import check_ray_environment
 from covtanet.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ from covtanet.errors import ConfigError
     "address", ["", "local", "127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:1"]
 )
 def test_ray_on_this_machine_is_joined_without_a_token_mode(address: str) -> None:
-    check_ray_doors({"RAY_ADDRESS": address})
+    check_ray_environment({"RAY_ADDRESS": address})
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_ray_on_this_machine_is_joined_without_a_token_mode(address: str) -> Non
 def test_ray_on_the_network_wants_token_mode(address: str) -> None:
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": ""}):
         with pytest.raises(ConfigError, match="expected RAY_AUTH_MODE=token"):
-            check_ray_doors({"RAY_ADDRESS": address, **mode})
-    check_ray_doors({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"})
+            check_ray_environment({"RAY_ADDRESS": address, **mode})
+    check_ray_environment({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"})
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_ray_on_the_network_wants_token_mode(address: str) -> None:
 def test_ray_data_that_unpickles_what_it_reads_is_refused(name: str) -> None:
     for value in ("1", "true", "True", "yes"):
         with pytest.raises(ConfigError, match=f"{name} is set, expected unset"):
-            check_ray_doors({name: value})
+            check_ray_environment({name: value})
     for value in ("", "0", "false", "False"):
-        check_ray_doors({name: value})
+        check_ray_environment({name: value})
 
 
 def test_screening_does_not_join_an_open_cluster(
@@ -63,7 +63,7 @@ def test_token_file_that_others_can_read_is_closed(
     token.parent.mkdir()
     token.write_text("secret")
     token.chmod(0o644)
-    cluster._keep_token_private()
+    runtime._write_private_token()
     assert token.stat().st_mode & 0o777 == 0o600
     assert token.read_text() == "secret"
     assert "could be read by others" in caplog.text

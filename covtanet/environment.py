@@ -56,7 +56,7 @@ def check_endpoints(environment: Mapping[str, str]) -> None:
         )
 
 
-def check_ray_doors(environment: Mapping[str, str]) -> None:
+def check_ray_environment(environment: Mapping[str, str]) -> None:
     """Refuse a cluster on the network without Ray's token, and Ray Data that would unpickle what it reads.
 
     environment: this process' variables. RAY_ADDRESS may be absent, or ``local``, for a Ray of its own.
