@@ -195,11 +195,11 @@ def screen(arguments: argparse.Namespace, folder: Path) -> int:
     loaded = load_model(model.folder, model.digest)
     window, config = window_of(loaded), for_model(config, loaded.preprocessing)
     refuse_without_segmentation(loaded)
-    if not loaded.provenance.get("has_diagnosis", True):
+    if not loaded.capabilities.diagnoses:
         logger.warning(
             "the model was trained in phase 1 alone: diagnosis and severity are null, but for the rule's"
         )
-    if "hu" not in loaded.preprocessing.get("intensities", ["hu"]):
+    if "hu" not in loaded.preprocessing.intensities:
         logger.warning("the model was trained on grey values alone and has never seen HU")
     run = make_run(arguments, archive, ledger_uri, model, config_values(window, config))
     run = replace(run, model_ref=ref)

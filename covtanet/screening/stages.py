@@ -45,6 +45,7 @@ from covtanet.errors import (
     error_location,
 )
 from covtanet.inference.quantization import PROBABILITY_STEPS
+from covtanet.model.description import Preprocessing
 
 if (
     TYPE_CHECKING
@@ -119,9 +120,11 @@ class ScreeningConfig:
             )
 
 
-def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> ScreeningConfig:
+def for_model(config: ScreeningConfig, preprocessing: Preprocessing) -> ScreeningConfig:
     """The configuration with the distance of slices that a model was trained with, where the model says."""
-    return replace(config, slice_step_mm=preprocessing.get("slice_step_mm", config.slice_step_mm))
+    if preprocessing.slice_step_mm is None:
+        return config
+    return replace(config, slice_step_mm=preprocessing.slice_step_mm)
 
 
 def in_process(window: WindowConfig, config: ScreeningConfig) -> Decoder:
