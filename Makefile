@@ -20,24 +20,25 @@ install: .venv/.installed ## make .venv and install everything into it
 	@touch $@
 
 demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)
-	@$(BIN)/python infra/local/demo.py
+	@$(BIN)/python -m infra.local.demo
 
 screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]
-	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
+	@$(BIN)/python -m infra.local.screen "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
 
 serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
-	@$(BIN)/python infra/local/endpoint.py
+	@$(BIN)/python -m infra.local.endpoint
 
 stop: .venv/.installed ## end what make serve started
-	@$(BIN)/python infra/local/endpoint.py --stop
+	@$(BIN)/python -m infra.local.endpoint --stop
 
-test: .venv/.installed ## the test suite (16 minutes on two cores)
-	@$(BIN)/python -m pytest tests/unit -n 2
-	@$(BIN)/python -m pytest tests/cluster
+# Unit and integration tests share two processes; those of cluster and http share one Ray, so they run in one.
+test: .venv/.installed ## run the tests (16 minutes on two cores)
+	@$(BIN)/python -m pytest tests/unit tests/integration -n 2
+	@$(BIN)/python -m pytest tests/cluster tests/http
 
-test-all: .venv/.installed ## make test, and what takes many minutes: every network of the tables
-	@$(BIN)/python -m pytest tests/unit -n 2 -m ''
-	@$(BIN)/python -m pytest tests/cluster -m ''
+test-all: .venv/.installed ## run make test with the slow tests: every network of the paper's tables
+	@$(BIN)/python -m pytest tests/unit tests/integration -n 2 -m 'not faults'
+	@$(BIN)/python -m pytest tests/cluster tests/http -m 'not faults'
 
 check: .venv/.installed ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
@@ -47,11 +48,16 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py
 
-faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, serve, all)
-	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
+FAULTS_training := tests/faults/test_training_faults.py
+FAULTS_screening := tests/faults/test_screening_faults.py
+FAULTS_serve := tests/faults/test_serving_faults.py
+FAULTS_all := tests/faults
+
+faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, all)
+	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve or all))
 
 fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
-	@$(BIN)/python tests/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
+	@$(BIN)/python tests/support/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
 
 audit: .venv/.installed ## known holes in what constraints.txt installs, where the network reaches the advisories
 	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit

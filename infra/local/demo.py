@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-from services import ROOT, Service, start_ray, start_s3, write_private
 
 from covtanet import drawing as overlay
 from covtanet import storage
 from covtanet.phantoms import agreement
 from covtanet.phantoms.archive import configs, write_archive, write_training_set
+from infra.local.services import ROOT, Service, start_ray, start_s3, write_private
 
 DEMO = ROOT / ".demo"
 NUM_TRAINING, NUM_SOUND = 72, 28

@@ -24,7 +24,8 @@ from typing import Any
 
 import psutil
 import requests
-from services import (
+
+from infra.local.services import (
     LOOPBACK,
     ROOT,
     Service,

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import S3
-from services import LOOPBACK, free_ports
+from running import S3
 
 from covtanet import storage, tracking
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import MODEL_FILES, model_digest
 from covtanet.storage import s3 as s3_store
+from infra.local.services import LOOPBACK, free_ports
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from services import free_ports, start_mlflow
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.model import checkpoint
+from infra.local.services import free_ports, start_mlflow
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import duckdb
-import faults_screening
 import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pydicom
-from conftest import ROOT, Cluster
-from faults_screening import Screening
+from repository import ROOT
+from running import Cluster
+from screening_runs import Screening
 
 from covtanet import storage
 from covtanet.ledger.diff import differences
@@ -42,7 +42,10 @@ def test_ledger_reads_as_it_lies(screening: Screening) -> None:
 
 
 def test_a_committed_run_says_so_and_changes_nothing(screening: Screening) -> None:
-    assert faults_screening.again(screening)
+    (path,) = (screening.bucket / "clean").glob("date=*/*.parquet")
+    before = path.read_bytes()
+    assert "nothing to do" in screening.run("clean")
+    assert path.read_bytes() == before
 
 
 def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
@@ -69,10 +72,22 @@ def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None
     assert {key: after[key] for key in before} == before
 
 
-def test_plan_tells_what_would_be_done(screening: Screening) -> None:
-    """That it freezes the manifest and screens nothing is seen where it is made."""
-    assert re.search(r"^series \(expected rows\) +25$", screening.planned, re.MULTILINE)
-    assert "CPUs, 0 GPUs: fits" in screening.planned
+def test_plan_prints_series_and_freezes_the_manifest(screening: Screening) -> None:
+    planned = screening.planned
+    assert re.search(r"^series \(expected rows\) +25$", planned.output, re.MULTILINE)
+    assert "CPUs, 0 GPUs: fits" in planned.output
+    assert planned.has_manifest
+
+
+def test_plan_screens_nothing(screening: Screening) -> None:
+    assert screening.planned.num_rows == 0
+    assert not screening.planned.is_committed
+
+
+def test_run_names_ignored_objects_and_a_store_without_create(screening: Screening) -> None:
+    assert "ignored, no series: 1 .txt" in screening.clean_output
+    # rclone's S3 server ignores If-None-Match.
+    assert "this store lets a PUT replace a file" in screening.clean_output
 
 
 def test_submitted_job_refuses_relative_places_with_the_form_to_use(

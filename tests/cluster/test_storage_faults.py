@@ -16,9 +16,8 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from conftest import S3
 from hostile import named, plain_nifti, slices
-from services import LOOPBACK, LOOPBACK_SECRET, start_job, start_s3
+from running import S3
 
 from covtanet import storage
 from covtanet.archive import manifest
@@ -27,6 +26,7 @@ from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig
 from covtanet.storage import s3 as s3_store
+from infra.local.services import LOOPBACK, LOOPBACK_SECRET, start_job, start_s3
 
 CONFIG, WINDOW = ScreeningConfig(engine="eager"), WindowConfig(size_px=128)
 OBJECT_BYTES = 3 << 20

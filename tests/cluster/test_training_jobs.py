@@ -10,9 +10,10 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, S3, Cluster
-from faults import EPOCHS, Training
 from mlflow.tracking import MlflowClient
+from repository import ROOT
+from running import S3, Cluster
+from training_runs import EPOCHS, TrainingRun
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
@@ -23,7 +24,7 @@ from covtanet.phantoms.phantom import make_phantom
 
 
 @pytest.fixture(scope="module")
-def registered(trained: Training) -> list[str]:
+def registered(trained: TrainingRun) -> list[str]:
     """The registry holds a trained model; returns the arguments of the command that trained it."""
     return trained.arguments
 
@@ -44,6 +45,11 @@ def artifacts(run: Any, path: str = "") -> list[str]:
     for item in MlflowClient().list_artifacts(run.info.run_id, path):
         found += artifacts(run, item.path) if item.is_dir else [item.path]
     return found
+
+
+def test_training_registers_its_model_as_challenger(trained: TrainingRun) -> None:
+    assert "registered covtanet version 1 as challenger" in trained.output
+    assert "every lesion mask is of grade CT-1" in trained.output
 
 
 def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> None:
@@ -149,14 +155,29 @@ def test_ablation_rows_share_the_folds_and_fill_table_i(
 
 
 @pytest.fixture(scope="module")
-def screened(registered: list[str], cluster: Cluster, s3: S3) -> list[dict[str, Any]]:
-    """The first champion, made by force, screens a phantom as a NIfTI file and as a DICOM folder by its alias."""
-    output = cluster.run_job(
-        "promote.py", "--dataset", "mosmed", "--data", "s3://bucket/mosmed", expect=3
-    )
-    assert "there is no champion to compare with" in output
-    output = cluster.run_job("promote.py", "--force", "the first one")
-    assert "champion is version 1, was none" in output
+def promotions(registered: list[str], cluster: Cluster) -> list[tuple[int, str]]:
+    """Exit code and output of the first promotion, without a champion, and of one by force."""
+    outcomes = []
+    for arguments in (
+        ("--dataset", "mosmed", "--data", "s3://bucket/mosmed"),
+        ("--force", "the first one"),
+    ):
+        job = cluster.start_job("promote.py", *arguments)
+        outcomes.append((job.finish(), job.output))
+    return outcomes
+
+
+def test_first_promotion_without_champion_needs_force(promotions: list[tuple[int, str]]) -> None:
+    (refused_code, refused), (forced_code, forced) = promotions
+    assert refused_code == 3, refused
+    assert "there is no champion to compare with" in refused
+    assert forced_code == 0, forced
+    assert "champion is version 1, was none" in forced
+
+
+@pytest.fixture(scope="module")
+def screened(promotions: list[tuple[int, str]], cluster: Cluster, s3: S3) -> list[dict[str, Any]]:
+    """Rows of a phantom as a NIfTI file and as a DICOM folder, by the champion's alias."""
     (config,) = configs(1, 63, size_px=96, num_slices=20)
     phantom = make_phantom(config)
     storage.write_bytes("s3://bucket/both/a.nii.gz", nifti.write(phantom.hu, nifti_grid(phantom)))

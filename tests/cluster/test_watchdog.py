@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 # A worker's stage, called as Ray calls it, on an object, a prediction or masks that never come.
 STAGE = """

@@ -1,7 +1,8 @@
-"""The screening half of make faults: kills, cuts and corruption under real jobs over phantoms in a real S3 server."""
+"""Screening under real kills, cuts and corruption, over phantoms in a real S3 server.
 
-import contextlib
-import json
+Unless a test says otherwise, the ledger of a disturbed run equals that of an undisturbed one.
+"""
+
 import os
 import resource
 import shutil
@@ -11,388 +12,278 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from services import Job, Service, start_job, start_s3
+import pytest
+from repository import ROOT
+from screening_runs import (
+    CHILD,
+    DECODER,
+    PREDICTOR,
+    DeadlySeries,
+    Screening,
+    signal_one,
+    write_archive_and_model,
+)
 
-from covtanet.ledger.diff import differences
-from covtanet.model.checkpoint import SavedModel, save_model
-from covtanet.model.covtanet import SIZES, CovTANet
-from covtanet.phantoms.archive import configs, write_archive
+from infra.local.services import Service, start_job, start_s3
 
-DATE = "2026-11-23"
-NUM_SOUND = 8
-CONFIG = '[screening]\nengine = "eager"\ndecode_timeout_s = 6\n'
-DECODER, PREDICTOR, CHILD = "_DecoderActor", "_PredictorActor", "sandbox_child"
-
-
-@dataclass
-class Screening:
-    """A Ray, an S3 server that may die, an archive in it, and what an undisturbed run makes of it."""
-
-    folder: Path
-    bucket: Path
-    s3: Service | None
-    environment: dict[str, str] = field(default_factory=dict)
-    clean: pa.Table = field(default_factory=lambda: pa.table({}))
-    truth: list[dict[str, object]] = field(default_factory=list)
-    planned: str = ""
-
-    def arguments(
-        self, name: str, archive: str = "s3://bucket/archive", ledger: str = ""
-    ) -> list[str]:
-        """The command of a run into a ledger of its own."""
-        return [
-            "--archive", archive, "--ledger", ledger or f"s3://bucket/{name}", "--model", str(self.folder / "model"),
-            "--config", str(self.folder / "screening.toml"), "--run-date", DATE,
-        ]  # fmt: skip
-
-    def start(self, name: str, *more: str, **where: str) -> Job:
-        """Start a run."""
-        return start_job(self.environment, "screen.py", *self.arguments(name, **where), *more)
-
-    def run(self, name: str, *more: str, expect: int = 0, **where: str) -> str:
-        """Run to the end."""
-        job = self.start(name, *more, **where)
-        code = job.finish()
-        assert code == expect, f"exit code {code}, expected {expect}:\n{job.output[-3000:]}"
-        assert f"exit code {code}:" in job.lines[-1], "the last line does not tell the exit code"
-        return job.output
-
-    def rows_done(self, name: str) -> int:
-        """Finished series of a run that goes on."""
-        return len(list((self.bucket / name).glob("_work/*/rows/*.parquet")))
-
-    def is_committed(self, name: str) -> bool:
-        """Whether the run's file is there."""
-        return any((self.bucket / name).glob("date=*/*.parquet"))
-
-    def table(self, name: str) -> pa.Table:
-        """The committed run."""
-        (path,) = (self.bucket / name).glob("date=*/*.parquet")
-        return pq.ParquetFile(path).read()
-
-    def check_equal(self, name: str, table: pa.Table | None = None) -> str:
-        """N rows, and all of them as without a fault."""
-        table = self.table(name) if table is None else table
-        found = differences(self.clean, table)
-        assert not found, f"{len(found)} differences, first {found[0]}"
-        return f"{table.num_rows} rows, equal to the clean run's"
+pytestmark = pytest.mark.faults
 
 
-def fill(setting: Screening) -> None:
-    """Write the archive and the model."""
-    folder = setting.folder
-    setting.bucket.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    model = SavedModel(
-        network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}
+class Server:
+    """An S3 server that may be killed and started again, at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.service: Service = start_s3(folder / "s3", folder / "s3.log")
+        self.environment = self.service.environment
+        self.port = int(self.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
+
+    def kill(self) -> None:
+        """Kill the server as a crash would."""
+        os.killpg(self.service.process.pid, signal.SIGKILL)
+
+    def restart(self, **changes: str) -> None:
+        """Stop the server if it runs, and start it again. changes: of its key or secret."""
+        self.service.stop()
+        log = self.folder / "s3.log"
+        self.service = start_s3(self.folder / "s3", log, port=self.port, **changes)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("screening-faults"))
+    yield started
+    started.service.stop()
+
+
+@pytest.fixture(scope="module")
+def screening(
+    server: Server, own_ray: Callable[..., dict[str, str]], module_environment: dict[str, str]
+) -> Screening:
+    """An archive, a Ray for this suite alone, and the ledger of an undisturbed run."""
+    module_environment.update(server.environment)
+    screening = Screening(
+        folder=server.folder,
+        bucket=server.folder / "s3" / "bucket",
+        environment=own_ray(server.environment),
     )
-    save_model(folder / "model", model)
-    (folder / "screening.toml").write_text(CONFIG)
-    phantoms = list(configs(NUM_SOUND, 21, size_px=128, num_slices=20))
-    setting.truth = write_archive("s3://bucket/archive", "s3://bucket/truth", phantoms, 2)
+    write_archive_and_model(screening)
+    screening.run("clean")
+    screening.clean = screening.table("clean")
+    return screening
 
 
-def processes(setting: Screening, part: str) -> Iterator[psutil.Process]:
-    """Processes of this setting's Ray whose command line holds a text."""
-    token = setting.environment["RAY_AUTH_TOKEN_PATH"]
-    for process in psutil.process_iter(["cmdline"]):
-        with contextlib.suppress(psutil.Error):
-            if part not in " ".join(process.info["cmdline"] or ()):
-                continue
-            # A decoder's child has an empty environment, and only root may read that of its parent: Ray's own
-            # process above both says whose they are.
-            if any(_token_of(each) == token for each in (process, *process.parents())):
-                yield process
+@pytest.mark.parametrize("worker", [DECODER, PREDICTOR])
+def test_killed_worker_changes_no_row(
+    screening: Screening, seen: Callable[[str], None], worker: str
+) -> None:
+    name = worker.strip("_").lower()
+    job = screening.start(name)
+    job.wait_for(lambda: screening.rows_done(name) >= 3)
+    job.wait_for(signal_one(screening.environment, worker))
+    assert job.finish() == 0, job.output[-3000:]
+    seen(screening.check_equal(name))
 
 
-def _token_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get("RAY_AUTH_TOKEN_PATH")
-    except psutil.Error:
-        return None
-
-
-def kill_one(
-    setting: Screening, part: str, sent: signal.Signals = signal.SIGKILL
-) -> Callable[[], bool]:
-    """A condition that comes true by signalling such a process."""
-
-    def try_it() -> bool:
-        for process in processes(setting, part):
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(sent)
-                return True
-        return False
-
-    return try_it
-
-
-def worker_killed(name: str, part: str) -> Callable[[Screening], str]:
-    """A worker of a kind is killed once, half-way."""
-
-    def scenario(setting: Screening) -> str:
-        job = setting.start(name)
-        job.wait_for(lambda: setting.rows_done(name) >= 3)
-        job.wait_for(kill_one(setting, part))
-        assert job.finish() == 0, job.output[-3000:]
-        return setting.check_equal(name)
-
-    return scenario
-
-
-def series_kills_its_worker(setting: Screening) -> str:
-    """Whoever decodes one certain series is killed, each time."""
-    name = "killer"
-    job, key, killed = start_killer(setting, name)
+def test_series_that_kills_its_worker_fails_as_worker_died(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    deadly = DeadlySeries(screening, "killer")
+    job = deadly.screen()
     assert job.finish() in (0, 4), job.output[-3000:]
-    rows = {row["series_key"]: row for row in setting.table(name).to_pylist()}
-    assert len(rows) == setting.clean.num_rows
-    assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died"), rows[key][
-        "reason"
-    ]
-    return f"{len(rows)} rows; failed: worker_died after {killed} workers died"
+    rows = {row["series_key"]: row for row in screening.table("killer").to_pylist()}
+    assert len(rows) == screening.clean.num_rows
+    row = rows[deadly.key]
+    assert (row["status"], row["reason"]) == ("failed", "worker_died")
+    seen(f"{len(rows)} rows; failed: worker_died after {len(deadly.killed)} workers died")
 
 
-def start_killer(setting: Screening, name: str) -> tuple[Job, str, int]:
-    """A run in which whoever decodes one certain series dies, until its row is there; its key, and how many died."""
-    key = next(
-        row["series_key"] for row in setting.clean.to_pylist() if row["status"] == "screened"
-    )
-    job, killed = setting.start(name), set()
-    attempts_seen = 0
-
-    def is_over() -> bool:
-        nonlocal attempts_seen
-        for path in (setting.bucket / name).glob(f"_work/*/attempts/*/{key}.json"):
-            with contextlib.suppress(OSError, ValueError):
-                attempt = json.loads(path.read_text())
-                if attempt.get("decode", 0) > attempts_seen:
-                    attempts_seen = attempt["decode"]
-                    # This worker alone: the series of another one would come to its third attempt as well.
-                    with contextlib.suppress(psutil.Error):
-                        psutil.Process(attempt["pid"]).kill()
-                        killed.add(attempt["pid"])
-        return bool(
-            [*(setting.bucket / name).glob(f"_work/*/rows/{key}.parquet")]
-        ) or setting.is_committed(name)
-
-    job.wait_for(is_over)
-    return job, key, len(killed)
-
-
-def series_hangs(setting: Screening) -> str:
-    """A decoder's child is stopped in its tracks: what it reads never ends."""
-    name = "hangs"
-    job = setting.start(name)
-    job.wait_for(lambda: setting.rows_done(name) >= 2)
-    job.wait_for(kill_one(setting, CHILD, signal.SIGSTOP))
+def test_hanging_series_fails_as_timeout(screening: Screening, seen: Callable[[str], None]) -> None:
+    """A decoder's child is stopped by a signal: the series that it reads never ends."""
+    job = screening.start("hangs")
+    job.wait_for(lambda: screening.rows_done("hangs") >= 2)
+    job.wait_for(signal_one(screening.environment, CHILD, signal.SIGSTOP))
     code = job.finish()
     assert code in (0, 4), job.output[-3000:]
-    reasons = Counter(
-        row["reason"] for row in setting.table(name).to_pylist() if row["status"] == "failed"
-    )
+    rows = screening.table("hangs").to_pylist()
+    reasons = Counter(row["reason"] for row in rows if row["status"] == "failed")
     assert reasons == {"timeout": 1}, reasons
-    return f"{setting.table(name).num_rows} rows; one failed: timeout, exit code {code}"
+    seen(f"{len(rows)} rows; one failed: timeout, exit code {code}")
 
 
-def child_killed(setting: Screening) -> str:
-    """A decoder's child dies once, as of memory: the series is read again."""
-    name = "child"
-    job = setting.start(name)
-    job.wait_for(lambda: setting.rows_done(name) >= 2)
-    job.wait_for(kill_one(setting, CHILD))
+def test_killed_decoder_child_changes_no_row(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    """A child that dies once, as if out of memory: the worker survives and reads again."""
+    job = screening.start("child")
+    job.wait_for(lambda: screening.rows_done("child") >= 2)
+    job.wait_for(signal_one(screening.environment, CHILD))
     assert job.finish() == 0, job.output[-3000:]
-    return setting.check_equal(name)
+    seen(screening.check_equal("child"))
 
 
-def driver_killed(setting: Screening) -> str:
-    """The driver dies at 10, 50 and 90 %, three times in one run."""
-    name, total, redone = "driver", setting.clean.num_rows, 0
+def test_driver_killed_thrice_repeats_no_finished_series(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    """The driver dies at 10, 50 and 90 % of one run."""
+    total = screening.clean.num_rows
     for share in (0.1, 0.5, 0.9):
-        job = setting.start(name)
-        job.wait_for(lambda share=share: setting.rows_done(name) >= share * total)  # type: ignore[misc]
+        num_rows = share * total
+        job = screening.start("driver")
+        job.wait_for(lambda num_rows=num_rows: screening.rows_done("driver") >= num_rows)  # type: ignore[misc]
         job.kill()
-        assert not setting.is_committed(name), "a run that died left a ledger"
+        assert not screening.is_committed("driver"), "a run that died left a ledger"
         time.sleep(1)
-    rows = (setting.bucket / name).glob("_work/*/rows/*.parquet")
-    before = {
-        path.name: pq.ParquetFile(path).read(["screened_at"])["screened_at"][0].as_py()
-        for path in rows
-    }
-    setting.run(name)
-    after = {
-        f"{row['series_key']}.parquet": row["screened_at"]
-        for row in setting.table(name).to_pylist()
-    }
-    redone = sum(after[key] != moment for key, moment in before.items())
-    assert redone == 0, f"{redone} finished series were screened again"
-    return f"{setting.check_equal(name)}; {len(before)} finished before, none redone"
+    before = {}
+    for path in (screening.bucket / "driver").glob("_work/*/rows/*.parquet"):
+        (moment,) = pq.ParquetFile(path).read(["screened_at"])["screened_at"].to_pylist()
+        before[path.stem] = moment
+    screening.run("driver")
+    rows = screening.table("driver").to_pylist()
+    after = {row["series_key"]: row["screened_at"] for row in rows}
+    num_repeated = sum(after[key] != moment for key, moment in before.items())
+    assert num_repeated == 0, f"{num_repeated} finished series were screened again"
+    seen(f"{screening.check_equal('driver')}; {len(before)} finished before, none repeated")
 
 
-def two_drivers(setting: Screening) -> str:
-    """The same command twice at once, each with a Ray of its own, on a disk, where a file is created by one alone."""
-    ledger = str(setting.folder / "two")
-    own = {
-        name: value for name, value in setting.environment.items() if not name.startswith("RAY_A")
+def test_second_driver_of_a_run_returns_5(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    """Two drivers, each on a Ray of its own, on a disk, which lets only one create a file."""
+    ledger = str(screening.folder / "two")
+    environment = {
+        name: value for name, value in screening.environment.items() if not name.startswith("RAY_A")
     }
-    jobs = [start_job(own, "screen.py", *setting.arguments("two", ledger=ledger)) for _ in range(2)]
+    arguments = screening.arguments("two", ledger=ledger)
+    jobs = [start_job(environment, "screen.py", *arguments) for _ in range(2)]
     codes = sorted(job.finish() for job in jobs)
     assert codes in ([0, 5], [0, 0]), (codes, *(job.output[-1500:] for job in jobs))
     (path,) = Path(ledger).glob("date=*/*.parquet")
-    seen = setting.check_equal("two", pq.ParquetFile(path).read())
+    equal = screening.check_equal("two", pq.ParquetFile(path).read())
     assert codes == [0, 5], "both say that they committed"
-    return f"exit codes 0 and 5; {seen}"
+    seen(f"exit codes 0 and 5; {equal}")
 
 
-def again(setting: Screening) -> str:
-    """A finished run submitted again."""
-    (path,) = (setting.bucket / "clean").glob("date=*/*.parquet")
+def test_committed_run_submitted_again_changes_nothing(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    (path,) = (screening.bucket / "clean").glob("date=*/*.parquet")
     before = path.read_bytes()
-    output = setting.run("clean")
+    output = screening.run("clean")
     assert "nothing to do" in output
     assert path.read_bytes() == before
-    return "exit code 0, nothing to do, file untouched"
+    seen("exit code 0, nothing to do, file untouched")
 
 
-def _restart(setting: Screening, **changes: str) -> None:
-    assert setting.s3 is not None
-    setting.s3.stop()
-    setting.s3 = start_s3(
-        setting.folder / "s3", setting.folder / "s3.log", port=int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]),
-        **changes,
-    )  # fmt: skip
-
-
-def s3_dies(setting: Screening) -> str:
-    """The S3 server is killed half-way and comes back after some seconds."""
-    name = "s3-dies"
-    job = setting.start(name)
-    job.wait_for(lambda: setting.rows_done(name) >= 3)
-    assert setting.s3 is not None
-    os.killpg(setting.s3.process.pid, signal.SIGKILL)
+def test_killed_s3_server_loses_no_row(
+    screening: Screening, server: Server, seen: Callable[[str], None]
+) -> None:
+    """The server comes back after some seconds; the job waits, or ends to be resumed."""
+    job = screening.start("s3-dies")
+    job.wait_for(lambda: screening.rows_done("s3-dies") >= 3)
+    server.kill()
     time.sleep(4)
-    _restart(setting)
+    server.restart()
     code = job.finish()
     assert code in (0, 1), job.output[-3000:]
     if code:
-        assert not setting.is_committed(name)
-        setting.run(name)
-    return f"exit code {code}; then {setting.check_equal(name)}"
+        assert not screening.is_committed("s3-dies")
+        screening.run("s3-dies")
+    seen(f"exit code {code}; then {screening.check_equal('s3-dies')}")
 
 
-def keys_expire(setting: Screening) -> str:
-    """The server takes our keys no longer, half-way: no series is to blame."""
-    name = "keys"
-    job = setting.start(name)
-    job.wait_for(lambda: setting.rows_done(name) >= 3)
-    _restart(setting, secret="another")
+def test_expired_keys_end_the_job_without_failed_rows(
+    screening: Screening, server: Server, seen: Callable[[str], None]
+) -> None:
+    """The server refuses the keys half-way; the same command continues once they are valid."""
+    job = screening.start("keys")
+    job.wait_for(lambda: screening.rows_done("keys") >= 3)
+    server.restart(secret="another")
     try:
-        code = job.finish()
-        assert code == 1, job.output[-3000:]
+        assert job.finish() == 1, job.output[-3000:]
     finally:
-        _restart(setting)
-    assert not setting.is_committed(name)
-    setting.run(name)
-    return f"exit code 1, nothing committed; then {setting.check_equal(name)}"
+        server.restart()
+    assert not screening.is_committed("keys")
+    screening.run("keys")
+    seen(f"exit code 1, nothing committed; then {screening.check_equal('keys')}")
 
 
-def object_changes(setting: Screening) -> str:
-    """Between listing and reading one object is overwritten and another is gone."""
-    name, archive = "changes", setting.bucket / "changing"
-    shutil.copytree(setting.bucket / "archive", archive)
-    _restart(setting)
-    setting.run(name, "--plan", archive="s3://bucket/changing")
+def test_objects_changed_after_listing_fail_their_series(
+    screening: Screening, server: Server, seen: Callable[[str], None]
+) -> None:
+    """Between listing and reading one object is replaced and another is removed."""
+    archive = screening.bucket / "changing"
+    shutil.copytree(screening.bucket / "archive", archive)
+    server.restart()
+    screening.run("changes", "--plan", archive="s3://bucket/changing")
     first, second = sorted((archive / "nifti").iterdir())[:2]
     first.write_bytes(second.read_bytes() + b"1")
     second.unlink()
-    _restart(setting)
-    output = setting.start(name, archive="s3://bucket/changing")
-    code = output.finish()
-    rows = {row["source_uri"].rsplit("/", 1)[1]: row for row in setting.table(name).to_pylist()}
-    assert len(setting.table(name)) == setting.clean.num_rows
-    seen = (rows[first.name]["reason"], rows[second.name]["reason"])
-    assert seen == ("changed", "vanished"), seen
-    assert code == 4, code  # 2 of 27 series are more than 5 %
-    return f"{setting.clean.num_rows} rows; failed: changed and failed: vanished, exit code {code}"
+    server.restart()
+    code = screening.start("changes", archive="s3://bucket/changing").finish()
+    rows = {
+        row["source_uri"].rsplit("/", 1)[1]: row for row in screening.table("changes").to_pylist()
+    }
+    assert len(rows) == screening.clean.num_rows
+    reasons = (rows[first.name]["reason"], rows[second.name]["reason"])
+    assert reasons == ("changed", "vanished"), reasons
+    assert code == 4, code  # 2 of 25 series are more than 5 %
+    seen(f"{len(rows)} rows; failed: changed and failed: vanished, exit code {code}")
 
 
-def disk_is_full(setting: Screening) -> str:
-    """The driver may write no file of the ledger's size."""
-    ledger = setting.folder / "full"
+def test_full_disk_commits_nothing(screening: Screening, seen: Callable[[str], None]) -> None:
+    """The driver may not write a file as large as the ledger; the next start commits it."""
+    ledger = screening.folder / "full"
 
-    def no_large_files() -> None:
+    def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 10, 24 << 10))
 
-    command = [sys.executable, "jobs/screen.py", *setting.arguments("full", ledger=str(ledger))]
+    command = [sys.executable, "jobs/screen.py", *screening.arguments("full", ledger=str(ledger))]
     limited = subprocess.run(
-        command, env=setting.environment, capture_output=True, text=True, timeout=280, check=False,
-        preexec_fn=no_large_files, cwd=Path(__file__).resolve().parents[2],
+        command, env=screening.environment, capture_output=True, text=True, timeout=280,
+        check=False, preexec_fn=limit_file_size, cwd=ROOT,
     )  # fmt: skip
     assert limited.returncode == 1, limited.stderr[-3000:]
     assert not list(ledger.glob("date=*/*"))
-    setting.run("full", ledger=str(ledger))
+    screening.run("full", ledger=str(ledger))
     (path,) = ledger.glob("date=*/*.parquet")
-    return f"exit code 1, nothing committed; then {setting.check_equal('full', pq.ParquetFile(path).read())}"
+    equal = screening.check_equal("full", pq.ParquetFile(path).read())
+    seen(f"exit code 1, nothing committed; then {equal}")
 
 
-def wrong_model(setting: Screening) -> str:
-    """Weights that are not what the model's description says."""
-    folder = setting.folder / "wrong"
-    shutil.copytree(setting.folder / "model", folder)
+def test_model_of_another_digest_returns_3(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    """Weights that differ from the digest in the model's description; nothing is read."""
+    folder = screening.folder / "wrong"
+    shutil.copytree(screening.folder / "model", folder)
     weights = folder / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    job = start_job(
-        setting.environment, "screen.py", *setting.arguments("wrong"), "--model", str(folder)
-    )
+    arguments = [*screening.arguments("wrong"), "--model", str(folder)]
+    job = start_job(screening.environment, "screen.py", *arguments)
     assert job.finish() == 3, job.output[-2000:]
-    assert not (setting.bucket / "wrong").exists()
-    return "exit code 3 before anything was read"
+    assert not (screening.bucket / "wrong").exists()
+    seen("exit code 3 before anything was read")
 
 
-def all_bad(setting: Screening) -> str:
-    """Nothing in the archive is a chest CT."""
+def test_archive_of_bad_files_commits_rejected_rows(
+    screening: Screening, seen: Callable[[str], None]
+) -> None:
+    archive = screening.folder / "bad"
+    archive.mkdir()
     for index in range(3):
-        (setting.folder / "bad").mkdir(exist_ok=True)
-        (setting.folder / "bad" / f"{index}.nii").write_bytes(b"no volume")
-    setting.run("bad", archive=str(setting.folder / "bad"), expect=4)
-    assert setting.table("bad").num_rows == 3
-    return "exit code 4, 3 rejected rows committed"
+        (archive / f"{index}.nii").write_bytes(b"no volume")
+    screening.run("bad", archive=str(archive), expect=4)
+    assert screening.table("bad").num_rows == 3
+    seen("exit code 4, 3 rejected rows committed")
 
 
-def empty_archive(setting: Screening) -> str:
-    """There is nothing to screen."""
-    (setting.folder / "nothing").mkdir()
-    setting.run("empty", archive=str(setting.folder / "nothing"), expect=3)
-    return "exit code 3, told in one line"
-
-
-Scenario = Callable[[Screening], str]
-SCREENING: dict[str, tuple[Scenario, str]] = {
-    "decoding worker killed": (worker_killed("decoder", DECODER), "N rows, equal"),
-    "predicting worker killed": (worker_killed("predictor", PREDICTOR), "N rows, equal"),
-    "a series kills its worker every time": (
-        series_kills_its_worker,
-        "failed: worker_died, the job ends",
-    ),
-    "a series hangs": (series_hangs, "failed: timeout, others equal"),
-    "a decoder's child killed": (child_killed, "the worker survives; N rows, equal"),
-    "driver killed at 10, 50 and 90 %": (driver_killed, "goes on; nothing redone; N rows, equal"),
-    "two drivers of one run": (two_drivers, "one wins, the other says so; N rows, equal"),
-    "a finished run again": (again, "nothing to do"),
-    "S3 server killed": (s3_dies, "waits or stops clean; never a missing row"),
-    "keys expire half-way": (keys_expire, "stops clean, resumable; not N failed rows"),
-    "object changed, object gone": (object_changes, "failed: changed, failed: vanished"),
-    "no room for the ledger": (disk_is_full, "non-zero, nothing committed; the next start commits"),
-    "model of another digest": (wrong_model, "refused before reading"),
-    "all input bad": (all_bad, "committed, exit code 4"),
-    "empty archive": (empty_archive, "a clear error"),
-}
+def test_empty_archive_returns_3(screening: Screening, seen: Callable[[str], None]) -> None:
+    (screening.folder / "nothing").mkdir()
+    screening.run("empty", archive=str(screening.folder / "nothing"), expect=3)
+    seen("exit code 3, told in one line")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from endpoint import Endpoint
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -21,6 +20,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+
+from infra.local.endpoint import Endpoint
 
 CHECKS = [
     not_a_server_error,

@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3
-from endpoint import Endpoint
-from faults_screening import Screening
+from running import S3
+from screening_runs import Screening
 
 from covtanet import drawing as overlay
 from covtanet.ct.window import WindowConfig, to_input
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report import worklist
+from infra.local.endpoint import Endpoint
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

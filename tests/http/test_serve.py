@@ -8,18 +8,19 @@ import time
 import zipfile
 from typing import Any
 
-import faults_serving
 import pyarrow.parquet as pq
 import pydicom
 import pytest
-from conftest import NIGHT, NIGHT_HEADERS, Cluster
-from endpoint import Endpoint
-from faults_screening import Screening
+import serving_runs
 from hostile import gz, plain_nifti, slices
+from nights import NIGHT, NIGHT_HEADERS, SubmittedBatch
+from running import Cluster
+from screening_runs import Screening
 
 from covtanet.ledger.diff import differences
 from covtanet.phantoms.archive import configs, dicom_objects
 from covtanet.phantoms.phantom import make_phantom
+from infra.local.endpoint import Endpoint
 from serve.middleware import SECURITY_HEADERS
 
 UPLOAD_TIMEOUT_S = 120
@@ -128,6 +129,17 @@ def test_other_places_than_ones_own_are_not_read(endpoint: Endpoint) -> None:
                 "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
             assert (status, answer["reason"]) == (403, "place_not_allowed"), uri
+
+
+def test_submitted_batch_is_accepted_once_and_committed(submitted_batch: SubmittedBatch) -> None:
+    """The same key returns the same batch, another request under that key 422, an early GET 404."""
+    status, answer = submitted_batch.submitted
+    assert status == 202
+    assert submitted_batch.repeated[1]["batch_id"] == answer["batch_id"]
+    assert submitted_batch.conflicting[0] == 422
+    status, answer = submitted_batch.early_ledger
+    assert (status, answer["reason"]) == (404, "not_there")
+    assert submitted_batch.state["state"] == "committed", submitted_batch.state
 
 
 def test_a_batch_is_the_job_and_its_ledger_the_jobs(
@@ -300,7 +312,7 @@ def test_a_replica_that_dies_in_a_request_costs_that_request_alone(
     study = gz(plain_nifti())
     connection = endpoint.announce(len(study))  # the replica waits for its body
     time.sleep(0.5)
-    faults_serving.kill(cluster.environment, faults_serving.API)
+    serving_runs.kill(cluster.environment, serving_runs.API)
     with contextlib.closing(connection), connection.getresponse() as answer:
         assert answer.status == 503
         assert int(answer.headers["Retry-After"]) > 0

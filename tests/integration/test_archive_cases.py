@@ -11,7 +11,7 @@ from archive_cases import CASES, LARGE, check
 from chests import body_aspect
 from numpy.typing import NDArray
 from right_rows import Right, faults
-from test_stages import CONFIG, WINDOW
+from stage_rows import CONFIG, WINDOW
 
 from covtanet.archive import manifest
 from covtanet.ct import dicom, dicom_head, nifti

@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from conftest import small_model
+from saved_models import small_model
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from covtanet.decoding import child_process, seccomp
 from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import SUPPORT
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
@@ -17,7 +17,7 @@ def test_a_search_finds_no_bytes_that_are_neither_read_nor_refused(
 ) -> None:
     found = subprocess.run(
         [
-            sys.executable, ROOT / "tests" / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,
+            sys.executable, SUPPORT / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,
             "--seed", "1",
         ],
         capture_output=True, text=True, check=False,

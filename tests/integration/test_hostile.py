@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile import CATALOGUE, CONTROLS, Objects, phantom
-from test_stages import CONFIG, WINDOW, manifest_rows
+from stage_rows import CONFIG, WINDOW, manifest_rows
 
 from covtanet.ct import dicom, nifti
 from covtanet.decoding.sandbox import Limits, Sandbox

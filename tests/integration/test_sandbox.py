@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from encoded_ct import ENCODERS, encoded
 from hostile import CONTROLS, gz, plain_nifti, slices
 from pydicom.uid import RLELossless
-from test_ct import ENCODERS, encoded
 
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import child_process as module

@@ -1,7 +1,7 @@
 """What hospital archives hold beside plain series: what is written, and which row is right for it.
 
-python tests/archive_cases.py FOLDER           write every case into its own folder below FOLDER
-python tests/archive_cases.py --check LEDGER   compare a ledger of that archive with what is right
+python tests/support/archive_cases.py FOLDER           write every case into its own folder below FOLDER
+python tests/support/archive_cases.py --check LEDGER   compare a ledger of that archive with what is right
 
 FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The numbers in the
 names group cases of one kind. What is right follows from the standards and from ``docs/input.md``,

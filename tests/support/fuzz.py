@@ -1,6 +1,6 @@
 """make fuzz MINUTES=10: a coverage-guided search for bytes that our readers neither read nor refuse.
 
-Needs the extra ``fuzz`` (atheris). What it finds is written as ``crash-*`` and becomes a case of tests/hostile.py.
+Needs the extra ``fuzz`` (atheris). What it finds is written as ``crash-*`` and becomes a case of hostile.py beside it.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "infra" / "local")]
 with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
     from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import load_job
+from repository import load_job
 
 from covtanet import runtime
 from covtanet.environment import check_ray_environment

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import load_job
 from PIL import Image
-from test_worklist import ledger, row
+from repository import load_job
+from worklist_rows import ledger, row
 
 from covtanet import storage, tracking
 from covtanet.ct.window import WindowConfig

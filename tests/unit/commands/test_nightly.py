@@ -13,8 +13,8 @@ import nightly
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import load_job
-from test_ledger import freeze, record, series
+from ledger_rows import freeze, record, series
+from repository import load_job
 
 from covtanet import storage
 from covtanet.errors import ConfigError

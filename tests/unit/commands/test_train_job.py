@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_job
+from repository import load_job
 
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
 

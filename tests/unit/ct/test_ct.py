@@ -1,17 +1,15 @@
 """Readers, geometry, windowing and lungs."""
 
-from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 
-import imagecodecs
 import nibabel as nib
-import nibabel.orientations as orientations
 import numpy as np
 import pydicom
 import pytest
+from encoded_ct import ENCODERS, as_nifti, encoded
 from PIL import Image
-from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import RLELossless
 
 from covtanet.ct import dicom, dicom_head, lung, nifti
 from covtanet.ct.volume import Volume, canonical_volume
@@ -25,24 +23,10 @@ from covtanet.ct.window import (
     to_input,
 )
 from covtanet.errors import REJECTION_REASONS, StudyError
-from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
+from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 WINDOW = WindowConfig(size_px=64)
-
-
-def as_nifti(phantom: Phantom, axes: str = "LPS", dtype: type = np.int16) -> bytes:
-    """The phantom as a NIfTI file in any axis order."""
-    image = nib.Nifti1Image.from_bytes(
-        nifti.isal_zlib.decompress(nifti.write(phantom.hu, nifti_grid(phantom)), 31)
-    )
-    turn = orientations.ornt_transform(
-        orientations.io_orientation(image.affine), orientations.axcodes2ornt(tuple(axes))
-    )
-    turned = image.as_reoriented(turn)
-    return bytes(
-        nib.Nifti1Image(np.asarray(turned.dataobj).astype(dtype), turned.affine).to_bytes()
-    )
 
 
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "SPL", "PSR", "AIR"])
@@ -106,33 +90,6 @@ def test_rescale_is_applied_slice_by_slice(mild: Phantom) -> None:
         dataset.save_as(buffer)
         objects.append(buffer.getvalue())
     np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
-
-
-ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
-    JPEG2000Lossless: lambda pixels: imagecodecs.jpeg2k_encode(
-        pixels, level=0, reversible=True, codecformat="j2k"
-    ),
-    JPEGLSLossless: imagecodecs.jpegls_encode,
-    JPEGLosslessSV1: lambda pixels: imagecodecs.ljpeg_encode(pixels, bitspersample=16),
-}
-
-
-def encoded(plain: Iterable[bytes], syntax: str) -> list[bytes]:
-    """DICOM objects with their pixels in a compressed syntax."""
-    objects = []
-    for data in plain:
-        dataset = pydicom.dcmread(BytesIO(data))
-        if syntax == RLELossless:
-            dataset.compress(RLELossless)
-        else:
-            pixels = np.ascontiguousarray(dataset.pixel_array.view(np.uint16))
-            dataset.PixelData = pydicom.encaps.encapsulate([ENCODERS[syntax](pixels)])
-            dataset["PixelData"].is_undefined_length = True
-            dataset.file_meta.TransferSyntaxUID = syntax
-        buffer = BytesIO()
-        dataset.save_as(buffer, enforce_file_format=True)
-        objects.append(buffer.getvalue())
-    return objects
 
 
 @pytest.mark.parametrize("syntax", [*ENCODERS, RLELossless])
@@ -490,7 +447,7 @@ def test_gzip_of_several_members_is_read_and_nan_is_not_hu(mild: Phantom) -> Non
 
 
 def test_real_series_are_read_where_they_exist() -> None:
-    from conftest import REAL_DATA
+    from repository import REAL_DATA
 
     if not (REAL_DATA / "dicom").exists():
         pytest.skip("the real CT is not on this machine")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pydicom
 import pydicom.data
 import pytest
-from conftest import REAL_DATA
 from hostile import CATALOGUE, CONTROLS, bomb_of_items, nested, slices
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
+from repository import REAL_DATA
 
 from covtanet.archive.manifest import HEAD_BYTES, LONG_HEAD_BYTES
 from covtanet.ct import dicom_head

@@ -2,30 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 from scipy import ndimage
+from wide_chests import averaged, chest
 
 from covtanet.ct import lung
 from covtanet.ct.body import blank_slices, find_outside
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
-from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
+from covtanet.phantoms.phantom import Phantom
 
 Array = np.ndarray
-
-
-@cache
-def chest(size_px: int = 128, num_slices: int = 30, involvement: float = 0.12) -> Phantom:
-    """358 mm wide, 270 mm high, whatever the number of pixels."""
-    return make_phantom(
-        PhantomConfig(
-            seed=11, involvement=involvement, size_px=size_px, num_slices=num_slices,
-            pixel_mm=358.4 / size_px, slice_mm=270 / num_slices,
-        )
-    )  # fmt: skip
 
 
 def found_in(
@@ -513,13 +502,3 @@ def test_lungs_of_anisotropic_slices_are_those_of_square_ones(
     lungs = found_in(np.rint(hu).astype(np.int16), scaled)
     assert not lungs.is_partial
     assert share(lungs, truth > 0.5) == pytest.approx(1, abs=0.1)
-
-
-def averaged(array: Array, factors: tuple[int, int, int]) -> Array:
-    """Means of blocks; what does not fill a block at the end is left out."""
-    shape = [length // factor for length, factor in zip(array.shape, factors, strict=True)]
-    z, y, x = (length * factor for length, factor in zip(shape, factors, strict=True))
-    blocks = array[:z, :y, :x].reshape(
-        shape[0], factors[0], shape[1], factors[1], shape[2], factors[2]
-    )
-    return np.asarray(blocks.mean(axis=(1, 3, 5), dtype=np.float64))

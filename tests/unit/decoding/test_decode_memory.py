@@ -3,7 +3,6 @@
 import tracemalloc
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -13,6 +12,7 @@ import pydicom
 import pytest
 from hostile import DATATYPE, DIM, gz, patched, phantom, slices
 from pydicom.uid import JPEGLSLossless
+from repository import ROOT
 
 from covtanet.ct import dicom, nifti
 from covtanet.ct.window import WindowConfig
@@ -22,7 +22,7 @@ from covtanet.screening.stages import ScreeningConfig
 
 MIB = 1 << 20
 NUM_SLICES, SLICE_MM, PIXEL_MM = 40, 0.5, 0.7
-INPUT_MD = Path(__file__).parents[2] / "docs" / "input.md"
+INPUT_MD = ROOT / "docs" / "input.md"
 
 
 def thin_slices() -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import load_model

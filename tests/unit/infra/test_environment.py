@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from services import LOOPBACK_SECRET, check_token, start_mlflow, start_ray, start_s3
 
 from covtanet.environment import ALLOW_PLAIN_HTTP, ENDPOINTS, check_endpoints
 from covtanet.errors import ConfigError
 from covtanet.runtime import check_tracking
+from infra.local.services import LOOPBACK_SECRET, check_token, start_mlflow, start_ray, start_s3
 
 
 def test_s3_with_the_secret_that_stands_in_the_source_stays_on_loopback(tmp_path: Path) -> None:

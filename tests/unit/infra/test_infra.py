@@ -12,9 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from repository import ROOT
 
 PIPELINE = ROOT / "covtanet" / "screening" / "pipeline.py"
 KUBERAY = ROOT / "infra" / "kuberay"

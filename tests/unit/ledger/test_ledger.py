@@ -14,9 +14,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ledger_rows import freeze, record, series
 
 from covtanet import storage
-from covtanet.archive.manifest import IGNORED_SCHEMA, Series
+from covtanet.archive.manifest import IGNORED_SCHEMA
 from covtanet.errors import REJECTION_REASONS, AlreadyCommittedError, ConfigError
 from covtanet.ledger import work
 from covtanet.ledger.accounting import Accounting
@@ -37,7 +38,6 @@ from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.work import complete_row, finished_keys, store_row, write_manifest, write_rows
 from covtanet.report.summary import findings
 from covtanet.screening import pipeline
-from covtanet.storage import ObjectInfo
 
 
 @pytest.fixture
@@ -52,37 +52,6 @@ def run(tmp_path: Path) -> Run:
         config_digest="c" * 64,
         software_version="0.1.0",
     )
-
-
-def series(name: str) -> dict[str, Any]:
-    path = f"{name}.nii.gz"
-    return Series(
-        source_path=path, source_format="nifti", objects=(ObjectInfo(path, 7, "v"),)
-    ).to_row()
-
-
-def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {
-        "series_key": row["series_key"],
-        "source_uri": f"/archive/{row['source_path']}",
-        "source_format": "nifti",
-        "source_version": row["source_version"],
-        "num_objects": 1,
-        "num_bytes": 7,
-        "qc_flags": [],
-        "status": "rejected",
-        "reason": "not_hu",
-        **values,
-    }
-
-
-def freeze(run: Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
-    rows = [series(name) for name in names]
-    ignored = tmp_path / "ignored.parquet"
-    write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}], 10)
-    begin_run(run)
-    write_manifest(run, rows, ignored)
-    return rows
 
 
 def test_run_id_follows_from_what_is_screened_with_what_and_when(run: Run) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import save_file
+from saved_models import small_model
 
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model

@@ -4,7 +4,7 @@ import re
 
 import pyarrow as pa
 import pytest
-from test_worklist import ledger, row
+from worklist_rows import ledger, row
 
 from covtanet.ledger.read import for_spreadsheet
 from covtanet.ledger.schema import LEDGER_SCHEMA

@@ -1,13 +1,10 @@
 """SEG and SR of a series, read back by highdicom: the same voxels, at the same places, with the same numbers."""
 
 import logging
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import highdicom as hd
 import numpy as np
@@ -129,18 +126,6 @@ def test_a_mask_of_another_grid_is_refused(headers: list[pydicom.Dataset], mild:
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     with pytest.raises(StudyError, match="grid of its mask"):
         frames_of(headers, mild.lesion_mask, affine)
-
-
-@pytest.mark.skipif(shutil.which("dcmdump") is None, reason="dcmtk is not installed")
-def test_dcmtk_reads_both(
-    source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom, tmp_path: Path
-) -> None:
-    for command, data in zip(("dcmdump", "dsrdump"), written(source, headers, mild), strict=True):
-        path = tmp_path / command
-        path.write_bytes(data)
-        found = subprocess.run([command, path], capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stderr
-        assert "E:" not in found.stderr
 
 
 Edit = Callable[[Dataset, int], None]

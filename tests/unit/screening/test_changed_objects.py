@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hostile import named, plain_nifti, slices
-from test_stages import manifest_rows, prepare
+from stage_rows import manifest_rows, prepare
 
 from covtanet import storage
 from covtanet.errors import StudyError, UnavailableError, WeakSandboxError

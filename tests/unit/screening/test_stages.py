@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from io import BytesIO
@@ -15,16 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REAL_DATA
+from encoded_ct import as_nifti
 from PIL import Image
-from test_ct import as_nifti
-from test_field_of_view import averaged, chest
+from repository import REAL_DATA
+from stage_rows import CONFIG, WINDOW, manifest_rows, prepare
+from wide_chests import averaged, chest
 
 from covtanet import drawing as overlay
-from covtanet.archive import manifest
-from covtanet.ct import dicom_head, lung
+from covtanet.ct import lung
 from covtanet.ct.volume import Volume, canonical_volume
-from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare as decode
 from covtanet.errors import SandboxClosedError
 from covtanet.inference.predictor import Prediction, Predictor
@@ -34,36 +32,12 @@ from covtanet.phantoms.archive import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import pipeline, stages
 from covtanet.screening.stages import ScreeningConfig
-from covtanet.screening.study import Screener
-from covtanet.storage import read_bytes, walk
-
-CONFIG = ScreeningConfig(engine="eager", max_batch_slices=8)
-WINDOW = WindowConfig(size_px=128)
+from covtanet.storage import walk
 
 
 @pytest.fixture(scope="module")
 def predictor(model_folder: Path) -> Predictor:
     return Predictor(load_model(model_folder), engine="eager", max_batch_slices=8)
-
-
-def manifest_rows(archive: Path) -> list[dict[str, Any]]:
-    rows = []
-    for folder, objects in walk(str(archive)):
-        found, _ = manifest.scan_folder(
-            folder,
-            objects,
-            lambda path, size: read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
-        )
-        rows += [series.to_row() for series in found]
-    return rows
-
-
-def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> dict[str, Any]:
-    decoder = stages.in_process(WINDOW, config)
-    return stages.decode_and_prepare(
-        row, archive=str(archive), window=WINDOW, config=config, decoder=decoder
-    )
 
 
 def screen(
@@ -546,31 +520,6 @@ def test_closed_sandbox_ends_the_request_without_reading_the_rest(
             row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=decoder
         )
     assert len(read) == 1
-
-
-@pytest.fixture
-def screener(predictor: Predictor) -> Iterator[Screener]:
-    found = Screener(predictor, WINDOW, CONFIG, "digest")
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def study(tmp_path: Path, mild: Phantom) -> str:
-    """Two series."""
-    for name in ("a.nii", "b.nii"):
-        (tmp_path / name).write_bytes(as_nifti(mild))
-    return str(tmp_path)
-
-
-def test_closed_screener_ends_its_study_with_an_error_and_no_row(
-    screener: Screener, study: str
-) -> None:
-    rows = screener(study)
-    assert next(rows)["status"] == "screened"
-    screener.close()
-    with pytest.raises(SandboxClosedError, match="the sandbox is closed"):
-        next(rows)
 
 
 def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_stages import manifest_rows
+from stage_rows import manifest_rows
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid

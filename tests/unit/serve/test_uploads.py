@@ -2,20 +2,17 @@
 
 import asyncio
 import errno
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from starlette.requests import Request
 
 from serve.decoders import BusyError
 from serve.settings import Caller, ServeConfig
-from serve.uploads import ReplicaFolder, Uploads
+from serve.uploads import Uploads
 
 ANN, BOB = Caller(name="ann", token_sha256="a" * 64), Caller(name="bob", token_sha256="b" * 64)
 
@@ -84,20 +81,3 @@ def test_full_disk_raises_enospc_and_frees_the_place(
 
 def _to_full(join: Callable[[Path, str], Path], full: Path) -> Callable[[Path, str], Path]:
     return lambda folder, name: full if name == "upload" else join(folder, name)
-
-
-def test_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(
-    tmp_path: Path,
-) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path; from serve.uploads import ReplicaFolder; "
-        "folder = ReplicaFolder(Path(sys.argv[1])); (folder.path / 'study').write_bytes(b'image'); "
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=False, cwd=ROOT)
-    (left,) = tmp_path.iterdir()
-    assert (left / "study").read_bytes() == b"image"
-    living = ReplicaFolder(tmp_path)
-    assert not left.exists()
-    another = ReplicaFolder(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {living.path.name, another.path.name}

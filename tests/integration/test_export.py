@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from ray import cloudpickle
 from scipy.spatial import KDTree
-from test_stages import CONFIG, WINDOW, manifest_rows
+from stage_rows import CONFIG, WINDOW, manifest_rows
 
 from covtanet import storage
 from covtanet.ct import dicom, nifti

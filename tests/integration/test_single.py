@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import small_model
 from hostile import gz, plain_nifti
+from saved_models import small_model
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
