@@ -21,6 +21,7 @@ from covtanet import drawing as overlay
 from covtanet.ct.window import WindowConfig, to_input
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report import worklist
+from covtanet.report.night_report import write_report
 from infra.local.endpoint import Endpoint
 
 CHROMIUM = (
@@ -187,9 +188,7 @@ def test_ten_thousand_rows_open_as_fast_as_a_hundred(
 def test_the_report_opens_without_a_server(
     page: Any, screening: Screening, endpoint: Endpoint, batch: str, s3: S3, tmp_path: Path
 ) -> None:
-    import report
-
-    uri = report.write_report("s3://bucket/served/_batches/ledger", "", "")
+    uri = write_report("s3://bucket/served/_batches/ledger", "", "")
     path = s3.folder / uri.removeprefix("s3://bucket/")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{16}\.html", path.name)
     requested: list[str] = []

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from covtanet.archive.manifest import IGNORED_SCHEMA, Series
+from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import (
     Run,
     begin_run,
@@ -19,19 +20,19 @@ def series(name: str) -> dict[str, Any]:
     ).to_row()
 
 
-def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {
+def record(row: dict[str, Any], **values: Any) -> ScreeningRecord:
+    columns: dict[str, Any] = {
         "series_key": row["series_key"],
         "source_uri": f"/archive/{row['source_path']}",
         "source_format": "nifti",
         "source_version": row["source_version"],
         "num_objects": 1,
         "num_bytes": 7,
-        "qc_flags": [],
+        "started_at": 0.0,
         "status": "rejected",
         "reason": "not_hu",
-        **values,
     }
+    return ScreeningRecord(**{**columns, **values})
 
 
 def freeze(run: Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:

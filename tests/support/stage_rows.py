@@ -7,7 +7,8 @@ from covtanet.archive import manifest
 from covtanet.ct import dicom_head
 from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.records import PreparedSeries
 from covtanet.storage import read_bytes, walk
 
 CONFIG = ScreeningConfig(engine="eager", max_batch_slices=8)
@@ -29,8 +30,8 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> dict[str, Any]:
+def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> PreparedSeries:
     decoder = stages.in_process(WINDOW, config)
-    return stages.decode_and_prepare(
+    return stages.prepare_series(
         row, archive=str(archive), window=WINDOW, config=config, decoder=decoder
     )
