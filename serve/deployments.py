@@ -92,6 +92,7 @@ class Segmenter:
             "digest": found.digest,
             "num_slices": predictor.num_slices,
             "preprocessing": model.preprocessing,
+            "window": predictor.window,
         }
         self.models[found.digest] = (predictor, described)
         while len(self.models) > MODELS_KEPT:
