@@ -26,10 +26,10 @@ screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-ur
 	@$(BIN)/python -m infra.local.screen "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
 
 serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
-	@$(BIN)/python -m infra.local.endpoint
+	@$(BIN)/python -m infra.local.serve
 
 stop: .venv/.installed ## end what make serve started
-	@$(BIN)/python -m infra.local.endpoint --stop
+	@$(BIN)/python -m infra.local.serve --stop
 
 # Unit and integration tests share two processes; those of cluster and http share one Ray, so they run in one.
 test: .venv/.installed ## run the tests (16 minutes on two cores)
@@ -45,8 +45,8 @@ check: .venv/.installed ## ruff (lint and format) and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
-	@$(BIN)/python benchmarks/bench.py
+bench: .venv/.installed ## measure ratios side by side, keep them under benchmarks/: make bench PART=network
+	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))
 
 FAULTS_training := tests/faults/test_training_faults.py
 FAULTS_screening := tests/faults/test_screening_faults.py

@@ -25,7 +25,8 @@ from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig
 from covtanet.storage import s3 as s3_store
-from infra.local.services import LOOPBACK, LOOPBACK_SECRET, start_job, start_s3
+from infra.local.jobs import start_job
+from infra.local.services import LOOPBACK, LOOPBACK_SECRET, start_s3
 
 CONFIG, WINDOW = ScreeningConfig(engine="eager"), WindowConfig(size_px=128)
 OBJECT_BYTES = 3 << 20

@@ -27,7 +27,8 @@ from screening_runs import (
     write_archive_and_model,
 )
 
-from infra.local.services import Service, start_job, start_s3
+from infra.local.jobs import start_job
+from infra.local.services import Service, start_s3
 
 pytestmark = pytest.mark.faults
 

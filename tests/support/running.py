@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.local.services import Job, start_job
+from infra.local.jobs import Job, start_job
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from saved_models import small_model
 from covtanet.ledger.diff import differences
 from covtanet.model.checkpoint import save_model
 from covtanet.phantoms.archive import configs, write_archive
-from infra.local.services import Job, start_job
+from infra.local.jobs import Job, start_job
 
 DATE = "2026-11-23"
 NUM_SOUND = 8

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from covtanet.phantoms.archive import configs
-from infra.local.services import Job, start_job
+from infra.local.jobs import Job, start_job
 
 # A continued training sums the same numbers in the same order as an undisturbed one; only a thread
 # pool may add them up in another order.

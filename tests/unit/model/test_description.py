@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_model
+from saved_models import small_model
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import CheckpointError
