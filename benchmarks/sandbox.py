@@ -169,7 +169,7 @@ def peak_of_child(source_format: str, chunks: Iterable[list[bytes]]) -> int:
     is_over.set()
     watcher.join()
     sandbox.close()
-    return max(samples) - before
+    return int(max(samples) - before)
 
 
 if __name__ == "__main__":

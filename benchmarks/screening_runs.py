@@ -141,8 +141,8 @@ def run_job(folder: Path, disturb: Callable[[int, threading.Event], None] | None
 
 def _start_job(folder: Path, ledger: str) -> "subprocess.Popen[str]":
     command = [
-        sys.executable, ROOT / "jobs" / "screen.py", "--archive", folder, "--ledger", ledger,
-        "--model", model_folder(),
+        sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", str(folder),
+        "--ledger", ledger, "--model", str(model_folder()),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(

@@ -65,7 +65,7 @@ def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=count)
     torch.manual_seed(0)
     segnet = TASegNet(CONFIG.architecture.segnet)
-    segnet.to(memory_format=torch.channels_last)
+    segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(segnet, forward_sync_buffers=False)
     volumes = [slice_rows(pq.read_table(path), CONFIG.window.size_px) for path in lanes[index]]
     rows = {name: np.concatenate([volume[name] for volume in volumes]) for name in volumes[0]}
@@ -216,7 +216,8 @@ def measure_device() -> list[Result]:
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
     config = TrainingConfig()
-    segnet = TASegNet(config.architecture.segnet).to(device, memory_format=torch.channels_last)
+    segnet = TASegNet(config.architecture.segnet)
+    segnet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = torch.rand(8, 1, config.window.size_px, config.window.size_px, device=device)
     optimizer = torch.optim.Adam(segnet.parameters())
 

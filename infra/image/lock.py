@@ -85,7 +85,7 @@ def closure() -> set[str]:
 
 def direct(name: str, extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
     """Distributions that one names, with the extras that it asks of them."""
-    found = set()
+    found: set[tuple[str, frozenset[str]]] = set()
     for line in metadata.requires(name) or ():
         requirement = Requirement(line)
         if applies(requirement, extras):
@@ -112,7 +112,7 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
         given, lock = Path(folder) / "requirements.in", Path(folder) / "pylock.toml"
         given.write_text("\n".join(requirements) + "\n")
         command = [
-            uv.absolute(),
+            str(uv.absolute()),
             "pip",
             "compile",
             "--quiet",
@@ -126,8 +126,8 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
             "--python-version",
             "3.11",
             "--output-file",
-            lock,
-            given,
+            str(lock),
+            str(given),
         ]
         subprocess.run(command, check=True, cwd=folder)
         packages: list[dict[str, Any]] = tomllib.loads(lock.read_text())["packages"]

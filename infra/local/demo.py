@@ -118,8 +118,8 @@ def run_jobs(environment: dict[str, str], clock: Clock) -> None:
 def submit(environment: dict[str, str], script: str, *arguments: str) -> None:
     """Submit a job to the cluster as a user would, and follow it."""
     command = [
-        Path(sys.executable).with_name("ray"), "job", "submit", "--log-style=record",
-        "--log-color=false", "--working-dir", ROOT, "--", "python", f"jobs/{script}", *arguments,
+        str(Path(sys.executable).with_name("ray")), "job", "submit", "--log-style=record",
+        "--log-color=false", "--working-dir", str(ROOT), "--", "python", f"jobs/{script}", *arguments,
     ]  # fmt: skip
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -32,7 +32,7 @@ def main() -> int:
         text = f"{SHIPPED.name}, which marks lesions and has no diagnosis"
         print(f"with {text}; see {SHIPPED}/README.md", flush=True)
     command = [
-        sys.executable, ROOT / "jobs" / "screen.py", "--archive", archive, "--ledger", ledger,
+        sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", archive, "--ledger", ledger,
         "--model", model, "--results", f"{ledger.rstrip('/')}/_results",
     ]  # fmt: skip
     return subprocess.run(command, check=False).returncode

@@ -166,7 +166,7 @@ def start_ray(
     check_token(token)
     port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
     command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_folder}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -197,7 +197,7 @@ def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
     check_address("MLflow", host, is_authenticated=False)
     log = folder / "mlflow.log"
     command = [
-        Path(sys.executable).with_name("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1",
+        str(Path(sys.executable).with_name("mlflow")), "server", "--host", host, "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     with log.open("ab") as out:
@@ -235,9 +235,7 @@ def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
         raise
     service.stop()
     tail = service.log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(
-        f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}"
-    )
+    raise RuntimeError(f"the service did not start; {service.log} ends:\n{tail}")
 
 
 def _answers(port: int) -> bool:

@@ -27,7 +27,8 @@ def strict(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     (port,) = free_ports(1)
     url = f"http://{LOOPBACK}:{port}"
     with (tmp_path / "moto.log").open("wb") as out:
-        command = [Path(sys.executable).with_name("moto_server"), "-H", LOOPBACK, "-p", str(port)]
+        moto = Path(sys.executable).with_name("moto_server")
+        command = [str(moto), "-H", LOOPBACK, "-p", str(port)]
         server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     try:

@@ -42,7 +42,7 @@ def runs() -> dict[str, Any]:
 
 
 def artifacts(run: Any, path: str = "") -> list[str]:
-    found = []
+    found: list[str] = []
     for item in MlflowClient().list_artifacts(run.info.run_id, path):
         found += artifacts(run, item.path) if item.is_dir else [item.path]
     return found

@@ -38,7 +38,7 @@ def fuzz(endpoint: Endpoint, batch: str, num_examples: int) -> dict[str, set[int
     assert status == 200
     seen: dict[str, set[int]] = {}
     for found in schemathesis.openapi.from_dict(described).get_all_operations():
-        operation = found.ok()
+        operation = found.ok()  # type: ignore[union-attr]
         statuses = seen.setdefault(f"{operation.method.upper()} {operation.path}", set())
         for mode in GenerationMode:
             with contextlib.suppress(
@@ -71,7 +71,7 @@ def ask_operation(
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=strategy)
-    def ask(case: Case) -> None:
+    def ask(case: Case[Any]) -> None:
         case.path_parameters.update(path_parameters)
         headers = {"Authorization": f"Bearer {endpoint.token}"}
         answer = case.call(base_url=endpoint.url, headers=headers, timeout=TIMEOUT_S)

@@ -125,7 +125,7 @@ def test_large_case_is_screened_or_too_large(
     assert verdict in allowed, json.dumps(record)
 
 
-SOUND = {
+SOUND: dict[str, Any] = {
     "status": "screened",
     "reason": None,
     "qc_flags": [],

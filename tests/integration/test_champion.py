@@ -43,7 +43,7 @@ def register(registry: str, folder: Path, seed: int, run: str = "") -> str:
 def test_a_champion_that_is_taken_back_answers_again(registry: str, tmp_path: Path) -> None:
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
     for version in (second, first, second):
@@ -67,7 +67,7 @@ def test_files_that_are_not_the_registered_ones_are_not_taken_up(
 ) -> None:
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
     source = Path(
@@ -111,7 +111,7 @@ def test_champion_without_window_leaves_the_old_model_answering(
 ) -> None:
     first = register(registry, tmp_path, 0)
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
     save_model(tmp_path / "model1", small_model(1))
@@ -133,7 +133,7 @@ def test_error_that_nobody_thought_of_leaves_the_old_model_answering(
     registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracking.promote(register(registry, tmp_path, 0), {})
-    segmenter: Any = Segmenter.func_or_class(
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
 

@@ -13,7 +13,7 @@ from repository import ROOT
 
 from covtanet.decoding import child_process, seccomp
 from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, WeakSandboxError
 from covtanet.ledger.run import Run
 from covtanet.screening import plan
 from covtanet.screening.config import ScreeningConfig
@@ -142,7 +142,7 @@ def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.Mon
     monkeypatch.setattr(child_process, "CODE", NO_FILTER)
     limits = Limits(memory_mib=256, timeout_s=3, allow_weak=False)
     with pytest.raises(
-        child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
+        WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
     ):
         Child(HEADER_READER, limits).warm()
     weak = Child(HEADER_READER, replace(limits, allow_weak=True))

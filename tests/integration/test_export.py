@@ -13,6 +13,7 @@ import pytest
 from hostile import deflated, enhanced, slices
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 from ray import cloudpickle
 from scipy.spatial import KDTree
 from stage_rows import CONFIG, WINDOW, manifest_rows
@@ -114,7 +115,7 @@ def keep_masks(
     row: dict[str, Any], results: Path, lung: NDArray[Any], objects: list[bytes]
 ) -> Path:
     """Masks as a run keeps them; lung and its front half as lesion, in the frame of a Volume."""
-    folder = results / row["run_id"] / row["series_key"]
+    folder = results / str(row["run_id"]) / str(row["series_key"])
     folder.mkdir(parents=True)
     lesion = lung.copy()
     lesion[:, lung.shape[1] // 2 :] = False
@@ -162,8 +163,8 @@ def test_segment_lies_in_the_patient_where_its_mask_lies(
     assert export.export_series(row, str(tmp_path / "results"))["outcome"] == "written"
     found = points_mm(pydicom.dcmread(folder / export.SEG), dicom_results.LUNG)
     truth = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
-    distances_mm, nearest = KDTree(truth).query(found)
-    assert len(set(nearest)) == len(found) == len(truth) > 1000
+    distances_mm, nearest = map(np.asarray, KDTree(truth).query(found))
+    assert len(set(nearest.tolist())) == len(found) == len(truth) > 1000
     assert distances_mm.max() < 0.05
 
 
@@ -180,7 +181,7 @@ def exported(
 
 def edited(edit: Edit) -> list[bytes]:
     """The objects of a sound series after an edit of their datasets."""
-    datasets = [pydicom.dcmread(BytesIO(data)) for data in slices()]
+    datasets: list[Dataset] = [pydicom.dcmread(BytesIO(data)) for data in slices()]
     edit(datasets)
     found = []
     for dataset in datasets:
@@ -197,7 +198,7 @@ def repeat_one(datasets: list[Dataset]) -> None:
 def add_localizer(datasets: list[Dataset]) -> None:
     scout = pydicom.dcmread(BytesIO(slices()[0]))
     scout.ImageType, scout.SOPInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], "1.2.3.9"
-    scout.file_meta.MediaStorageSOPInstanceUID = "1.2.3.9"
+    scout.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.9")
     scout.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
     datasets.insert(0, scout)
 

@@ -91,9 +91,9 @@ def test_a_child_that_dies_at_its_start_is_started_once_more(
         tried.append(1)
         return "import sys; sys.exit(3)" if len(tried) == 1 else module.CODE.format(module.DECODER)
 
-    started = module.subprocess.Popen
+    started = subprocess.Popen
     monkeypatch.setattr(
-        module.subprocess,
+        subprocess,
         "Popen",
         lambda command, **how: started([*command[:3], child_code(), *command[4:]], **how),
     )

@@ -135,7 +135,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "27_zeros_behind_gzip", partial(packed, file_name="ct.nii.gz", tail=bytes(512))
     yield "27_text_behind_gzip", partial(packed, file_name="ct.nii.gz", tail=b"trailing garbage")
     for dtype in ("int32", "int64", "float32", "float64"):
-        yield f"27_{dtype}", partial(stored_as, change=lambda hu, dtype=dtype: hu.astype(dtype))
+        yield f"27_{dtype}", partial(stored_as, change=partial(np.asarray, dtype=dtype))
     yield (
         "27_uint16",
         partial(

@@ -16,7 +16,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, JPEGLSLossless
+from pydicom.uid import UID, EnhancedCTImageStorage, JPEG2000Lossless, JPEGLSLossless
 from scipy import ndimage
 
 from covtanet.ct import nifti
@@ -111,9 +111,13 @@ def cropped(phantom: Phantom, axis: int, start: int, stop: int) -> Phantom:
     affine = phantom.affine.copy()
     affine[:3, 3] += affine[:3, axis] * start
     kept = range(start, stop)
-    arrays = (phantom.hu, phantom.lung_mask, phantom.lesion_mask)
-    hu, lungs, lesion = (array.take(kept, axis) for array in arrays)
-    return replace(phantom, hu=hu, affine=affine, lung_mask=lungs, lesion_mask=lesion)
+    return replace(
+        phantom,
+        hu=phantom.hu.take(kept, axis),
+        affine=affine,
+        lung_mask=phantom.lung_mask.take(kept, axis),
+        lesion_mask=phantom.lesion_mask.take(kept, axis),
+    )
 
 
 def round_field(phantom: Phantom, radius_mm: float) -> NDArray[np.bool_]:
@@ -162,7 +166,7 @@ def plane_datasets(
 
 def set_uid(dataset: Dataset, uid: str) -> None:
     """Give an object another SOPInstanceUID."""
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(uid)
 
 
 def pixels(dataset: Dataset) -> NDArray[np.int32]:
@@ -215,7 +219,7 @@ def encapsulate(dataset: Dataset, fragments: Sequence[bytes], syntax: str) -> No
     dataset.PixelData = items + SEQUENCE_END
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
-    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
 
 
 def stream_of(stored: NDArray[Any], syntax: str) -> bytes:

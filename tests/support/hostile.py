@@ -4,15 +4,17 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 
+import imagecodecs
 import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     ExplicitVRBigEndian,
@@ -46,7 +48,7 @@ def phantom() -> Phantom:
 
 @cache
 def plain_nifti() -> bytes:
-    return nifti.isal_zlib.decompress(nifti.write(phantom().hu, nifti_grid(phantom())), 31)
+    return gzip.decompress(nifti.write(phantom().hu, nifti_grid(phantom())))
 
 
 @cache
@@ -87,7 +89,7 @@ def named(objects: list[bytes] | tuple[bytes, ...]) -> Objects:
     return {f"IM{index:04d}.dcm": data for index, data in enumerate(objects)}
 
 
-def edited(change: Edit, **how: object) -> Objects:
+def edited(change: Edit, **how: bool) -> Objects:
     """The sound series with each dataset changed."""
     out = []
     for index, data in enumerate(slices()):
@@ -160,20 +162,14 @@ def compressed(stream: Callable[[bytes], bytes], syntax: str = JPEG2000Lossless)
     def change(index: int, dataset: pydicom.Dataset) -> None:
         dataset.PixelData = pydicom.encaps.encapsulate([stream(dataset.PixelData)])
         dataset["PixelData"].is_undefined_length = True
-        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.file_meta.TransferSyntaxUID = UID(syntax)
 
     return edited(change)
 
 
 def jpeg2000(pixels: bytes) -> bytes:
     array = np.frombuffer(pixels, np.uint16).reshape(64, 64)
-    return bytes(nifti_codec().jpeg2k_encode(array, level=0, reversible=True, codecformat="j2k"))
-
-
-def nifti_codec():  # type: ignore[no-untyped-def]
-    import imagecodecs
-
-    return imagecodecs
+    return bytes(imagecodecs.jpeg2k_encode(array, level=0, reversible=True, codecformat="j2k"))
 
 
 def huge_siz(pixels: bytes) -> bytes:
@@ -396,9 +392,15 @@ NIFTI: dict[str, tuple[str, Callable[[], Objects]]] = {
     "no lung": ("no_lung", lambda: {"a.nii.gz": OTHER_DAMAGE["no_lung"](phantom())[1]}),
 }  # fmt: skip
 
+
+def damaged(kind: str) -> Objects:
+    """The series with a damage of the archive's phantoms."""
+    return named(DICOM_DAMAGE[kind](list(slices())))
+
+
 DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     **{
-        f"damage: {kind}": (kind, lambda kind=kind: named(DICOM_DAMAGE[kind](list(slices()))))
+        f"damage: {kind}": (kind, partial(damaged, kind))
         for kind in DICOM_DAMAGE
         if "slices" not in kind
     },

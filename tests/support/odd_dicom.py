@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pydicom
 from hostile import enhanced, phantom, slices
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from covtanet.ct import dicom
 from covtanet.ct.volume import Volume
@@ -26,7 +28,7 @@ def datasets() -> list[FileDataset]:
     return [pydicom.dcmread(BytesIO(data)) for data in slices()]
 
 
-def to_bytes(series: Iterable[FileDataset], **how: object) -> list[bytes]:
+def to_bytes(series: Iterable[FileDataset], **how: bool) -> list[bytes]:
     out = []
     for dataset in series:
         buffer = BytesIO()
@@ -78,7 +80,7 @@ def put(dataset: FileDataset, array: np.ndarray) -> None:
 def copied(dataset: FileDataset, number: object) -> FileDataset:
     """Another object of the series."""
     twin = copy.deepcopy(dataset)
-    twin.SOPInstanceUID = twin.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"
+    twin.SOPInstanceUID = twin.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{number}")
     return twin
 
 
@@ -90,7 +92,7 @@ def move(dataset: FileDataset, *offset_mm: float) -> None:
     dataset.ImagePositionPatient = [f"{mm:.6f}" for mm in position]
 
 
-def at_depths(depths_mm: Sequence[float], decimals: int = 6) -> list[FileDataset]:
+def at_depths(depths_mm: Sequence[float] | NDArray[Any], decimals: int = 6) -> list[FileDataset]:
     """The phantom's slices, again and again, at these places along the patient."""
     series = datasets()
     found = []
@@ -192,7 +194,7 @@ def bare(
         if is_big:
             plain.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
         plain.file_meta = copy.deepcopy(dataset.file_meta)
-        plain.file_meta.TransferSyntaxUID = syntax
+        plain.file_meta.TransferSyntaxUID = UID(syntax)
         buffer = BytesIO()
         plain.save_as(
             buffer,

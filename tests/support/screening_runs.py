@@ -129,7 +129,8 @@ def ray_processes(environment: dict[str, str], text: str) -> Iterator[psutil.Pro
 
 def _token_of(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get("RAY_AUTH_TOKEN_PATH")
+        environment: dict[str, str] = process.environ()
+        return environment.get("RAY_AUTH_TOKEN_PATH")
     except psutil.Error:
         return None
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from covtanet.model.covtanet import CovTANetConfig, JointClassifier
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.segnet import SegNetConfig, TASegNet
-from covtanet.training.feed import MemoryLane, Rows, Sampling
+from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import phase2
@@ -38,7 +39,7 @@ def slice_rows(count: int, seed: int) -> Rows:
     levels[lesion > 0] += 30000
     return {
         "name": np.array([f"series{seed}:{index:03d}" for index in range(count)]),
-        "has_lesion": lesion.any(axis=(1, 2)),
+        "has_lesion": np.asarray(lesion.any(axis=(1, 2))),
         "levels": levels,
         "lesion": lesion,
     }
@@ -66,18 +67,18 @@ def volume_rows(count: int, seed: int) -> Rows:
     }
 
 
-def lane(number: int, phase: int, config: PhaseConfig) -> MemoryLane:
+def lane(number: int, phase: int, config: PhaseConfig) -> Lane:
     """A lane of a phase; its samples follow from its number."""
     rows = slice_rows(12, number) if phase == 1 else volume_rows(9, number)
     return MemoryLane(rows, Sampling(batch_size=config.batch_size), number)
 
 
-def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase:
+def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase[Any]:
     """A phase with its network from a fixed seed, wrapped for data parallel training where there are ranks."""
     torch.manual_seed(0)
     module: nn.Module = TASegNet(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
     if phase == 1:
-        module.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = (
         DistributedDataParallel(module, forward_sync_buffers=False) if ranks.count > 1 else module
     )

@@ -113,7 +113,7 @@ class TrainingRun:
 
     def weights(self, phases: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """The weights of finished phases, as PHASE/NAME."""
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for phase in phases:
             state = load_file(self.fold / f"phase{phase}" / "weights.safetensors")
             weights |= {f"{phase}/{name}": value for name, value in state.items()}

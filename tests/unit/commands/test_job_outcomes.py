@@ -173,7 +173,7 @@ def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
     """The folds of a training would be others the next time, so it ends."""
     (tmp_path / "data" / "a.nii.gz").mkdir(parents=True)  # reading it is an OSError
     labelled = {"key": "k", **vars(LabelledVolume(volume_path="a.nii.gz", patient="p"))}
-    how = {
+    how: dict[str, Any] = {
         "data_uri": str(tmp_path / "data"),
         "prepared_uri": str(tmp_path / "out"),
         "window": WINDOW,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from covtanet.ledger.run import Run, latest_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.work import complete_row, store_row
 from covtanet.screening.config import ScreeningConfig
-from covtanet.screening.job import ScreeningJob
+from covtanet.screening.job import ScreeningJob, judge
 
 NIGHT = date(2026, 11, 23)
 
@@ -61,7 +62,7 @@ class Nights:
             counts = Accounting()
             for row in pq.ParquetFile(self.run.committed_uri).read().to_pylist():
                 counts.add(row)
-            code = screen.judge(counts, 0.5, 0.05)
+            code = judge(counts, 0.5, 0.05)
         return subprocess.CompletedProcess(command, code)
 
     def start(self, *more: str) -> tuple[int, list[str]]:
@@ -205,7 +206,7 @@ def test_committed_run_is_judged_by_its_file_at_each_start(nights: Nights) -> No
     nights.commit("internal_error", None)
     counts = account_run(nights.run.committed_uri)
     assert (counts.series, counts.failures["internal_error"]) == (2, 1)
-    assert screen.judge(counts, 1.0, 1.0) == 1
+    assert judge(counts, 1.0, 1.0) == 1
 
 
 def test_site_key_and_linkage_reach_the_screening(nights: Nights, tmp_path: Path) -> None:
@@ -306,14 +307,20 @@ def test_alert_url_beyond_this_machine_in_clear_text_or_with_a_user_is_refused(u
 
 def test_alert_follows_no_redirect() -> None:
     request = urllib.request.Request("https://alerts.hospital/x", b"{}")
-    found = alerts.NoRedirect().redirect_request(request, None, 307, "", None, "http://elsewhere/")  # type: ignore[arg-type]
-    assert found is None
+    unused: Any = None  # the body and headers of the answer
+    follow: Callable[..., object] = alerts.NoRedirect().redirect_request
+    assert follow(request, unused, 307, "", unused, "http://elsewhere/") is None
 
 
 def test_run_date_in_the_future_is_refused() -> None:
     tomorrow = latest_date()
     assert (tomorrow - datetime.now(UTC).date()).days == 1
-    places = {"archive": "/archive", "ledger": "/ledger", "model": "m", "config": ScreeningConfig()}
+    places: dict[str, Any] = {
+        "archive": "/archive",
+        "ledger": "/ledger",
+        "model": "m",
+        "config": ScreeningConfig(),
+    }
     assert ScreeningJob(**places, run_date=tomorrow).run_date == tomorrow
     with pytest.raises(ConfigError, match="9999-12-31 lies in the future"):
         ScreeningJob(**places, run_date=date(9999, 12, 31))

@@ -217,7 +217,8 @@ def test_room_air_is_outside_wherever_its_value_lies(air_hu: int) -> None:
     """Not only no lung: the chest wall is measured from it."""
     hu = with_air_of(air_hu, chest().hu)
     is_air = (
-        ndimage.binary_opening(chest().hu < -950, structure=np.ones((1, 5, 5))) & ~chest().lung_mask
+        ndimage.binary_opening(chest().hu < -950, structure=np.ones((1, 5, 5), bool))
+        & ~chest().lung_mask
     )
     is_air[:, 20:108, 20:108] = False
     hu, is_air, is_lung = (
@@ -250,13 +251,14 @@ def test_spacing_that_differs_by_rounding_takes_the_same_grid() -> None:
 def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order: int = 1) -> Array:
     """Rotate in millimetres and resample on the same grid."""
     spacing = np.array([9.0, 2.8, 2.8])
-    matrix, angle = np.eye(3), np.radians(degrees)
+    angle = np.radians(degrees)
+    matrix = np.eye(3)
     one, other = axes
     matrix[one, one] = matrix[other, other] = np.cos(angle)
     matrix[one, other], matrix[other, one] = -np.sin(angle), np.sin(angle)
     matrix = matrix * spacing / spacing[:, None]
     centre = (np.array(hu.shape) - 1) / 2
-    out = ndimage.affine_transform(
+    out = ndimage.affine_transform(  # type: ignore[call-overload]
         hu.astype(np.float32),
         matrix,
         centre - matrix @ centre,
@@ -264,7 +266,7 @@ def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order:
         mode="constant",
         cval=fill,
     )
-    return np.rint(out)
+    return np.asarray(np.rint(out))
 
 
 @pytest.mark.parametrize("fill", [0, -1024, 3071])
@@ -375,7 +377,7 @@ def test_slice_that_is_nearly_constant_within_its_circle_is_blank(
 def test_slices_of_a_drawing_without_lung_are_not_replaced() -> None:
     """One value for air, body and lung each: below the lungs a slice has no structure."""
     hu = np.where(chest().hu > -300, 40, -1000)
-    hu[ndimage.binary_fill_holes(hu > 0, structure=np.ones((1, 3, 3))) & (hu < 0)] = 40
+    hu[ndimage.binary_fill_holes(hu > 0, structure=np.ones((1, 3, 3), bool)) & (hu < 0)] = 40
     hu[chest().lung_mask] = -850
     lungs = found_in(hu.astype(np.int16), chest())
     assert not lungs.has_blank_slices
@@ -404,7 +406,9 @@ def test_blank_slices_at_the_end_of_the_lungs_cut_them(value: int, noise_hu: flo
 def test_slices_of_tissue_within_constant_background_are_not_blank() -> None:
     """Background taken out, as in prepared data: of the belly only fat and muscle are left."""
     hu = chest().hu.copy()
-    hu[ndimage.binary_opening(hu < -900, structure=np.ones((1, 3, 3))) & ~chest().lung_mask] = -1024
+    hu[
+        ndimage.binary_opening(hu < -900, structure=np.ones((1, 3, 3), bool)) & ~chest().lung_mask
+    ] = -1024
     assert not blank_slices(hu).any()
     belly = hu[1]
     belly[(belly > -1024) & (belly < -900)] = -1024

@@ -16,6 +16,7 @@ from odd_dicom import (
 )
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate
+from pydicom.uid import UID
 
 from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
 
@@ -130,7 +131,7 @@ def test_projection_comes_behind_not_ct_and_before_the_syntax() -> None:
     assert reason_of(with_values(**mip, Modality="MR")) == "not_ct"
     series = with_values(**mip)
     for dataset in series:
-        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.51"
+        dataset.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.51")
         dataset.PixelData = encapsulate([b"\xff\xd8"])
         dataset["PixelData"].is_undefined_length = True
     assert reason_of(series) == "projection"

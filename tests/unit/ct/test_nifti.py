@@ -22,6 +22,7 @@ from hostile import (
     stored,
     voxels,
 )
+from nibabel.quaternions import quat2mat
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import Volume
@@ -94,7 +95,7 @@ def turned(quaternion: tuple[float, float, float], sform: bool = False) -> Objec
         "a.nii"
     ]
     if sform:
-        affine = nib.quaternions.quat2mat([0, *HALF_TURN]) @ np.diag([5.625, 5.625, 20.0])
+        affine = quat2mat([0, *HALF_TURN]) @ np.diag([5.625, 5.625, 20.0])
         rows = np.column_stack([affine, np.zeros(3)]).ravel()
         data = patched((SFORM_CODE, "h", 1), (SROW, "12f", tuple(rows)), data=data)["a.nii"]
     return {"a.nii": data}

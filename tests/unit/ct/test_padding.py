@@ -1,6 +1,7 @@
 """Padding of a slice becomes air outside the body and cuts nothing out of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def padded(
     return changed(change)
 
 
-def value(representation: str, number: int) -> dict[str, tuple[str, int]]:
+def value(representation: str, number: int) -> dict[str, Any]:
     return {"PixelPaddingValue": (representation, number)}
 
 
-def limits(representation: str, number: int, limit: int) -> dict[str, tuple[str, int]]:
+def limits(representation: str, number: int, limit: int) -> dict[str, Any]:
     return {**value(representation, number), "PixelPaddingRangeLimit": (representation, limit)}
 
 

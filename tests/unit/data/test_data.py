@@ -133,6 +133,7 @@ def test_a_folder_of_slices_becomes_a_stack(
     monkeypatch.setattr("sys.argv", ["pictures", *told, "--size-px", "80", "--quarter-turns", "1"])
     assert pictures.main() == 0
     (volume,) = read_volumes("stacks", str(tmp_path / "stacks"))
+    assert volume.lesion_mask_path is not None
     contents = {
         path: (tmp_path / "stacks" / path).read_bytes()
         for path in (volume.volume_path, volume.lesion_mask_path)
@@ -309,6 +310,7 @@ def test_prepared_volume_is_the_same_after_its_file(mild: Phantom) -> None:
     assert prepared.describe(data) == found
     assert np.array_equal(again.levels, samples.levels)
     assert again.lesion is not None
+    assert samples.lesion is not None
     assert np.array_equal(again.lesion, samples.lesion)
     assert found.lesion_px == tuple(again.lesion.sum(axis=(1, 2)))
 
@@ -327,6 +329,7 @@ def test_prepared_volume_of_anisotropic_slices_is_undistorted(mild: Phantom) -> 
     difference = np.abs(samples.levels.astype(int) - square.levels)
     assert np.mean(difference > 0.2 * 65535) < 0.05
     assert samples.lesion is not None
+    assert square.lesion is not None
     assert int(samples.lesion.sum()) == pytest.approx(int(square.lesion.sum()), rel=0.2)
     assert np.count_nonzero(samples.lesion & square.lesion) > 0.8 * np.count_nonzero(square.lesion)
 

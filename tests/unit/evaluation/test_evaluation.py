@@ -130,7 +130,7 @@ def folds() -> list[Row]:
     for network, dice in (("V1", (5, 5)), ("V7", (6, 8))):
         for fold, tp in enumerate(dice):
             counts = ((tp, 10 - tp, 10 - tp, 80),)
-            own = {"fold": fold, "network": network}
+            own: dict[str, Any] = {"fold": fold, "network": network}
             out += [
                 row(f"{network}{fold}m", counts=counts, **own),
                 row(f"{network}{fold}n", "normal", 0.1, **own),

@@ -454,7 +454,7 @@ def locked() -> dict[str, list[str]]:
 
 def required(name: str, extras: set[str], machine: str) -> set[tuple[str, frozenset[str]]]:
     """Distributions that an installed one needs on Linux with Python 3.11."""
-    found = set()
+    found: set[tuple[str, frozenset[str]]] = set()
     for line in metadata.requires(name) or []:
         requirement = Requirement(line)
         for extra in extras | {""}:

@@ -87,9 +87,11 @@ def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: Run, tmp_p
     table = pq.read_table(run.ledger)
     assert table.num_rows == 3
     assert table.select(LEDGER_SCHEMA.names).schema.equals(LEDGER_SCHEMA)
-    found = duckdb.sql(
+    counted = duckdb.sql(
         f"select count(*), count(distinct series_key) from '{run.ledger}/date=*/*.parquet'"
-    ).fetchall()
+    )
+    assert counted is not None
+    found = counted.fetchall()
     assert found == [(3, 3)]
 
 

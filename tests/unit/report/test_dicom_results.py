@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
+from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -320,7 +321,9 @@ def test_headers_of_the_source_are_not_changed(
 
 
 def test_null_in_the_ledger_is_no_measurement() -> None:
-    nulls = dict.fromkeys(("lesion_volume_ml", "lung_volume_ml", "involvement", "p_infected"))
+    nulls: dict[str, Any] = dict.fromkeys(
+        ("lesion_volume_ml", "lung_volume_ml", "involvement", "p_infected")
+    )
     headers = [pydicom.dcmread(BytesIO(data), stop_before_pixels=True) for data in slices()]
     box = np.ones((len(headers), headers[0].Rows, headers[0].Columns), bool)
     for finding, expected in (

@@ -29,10 +29,11 @@ def test_worst_have_most_of_the_lung_involved_and_what_is_unknown_comes_behind()
 
 
 def test_filters_and_search_leave_the_summary_of_all() -> None:
-    for chosen, expected in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"status": "rejected"}, "a"), ({"grade": "severe"}, "c"), ({"grade": "normal"}, "b"),
         ({"grade": "mild"}, "de"), ({"text": "BUCKET/D"}, "d"), ({"text": "storage"}, "f"), ({"text": "nowhere"}, ""),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for chosen, expected in cases:
         page = worklist.page(ledger(), **chosen)
         assert (keys(page), page["total"]) == (expected, len(expected)), chosen
         assert page["summary"]["series"] == 6

@@ -21,7 +21,7 @@ from stage_rows import CONFIG, WINDOW, manifest_rows, prepare
 from wide_chests import averaged, chest
 
 from covtanet import drawing as overlay
-from covtanet.ct import lung
+from covtanet.ct import lung, nifti
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.decoding import prepare as decode
 from covtanet.errors import SandboxClosedError, Status
@@ -345,7 +345,7 @@ def test_flags_of_lungs_and_spacing_stand_in_the_row(
     affine = mild_volume.affine @ change.get("affine", np.eye(4))
     volume = canonical_volume(hu[change.get("shown", slice(None))], affine)
     volume = replace(volume, has_known_spacing=change.get("has_known_spacing", True))
-    monkeypatch.setattr(decode.nifti, "read", lambda data: volume)
+    monkeypatch.setattr(nifti, "read", lambda data: volume)
     prepared = decode.prepare("nifti", [b""], WINDOW, CONFIG.slice_step_mm)
     assert list(prepared.qc_flags) == flags
     assert not set(prepared.chosen) & set(change.get("blank", []))

@@ -7,7 +7,6 @@ pixels of 3 x 3 mm in the slices 10 to 73 of 84. With slices of 1 mm every third
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +78,7 @@ def measured(row: PreparedSeries, marked: set[int]) -> MeasuredSeries:
 
 
 @pytest.fixture(scope="module")
-def chest_of_1_mm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def chest_of_1_mm(tmp_path_factory: pytest.TempPathFactory) -> PreparedSeries:
     return prepared(tmp_path_factory.mktemp("chest"), 1.0)
 
 
@@ -101,7 +100,7 @@ def lesion_slices_of(found: MeasuredSeries) -> list[int]:
 def test_lesion_of_a_segmented_slice_fills_the_slices_nearest_to_it(
     marked: set[int],
     slices: list[int],
-    chest_of_1_mm: dict[str, Any],
+    chest_of_1_mm: PreparedSeries,
 ) -> None:
     found = measured(chest_of_1_mm, marked)
     record = found.record
@@ -116,10 +115,11 @@ def test_lesion_of_a_segmented_slice_fills_the_slices_nearest_to_it(
     assert record.lesion_volume_ml == pytest.approx(lesion_ml)
     # The lungs' outline may differ by some pixels from the drawn one; the lesion lies within it.
     assert record.lung_volume_ml == pytest.approx(64 * LUNG_MM2 / 1000, rel=0.05)
+    assert record.lung_volume_ml is not None
     assert record.involvement == pytest.approx(lesion_ml / record.lung_volume_ml)
 
 
-def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: dict[str, Any]) -> None:
+def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: PreparedSeries) -> None:
     """Marked one by one, the slices at 11, 14, ... 71 stand for every slice of the lungs once."""
     assert chest_of_1_mm.chosen.tolist() == SEGMENTED
     extents = [lesion_slices_of(measured(chest_of_1_mm, {index})) for index in range(21)]

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_request_past_its_deadline_raises_and_closes_the_screener(
         def close(self) -> None:
             self.is_closed.set()
 
-    screener = Closed()
+    screener: Any = Closed()
 
     def work(slot: Slot) -> None:
         assert slot.screener("one", lambda: screener).is_closed.wait(WAIT_S)

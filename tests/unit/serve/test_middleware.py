@@ -81,7 +81,8 @@ def test_every_answer_carries_the_security_headers() -> None:
     status, found, body = ask(api, path="/nowhere")
     assert (status, found["cache-control"]) == (404, "no-store")
     assert b'"no_such_route"' in body
-    assert middlewares()[0].cls is SecurityHeaders
+    outermost: object = middlewares()[0].cls
+    assert outermost is SecurityHeaders
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])

@@ -31,7 +31,7 @@ class Handle:
 @pytest.mark.parametrize(("seconds", "is_ready"), [(1.0, True), (300.0, False)])
 def test_two_hundred_readyz_ask_the_model_once(seconds: float, is_ready: bool) -> None:
     async def scenario() -> list[bool]:
-        readiness = Readiness(handle, keep_s=60)  # type: ignore[arg-type]
+        readiness = Readiness(handle, keep_s=60)
         return list(await asyncio.gather(*(readiness.is_ready() for _ in range(200))))
 
     handle = Handle(seconds)
@@ -56,7 +56,7 @@ def test_cancelled_network_drops_what_it_asked_and_asks_no_more() -> None:
     class Segmenter:
         segment = diagnose = Method()
 
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})  # type: ignore[arg-type]
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
     network._ask(network.segmenter.segment, None)
     thread = threading.Thread(target=network.cancel)
     thread.start()
@@ -91,9 +91,8 @@ def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
     class Segmenter:
         segment, diagnose = Method(("levels", "pooled")), Method(TimeoutError())
 
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})  # type: ignore[arg-type]
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
-    assert list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])])) == [
-        ("levels", "pooled")
-    ]
+    segmented: list[Any] = list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])]))
+    assert segmented == [("levels", "pooled")]

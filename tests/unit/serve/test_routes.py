@@ -52,7 +52,7 @@ def closed_routes() -> list[tuple[str, str]]:
     for route in routes_of(api):
         found += [
             (method, route.path)
-            for method in sorted(route.methods)
+            for method in sorted(route.methods or ())
             if route.path not in OPEN_ROUTES
         ]
     return found

@@ -65,7 +65,7 @@ def test_run_date_far_from_today_is_refused() -> None:
         ).run_date
     for date in ("9999-12-31", (today - timedelta(days=3)).isoformat()):
         with pytest.raises(ValidationError, match="a day before or after"):
-            BatchRequest(archive="s3://hospital/ct", run_date=date)
+            BatchRequest.model_validate({"archive": "s3://hospital/ct", "run_date": date})
 
 
 def test_memory_of_a_replica_is_what_its_decoders_may_take() -> None:

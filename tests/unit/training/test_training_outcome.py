@@ -17,7 +17,7 @@ from covtanet.model.covtanet import CovTANet
 from covtanet.training import experiment
 from covtanet.training.config import TrainingConfig
 from covtanet.training.experiment import Experiment, Outcome
-from covtanet.training.feed import MemoryLane, Rows, Sampling
+from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import load_progress, save_progress
@@ -52,7 +52,7 @@ def slope() -> Phase[NamedRows]:
     )
 
 
-def two_samples() -> dict[int, MemoryLane]:
+def two_samples() -> dict[int, Lane]:
     """One lane of two samples: two optimizer steps an epoch."""
     rows: Rows = {"name": np.array(["a", "b"]), "has_lesion": np.array([True, True])}
     return {0: MemoryLane(rows, Sampling(batch_size=1), 0)}
