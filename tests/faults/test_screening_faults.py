@@ -30,7 +30,8 @@ from screening_runs import (
 from infra.local.jobs import start_job
 from infra.local.services import Service, start_s3
 
-pytestmark = pytest.mark.faults
+# A scenario runs several jobs one after the other; each alone may take 500 s.
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
 class Server:

@@ -37,7 +37,8 @@ from covtanet import tracking
 from covtanet.phantoms import bombs
 from infra.local.services import LOOPBACK, start_s3
 
-pytestmark = pytest.mark.faults
+# A scenario runs several jobs one after the other; each alone may take 500 s.
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 NUM_HANG_UPS = 10
 SLOW_BYTES_PER_S = 100e3  # of one connection; eight are read at a time
 

@@ -26,7 +26,8 @@ from training_runs import (
 from covtanet.phantoms.archive import write_mosmed
 from infra.local.services import free_ports, start_mlflow
 
-pytestmark = pytest.mark.faults
+# A scenario runs several jobs one after the other; each alone may take 500 s.
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 # One worker sums in another order than two. Batch norm of phase 2, here over the 16 values of one
 # volume's map, amplifies that more than anything else: features changed by 1e-4 of themselves move
 # its running means by 0.3 and losses by 6e-3.
