@@ -28,7 +28,7 @@ from covtanet.ledger.diff import differences
 from covtanet.ledger.read import newest_rows, read_run
 
 
-def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> None:
+def test_series_that_kills_its_worker_fails_as_worker_died(screening: Screening) -> None:
     """One series' worker is killed every time. All others are as ever."""
     deadly = DeadlySeries(screening, "hostile")
     job, key = deadly.screen(), deadly.key
@@ -86,7 +86,7 @@ def listener() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         server.server_close()
 
 
-def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
+def test_nightly_screens_new_and_changed_series_and_alerts(
     screening: Screening, cluster: Cluster
 ) -> None:
     """New, changed and failed series are screened; a night without any commits no row; the view has all, once."""
@@ -167,7 +167,7 @@ def with_canaries() -> list[bytes]:
     return out
 
 
-def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
+def test_deidentify_hides_identities_and_malformed_input_is_refused(
     screening: Screening, cluster: Cluster, s3: S3
 ) -> None:
     objects = with_canaries()
@@ -239,7 +239,7 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
 @pytest.mark.parametrize(
     ("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)]
 )
-def test_ray_answers_nobody_without_its_token(
+def test_ray_without_token_returns_401_or_403(
     cluster: Cluster, header: dict[str, str], status: int
 ) -> None:
     request = urllib.request.Request(
@@ -250,7 +250,7 @@ def test_ray_answers_nobody_without_its_token(
     assert error.value.code == status
 
 
-def test_a_pickle_is_no_model(screening: Screening) -> None:
+def test_pickle_as_model_is_refused_with_3(screening: Screening) -> None:
     import torch
 
     folder = screening.folder / "pickle"

@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     service.stop()
 
 
-def test_model_comes_through_the_server_by_its_two_files(
+def test_mlflow_server_returns_both_model_files(
     server: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = tracking.RunAddress(uri=server, experiment="models", name="one", key="one")
@@ -40,7 +40,7 @@ def test_model_comes_through_the_server_by_its_two_files(
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "other")
 
 
-def test_version_whose_files_are_gone_or_too_large_is_refused(
+def test_version_with_missing_or_large_files_is_refused(
     server: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = tracking.RunAddress(uri=server, experiment="models", name="two", key="two")

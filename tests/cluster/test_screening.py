@@ -22,7 +22,7 @@ from covtanet.ledger.diff import differences
 ARCHIVE = "s3://bucket/archive"
 
 
-def test_one_row_per_series_with_the_right_reasons(screening: Screening) -> None:
+def test_every_series_has_a_row_with_its_reason(screening: Screening) -> None:
     rows = {row["source_uri"]: row for row in screening.clean.to_pylist()}
     assert len(rows) == screening.clean.num_rows == len(screening.truth)
     for expected in screening.truth:
@@ -32,7 +32,7 @@ def test_one_row_per_series_with_the_right_reasons(screening: Screening) -> None
     assert len({row["reason"] for row in rows.values() if row["reason"]}) == 17
 
 
-def test_ledger_reads_as_it_lies(screening: Screening) -> None:
+def test_ledger_folder_is_read_by_pyarrow_and_duckdb(screening: Screening) -> None:
     folder = screening.bucket / "clean"
     assert pq.read_table(folder).num_rows == screening.clean.num_rows
     counted = duckdb.sql(f"select count(*) from read_parquet('{folder}/**/date=*/*.parquet')")
@@ -40,14 +40,14 @@ def test_ledger_reads_as_it_lies(screening: Screening) -> None:
     assert counted.fetchall() == [(screening.clean.num_rows,)]
 
 
-def test_a_committed_run_says_so_and_changes_nothing(screening: Screening) -> None:
+def test_committed_run_started_again_changes_nothing(screening: Screening) -> None:
     (path,) = (screening.bucket / "clean").glob("date=*/*.parquet")
     before = path.read_bytes()
     assert "nothing to do" in screening.run("clean")
     assert path.read_bytes() == before
 
 
-def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
+def test_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
     """Killed half-way; make faults does it at 10, 50 and 90 %."""
     name = "killed"
     job = screening.start(name)
@@ -89,9 +89,7 @@ def test_run_names_ignored_objects_and_a_store_without_create(screening: Screeni
     assert "this store lets a PUT replace a file" in screening.clean_output
 
 
-def test_submitted_job_refuses_relative_places_with_the_form_to_use(
-    cluster: Cluster, model_folder: Path
-) -> None:
+def test_submitted_job_refuses_relative_paths(cluster: Cluster, model_folder: Path) -> None:
     process = subprocess.run(
         [
             Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", ROOT, "--",
@@ -105,9 +103,7 @@ def test_submitted_job_refuses_relative_places_with_the_form_to_use(
     assert "give the absolute path, /.../my/archive" in output
 
 
-def test_what_cannot_work_is_refused_before_anything_is_read(
-    cluster: Cluster, model_folder: Path
-) -> None:
+def test_wrong_arguments_return_3_before_reading(cluster: Cluster, model_folder: Path) -> None:
     jobs = []
     for changed, message in (
         ({"--model": "models:/nobody@champion"}, "is not in the registry"),
@@ -127,7 +123,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(
         assert "Traceback" not in job.output
 
 
-def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster) -> None:
+def test_series_uids_are_in_no_log(screening: Screening, cluster: Cluster) -> None:
     uids = [row["series_uid"] for row in screening.clean.to_pylist() if row["series_uid"]]
     assert uids
     logs = [
@@ -140,9 +136,7 @@ def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster)
     assert not [uid for uid in uids if uid.encode() in text]
 
 
-def test_results_are_written_as_dicom_that_refers_to_its_source(
-    screening: Screening, cluster: Cluster
-) -> None:
+def test_export_writes_seg_and_sr_of_every_series(screening: Screening, cluster: Cluster) -> None:
     output = cluster.run_job(
         "export.py", "--ledger", "s3://bucket/clean", "--results", "s3://bucket/clean-results"
     )  # fmt: skip

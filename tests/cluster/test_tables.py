@@ -36,7 +36,7 @@ LIMIT_S = 1500
 @pytest.mark.parametrize(
     "asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"]
 )
-def test_one_command_trains_networks_and_fills_their_rows(
+def test_train_fills_the_rows_of_several_networks(
     training_setup: TrainingSetup, cluster: Cluster, s3: S3, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     recipe, name = tmp_path / "recipe.toml", f"tables-{len(asked)}"

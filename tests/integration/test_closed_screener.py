@@ -34,9 +34,7 @@ def study(tmp_path: Path, mild: Phantom) -> str:
     return str(tmp_path)
 
 
-def test_closed_screener_ends_its_study_with_an_error_and_no_row(
-    screener: Screener, study: str
-) -> None:
+def test_closed_screener_raises_sandbox_closed_error(screener: Screener, study: str) -> None:
     rows = screener(study)
     assert next(rows)["status"] == "screened"
     screener.close()

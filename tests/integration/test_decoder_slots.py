@@ -26,7 +26,7 @@ def predictor() -> Predictor:
     return Predictor(small_model(), engine="eager")
 
 
-def test_study_after_an_abandoned_one_gets_its_own_rows(
+def test_study_after_abandoned_request_gets_its_own_rows(
     predictor: Predictor, tmp_path: Path
 ) -> None:
     """The next caller never gets slices of the study before: it waits, and reads with a decoder of its own."""

@@ -150,7 +150,7 @@ def points_mm(seg: Dataset, segment: int) -> NDArray[np.float64]:
         "oblique",
     ],
 )  # fmt: skip
-def test_segment_lies_in_the_patient_where_its_mask_lies(
+def test_segment_has_the_patient_positions_of_its_mask(
     plane: str, chest: Phantom, tmp_path: Path
 ) -> None:
     hu, mask, affine = turned(chest, plane)
@@ -227,7 +227,7 @@ def round_cosines(datasets: list[Dataset]) -> None:
         dataset.ImageOrientationPatient = [f"{cosine:.3f}" for cosine in (*across, *down)]
 
 
-def test_series_that_screening_accepts_is_exported_with_the_slices_that_were_screened(
+def test_export_has_the_slices_that_were_screened(
     tmp_path: Path,
 ) -> None:
     edits: dict[str, Edit] = {
@@ -262,7 +262,7 @@ def test_object_without_preamble_is_exported(start: int, tmp_path: Path) -> None
     assert found["outcome"] == "written"
 
 
-def test_series_without_attributes_is_exported_beside_the_others(tmp_path: Path) -> None:
+def test_series_without_attributes_is_exported(tmp_path: Path) -> None:
     """One source lacks what de-identification removes; one has lost a slice since. All have an outcome."""
     outcomes, results = [], tmp_path / "results"
     for number, edit in enumerate((lambda _: None, remove_identity, lambda datasets: datasets[4:])):
@@ -290,14 +290,14 @@ def remove_identity(datasets: list[Dataset]) -> None:
             delattr(dataset, name)
 
 
-def test_enhanced_series_has_an_outcome_of_its_own(tmp_path: Path) -> None:
+def test_enhanced_series_is_not_exported(tmp_path: Path) -> None:
     write_objects(tmp_path / "archive" / "scan", list(enhanced().values()))
     row = screened_row(tmp_path / "archive")
     found, _ = exported(row, list(enhanced().values()), tmp_path / "results")
     assert found["outcome"] == "enhanced_multi_frame"
 
 
-def test_series_that_is_gone_hidden_or_without_masks_has_an_outcome(
+def test_missing_hidden_or_unmasked_series_has_an_outcome(
     screened: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     row, folder = screened
@@ -325,7 +325,7 @@ def test_unknown_error_is_internal_error_without_its_text(
     assert "Doe" not in caplog.text
 
 
-def test_internal_error_of_the_job_itself_has_a_place(
+def test_internal_error_of_export_names_its_location(
     screened: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     row = dict(screened[0])
@@ -334,7 +334,7 @@ def test_internal_error_of_the_job_itself_has_a_place(
     assert found["detail"].startswith("KeyError at report/export.py:")
 
 
-def test_export_travels_to_a_worker_by_value() -> None:
+def test_export_is_pickled_by_value_for_workers() -> None:
     """As a job's own function does, whose module a worker cannot import."""
     cloudpickle.register_pickle_by_value(export)
     try:
@@ -345,7 +345,7 @@ def test_export_travels_to_a_worker_by_value() -> None:
         cloudpickle.unregister_pickle_by_value(export)
 
 
-def test_storage_that_refuses_us_ends_the_job(
+def test_access_error_ends_the_export(
     screened: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(uri: str) -> bool:
@@ -356,7 +356,7 @@ def test_storage_that_refuses_us_ends_the_job(
         export.export_series(screened[0], "results")
 
 
-def test_storage_that_fails_for_one_series_is_its_outcome(
+def test_storage_fault_is_the_outcome_of_its_series(
     screened: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(uri: str) -> bool:
@@ -382,7 +382,7 @@ def no_parser(screened: object, bomb: bytes, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pydicom, "dcmread", parse)
 
 
-def test_series_as_it_was_screened_is_parse_header(screened: tuple[dict[str, Any], Path]) -> None:
+def test_series_as_it_was_screened_is_parsed(screened: tuple[dict[str, Any], Path]) -> None:
     headers = source_headers(screened[0])
     assert len(headers) == 12
     assert all("PixelData" not in header for header in headers)
@@ -403,7 +403,7 @@ def test_replaced_series_is_refused_by_its_content(
 
 
 @pytest.mark.usefixtures("no_parser")
-def test_deflated_object_is_refused_before_it_is_parse_header(bomb: bytes) -> None:
+def test_deflated_object_is_refused_before_it_is_parsed(bomb: bytes) -> None:
     with pytest.raises(StudyError, match="a deflated object") as error:
         parse_header(bomb)
     assert error.value.reason == "unsupported_syntax"

@@ -12,9 +12,7 @@ from repository import SUPPORT
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("reader", ["nifti", "dicom"])
-def test_a_search_finds_no_bytes_that_are_neither_read_nor_refused(
-    reader: str, tmp_path: Path
-) -> None:
+def test_fuzzing_finds_no_unhandled_bytes(reader: str, tmp_path: Path) -> None:
     found = subprocess.run(
         [
             sys.executable, SUPPORT / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,

@@ -9,7 +9,7 @@ from repository import ROOT
 from serve.uploads import ReplicaFolder
 
 
-def test_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(
+def test_only_folders_of_killed_replicas_are_removed(
     tmp_path: Path,
 ) -> None:
     code = (

@@ -6,7 +6,7 @@ import sys
 from repository import SUPPORT
 
 
-def test_loop_runs_where_there_is_only_torch() -> None:
+def test_training_loop_needs_torch_only() -> None:
     """Neither Ray nor MLflow nor an imaging library: a fresh interpreter that refuses them trains both phases."""
     code = """
 import sys

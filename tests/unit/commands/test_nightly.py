@@ -95,7 +95,7 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
     return Nights(run, tmp_path, monkeypatch)
 
 
-def test_good_night_is_done_once(nights: Nights) -> None:
+def test_good_night_runs_once(nights: Nights) -> None:
     nights.commit(None, None)
     assert nights.start() == (0, [])
     assert nights.start() == (0, [])
@@ -111,7 +111,7 @@ def test_good_night_is_done_once(nights: Nights) -> None:
         (("vanished", None), 4, "too_many_refused"),
     ],
 )
-def test_red_night_stays_red_at_each_start_until_it_is_acknowledged(
+def test_red_night_stays_red_until_acknowledged(
     nights: Nights, reasons: tuple[str | None, ...], code: int, kind: str
 ) -> None:
     """KubeRay and Kubernetes start the same command again, up to their backoffLimit."""
@@ -126,20 +126,18 @@ def test_red_night_stays_red_at_each_start_until_it_is_acknowledged(
     assert nights.start() == (0, [])
 
 
-def test_night_killed_between_commit_and_alert_alerts_at_the_next_start(nights: Nights) -> None:
+def test_night_killed_before_alert_alerts_at_next_start(nights: Nights) -> None:
     nights.commit("vanished", None)
     assert not nights.mark.exists()
     assert nights.start() == (4, ["too_many_refused"])
 
 
-def test_night_without_a_mark_cannot_be_acknowledged(nights: Nights) -> None:
+def test_acknowledge_refuses_night_without_mark(nights: Nights) -> None:
     assert nights.start("--acknowledge", "why") == (3, ["night_failed"])
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, 1), (2, 2), (3, 3), (5, 5), (-9, 1)])
-def test_screening_that_failed_leaves_no_mark_and_alerts(
-    nights: Nights, code: int, expected: int
-) -> None:
+def test_failed_screening_alerts_without_mark(nights: Nights, code: int, expected: int) -> None:
     nights.code = code
     for _ in range(2):
         assert nights.start() == (expected, ["screening_failed"])
@@ -151,7 +149,7 @@ def test_screening_that_failed_leaves_no_mark_and_alerts(
     }
 
 
-def test_storage_that_fails_after_a_good_commit_is_mended_by_the_next_start(nights: Nights) -> None:
+def test_storage_fault_after_commit_is_repaired_at_next_start(nights: Nights) -> None:
     nights.commit(None)
     nights.code = 1
     assert nights.start() == (1, ["screening_failed"])
@@ -178,7 +176,7 @@ def test_dead_store_raises_an_alert(nights: Nights, monkeypatch: pytest.MonkeyPa
         ("nightly", "read_run", OSError("full")),
     ],
 )
-def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
+def test_fault_after_commit_alerts_once_without_mark(
     nights: Nights,
     monkeypatch: pytest.MonkeyPatch,
     reason: str | None,
@@ -202,7 +200,7 @@ def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
     assert nights.start() == (nights.code, ["too_many_refused"] if reason else [])
 
 
-def test_committed_run_is_judged_by_its_file_at_each_start(nights: Nights) -> None:
+def test_judge_reads_the_committed_file(nights: Nights) -> None:
     nights.commit("internal_error", None)
     counts = account_run(nights.run.committed_uri)
     assert (counts.series, counts.failures["internal_error"]) == (2, 1)
@@ -229,9 +227,7 @@ def old_run(run: Run, tmp_path: Path, day: int, **changes: Any) -> Run:
     return old
 
 
-def test_old_work_is_removed_also_under_the_linkage_and_without_begun_at(
-    nights: Nights, tmp_path: Path
-) -> None:
+def test_retention_removes_old_work_of_ledger_and_linkage(nights: Nights, tmp_path: Path) -> None:
     linkage = str(tmp_path / "linkage")
     shown = old_run(nights.run, tmp_path, 1)
     hidden = old_run(
@@ -248,7 +244,7 @@ def test_old_work_is_removed_also_under_the_linkage_and_without_begun_at(
     ]
 
 
-def test_listings_but_the_last_and_old_results_are_removed(nights: Nights, tmp_path: Path) -> None:
+def test_retention_removes_old_listings_and_results(nights: Nights, tmp_path: Path) -> None:
     days = [replace(nights.run, run_date=date(2026, 11, day)) for day in (20, 21, 22)]
     for each in days:
         (row,) = freeze(each, tmp_path, "a")
@@ -278,7 +274,7 @@ def test_listings_but_the_last_and_old_results_are_removed(nights: Nights, tmp_p
 @pytest.mark.parametrize(
     "options", [("--keep-days", "0"), ("--keep-days", "-3"), ("--keep-results-days", "-1")]
 )
-def test_days_to_keep_that_would_remove_work_under_way_are_a_usage_error(
+def test_too_few_days_to_keep_are_a_usage_error(
     nights: Nights, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -289,7 +285,7 @@ def test_days_to_keep_that_would_remove_work_under_way_are_a_usage_error(
 @pytest.mark.parametrize(
     "url", ["https://alerts.hospital/x", "http://127.0.0.1:9/x", "http://localhost:9/x"]
 )
-def test_alert_url_that_is_safe_is_accepted(url: str) -> None:
+def test_safe_alert_url_is_accepted(url: str) -> None:
     alerts.check_alert_url(url)
 
 
@@ -300,7 +296,7 @@ def test_alert_url_that_is_safe_is_accepted(url: str) -> None:
         "https://user:secret@host/", "file:///etc/passwd", "https:///x", "",
     ],
 )  # fmt: skip
-def test_alert_url_beyond_this_machine_in_clear_text_or_with_a_user_is_refused(url: str) -> None:
+def test_unsafe_alert_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="neither https:// nor on this machine"):
         alerts.check_alert_url(url)
 
@@ -340,7 +336,7 @@ def test_screening_refuses_a_run_date_in_the_future_with_3(
 @pytest.mark.parametrize(
     ("reasons", "code"), [(["internal_error"], 1), (["vanished", None], 4), ([None], 0)]
 )
-def test_committed_run_that_is_started_again_ends_with_the_code_of_its_ledger(
+def test_committed_run_started_again_returns_its_exit_code(
     nights: Nights,
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

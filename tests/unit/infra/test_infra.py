@@ -67,7 +67,7 @@ POD_MANIFESTS = [path for path in MANIFESTS if pods(load(path))]
 
 @pytest.mark.skipif(not SCHEMAS.exists(), reason="KubeRay's schemas are not at hand")
 @pytest.mark.parametrize("path", RAY_MANIFESTS, ids=lambda path: path.stem)
-def test_custom_resources_satisfy_kuberays_schema(path: Path) -> None:
+def test_custom_resources_satisfy_kuberay_schema(path: Path) -> None:
     manifest = load(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with (SCHEMAS / f"ray.io_{KINDS[manifest['kind']]}.yaml").open() as file:
@@ -102,7 +102,7 @@ def close(schema: Any) -> None:
 
 
 @pytest.mark.parametrize("path", POD_MANIFESTS, ids=lambda path: path.stem)
-def test_pods_are_not_root_write_nowhere_and_hold_no_secret(path: Path) -> None:
+def test_pods_run_without_root_writes_or_secrets(path: Path) -> None:
     for pod in pods(load(path)):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -123,7 +123,7 @@ def test_pods_are_not_root_write_nowhere_and_hold_no_secret(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RAY_MANIFESTS, ids=lambda path: path.stem)
-def test_the_operator_deals_out_rays_token(path: Path) -> None:
+def test_ray_resources_ask_operator_for_token(path: Path) -> None:
     # Without authOptions operator and submitter are answered 401. A hand-made variable in a pod would win over the
     # secret that authOptions names, and the two could differ.
     (spec,) = cluster_specs(load(path))
@@ -138,7 +138,7 @@ def test_the_operator_deals_out_rays_token(path: Path) -> None:
     assert not [name for name in names if name.startswith("RAY_AUTH")]
 
 
-def test_the_plain_cron_job_has_the_token_by_itself() -> None:
+def test_plain_cron_job_mounts_the_token() -> None:
     ((container,),) = (pod["containers"] for pod in pods(load(KUBERAY / "cronjob.yaml")))
     given = {each["name"]: each for each in container["env"]}
     assert given["RAY_AUTH_MODE"]["value"] == "token"
@@ -149,7 +149,7 @@ def test_the_plain_cron_job_has_the_token_by_itself() -> None:
 
 
 @pytest.mark.parametrize("path", RAY_MANIFESTS, ids=lambda path: path.stem)
-def test_ray_pods_have_time_to_drain_and_no_dead_autoscaling(path: Path) -> None:
+def test_ray_pods_drain_and_do_not_autoscale(path: Path) -> None:
     (spec,) = cluster_specs(load(path))
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
@@ -159,7 +159,7 @@ def test_ray_pods_have_time_to_drain_and_no_dead_autoscaling(path: Path) -> None
     assert "enableInTreeAutoscaling" not in spec
 
 
-def test_endpoint_takes_requests_on_workers_and_upgrades_by_a_new_cluster() -> None:
+def test_service_serves_on_workers_and_upgrades_by_new_cluster() -> None:
     spec = load(KUBERAY / "service.yaml")["spec"]
     assert spec["excludeHeadPodFromServeSvc"] is True
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
@@ -176,7 +176,7 @@ def in_bytes(quantity: str) -> int:
     return int(quantity.removesuffix("Gi")) * GIB
 
 
-def test_workers_of_the_endpoint_hold_what_its_replicas_ask_for() -> None:
+def test_service_workers_hold_the_replicas_resources() -> None:
     from covtanet.screening.config import ScreeningConfig
     from serve.settings import Caller, ServeConfig
 
@@ -204,7 +204,7 @@ def test_workers_of_the_endpoint_hold_what_its_replicas_ask_for() -> None:
     )  # Segmenter, predict, measure, Ray
 
 
-def test_nights_never_overlap_and_say_their_time_zone() -> None:
+def test_nightly_jobs_forbid_overlap_and_name_time_zone() -> None:
     cron, ray_cron = (
         load(KUBERAY / "cronjob.yaml")["spec"],
         load(KUBERAY / "raycronjob.yaml")["spec"],
@@ -215,7 +215,7 @@ def test_nights_never_overlap_and_say_their_time_zone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own models
-def test_serve_config_satisfies_rays_own_schema() -> None:
+def test_serve_config_satisfies_ray_schema() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     for values in (
@@ -228,7 +228,7 @@ def test_serve_config_satisfies_rays_own_schema() -> None:
     assert load(ROOT / "infra" / "serve.yaml")["http_options"]["host"] == "127.0.0.1"
 
 
-def test_the_dashboard_asks_for_metrics_that_are_counted() -> None:
+def test_dashboard_queries_existing_metrics() -> None:
     panels = json.loads((ROOT / "infra" / "grafana.json").read_text())["panels"]
     asked = {
         name
@@ -300,7 +300,7 @@ def reaches(source: Peer, target: Peer, port: int) -> bool:
 
 
 @pytest.mark.parametrize("path", POD_MANIFESTS, ids=lambda path: path.stem)
-def test_every_pod_is_closed_both_ways_and_says_what_it_is(path: Path) -> None:
+def test_network_policies_deny_by_default_for_every_pod(path: Path) -> None:
     for template in templates(load(path)):
         labels = template["metadata"]["labels"]
         assert labels[PART_OF] == "covtanet"
@@ -316,7 +316,7 @@ CLUSTERS = ("serve", "screen", "train")
 COMPONENTS = (*CLUSTERS, "nightly", "screen-submitter", "train-submitter")
 
 
-def test_components_are_those_that_the_policies_know() -> None:
+def test_network_policies_know_every_component() -> None:
     found = {
         each["metadata"]["labels"][COMPONENT]
         for path in POD_MANIFESTS
@@ -325,7 +325,7 @@ def test_components_are_those_that_the_policies_know() -> None:
     assert found == set(COMPONENTS)
 
 
-def test_ray_clusters_reach_themselves_and_nobody_else() -> None:
+def test_ray_clusters_reach_only_their_pods() -> None:
     allowed = {(name, name, port) for name in CLUSTERS for port in (6379, 8265, 10001)}
     allowed |= {("screen-submitter", "screen", 8265), ("train-submitter", "train", 8265)}
     found = set()
@@ -338,7 +338,7 @@ def test_ray_clusters_reach_themselves_and_nobody_else() -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_only_what_works_with_data_reaches_store_and_registry(component: str) -> None:
+def test_only_data_components_reach_store_and_registry(component: str) -> None:
     has_data = component in (*CLUSTERS, "nightly")
     for port, is_open in ((443, True), (5000, True), (22, False), (8265, False)):
         assert reaches(pod_of(component), Peer(namespace="storage"), port) == (has_data and is_open)
@@ -346,7 +346,7 @@ def test_only_what_works_with_data_reaches_store_and_registry(component: str) ->
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_from_outside_only_operator_ingress_and_prometheus_come_in(component: str) -> None:
+def test_only_operator_ingress_and_prometheus_come_in(component: str) -> None:
     is_cluster = component in CLUSTERS
     for namespace, port, is_open in (
         ("kuberay-system", 8265, is_cluster),
@@ -364,7 +364,7 @@ def test_from_outside_only_operator_ingress_and_prometheus_come_in(component: st
 
 
 @pytest.mark.parametrize("path", POD_MANIFESTS, ids=lambda path: path.stem)
-def test_each_kind_of_work_has_an_s3_role_of_its_own(path: Path) -> None:
+def test_every_workload_has_its_s3_role(path: Path) -> None:
     roles = {"nightly": "screen", "screen-submitter": None, "train-submitter": None}
     for template in templates(load(path)):
         component = template["metadata"]["labels"][COMPONENT]
@@ -374,7 +374,7 @@ def test_each_kind_of_work_has_an_s3_role_of_its_own(path: Path) -> None:
             assert secrets == ([f"covtanet-s3-{role}"] if role else [])
 
 
-def test_namespace_enforces_the_restricted_standard() -> None:
+def test_namespace_enforces_restricted_pod_security() -> None:
     namespace, account = load_all(KUBERAY / "namespace.yaml")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     assert account["automountServiceAccountToken"] is False
@@ -382,7 +382,7 @@ def test_namespace_enforces_the_restricted_standard() -> None:
     assert used == {account["metadata"]["name"]}
 
 
-def test_ingress_ends_tls_and_fits_the_endpoints_limits() -> None:
+def test_ingress_ends_tls_with_the_endpoint_limits() -> None:
     from covtanet.archive.upload import IntakeLimits
     from serve.settings import Caller, ServeConfig
 
@@ -412,7 +412,7 @@ def test_ingress_ends_tls_and_fits_the_endpoints_limits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own models
-def test_launcher_names_rays_token_itself() -> None:
+def test_cluster_launcher_names_the_ray_token() -> None:
     import ray.autoscaler
 
     launcher = load(ROOT / "infra" / "cluster" / "aws.yaml")
@@ -491,14 +491,14 @@ def test_image_installs_every_distribution_by_version_and_hash() -> None:
             assert re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each), name
 
 
-def test_image_builds_with_the_one_package_that_constraints_leave_out() -> None:
+def test_image_adds_setuptools_to_the_constraints() -> None:
     # pip freeze names no setuptools, which builds our own package and which torch needs.
     assert set(locked()) - set(constraints()) == {"setuptools"}
     (build,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert Requirement(build).specifier.contains(locked()["setuptools"][0])
 
 
-def test_image_installs_all_that_it_needs_and_no_more() -> None:
+def test_image_installs_required_distributions_only() -> None:
     assert set(locked()) == needed("covtanet", frozenset({"imagenet"})) - FROM_TORCHS_INDEX
 
 
@@ -508,7 +508,7 @@ def commands(containerfile: str) -> list[str]:
     return [line for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
 
 
-def test_image_takes_packages_by_hash_and_torch_from_its_own_index_alone() -> None:
+def test_image_installs_by_hash_and_torch_by_index() -> None:
     found = commands((ROOT / "infra" / "Containerfile").read_text())
     installs = [each for line in found for each in re.findall(r"pip install [^&]*", line)]
     by_hash, torch, ours = installs
@@ -522,7 +522,7 @@ def test_image_takes_packages_by_hash_and_torch_from_its_own_index_alone() -> No
         assert "--extra-index-url" not in path.read_text()
 
 
-def test_image_wants_its_base_by_digest() -> None:
+def test_image_base_needs_a_digest() -> None:
     found = commands((ROOT / "infra" / "Containerfile").read_text())
     assert found[:2] == ["ARG BASE", "FROM ${BASE}"]  # no default: who builds names it
     (check,) = [line for line in found if "@sha256:" in line]
@@ -531,7 +531,7 @@ def test_image_wants_its_base_by_digest() -> None:
     assert found.index(check) < found.index(next(line for line in found if "apt-get" in line))
 
 
-def test_image_has_bytecode_of_our_own_code() -> None:
+def test_image_compiles_the_project() -> None:
     found = commands((ROOT / "infra" / "Containerfile").read_text())
     (compiled,) = [index for index, line in enumerate(found) if "compileall" in line]
     copies = [index for index, line in enumerate(found) if line.startswith("COPY")]
@@ -539,7 +539,7 @@ def test_image_has_bytecode_of_our_own_code() -> None:
     assert compiled > max(copies)
 
 
-def test_make_test_prints_what_was_skipped_and_why() -> None:
+def test_make_test_prints_skip_reasons() -> None:
     """Of pytest's short summary, which -q does not hide; the Makefile passes no -r of its own that would replace it."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"][
         "addopts"
