@@ -108,7 +108,7 @@ class PreparedData:
         return str(self.folder / "prepared")
 
     def checkpoints(self, name: str) -> Place:
-        """Return where one measured training keeps its checkpoints."""
+        """Return the location of a measured training's checkpoints."""
         run = tracking.RunAddress(
             uri=f"sqlite:///{self.folder}/mlflow.db", experiment="bench", name=name, key=name
         )

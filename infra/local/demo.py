@@ -140,7 +140,7 @@ def is_news(line: str) -> bool:
 
 
 def show_results(clock: Clock) -> int:
-    """Compare the ledger with the truth, write the sheet of pictures, print where all lies."""
+    """Compare the ledger with the truth, write the sheet of pictures, print all locations."""
     (committed,) = (DEMO / "s3" / "demo" / "ledger").glob("date=*/*.parquet")
     ledger = pq.read_table(BytesIO(committed.read_bytes()))
     compared = agreement.compare(

@@ -1,11 +1,11 @@
-"""What hospital archives hold beside plain series: what is written, and which row is right for it.
+"""Cases of real archives beside plain series, each with the ledger row that is right for it.
 
 python tests/support/archive_cases.py FOLDER           write every case into its own folder below FOLDER
-python tests/support/archive_cases.py --check LEDGER   compare a ledger of that archive with what is right
+python tests/support/archive_cases.py --check LEDGER   compare a ledger of that archive with the right rows
 
 FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The numbers in the
-names group cases of one kind. What is right follows from the standards and from ``docs/input.md``,
-never from what the readers do.
+names group cases of one kind. The right row follows from the standards and ``docs/input.md``, not
+from the behaviour of the readers.
 """
 
 import argparse
@@ -40,27 +40,27 @@ LARGE: dict[str, Case] = {"43_nearly_2000_slices": cases_dicom_pixels.nearly_200
 
 def case_of(source_uri: str) -> str | None:
     """Return the case whose folder a row comes from."""
-    known = [part for part in source_uri.split("/") if part in CASES or part in LARGE]
-    return known[-1] if known else None
+    cases = [part for part in source_uri.split("/") if part in CASES or part in LARGE]
+    return cases[-1] if cases else None
 
 
 def check(records: Iterable[Record], cases: Mapping[str, Case] = CASES) -> dict[str, list[str]]:
-    """Return what is wrong with a ledger's rows, case by case; nothing for a case that is right."""
+    """Return the faults of a ledger's rows by case; an empty list for a case that is right."""
     by_case: dict[str, list[Record]] = {}
     for record in records:
         by_case.setdefault(case_of(record["source_uri"]) or "", []).append(record)
-    found = {}
+    faults_by_case = {}
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             right = case(Path(folder) / name, name)
         rows = by_case.get(name, [])
-        wrong = []
+        case_faults = []
         if len(rows) != right.num_rows:
-            wrong.append(f"{len(rows)} rows, right are {right.num_rows}")
+            case_faults.append(f"{len(rows)} rows, right are {right.num_rows}")
         for record in rows:
-            wrong += faults(record, right)
-        found[name] = wrong
-    return found
+            case_faults += faults(record, right)
+        faults_by_case[name] = case_faults
+    return faults_by_case
 
 
 def main() -> int:
@@ -69,7 +69,9 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", nargs="?", type=Path, help="where the archive is written")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="folder of the archive, which is written"
+    )
     parser.add_argument(
         "--check",
         default="",
@@ -92,12 +94,14 @@ def main() -> int:
 
     is_file = arguments.check.endswith(".parquet")
     table = read_run(arguments.check) if is_file else newest_rows(arguments.check)
-    found = check(table.to_pylist())
-    for name, wrong in found.items():
+    faults_by_case = check(table.to_pylist())
+    for name, wrong in faults_by_case.items():
         verdict = f"wrong: {'; '.join(wrong)}" if wrong else "right"
         sys.stdout.write(f"{name:45s} {verdict}\n")
-    num_wrong = sum(bool(wrong) for wrong in found.values())
-    sys.stdout.write(f"{len(found) - num_wrong} of {len(found)} cases are right\n")
+    num_wrong = sum(bool(wrong) for wrong in faults_by_case.values())
+    sys.stdout.write(
+        f"{len(faults_by_case) - num_wrong} of {len(faults_by_case)} cases are right\n"
+    )
     return int(num_wrong > 0)
 
 

@@ -146,14 +146,14 @@ def cut_round(
 ) -> Right:
     """Write a round field of view whose edge runs through both lungs."""
     outside = round_field(chest(), radius_mm)
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         stored = pixels(dataset)
         stored[outside] = value
         set_pixels(dataset, stored)
         if is_declared:
             dataset.add_new("PixelPaddingValue", "SS", value)
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(Row(flags=("partial_lungs",), optional=("padding",)),))
 
 

@@ -38,7 +38,7 @@ from right_rows import Case, Right, Row, refused, sound
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """What is stored outside the circle of reconstruction, and what the header says of it."""
+    """The value stored outside the circle of reconstruction, and the header's statement of it."""
 
     stored: int
     is_signed: bool = False
@@ -80,8 +80,8 @@ PADDINGS = {
 def padded(folder: Path, name: str, *, padding: Padding, **how: Any) -> Right:
     """Write slices whose corners hold padding."""
     outside, rng = round_field(chest(), 175.0), np.random.default_rng(0)
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         stored = pixels(dataset) - 1024 - padding.intercept
         stored[outside] = padding.stored + rng.integers(0, padding.spread + 1, int(outside.sum()))
         dataset.PixelRepresentation = int(padding.is_signed)
@@ -91,7 +91,7 @@ def padded(folder: Path, name: str, *, padding: Padding, **how: Any) -> Right:
         set_pixels(dataset, stored)
         if how:
             dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    save(folder, found, **how)
+    save(folder, series, **how)
     # The flag tells of declared padding below -1024 HU; other padding may be told as well.
     is_below = padding.stored < 0 or padding.stored > 30000
     flags = ("padding",) if is_below and padding.declared else ()
@@ -114,8 +114,8 @@ def excess(folder: Path, name: str, *, num_bytes: int, rows: tuple[Row, ...] = (
 def overlay_bits(folder: Path, name: str, *, is_signed: bool) -> Right:
     """Write 12 bits with an overlay above them, the patient prone and feet first, from the head."""
     phantom, rng = chest(), np.random.default_rng(1)
-    found = datasets(name)
-    for index, dataset in enumerate(found):
+    series = datasets(name)
+    for index, dataset in enumerate(series):
         hu = np.clip(pixels(dataset) - 1024, -1024, 2047)
         stored = (hu if is_signed else hu + 1024) & 0xFFF
         stored |= (rng.random(stored.shape) < 0.3).astype(np.int32) << 12
@@ -127,18 +127,18 @@ def overlay_bits(folder: Path, name: str, *, is_signed: bool) -> Right:
         dataset.ImageOrientationPatient = ["-1", "0", "0", "0", "-1", "0"]
         dataset.PatientPosition, dataset.InstanceNumber = "FFP", 1
         del dataset.SliceThickness
-    save(folder, found[::-1])
+    save(folder, series[::-1])
     return Right(rows=(sound(),), hu=np.clip(phantom.hu, -1024, 2047))
 
 
 def high_bit(folder: Path, name: str, *, bits_stored: int, high: int, shift: int) -> Right:
     """Write a HighBit that is not BitsStored - 1, with the values up there or in the low bits."""
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         stored = np.clip(pixels(dataset), 0, 4095) << shift
         dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits_stored, high, 0
         set_pixels(dataset, stored)
-    save(folder, found)
+    save(folder, series)
     wrong = ("undecodable",) if shift else ("undecodable", "not_hu")
     return Right(rows=(sound(), refused(*wrong)))
 
@@ -148,8 +148,8 @@ def high_bit(folder: Path, name: str, *, bits_stored: int, high: int, shift: int
 
 def fragments(folder: Path, name: str, *, syntax: str) -> Right:
     """Write one frame in three fragments without a table of offsets."""
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         stream = stream_of(pixels(dataset).astype(np.uint16), syntax)
         dataset.PixelRepresentation = 0
         third = len(stream) // 6 * 2
@@ -158,16 +158,16 @@ def fragments(folder: Path, name: str, *, syntax: str) -> Right:
             [stream[:third], stream[third : 2 * third], stream[2 * third :]],
             syntax,
         )
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(sound(),), hu=chest().hu)
 
 
 def enhanced_fragments(folder: Path, name: str, *, has_table: bool) -> Right:
     """Write Enhanced CT in JPEG 2000 with an Extended Offset Table, or two fragments a frame."""
-    found = datasets(name)
-    whole = enhanced(found)
+    series = datasets(name)
+    whole = enhanced(series)
     whole.PixelRepresentation = 0
-    streams = [stream_of(pixels(dataset).astype(np.uint16), JPEG2000Lossless) for dataset in found]
+    streams = [stream_of(pixels(dataset).astype(np.uint16), JPEG2000Lossless) for dataset in series]
     halves: list[bytes] = []
     for stream in streams:
         middle = len(stream) // 4 * 2
@@ -182,8 +182,8 @@ def enhanced_fragments(folder: Path, name: str, *, has_table: bool) -> Right:
 
 def signed_codec(folder: Path, name: str, *, syntax: str, as_unsigned: bool = False) -> Right:
     """Write HU as they are, negative ones among them, compressed."""
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         stored = (pixels(dataset) - 1024).astype(np.int16)
         dataset.RescaleIntercept = "0"
         set_pixels(dataset, stored)
@@ -192,7 +192,7 @@ def signed_codec(folder: Path, name: str, *, syntax: str, as_unsigned: bool = Fa
         else:
             stream = stream_of(stored.view(np.uint16) if as_unsigned else stored, syntax)
             encapsulate(dataset, [stream], syntax)
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(sound(),), hu=chest().hu)
 
 

@@ -51,7 +51,7 @@ def interleaved(
     shift_mm: float = 5.5,
     num_second: int = 24,
 ) -> Right:
-    """Write two breath-holds whose slices lie between each other. by: what tells them apart."""
+    """Write two breath-holds whose slices lie between each other. by: the attribute that differs."""
     first, second = datasets(name), datasets(name, chest(seed=5))[:num_second]
     for dataset in second:
         x, y, z = dataset.ImagePositionPatient
@@ -81,11 +81,11 @@ def same_places(folder: Path, name: str) -> Right:
 
 def timed(folder: Path, name: str, *, attributes: Callable[[int, int], dict[str, Any]]) -> Right:
     """Write one regular stack. attributes: of a slice by its number from the feet and the count."""
-    found = datasets(name)
-    for index, dataset in enumerate(found):
-        for attribute, value in attributes(index, len(found)).items():
+    series = datasets(name)
+    for index, dataset in enumerate(series):
+        for attribute, value in attributes(index, len(series)).items():
             setattr(dataset, attribute, value)
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(sound(),), hu=chest().hu)
 
 
@@ -138,23 +138,23 @@ def of_image_type(
     row: Row,
     is_enhanced: bool = False,
 ) -> Right:
-    """Write slabs of three slices that say by their ImageType what they are."""
+    """Write slabs of three slices, which their ImageType names."""
     slab = ndimage.uniform_filter1d if row.status == SCREENED else ndimage.maximum_filter1d
-    found = datasets(name, replace(chest(), hu=slab(chest().hu, 3, axis=0)))
-    for dataset in found:
+    series = datasets(name, replace(chest(), hu=slab(chest().hu, 3, axis=0)))
+    for dataset in series:
         dataset.ImageType = list(image_type)
-    save(folder, [enhanced(found)] if is_enhanced else found)
+    save(folder, [enhanced(series)] if is_enhanced else series)
     return Right(rows=(row,))
 
 
-# 14: what systems leave beside series
+# 14: objects that systems leave beside series
 
 
 def apple_double(folder: Path, name: str) -> Right:
     """Write a series and a volume as a Mac leaves them, each file with a companion."""
-    found = datasets(name)
-    save(folder, found, "IM{:04d}.dcm")
-    companions = {f"._IM{index:04d}.dcm": APPLE_DOUBLE for index in range(len(found))}
+    series = datasets(name)
+    save(folder, series, "IM{:04d}.dcm")
+    companions = {f"._IM{index:04d}.dcm": APPLE_DOUBLE for index in range(len(series))}
     write(
         folder,
         {
@@ -172,7 +172,7 @@ def apple_double(folder: Path, name: str) -> Right:
             ".DS_Store": b"\0\0\0\1Bud1" + bytes(6000),
         },
     )
-    return Right(rows=(sound(),), num_rows=2, num_ignored=len(found) + 5)
+    return Right(rows=(sound(),), num_rows=2, num_ignored=len(series) + 5)
 
 
 def apple_folder(folder: Path, name: str) -> Right:
@@ -184,10 +184,10 @@ def apple_folder(folder: Path, name: str) -> Right:
 
 def directory(folder: Path, name: str, *, file_name: str) -> Right:
     """Write a series with the directory object of a patient CD."""
-    found = datasets(name)
-    save(folder, found)
+    series = datasets(name)
+    save(folder, series)
     listed = Dataset()
-    listed.file_meta = copy.deepcopy(found[0].file_meta)
+    listed.file_meta = copy.deepcopy(series[0].file_meta)
     listed.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
     listed.FileSetID = "CD"
     listed.DirectoryRecordSequence = []
@@ -209,13 +209,13 @@ def twice(folder: Path, name: str, *, copies: Sequence[int], times: int = 1) -> 
 
 def almost_twice(folder: Path, name: str, *, is_other_object: bool) -> Right:
     """Write a second slice at the place of one: other pixels, or another object with the same."""
-    found = datasets(name)
-    again = copy.deepcopy(found[5])
+    series = datasets(name)
+    again = copy.deepcopy(series[5])
     if is_other_object:
         set_uid(again, f"{again.SOPInstanceUID[:60]}.9")
     else:
         set_pixels(again, pixels(again) + 1)
-    save(folder, [*found, again])
+    save(folder, [*series, again])
     return Right(rows=(refused("duplicate_slice"),))
 
 
@@ -223,10 +223,10 @@ def almost_twice(folder: Path, name: str, *, is_other_object: bool) -> Right:
 
 
 def contrast(folder: Path, name: str, *, agent: str, is_given: bool) -> Right:
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         dataset.ContrastBolusAgent = agent
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(sound(chest(), *(("contrast",) if is_given else ())),))
 
 
@@ -251,9 +251,9 @@ def enhanced_contrast(folder: Path, name: str, *, is_given: bool) -> Right:
 
 def decimal_strings(folder: Path, name: str) -> Right:
     """Write numbers with exponents, signs, blanks and more characters than they may have."""
-    found = datasets(name)
+    series = datasets(name)
     with disable_value_validation():
-        for dataset in found:
+        for dataset in series:
             dataset.PixelSpacing = ["3.75E+00", "+3.750000000000000000"]
             dataset.RescaleSlope, dataset.RescaleIntercept = " 1.0000E+000 ", "-1.024e3"
             dataset.ImageOrientationPatient = [
@@ -264,7 +264,7 @@ def decimal_strings(folder: Path, name: str) -> Right:
                 "1",
                 "0.00000000000000001",
             ]
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(sound(spacing_mm=(11.0, 3.75, 3.75)),), hu=chest().hu)
 
 
@@ -290,10 +290,10 @@ def with_localizers(
     has_position: bool = True,
     size_px: int = 64,
 ) -> Right:
-    found = datasets(name)
-    scout = partial(scout_of, found[0], has_position=has_position, size_px=size_px)
+    series = datasets(name)
+    scout = partial(scout_of, series[0], has_position=has_position, size_px=size_px)
     scouts = [scout(number) for number in range(count)]
-    save(folder, [*scouts, *found])
+    save(folder, [*scouts, *series])
     return Right(rows=(sound(chest(), "localizer_dropped"),), hu=chest().hu)
 
 
@@ -327,8 +327,8 @@ def scout_of(
 
 
 def without_preamble(folder: Path, name: str, *, suffix: str, is_implicit: bool = False) -> Right:
-    found = datasets(name)
-    for index, dataset in enumerate(found):
+    series = datasets(name)
+    for index, dataset in enumerate(series):
         if is_implicit:
             dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
         write(folder, {f"IM{index:04d}{suffix}": to_bytes(dataset)[132:]})
@@ -349,8 +349,8 @@ def without_meta(folder: Path, name: str, *, suffix: str) -> Right:
 
 
 def legacy_converted(folder: Path, name: str) -> Right:
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         dataset.PatientName = "PHANTOM^"
         dataset.PatientPosition, dataset.AcquisitionNumber, dataset.KVP = "HFS", 1, "120"
         dataset.BodyPartExamined, dataset.Laterality, dataset.PositionReferenceIndicator = (
@@ -359,9 +359,9 @@ def legacy_converted(folder: Path, name: str) -> Right:
             "",
         )
         dataset.SliceLocation = dataset.ImagePositionPatient[2]
-    uid = found[0].SeriesInstanceUID[:56]
+    uid = series[0].SeriesInstanceUID[:56]
     whole = hd.legacy.LegacyConvertedEnhancedCTImage(
-        found,
+        series,
         series_instance_uid=f"{uid}.1",
         series_number=2,
         sop_instance_uid=f"{uid}.2",
@@ -378,12 +378,12 @@ def plain_enhanced(folder: Path, name: str) -> Right:
 
 def two_times(folder: Path, name: str, *, in_one_object: bool) -> Right:
     """Write Enhanced CT with two volumes in time at the same places."""
-    found = datasets(name)
+    series = datasets(name)
     if in_one_object:
-        save(folder, [enhanced([*found, *found])])
+        save(folder, [enhanced([*series, *series])])
     else:
-        both = [enhanced(found), enhanced(found)]
-        set_uid(both[1], f"{found[0].SOPInstanceUID[:60]}.2")
+        both = [enhanced(series), enhanced(series)]
+        set_uid(both[1], f"{series[0].SOPInstanceUID[:60]}.2")
         both[1].AcquisitionNumber = 2
         save(folder, both)
     return Right(rows=(refused("duplicate_slice"),))
@@ -393,10 +393,10 @@ def two_times(folder: Path, name: str, *, in_one_object: bool) -> Right:
 
 
 def rescale_type(folder: Path, name: str, *, words: str, row: Row) -> Right:
-    found = datasets(name)
-    for dataset in found:
+    series = datasets(name)
+    for dataset in series:
         dataset.RescaleType = words
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(row,))
 
 

@@ -49,7 +49,7 @@ def reformat(
     start = origin + step / 4
     turn = rotation(np.array([0, 0, 1.0]), turn_deg)
     cosines = [*(turn @ columns), 0.0, 0.0, -1.0]
-    found = plane_datasets(
+    series = plane_datasets(
         name,
         slices,
         origin=turn @ start,
@@ -57,10 +57,10 @@ def reformat(
         pixel_mm=(3.0, 3.75),
         step_mm=turn @ step,
     )
-    for dataset in found:
-        is_told = ["DERIVED", "SECONDARY", says]
-        dataset.ImageType = is_told if says else ["ORIGINAL", "PRIMARY", "AXIAL"]
-    save(folder, found)
+    for dataset in series:
+        image_type = ["DERIVED", "SECONDARY", says]
+        dataset.ImageType = image_type if says else ["ORIGINAL", "PRIMARY", "AXIAL"]
+    save(folder, series)
     spacing = (3.0, 7.5, 3.75) if plane == "coronal" else (3.0, 3.75, 7.5)
     row = sound(
         phantom,
@@ -101,7 +101,7 @@ def rounded_cosines(folder: Path, name: str, *, seed: int, decimals: int) -> Rig
     phantom = chest()
     columns, rows = turn[:, 0], turn[:, 1]
     origin, step = turn @ phantom.affine[:3, 3], turn[:, 2] * 11.0
-    found = plane_datasets(
+    series = plane_datasets(
         name,
         phantom.hu,
         origin=origin,
@@ -109,20 +109,20 @@ def rounded_cosines(folder: Path, name: str, *, seed: int, decimals: int) -> Rig
         pixel_mm=(3.75, 3.75),
         step_mm=step,
     )
-    for dataset in found:
+    for dataset in series:
         dataset.ImageOrientationPatient = [f"{cosine:.{decimals}f}" for cosine in (*columns, *rows)]
-    save(folder, found)
+    save(folder, series)
     row = sound(spacing_mm=(11.0, 3.75, 3.75), optional=("oblique",))
     return Right(rows=(row,), hu=phantom.hu)
 
 
 def rounded_positions(folder: Path, name: str, *, slice_mm: float, decimals: int) -> Right:
     phantom = chest(80, 96, 4.5, slice_mm)
-    found = datasets(name, phantom)
-    for dataset in found:
+    series = datasets(name, phantom)
+    for dataset in series:
         position = [float(mm) for mm in dataset.ImagePositionPatient]
         dataset.ImagePositionPatient = [f"{mm:.{decimals}f}" for mm in position]
-    save(folder, found)
+    save(folder, series)
     # Over the whole stack the rounded positions give the distance to a thousandth.
     return Right(rows=(sound(phantom, spacing_mm=(slice_mm, 4.5, 4.5)),), hu=phantom.hu)
 
@@ -135,11 +135,11 @@ def moved(
     row: Row,
 ) -> Right:
     """Write slices moved along the stack. offsets: of so many slices, in mm."""
-    found = datasets(name)
-    for dataset, offset in zip(found, offsets(len(found)), strict=True):
+    series = datasets(name)
+    for dataset, offset in zip(series, offsets(len(series)), strict=True):
         x, y, z = dataset.ImagePositionPatient
         dataset.ImagePositionPatient = [x, y, f"{float(z) + offset:.4f}"]
-    save(folder, found)
+    save(folder, series)
     return Right(rows=(row,))
 
 

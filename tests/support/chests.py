@@ -1,4 +1,4 @@
-"""Sound chests as DICOM and NIfTI, and ways to write them, for what archives do to series."""
+"""Sound chests as DICOM and NIfTI, and the changes that archives make to them."""
 
 import copy
 import struct
@@ -110,13 +110,13 @@ def cropped(phantom: Phantom, axis: int, start: int, stop: int) -> Phantom:
     """Return a chest of some slices, rows or columns alone."""
     affine = phantom.affine.copy()
     affine[:3, 3] += affine[:3, axis] * start
-    kept = range(start, stop)
+    indices = range(start, stop)
     return replace(
         phantom,
-        hu=phantom.hu.take(kept, axis),
+        hu=phantom.hu.take(indices, axis),
         affine=affine,
-        lung_mask=phantom.lung_mask.take(kept, axis),
-        lesion_mask=phantom.lesion_mask.take(kept, axis),
+        lung_mask=phantom.lung_mask.take(indices, axis),
+        lesion_mask=phantom.lesion_mask.take(indices, axis),
     )
 
 
@@ -149,7 +149,7 @@ def plane_datasets(
 ) -> list[Dataset]:
     """Return slices of any plane. array: (slices, rows, columns) in HU; origin, step_mm: LPS."""
     head = datasets(name)[0]
-    found = []
+    series = []
     for index, slice_hu in enumerate(array):
         dataset = copy.deepcopy(head)
         set_uid(dataset, f"{head.SeriesInstanceUID}.{index + 1}")
@@ -160,8 +160,8 @@ def plane_datasets(
         dataset.SliceThickness = f"{np.linalg.norm(step_mm):.6g}"
         dataset.InstanceNumber = index + 1
         set_pixels(dataset, np.rint(slice_hu) + 1024)
-        found.append(dataset)
-    return found
+        series.append(dataset)
+    return series
 
 
 def set_uid(dataset: Dataset, uid: str) -> None:
@@ -183,18 +183,18 @@ def set_pixels(dataset: Dataset, stored: NDArray[Any]) -> None:
 
 
 def to_bytes(dataset: Dataset, **how: Any) -> bytes:
-    """Write an object, past what the writer checks of its values."""
+    """Write an object without the writer's checks of its values."""
     buffer = BytesIO()
     with pydicom.config.disable_value_validation():
         dataset.save_as(buffer, **{"enforce_file_format": True, **how})
     return buffer.getvalue()
 
 
-def save(folder: Path, found: Iterable[Dataset], name: str = "IM{:04d}", **how: Any) -> None:
+def save(folder: Path, series: Iterable[Dataset], name: str = "IM{:04d}", **how: Any) -> None:
     """Write slices as objects of a folder, which is made."""
     write(
         folder,
-        {name.format(index): to_bytes(dataset, **how) for index, dataset in enumerate(found)},
+        {name.format(index): to_bytes(dataset, **how) for index, dataset in enumerate(series)},
     )
 
 

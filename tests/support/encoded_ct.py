@@ -19,7 +19,7 @@ from covtanet.phantoms.phantom import Phantom
 
 
 def as_nifti(phantom: Phantom, axes: str = "LPS", dtype: DTypeLike = np.int16) -> bytes:
-    """The phantom as a NIfTI file in any axis order."""
+    """Return the phantom as a NIfTI file in any axis order."""
     image = nib.Nifti1Image.from_bytes(
         gzip.decompress(nifti.write(phantom.hu, nifti_grid(phantom)))
     )
@@ -42,7 +42,7 @@ ENCODERS: dict[str, Callable[[NDArray[Any]], bytes | bytearray]] = {
 
 
 def encoded(plain: Iterable[bytes], syntax: str) -> list[bytes]:
-    """DICOM objects with their pixels in a compressed syntax."""
+    """Return DICOM objects with their pixels in a compressed transfer syntax."""
     objects = []
     for data in plain:
         dataset = pydicom.dcmread(BytesIO(data))

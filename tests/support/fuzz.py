@@ -1,6 +1,7 @@
-"""make fuzz MINUTES=10: a coverage-guided search for bytes that our readers neither read nor refuse.
+"""Search for bytes that a reader neither reads nor refuses, guided by coverage: ``make fuzz``.
 
-Needs the extra ``fuzz`` (atheris). What it finds is written as ``crash-*`` and becomes a case of hostile.py beside it.
+Needs the extra ``fuzz`` (atheris). Bytes that crash a reader are written as
+``crash-*``; each becomes a case of hostile.py.
 """
 
 import argparse
@@ -24,15 +25,15 @@ LONGEST_S = 20
 
 
 def read_nifti(data: bytes) -> None:
-    """One file."""
+    """Read one NIfTI file."""
     try:
         nifti.read(data)
-    except (StudyError, MemoryError):  # the sandbox makes a refusal of the second
+    except (StudyError, MemoryError):  # the sandbox turns a MemoryError into a refusal
         return
 
 
 def read_dicom(data: bytes) -> None:
-    """One object in the place of a sound one, and its head as the listing reads it."""
+    """Read an object in place of a sound one, and its header as the listing does."""
     dicom_head.read_identity(data[:4096])
     try:
         dicom.read_series([*slices()[:3], data, *slices()[4:]])
@@ -44,7 +45,7 @@ READERS = {"nifti": read_nifti, "dicom": read_dicom}
 
 
 def in_time(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """The reader, ended with a traceback where one input takes it too long. libFuzzer's own alarm kills Python."""
+    """Return the reader with a time-out that prints a traceback; libFuzzer's alarm kills Python."""
 
     def watched(data: bytes) -> None:
         faulthandler.dump_traceback_later(LONGEST_S, exit=True)
@@ -55,7 +56,7 @@ def in_time(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
 
 
 def seeds(kind: str, folder: Path) -> None:
-    """Sound, odd and malformed input to begin with."""
+    """Write sound, odd and malformed input, from which the search starts."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = [build() for name, build in CONTROLS.items() if name.startswith(kind)]
     cases += [
@@ -71,13 +72,13 @@ def seeds(kind: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Search for some minutes; ends with an error where something is found."""
+    """Search for some minutes; end with an error if a reader crashes."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("reader", choices=READERS)
     options.add_argument("--minutes", type=float, default=10)
     options.add_argument("--corpus", type=Path, default=Path(".fuzz"))
     options.add_argument(
-        "--seed", type=int, default=0, help="of the search; default: another every time"
+        "--seed", type=int, default=0, help="of the search; 0: a new one every time"
     )
     arguments = options.parse_args()
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Malformed and odd inputs of our own making: what each must be refused for, and what must be screened all the same."""
+"""Malformed inputs with the reason for which they are refused, and odd inputs that are screened."""
 
 import gzip
 import struct
@@ -294,7 +294,7 @@ def _only(dataset: pydicom.Dataset, *names: str) -> Dataset:
 
 
 def qform_flipped() -> Objects:
-    """The sform says left where the qform says right."""
+    """The sform and the qform contradict each other in left and right."""
     image = nib.Nifti1Image.from_bytes(plain_nifti())
     image.set_sform(image.affine, 1)
     image.set_qform(image.affine @ np.diag([-1.0, 1, 1, 1]), 1)
@@ -412,9 +412,9 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "deflated bomb": ("unsupported_syntax", lambda: deflated(64)),
     "a JPEG of 8 bits": ("unsupported_syntax", lambda: compressed(lambda pixels: b"\xff\xd8", JPEGBaseline8Bit)),
     "a sequence in the place of a text": ("unreadable", nested_modality),
-    "pixels of a kind nobody knows": ("unreadable", unknown_vr),
+    "pixels of an unknown VR": ("unreadable", unknown_vr),
     "two syntaxes": ("unsupported_syntax", two_syntaxes),
-    "a syntax nobody knows": ("unsupported_syntax", lambda: compressed(bytes, "1.2.3.4.5")),
+    "unknown transfer syntax": ("unsupported_syntax", lambda: compressed(bytes, "1.2.3.4.5")),
     "a billion frames": ("unsupported_syntax", lambda: with_values(NumberOfFrames=1_000_000_000)),
     "no rows": ("truncated", lambda: with_values(Rows=0)),
     "rows for more pixels than there are": ("truncated", lambda: with_values(Rows=65535, Columns=65535)),

@@ -43,7 +43,7 @@ def read(series: Iterable[FileDataset]) -> Volume:
 
 def reason_of(series: list[FileDataset] | list[bytes]) -> str:
     """The reason for which a series is refused; empty if it is read."""
-    objects = [each if isinstance(each, bytes) else to_bytes([each])[0] for each in series]
+    objects = [data if isinstance(data, bytes) else to_bytes([data])[0] for data in series]
     try:
         flags = dicom.read_series(objects).qc_flags
     except StudyError as error:
@@ -95,14 +95,14 @@ def move(dataset: FileDataset, *offset_mm: float) -> None:
 def at_depths(depths_mm: Sequence[float] | NDArray[Any], decimals: int = 6) -> list[FileDataset]:
     """The phantom's slices, again and again, at these places along the patient."""
     series = datasets()
-    found = []
+    placed = []
     for number, depth in enumerate(depths_mm):
         dataset = copied(series[number * len(series) // len(depths_mm)], number)
         x, y, _ = dataset.ImagePositionPatient
         dataset.ImagePositionPatient = [f"{float(mm):.{decimals}f}" for mm in (x, y, depth)]
         dataset.InstanceNumber = number + 1
-        found.append(dataset)
-    return found
+        placed.append(dataset)
+    return placed
 
 
 def turned(
@@ -209,7 +209,7 @@ def bare(
 
 
 def dataset_meta_bytes(data: bytes) -> int:
-    """What (0002,0000) says of the file meta behind it."""
+    """Return the length of the file meta, the value of (0002,0000)."""
     return int.from_bytes(data[140:144], "little")
 
 
@@ -224,8 +224,8 @@ def with_groups(change: Callable[[int, Dataset], None], **values: object) -> Fil
 
 
 def item(**values: object) -> Items:
-    """A sequence of one item."""
-    found = Dataset()
+    """Return a sequence of one item."""
+    dataset = Dataset()
     for name, value in values.items():
-        setattr(found, name, value)
-    return Items([found])
+        setattr(dataset, name, value)
+    return Items([dataset])

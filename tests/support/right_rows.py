@@ -1,4 +1,4 @@
-"""Which ledger row is right for a series, and what is wrong with another."""
+"""The ledger row that is right for a series, and the faults of another row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Right:
-    """What is right for a case: every row of it is one of ``rows``.
+    """The right outcome of a case: each of its rows is one of ``rows``.
 
     num_ignored: objects that are no row but counted. hu: the volume's HU bit for bit, (z, y, x).
     aspect: width over height of the body in the middle slice, as the network must see it.
@@ -53,7 +53,7 @@ class Right:
     unsegmented: tuple[int, ...] = ()
 
 
-# A folder and the case's name -> what is right.
+# A folder and the case's name -> the right outcome.
 Case = Callable[[Path, str], Right]
 
 
@@ -68,27 +68,27 @@ def refused(*reasons: str) -> Row:
 
 
 def faults(record: Record, right: Right) -> list[str]:
-    """Return what is wrong with a row, measured by the alternative that it comes nearest to."""
+    """Return the faults of a row against the right row that it is nearest to."""
     return min((_faults_of_row(record, row) for row in right.rows), key=len)
 
 
 def _faults_of_row(record: Record, row: Row) -> list[str]:
     if record["status"] != row.status:
         reason = record.get("reason") or ", ".join(record["qc_flags"])
-        wanted = f"{row.status} {' or '.join((*row.reasons, *row.flags))}".rstrip()
-        return [f"{record['status']} ({reason}), right is {wanted}"]
+        expected = f"{row.status} {' or '.join((*row.reasons, *row.flags))}".rstrip()
+        return [f"{record['status']} ({reason}), right is {expected}"]
     if row.status != SCREENED:
         if not row.reasons or record["reason"] in row.reasons:
             return []
         return [f"reason {record['reason']}, right is {' or '.join(row.reasons)}"]
-    found = []
+    faults = []
     flags = set(record["qc_flags"]) - OF_THE_MODEL
-    found += [f"flag {flag} is missing" for flag in row.flags if flag not in flags]
-    found += [f"flag {flag} is wrong" for flag in sorted(flags - {*row.flags, *row.optional})]
+    faults += [f"flag {flag} is missing" for flag in row.flags if flag not in flags]
+    faults += [f"flag {flag} is wrong" for flag in sorted(flags - {*row.flags, *row.optional})]
     is_hidden = bool(flags & HIDE_INVOLVEMENT)
     if (record["involvement"] is None) != is_hidden:
-        found.append(f"involvement is {record['involvement']} with flags {sorted(flags)}")
-    return found + _faults_of_volume(record, row)
+        faults.append(f"involvement is {record['involvement']} with flags {sorted(flags)}")
+    return faults + _faults_of_volume(record, row)
 
 
 def _faults_of_volume(record: Record, row: Row) -> list[str]:
@@ -97,10 +97,10 @@ def _faults_of_volume(record: Record, row: Row) -> list[str]:
         lesion_ml = record["lesion_volume_ml"]
         is_null = volume_ml is None and lesion_ml is None
         return [] if is_null else [f"{volume_ml} and {lesion_ml} ml from nominal voxels"]
-    found = []
+    faults = []
     if row.lung_ml is not None and abs(volume_ml / row.lung_ml - 1) > row.tolerance:
-        found.append(f"lung of {volume_ml:.0f} ml, true are {row.lung_ml:.0f} ml")
+        faults.append(f"lung of {volume_ml:.0f} ml, true are {row.lung_ml:.0f} ml")
     spacing = tuple(record[f"spacing_{axis}_mm"] for axis in "zyx")
     if row.spacing_mm is not None and not np.allclose(spacing, row.spacing_mm, rtol=2e-3):
-        found.append(f"spacing {spacing}, true is {row.spacing_mm}")
-    return found
+        faults.append(f"spacing {spacing}, true is {row.spacing_mm}")
+    return faults

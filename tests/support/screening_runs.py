@@ -26,7 +26,7 @@ DECODER, PREDICTOR, CHILD = "_DecoderActor", "_PredictorActor", "sandbox_child"
 
 @dataclass(frozen=True)
 class Planned:
-    """What ``screen.py --plan`` printed, and what its ledger held right after it."""
+    """Output of ``screen.py --plan``, and the state of its ledger right after it."""
 
     output: str = ""
     has_manifest: bool = False

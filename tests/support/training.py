@@ -28,7 +28,7 @@ CONFIG = PhaseConfig(num_epochs=3, batch_size=2, micro_batches=2, learning_rate=
 
 
 def slice_rows(count: int, seed: int) -> Rows:
-    """Noise with bright squares, which are the lesions; every fourth slice has none."""
+    """Return noise with bright squares, the lesions; every fourth slice is without a lesion."""
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, 20000, (count, PX, PX), dtype=np.uint16)
     lesion = np.zeros((count, PX, PX), np.uint8)
@@ -46,7 +46,7 @@ def slice_rows(count: int, seed: int) -> Rows:
 
 
 def volume_rows(count: int, seed: int) -> Rows:
-    """Random features whose mean says the grade."""
+    """Return random features whose mean is the grade."""
     rng = np.random.default_rng(seed)
     grade = np.arange(count) % 3
     shape = (
@@ -68,13 +68,13 @@ def volume_rows(count: int, seed: int) -> Rows:
 
 
 def lane(number: int, phase: int, config: PhaseConfig) -> Lane:
-    """A lane of a phase; its samples follow from its number."""
+    """Return a lane of a phase; its samples follow from its number."""
     rows = slice_rows(12, number) if phase == 1 else volume_rows(9, number)
     return MemoryLane(rows, Sampling(batch_size=config.batch_size), number)
 
 
 def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase[Any]:
-    """A phase with its network from a fixed seed, wrapped for data parallel training where there are ranks."""
+    """Return a phase with its network from a fixed seed, data parallel if there are several ranks."""
     torch.manual_seed(0)
     module: nn.Module = TASegNet(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
     if phase == 1:
@@ -97,15 +97,21 @@ def train(
     progress: Progress | None = None,
     reports: list[Progress] | None = None,
 ) -> Progress:
-    """Run a phase on this rank's lanes."""
+    """Train a phase on this rank's lanes."""
     ranks = ranks or Ranks()
     lanes = {
         number: lane(number, phase, config)
         for number in range(ranks.index, config.micro_batches, ranks.count)
     }
-    kept = [] if reports is None else reports
+    received = [] if reports is None else reports
     return fit(
-        config, build(phase, config, ranks), lanes, ranks, 0, progress or Progress(), kept.append
+        config,
+        build(phase, config, ranks),
+        lanes,
+        ranks,
+        0,
+        progress or Progress(),
+        received.append,
     )
 
 
@@ -113,7 +119,7 @@ MEASURED_TIMES = ("data_wait_share", "step_s")
 
 
 def curve(progress: Progress) -> list[dict[str, float]]:
-    """The history without what a clock measured."""
+    """Return the history without the columns that a clock measured."""
     return [
         {name: value for name, value in epoch.items() if name not in MEASURED_TIMES}
         for epoch in progress.history
@@ -121,7 +127,7 @@ def curve(progress: Progress) -> list[dict[str, float]]:
 
 
 def train_rank(index: int, count: int, folder: str) -> None:
-    """One of several ranks, in a process of its own, through both phases; rank 0 writes curves and weights."""
+    """Train both phases as one of several ranks, in this process; rank 0 writes curves and weights."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=index, world_size=count

@@ -11,7 +11,7 @@ from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 @cache
 def chest(size_px: int = 128, num_slices: int = 30, involvement: float = 0.12) -> Phantom:
-    """358 mm wide, 270 mm high, whatever the number of pixels."""
+    """Return a chest 358 mm wide and 270 mm high, for any number of voxels."""
     return make_phantom(
         PhantomConfig(
             seed=11, involvement=involvement, size_px=size_px, num_slices=num_slices,
@@ -21,7 +21,7 @@ def chest(size_px: int = 128, num_slices: int = 30, involvement: float = 0.12) -
 
 
 def averaged(array: NDArray[Any], factors: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Means of blocks; what does not fill a block at the end is left out."""
+    """Return the means of blocks; an incomplete block at the end is left out."""
     shape = [length // factor for length, factor in zip(array.shape, factors, strict=True)]
     z, y, x = (length * factor for length, factor in zip(shape, factors, strict=True))
     blocks = array[:z, :y, :x].reshape(

@@ -1,6 +1,5 @@
 """Endpoints in plain HTTP are refused beyond this machine and its cluster."""
 
-
 import pytest
 
 from covtanet.environment import ALLOW_PLAIN_HTTP, ENDPOINTS, check_endpoints
