@@ -20,17 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from covtanet import tracking
 from covtanet.data.folds import Split
 from covtanet.data.prepared import PreparedVolume
+from covtanet.data.prepared_file import file_uri
+from covtanet.experiments.preparation import prepare_volumes
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.segnet import TASegNet
 from covtanet.phantoms.archive import configs, write_training_set
-from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
-from covtanet.training.distributed import Place
 from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
+from covtanet.training.lanes import slice_rows
 from covtanet.training.loop import PhaseConfig, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.ranks import Ranks
-from covtanet.training.worker import slice_rows
+from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
 NUM_EPOCHS = 4  # the first is not counted
@@ -88,12 +89,14 @@ def plain_loop(lanes: list[list[str]]) -> list[dict[str, float]]:
         return history
 
 
-def place(folder: Path, name: str) -> Place:
+def place(folder: Path, name: str) -> PhaseRun:
     """Where one measured training keeps its checkpoints."""
     run = tracking.RunAddress(
         uri=f"sqlite:///{folder}/mlflow.db", experiment="bench", name=name, key=name
     )
-    return Place(storage_uri=str(folder / "checkpoints"), name=f"{name}-{time.time_ns()}", run=run)
+    return PhaseRun(
+        storage_uri=str(folder / "checkpoints"), name=f"{name}-{time.time_ns()}", run=run
+    )
 
 
 def measure(folder: Path, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
@@ -114,7 +117,7 @@ def _measure(
     folder: Path, labelled: list, say: Callable[[str], None]
 ) -> list[tuple[str, str, str]]:
     prepared_uri = str(folder / "prepared")
-    found = distributed.prepare_volumes(
+    found = prepare_volumes(
         labelled, str(folder / "data"), prepared_uri, CONFIG.window, CONFIG.slice_step_mm
     )
     volumes = {volume.key: volume for volume in found}
@@ -123,13 +126,11 @@ def _measure(
     lanes = assign_lanes(
         {key: len(volumes[key].slices) for key in split.train}, PHASE1.micro_batches
     )
-    paths = [[distributed.prepared_uri_of(prepared_uri, key) for key in lane] for lane in lanes]
+    paths = [[file_uri(prepared_uri, key) for key in lane] for lane in lanes]
 
     def under_ray(name: str, config: TrainingConfig) -> list[dict[str, float]]:
         say(f"phase 1 under Ray, {name}")
-        return distributed.train_phase1(
-            config, volumes, split, prepared_uri, place(folder, name)
-        ).history
+        return train_phase1(config, volumes, split, prepared_uri, place(folder, name)).history
 
     plain, cached, streamed = [], [], []
     for turn in range(2):
@@ -179,9 +180,7 @@ def _measure_cache(
     for name, is_cached in (("cached", True), ("recomputed", False)):
         say(f"phase 2, features {name}")
         config = replace(CONFIG, cache_features=is_cached)
-        progress = distributed.train_phase2(
-            config, volumes, split, prepared_uri, place(folder, name), state
-        )
+        progress = train_phase2(config, volumes, split, prepared_uri, place(folder, name), state)
         steps[name] = step_s(progress.history)
     return [
         (

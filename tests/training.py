@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from covtanet.model.covtanet import CovTANetConfig, JointClassifier
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
-from covtanet.model.segnet import SegNetConfig, TASegNet
+from covtanet.model.segnet import TASegNet, TASegNetConfig
 from covtanet.training.feed import MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
 from covtanet.training.phase1 import phase1
@@ -20,7 +20,7 @@ from covtanet.training.ranks import Ranks
 
 PX = 32
 NETWORK = CovTANetConfig(
-    segnet=SegNetConfig(widths=(4, 8, 8), fusion_channels=4),
+    segnet=TASegNetConfig(widths=(4, 8, 8), fusion_channels=4),
     num_slices=4, pooled_px=8, regional_widths=(4, 8), path_channels=16, dropout=0.5,
 )  # fmt: skip
 CONFIG = PhaseConfig(num_epochs=3, batch_size=2, micro_batches=2, learning_rate=3e-3)

@@ -323,11 +323,12 @@ def cut_checkpoint_then_worker(setting: Setting, clean: Training) -> str:
 
 
 def not_finite(setting: Setting, clean: Training) -> str:
-    """A learning rate that leaps in the second epoch makes the loss no number."""
+    """A learning rate that leaps in the second epoch makes the loss NaN."""
     training = setting.training("not-finite", decay=1e35)
-    output = training.run(expect=4)
+    output = training.run(expect=1)
     found = re.search(
-        r"V7 fold 0 phase 1: (the loss|a gradient) is no number; the batch holds ([0-9a-f]{16})",
+        r"V7 fold 0 phase 1: (the loss|a gradient) is not finite \(NaN or inf\); "
+        r"series of the batch: ([0-9a-f]{16})",
         output,
     )
     assert found, "the message names no series"
@@ -335,7 +336,7 @@ def not_finite(setting: Setting, clean: Training) -> str:
         for value in load_file(checkpoint / "weights.safetensors").values():
             assert torch.isfinite(value).all(), "a checkpoint holds a number that is none"
     assert not (training.fold / "phase1" / "phase.json").exists()
-    return f"exit code 4, names series {found[2]}; {len(training.checkpoints(1))} checkpoint, finite; no outcome"
+    return f"exit code 1, names series {found[2]}; {len(training.checkpoints(1))} checkpoint, finite; no outcome"
 
 
 def tracker(setting: Setting, clean: Training) -> str:
@@ -349,7 +350,7 @@ def tracker(setting: Setting, clean: Training) -> str:
         job.wait_for(training.has_epochs(1, 2))
         os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
-        assert job.finish(600) == 5, job.output[-4000:]
+        assert job.finish(600) == 1, job.output[-4000:]
         server = start_mlflow(training.folder, port)
         output = training.run()
         assert "phase 1 epoch" not in output, "phase 1 was trained again"
@@ -399,7 +400,7 @@ TRAINING: dict[str, tuple[Scenario, str]] = {
         fewer_workers,
         f"same global batch; every epoch's loss within {CURVE_TOLERANCE:g}",
     ),
-    "loss is no number": (not_finite, "stops, names the series, saves nothing of it"),
+    "loss is NaN": (not_finite, "stops, names the series, saves nothing of it"),
     "MLflow server killed half-way": (tracker, "training ends, exit code tells; published later"),
     "a volume that is none": (bad_volume, "refused in the data report, not left out silently"),
 }

@@ -11,6 +11,7 @@ from services import free_ports, start_mlflow
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.model import checkpoint
+from covtanet.model.checkpoint import MODEL_FILES
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_version_whose_files_are_gone_or_too_large_is_refused(
     version = tracking.register_model(address, model_folder, {})
     client = mlflow.MlflowClient()
     known = client.get_model_version("covtanet", version)
-    monkeypatch.setitem(tracking.MODEL_FILES, "weights.safetensors", 100)
+    monkeypatch.setitem(MODEL_FILES, "weights.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors has more than 100 bytes"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "large")
     gone = client.create_model_version(

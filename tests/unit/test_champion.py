@@ -1,7 +1,6 @@
 """What holds the model behind the endpoint: it follows the registry's alias, there and back, and answers meanwhile."""
 
 import asyncio
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from conftest import small_model
+from conftest import rewrite_as_version_1, small_model
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
 from covtanet.model.checkpoint import model_digest, save_model
 from covtanet.screening.stages import ScreeningConfig
+from covtanet.tracking import models
 from serve.deployments import Segmenter
 
 
@@ -115,9 +115,7 @@ def test_champion_without_window_leaves_the_old_model_answering(
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
     save_model(tmp_path / "model1", small_model(1))
-    description = json.loads((tmp_path / "model1" / "model.json").read_text())
-    description |= {"format_version": 1, "preprocessing": preprocessing}
-    (tmp_path / "model1" / "model.json").write_text(json.dumps(description))
+    rewrite_as_version_1(tmp_path / "model1", preprocessing)
     address = tracking.RunAddress(uri=registry, experiment="champions", name="odd", key="odd")
     tracking.promote(tracking.register_model(address, tmp_path / "model1", {}), {})
     for _ in range(3):  # as many failed checks end a replica
@@ -220,7 +218,7 @@ def test_disk_source_of_a_registry_behind_http_needs_a_setting(
     registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = register(registry, tmp_path, 0)
-    monkeypatch.setattr(tracking, "tracking_uri", lambda: "https://mlflow.hospital")
+    monkeypatch.setattr(models, "tracking_uri", lambda: "https://mlflow.hospital")
     with pytest.raises(CheckpointError, match="allow the folder by COVTANET_MODEL_SOURCES"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
 
@@ -232,4 +230,4 @@ def test_place_of_a_model_that_is_not_plain_is_refused(registry: str, uri: str) 
     with pytest.raises(
         CheckpointError, match=r"expected mlflow-artifacts|holds '\.\.'|another machine"
     ):
-        tracking._place(uri, "models:/covtanet/1")
+        models._location(uri, "models:/covtanet/1")

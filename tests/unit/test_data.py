@@ -11,7 +11,7 @@ from PIL import Image
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
-from covtanet.data import pictures, prepared
+from covtanet.data import pictures, prepared, prepared_file
 from covtanet.data.datasets import read_volumes
 from covtanet.data.folds import Case, assign_folds, split
 from covtanet.data.labels import LabelledVolume, read_labels, write_labels
@@ -162,7 +162,7 @@ def test_pictures_that_make_no_stack_are_refused(tmp_path: Path) -> None:
     (images / "a.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="no slice has a mask of its name"):
         pictures.join(images, masks)
-    with pytest.raises(ConfigError, match=r"a\.png is no picture"):
+    with pytest.raises(ConfigError, match=r"a\.png cannot be read as a picture"):
         pictures.join(images, images)
     Image.fromarray(np.full((20, 40), 80, np.uint8)).save(images / "a.png")
     Image.fromarray(np.full((40, 40), 255, np.uint8)).save(masks / "a.png")
@@ -213,8 +213,8 @@ def test_manifest_is_read_from_csv_and_parquet_alike(name: str, tmp_path: Path) 
             "label normal/mild, expected",
         ),
         ("volume_path,patient,intensity\na.nii,1,8bit\n", "intensity 8bit, expected"),
-        ("volume_path,patient\na.nii,\n", "row 1 of the manifest has no patient"),
-        ("volume_path,patient\na.nii,1\na.nii,1\n", "1 volumes stand in the data set twice"),
+        ("volume_path,patient\na.nii,\n", "row 1 of the index has no patient"),
+        ("volume_path,patient\na.nii,1\na.nii,1\n", "1 volumes are in the data set twice"),
     ],
 )
 def test_bad_manifest_is_refused_with_what_was_found(
@@ -304,9 +304,9 @@ PHANTOM = LabelledVolume(
 def test_prepared_volume_is_the_same_after_its_file(mild: Phantom) -> None:
     found, samples = prepared.prepare(PHANTOM, "k", contents_of(mild, PHANTOM), WINDOW, 0)
     assert samples is not None
-    data = prepared.to_parquet(found, samples)
-    again = prepared.read_samples(data)
-    assert prepared.describe(data) == found
+    data = prepared_file.to_parquet(found, samples)
+    again = prepared_file.read_samples(data)
+    assert prepared_file.describe(data) == found
     assert np.array_equal(again.levels, samples.levels)
     assert again.lesion is not None
     assert np.array_equal(again.lesion, samples.lesion)
@@ -383,7 +383,7 @@ def test_volume_that_is_not_as_declared_is_refused(change: dict[str, str], reaso
     volume, contents = grey(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (10, 32, 1)))
     found, samples = prepared.prepare(replace(volume, **change), "k", contents, WINDOW, 0)
     assert (found.reason, samples) == (reason, None)
-    assert prepared.describe(prepared.to_parquet(found, samples)) == found
+    assert prepared_file.describe(prepared_file.to_parquet(found, samples)) == found
 
 
 def test_hu_declared_grey_are_refused(mild: Phantom) -> None:

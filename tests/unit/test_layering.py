@@ -27,18 +27,22 @@ ALLOWED = {
     "ledger": {"archive", "storage"},
     "data": {"ct", "storage"},
     "phantoms": {"ct", "data", "report.summary", "storage"},
-    "report": {"ct", "data", "storage", "drawing"},
+    "report": {"ct", "data", "storage", "drawing", "model.table_i"},
     "tracking": {"model.checkpoint", "storage"},
-    "training": {"ct", "data", "evaluation", "model", "ray_data", "report", "storage", "tracking"},
-    "evaluation": {
+    "training": {"ct", "data", "model", "ray_data", "storage", "tracking"},
+    "evaluation": {"data", "drawing", "inference", "model", "ray_data", "report", "storage"},
+    "experiments": {
+        "ct",
         "data",
-        "decoding.prepare",
-        "drawing",
+        "evaluation",
         "inference",
         "model",
         "ray_data",
         "report",
+        "runtime",
         "storage",
+        "tracking",
+        "training",
     },
     "screening": {
         "archive",
@@ -52,16 +56,38 @@ ALLOWED = {
         "storage",
     },
     "config": {"screening.stages", "training.config"},
+    # The top layer: parse, call, return the code.
+    "commands": {
+        "config",
+        "data",
+        "evaluation",
+        "experiments",
+        "model",
+        "report",
+        "runtime",
+        "storage",
+        "tracking",
+        "training",
+    },
 }
 RAY_PLACES = {
     "runtime.py",
     "ray_data.py",
     "training/worker.py",
-    "training/distributed.py",
+    "training/trainer.py",
+    "training/callbacks.py",
+    "training/phase_data.py",
+    "experiments/preparation.py",
+    "experiments/parallel.py",
     "screening/pipeline.py",
     "evaluation/pipeline.py",
 }
-MLFLOW_PLACES = {"tracking.py", "screening/pyfunc.py"}
+MLFLOW_PLACES = {
+    "tracking/runs.py",
+    "tracking/registry.py",
+    "tracking/models.py",
+    "screening/pyfunc.py",
+}
 
 
 def modules() -> list[Path]:

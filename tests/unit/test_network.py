@@ -19,7 +19,8 @@ from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrain
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
-from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
+from covtanet.model.segnet import TASegNet, TASegNetConfig
+from covtanet.model.table_i import SWITCHES
 
 SMALL = SIZES["small"]
 
@@ -42,7 +43,7 @@ def millions(module: torch.nn.Module) -> float:
     ],
 )
 def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: float) -> None:
-    assert millions(TASegNet(SegNetConfig().row_of_table_i(row))) == pytest.approx(
+    assert millions(TASegNet(TASegNetConfig().row_of_table_i(row))) == pytest.approx(
         expected, abs=0.006
     )
 
@@ -57,7 +58,7 @@ def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
     )
 
 
-@pytest.mark.parametrize("row", TABLE_I)
+@pytest.mark.parametrize("row", SWITCHES)
 def test_every_segnet_parameter_gets_a_gradient(row: str) -> None:
     torch.manual_seed(0)
     net = TASegNet(SMALL.segnet.row_of_table_i(row))
@@ -75,7 +76,7 @@ def test_every_classifier_parameter_gets_a_gradient_even_without_infected_volume
     ] == []
 
 
-@pytest.mark.parametrize("row", TABLE_I)
+@pytest.mark.parametrize("row", SWITCHES)
 def test_logits_have_the_input_size_and_fusion_the_stated_channels(row: str) -> None:
     config = SMALL.segnet.row_of_table_i(row)
     logits, fused = TASegNet(config).eval().segment(torch.zeros(3, 1, 64, 96))
@@ -236,7 +237,7 @@ def test_file_of_a_model_that_is_too_large_is_refused_unread(tmp_path: Path) -> 
         load_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", [*SEGMENTERS, *CLASSIFIERS, *TABLE_I])
+@pytest.mark.parametrize("name", [*SEGMENTERS, *CLASSIFIERS, *SWITCHES])
 def test_every_network_is_loaded_bit_for_bit(tmp_path: Path, name: str) -> None:
     """Through the meta device, on which some networks could not be built."""
     model = saved(architecture(name, SIZES["tiny"], 96))

@@ -19,12 +19,12 @@ from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Rows, Sampling, assign_lanes
+from covtanet.training.lanes import regroup
 from covtanet.training.loop import PhaseConfig, Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.state import load_progress, save_progress
 from covtanet.training.step import backward
-from covtanet.training.worker import regroup
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -212,7 +212,7 @@ def test_loss_that_is_no_number_stops_and_names_the_series() -> None:
     bad.rows["pooled"][3] = np.nan
     reports: list[Progress] = []
     with pytest.raises(
-        FloatingPointError, match=r"the loss is no number; the batch holds .*volume1-003"
+        FloatingPointError, match=r"the loss is not finite .* series of the batch: .*volume1-003"
     ):
         fit(config, build(2, config, Ranks()), lanes, Ranks(), 0, Progress(), reports.append)
     assert not reports

@@ -1,0 +1,1 @@
+"""One main per command: parse, call, return the exit code."""
