@@ -1,4 +1,4 @@
-"""Evaluate a saved model on a data set, or put a training's folds together, into the paper's tables.
+"""Evaluate a saved model on a data set, or join a training's folds, into the paper's tables.
 
 covtanet evaluate --model REF --out DIR --dataset stacks|mosmed|covid20|manifest --data URI
 covtanet evaluate --model REF --out DIR --images DIR --masks DIR

@@ -35,7 +35,8 @@ def read(uri: str) -> list[LabelledVolume]:
     volumes = [_volume(match, paths) for match in matches if match]
     if not volumes:
         raise ConfigError(
-            "no COVID-19-CT-Seg_20cases/*.nii.gz in the data set's folder, expected the Zenodo layout"
+            "no COVID-19-CT-Seg_20cases/*.nii.gz in the data set's folder, expected the "
+            "Zenodo layout"
         )
     return volumes
 

@@ -14,7 +14,8 @@ from covtanet.errors import ConfigError
 
 IMAGE = re.compile(r"(?P<name>[^/]+)\.nii(\.gz)?")
 NOTES = (
-    "Stacks: grey values 0..255, windowed at their source: a model trained on them has not seen HU.",
+    "Stacks: grey values 0..255, windowed at their source: a model trained on them has not seen "
+    "HU.",
     "Stacks: slices without a lesion may have been left out at the source, so involvement is that "
     "of the slices in the stack.",
     "Stacks: one stack counts as one patient, whatever scans it was joined from; spacing may be "

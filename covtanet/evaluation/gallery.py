@@ -1,4 +1,4 @@
-"""Best, median and worst slices of a training's test parts, its networks side by side (cf. Fig. 8)."""
+"""Best, median and worst slices of a training's test parts, its networks side by side (Fig. 8)."""
 
 import tempfile
 from collections import defaultdict

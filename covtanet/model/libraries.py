@@ -11,9 +11,9 @@ from covtanet.errors import ConfigError
 def timm() -> Any:
     """Return the library timm, which imports torchvision.
 
-    A torchvision that was built for CUDA does not load on a CPU torch for the lack of two operators'
-    schemas (pytorch/vision#9085); they are declared, and the import is tried again. Only detection
-    would need the operators.
+    A torchvision that was built for CUDA does not load on a CPU torch, which lacks the schemas of
+    two operators (pytorch/vision#9085); they are declared, and the import is tried again. Only
+    detection would need the operators.
 
     Raises:
         ConfigError: it is not installed.

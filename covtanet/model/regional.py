@@ -26,6 +26,9 @@ class RegionalFeatures(nn.Module):
         self.stages = nn.Sequential(*stages)
 
     def forward(self, fused: Tensor) -> Tensor:
-        """Map pooled fusion vectors (B, C, H, W) to F_reg, for four stages (B, W4, H / 8, W / 8)."""
+        """Map pooled fusion vectors (B, C, H, W) to F_reg.
+
+        F_reg of four stages: (B, widths[-1], H / 8, W / 8).
+        """
         regional: Tensor = self.stages(fused)
         return regional

@@ -1,4 +1,4 @@
-"""The model registry: registered versions, their digests, and the aliases challenger and champion."""
+"""The model registry: versions, their digests, and the aliases challenger and champion."""
 
 import re
 import tempfile
@@ -94,9 +94,9 @@ def promote(model_version: str, tags: Mapping[str, str]) -> None:
 def register_model(
     address: RunAddress, folder: Path, tags: Mapping[str, str], alias: str = ""
 ) -> str:
-    """Store a saved model with its run and register it, once per run and digest; return the version.
+    """Store a saved model with its run and register it, once per run and digest.
 
-    alias: moved to a version that is new, never back to an older one.
+    Returns the version. alias: moved to a version that is new, never back to an older one.
     """
     client = MlflowClient(tracking_uri=address.uri)
     run_id = open_run(address)

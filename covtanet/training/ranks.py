@@ -42,7 +42,7 @@ class Ranks:
 
 
 class LaneStatistics:
-    """Running statistics of batch norm, one set per lane, averaged over all lanes before validation.
+    """Running statistics of batch norm per lane, averaged over all lanes before validation.
 
     A rank that accumulates several micro-batches a step then holds the same statistics as several
     ranks with one micro-batch.

@@ -69,7 +69,7 @@ def backward(
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
     if isinstance(model, DistributedDataParallel):
-        return model.no_sync()  # type: ignore[no-any-return]
+        return model.no_sync()
     return nullcontext()
 
 
@@ -90,8 +90,9 @@ def _check_finite(
     for part, batch in zip(parts, micro_batches, strict=True):
         if not torch.isfinite(part).all():
             names += batch.names
+    gathered = ", ".join(ranks.gather(names))
     raise FloatingPointError(
-        f"the loss is not finite (NaN or inf); series of the batch: {', '.join(ranks.gather(names))}"
+        f"the loss is not finite (NaN or inf); series of the batch: {gathered}"
     )
 
 

@@ -33,11 +33,15 @@ class GatedBlock(nn.Module):
         """Map (B, channels_in, H, W) to (B, channels, H, W)."""
         convolved: Tensor = self.convs(features)
         gate = self.gate(convolved.mean((2, 3), keepdim=True))
-        return convolved + convolved * gate
+        gated: Tensor = convolved + convolved * gate
+        return gated
 
 
 class COPLENet(nn.Module):
-    """A U-Net that pools by maximum and mean, narrows its skips, and has an atrous pyramid at the bottom."""
+    """A U-Net that pools by maximum and mean and narrows its skips.
+
+    An atrous pyramid is at its bottom.
+    """
 
     def __init__(self, in_channels: int, base: int = 32) -> None:
         super().__init__()

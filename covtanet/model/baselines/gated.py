@@ -1,4 +1,4 @@
-"""Gated U-Net: attention gates driven by the bottom of the network (Schlemper et al., MedIA 2019)."""
+"""Gated U-Net: attention gates driven by the network's bottom (Schlemper et al., MedIA 2019)."""
 
 import itertools
 
@@ -29,7 +29,7 @@ class AttentionGate(nn.Module):
 
 
 class GatedUNet(nn.Module):
-    """A U-Net whose skips, but for the finest, pass a gate; every decoder level adds to the mask."""
+    """A U-Net whose skips, but for the finest, pass a gate; all decoder levels add to the mask."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...] = (32, 64, 128, 256, 512)) -> None:
         super().__init__()

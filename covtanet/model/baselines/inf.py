@@ -26,10 +26,12 @@ class ReceptiveFields(nn.Module):
         for side in (3, 5, 7):
             self.branches.append(
                 nn.Sequential(
-                    unit(channels_in, WIDTH, 1), unit(WIDTH, WIDTH, (1, side)), unit(WIDTH, WIDTH, (side, 1)),
+                    unit(channels_in, WIDTH, 1),
+                    unit(WIDTH, WIDTH, (1, side)),
+                    unit(WIDTH, WIDTH, (side, 1)),
                     unit(WIDTH, WIDTH, 3, side),
                 )
-            )  # fmt: skip
+            )
         self.merge = unit(len(self.branches) * WIDTH, WIDTH)
         self.identity = unit(channels_in, WIDTH, 1)
 

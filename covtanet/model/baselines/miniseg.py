@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         self.act = nn.PReLU()
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """Map (B, channels_in, H, W) and the level's skip to (B, channels, height, width of skip)."""
+        """Map (B, channels_in, H, W) and the level's skip to (B, channels, skip's H, skip's W)."""
         narrowed = resize_like(self.narrow(deep), skip)
         out: Tensor = self.act(
             self.norm(sum(conv(narrowed) for conv in self.dilated)) + self.skip(skip)
@@ -142,7 +142,10 @@ class MiniSeg(nn.Module):
         )
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
-        """Map slices (B, C, H, W) to logits (B, 1, H, W); in training also to deeper levels' logits."""
+        """Map slices (B, C, H, W) to logits (B, 1, H, W).
+
+        In training also to logits of the deeper levels.
+        """
         main = long = slices
         skips = []
         for level in self.levels:

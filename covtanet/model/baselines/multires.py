@@ -56,7 +56,10 @@ class ResPath(nn.Module):
 
 
 class MultiResUNet(nn.Module):
-    """Five levels. Choice: a plain 1x1 head, without the public port's batch norm and extra class."""
+    """A U-Net of five levels of MultiRes blocks.
+
+    Choice: a plain 1x1 head, without the public port's batch norm and extra class.
+    """
 
     def __init__(self, in_channels: int, base: int = 32) -> None:
         super().__init__()
