@@ -1,4 +1,4 @@
-"""Evaluate a saved model or a training's folds; see ``covtanet.commands.evaluate``."""
+"""Evaluate a saved model or a training: ``covtanet evaluate``, for ``ray job submit``."""
 
 import sys
 

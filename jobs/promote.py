@@ -1,4 +1,4 @@
-"""Promote the challenger to champion if it is no worse; see ``covtanet.commands.promote``."""
+"""Promote the challenger to champion: ``covtanet promote``, for ``ray job submit``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train CovTANet and register the model as challenger; see ``covtanet.commands.train``."""
+"""Train CovTANet and register the model: ``covtanet train``, for ``ray job submit``."""
 
 import sys
 

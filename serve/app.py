@@ -51,7 +51,7 @@ from covtanet.errors import (
 )
 from covtanet.ledger.read import for_spreadsheet
 from covtanet.report import worklist
-from covtanet.screening.stages import for_model
+from covtanet.screening.config import for_model
 from covtanet.screening.study import StudyLimits
 from covtanet.tracking import software_version
 from serve.batches import (

@@ -1,1 +1,4 @@
-"""One main per command: parse, call, return the exit code."""
+"""The commands: each parses its arguments, calls the library and returns an exit code.
+
+``covtanet NAME``, ``python -m covtanet NAME`` and ``python jobs/NAME.py`` are the same.
+"""
