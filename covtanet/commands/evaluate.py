@@ -68,7 +68,7 @@ SECOND_DATA_SET = ("stacks", "covid20", "images")
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """Rows of an evaluation and what they were measured on."""
+    """Rows of an evaluation and the data they were measured on."""
 
     rows: Sequence[dict[str, Any]]
     dataset: str
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--model", required=True, help="models:/..., a saved model, or a training's folder"
     )
-    options.add_argument("--out", required=True, help="folder or s3:// prefix for what is written")
+    options.add_argument("--out", required=True, help="folder or s3:// prefix of the output")
     add_data_options(options)
     return options.parse_args(argv)
 

@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Open the experiment, train what is not trained, publish, register."""
+    """Open the experiment, train the folds that are not finished, publish, register."""
     check_tracking()
     loaded = load_config(arguments.config)
     data = arguments.data or loaded.places.data

@@ -1,4 +1,4 @@
-"""Data sets by the name of their layout, with what to know before training on them."""
+"""Data sets by the name of their layout, with licences and known traps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -137,7 +137,7 @@ def refused(
 
 
 def _unread(volume: LabelledVolume, key: str, window: WindowConfig) -> PreparedVolume:
-    """Return what the data set says of a volume, before its bytes are read."""
+    """Return the data set's entries of a volume, before its bytes are read."""
     return PreparedVolume(
         key=key,
         volume_path=volume.volume_path,
@@ -263,7 +263,7 @@ def _slices_of_mask(
 def _label(
     volume: LabelledVolume, lesion: NDArray[np.bool_] | None, involvement: float | None
 ) -> tuple[str | None, str | None]:
-    """Return diagnosis and severity: the data set's, or if it has none, those of the masks."""
+    """Return diagnosis and severity: the data set's labels, or those that the masks give."""
     diagnosis, severity = volume.diagnosis, volume.severity
     if diagnosis is None and lesion is not None:
         diagnosis = "infected" if lesion.any() else "normal"

@@ -1,1 +1,1 @@
-"""Evaluation of a model: predictions beside their truth, metrics, promotion of a challenger."""
+"""Evaluation of a model: predictions and truth, metrics, promotion of a challenger."""

@@ -1,4 +1,4 @@
-"""A model's predictions of prepared volumes beside their truth.
+"""Rows of an evaluation: a model's predictions of prepared volumes, with their truth.
 
 One row per volume, from which every metric follows.
 """

@@ -105,7 +105,7 @@ def _unseen(contender: Contender) -> set[str]:
     """Return source digests of the volumes that a model was not trained on.
 
     Raises:
-        ConfigError: the model does not say what it was trained on.
+        ConfigError: the model does not name its training volumes.
     """
     volumes = contender.data.volumes
     seen = seen_sources(contender.model, volumes)

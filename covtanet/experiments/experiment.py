@@ -1,4 +1,4 @@
-"""An experiment: its configuration, data and folds, and where it keeps them.
+"""An experiment: its configuration, data and folds, and its folder in storage.
 
 All that is known of an experiment lies in storage, in a folder named by the digest of
 configuration and data. The same command finds there what is finished and does the rest. MLflow

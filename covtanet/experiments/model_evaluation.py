@@ -16,7 +16,7 @@ from covtanet.model.checkpoint import SavedModel
 
 logger = logging.getLogger(__name__)
 
-# Distance of slices for a model that does not say what it was trained with.
+# Distance of slices for a model without a slice_step_mm.
 DEFAULT_STEP_MM = 2.5
 # Outcomes that are no fault of the volume: the metrics lack a volume that belongs to them.
 FAILURES = ("storage", "internal_error")

@@ -35,7 +35,7 @@ def prepare_volumes(
     *,
     refuses_unread: bool = False,
 ) -> list[PreparedVolume]:
-    """Read every volume and its masks, write what the networks read, return the descriptions.
+    """Read every volume and its masks, write prepared volumes, return their descriptions.
 
     refuses_unread: a volume that storage does not give is refused with ``storage``, and the others
     go on. For an evaluation; the folds of a training would be others the next time.

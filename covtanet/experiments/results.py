@@ -1,4 +1,4 @@
-"""Evaluation results of an experiment's folds: where they lie, and all of them together."""
+"""Evaluation results of an experiment's folds: their locations, and all of them together."""
 
 import json
 from collections.abc import Sequence

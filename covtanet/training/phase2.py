@@ -65,6 +65,33 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
 
 
+def _validation_sums(
+    classifier: nn.Module, batch: VolumeBatch, loss_config: JointLossConfig
+) -> Tensor:
+    """Return counts of diagnosis and of severity, four each, and the four sums of the loss."""
+    infected_logits, severe_logits = classifier(batch.pooled)
+    infected = batch.is_infected > 0
+    diagnosis = count(infected_logits > 0, infected)
+    severity = count(severe_logits > 0, batch.is_severe > 0, mask=infected)
+    losses = joint_sums(
+        infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
+    )
+    return torch.cat([diagnosis, severity, losses.double()])
+
+
+def _validation_metrics(sums: Tensor) -> dict[str, float]:
+    """Return the metrics of added-up ``_validation_sums``."""
+    diagnosis = metrics_of(sums[:4])
+    severity = metrics_of(sums[4:8])
+    return {
+        "val_loss": float(joint(sums[8:])),
+        "val_diagnosis_accuracy": diagnosis["accuracy"],
+        "val_diagnosis_sensitivity": diagnosis["sensitivity"],
+        "val_diagnosis_specificity": diagnosis["specificity"],
+        "val_severity_accuracy": severity["accuracy"],
+    }
+
+
 def phase2(
     classifier: nn.Module,
     model: nn.Module,
@@ -87,30 +114,17 @@ def phase2(
             infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
         )
 
-    def validation_sums(batch: VolumeBatch) -> Tensor:
-        """Counts of diagnosis and of severity, four each, and the four sums of the loss."""
-        infected_logits, severe_logits = classifier(batch.pooled)
-        infected = batch.is_infected > 0
-        diagnosis = count(infected_logits > 0, infected)
-        severity = count(severe_logits > 0, batch.is_severe > 0, mask=infected)
-        losses = joint_sums(
-            infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
-        )
-        return torch.cat([diagnosis, severity, losses.double()])
-
     def validate() -> dict[str, float]:
         sums = sum_over_lanes(
-            classifier, validation, batch_of, validation_sums, 12, config.autocast(device), ranks
+            classifier,
+            validation,
+            batch_of,
+            lambda batch: _validation_sums(classifier, batch, loss_config),
+            12,
+            config.autocast(device),
+            ranks,
         )
-        diagnosis = metrics_of(sums[:4])
-        severity = metrics_of(sums[4:8])
-        return {
-            "val_loss": float(joint(sums[8:])),
-            "val_diagnosis_accuracy": diagnosis["accuracy"],
-            "val_diagnosis_sensitivity": diagnosis["sensitivity"],
-            "val_diagnosis_specificity": diagnosis["specificity"],
-            "val_severity_accuracy": severity["accuracy"],
-        }
+        return _validation_metrics(sums)
 
     return Phase(
         module=classifier,

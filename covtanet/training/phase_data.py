@@ -91,7 +91,7 @@ def _slice_samples(volume: PreparedVolume) -> Iterator[tuple[str, bool]]:
 def _slice_datasets(
     config: TrainingConfig, lanes: Mapping[str, Sequence[LaneSpec]], prepared_uri: str
 ) -> dict[str, ray.data.Dataset]:
-    """Return the datasets of lanes that are streamed; none if all samples fit in memory."""
+    """Return the datasets of lanes that are streamed; empty if all samples fit in memory."""
     specs = [spec for part in PARTS for spec in lanes[part]]
     if fit_in_memory(config, specs):
         return {}

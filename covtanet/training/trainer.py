@@ -99,7 +99,7 @@ def _run(
 ) -> Progress:
     """Train one phase under its name, under which a killed one goes on; return its newest state."""
     # Ray's list of checkpoints is rewritten in place, and torn by a crash it could not be read
-    # again. The checkpoints themselves say what they are.
+    # again. Every checkpoint holds its own digests and history.
     storage.delete(storage.join(phase_run.checkpoints_uri, SNAPSHOT))
     job = WorkerJob(
         config=config,

@@ -174,7 +174,7 @@ def _resume(job: WorkerJob, ranks: Ranks) -> Progress:
 
 def _download_progress(uri: str) -> Progress:
     with tempfile.TemporaryDirectory() as folder:
-        # A checkpoint that is being deleted; what is missing shows when it is loaded.
+        # A checkpoint that is being deleted; missing files show when it is loaded.
         with contextlib.suppress(FileNotFoundError):
             storage.download_files(uri, FILES, Path(folder))
         return load_progress(Path(folder))

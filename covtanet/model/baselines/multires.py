@@ -38,7 +38,7 @@ class MultiResBlock(nn.Module):
 
 
 class ResPath(nn.Module):
-    """A skip through residual units, more of them where encoder and decoder are further apart."""
+    """A skip through residual units, more of them if encoder and decoder are further apart."""
 
     def __init__(self, channels_in: int, channels: int, length: int) -> None:
         super().__init__()
