@@ -115,7 +115,7 @@ def test_rows_without_grade_or_diagnosis_are_not_classified() -> None:
     ) == {"num_volumes": 0}
 
 
-def test_rows_survive_their_file() -> None:
+def test_evaluation_rows_are_equal_after_parquet() -> None:
     plain = [{**row("b"), "p_severe": None}, row("a", counts=((1, 2, 3, 4),))]
     again = rows.from_parquet(rows.to_parquet(plain))
     assert [each["volume"] for each in again] == ["a", "b"]
@@ -144,7 +144,7 @@ def cells(table: Table, name: str, whose: str) -> dict[str, Any]:
     return dict(zip(table.columns, found, strict=True))
 
 
-def test_tables_are_in_the_papers_form_with_its_figures_beside_ours() -> None:
+def test_tables_have_the_papers_rows_and_columns_with_both_values() -> None:
     table_i, table_ii, table_iv = paper_tables(
         metrics.summarise(folds()), "phantoms", is_second_data_set=False
     )
@@ -177,7 +177,7 @@ def test_second_data_set_gives_table_iii() -> None:
     assert cells(table, "Unet", "ours")["Specificity"] is not None
 
 
-def test_papers_tables_are_whole() -> None:
+def test_printed_tables_have_a_value_for_every_row_and_column() -> None:
     """Every network of Tables II to IV has a figure in every column; the best Dice is TA-SegNet's."""
     assert (
         {len(each) for each in TABLE_II.values()}
@@ -192,7 +192,7 @@ def test_papers_tables_are_whole() -> None:
 @pytest.mark.parametrize(
     "found", [GRADED, [row("n", "normal", 0.1)]], ids=["all grades", "one volume"]
 )
-def test_plots_are_pictures_whatever_is_missing(found: list[Row]) -> None:
+def test_plots_of_incomplete_rows_are_pictures(found: list[Row]) -> None:
     judged = metrics.classification(found)
     history = [
         {"epoch": 0.0, "best_epoch": 0.0, "train_loss": 1.0, "val_dice": 0.5, "alpha/x": 0.5}
@@ -220,7 +220,7 @@ CHAMPION = {"dice": 0.6, "normal_vs_mild_sensitivity": 0.8, "normal_vs_mild_auc"
         ({"normal_vs_mild_sensitivity": None}, ["normal_vs_mild_sensitivity"]),
     ],
 )
-def test_challenger_must_hold_every_figure(
+def test_challenger_below_margin_in_one_metric_is_worse(
     change: dict[str, float | None], worse: list[str]
 ) -> None:
     challenger = {
@@ -230,13 +230,13 @@ def test_challenger_must_hold_every_figure(
     assert [each.metric for each in compared if not each.is_no_worse] == worse
 
 
-def test_margins_are_those_asked_for() -> None:
+def test_margins_can_be_changed() -> None:
     strict = replace(Margins(), dice=0.0)
     (first, *_) = compare({**CHAMPION, "dice": 0.599}, CHAMPION, strict)
     assert not first.is_no_worse
 
 
-def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_seeing() -> None:
+def test_gallery_chooses_best_median_and_worst_of_large_lesions() -> None:
     many = [
         row("a", counts=((90, 10, 10, 0), (60, 40, 40, 0), (1, 0, 3, 96))),
         row("b", counts=((10, 90, 90, 0),)),
@@ -249,7 +249,7 @@ def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_s
     assert gallery.choose([row("c")]) == {}
 
 
-def test_curves_leave_out_what_was_not_measured() -> None:
+def test_curves_leave_out_metrics_that_are_nan() -> None:
     """As the validation of a training that held nothing back: its panel would be empty."""
     history = [{"train_loss": 0.5, "val_dice": math.nan, "alpha/encoder": 0.5, "best_epoch": 0.0}]
     measured = [{**history[0], "val_dice": 0.7}]

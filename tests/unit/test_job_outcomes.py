@@ -74,7 +74,9 @@ def test_report_goes_on_without_a_picture_that_cannot_be_read(
     assert run(report, monkeypatch, "--ledger", str(pictures / "none")) == 3
 
 
-def test_report_ends_if_storage_refuses_us(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_ends_if_credentials_are_refused(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read_bytes = storage.read_bytes
 
     def refuse(uri: str, *arguments: Any) -> bytes:
@@ -141,7 +143,7 @@ def test_volume_that_fails_is_a_row_without_its_text(error: Exception, failure: 
     assert guarded(volume(), lambda _: {"volume": "k"}) == {"volume": "k", "failure": None}
 
 
-def test_evaluation_ends_if_storage_refuses_us() -> None:
+def test_evaluation_ends_if_credentials_are_refused() -> None:
     def refuse(volume: PreparedVolume) -> dict[str, Any]:
         raise AccessError("denied")
 
@@ -190,7 +192,7 @@ def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
     ("challenger", "failures", "code"),
     [(0.9, Counter(), 0), (0.9, Counter(internal_error=1), 4), (0.1, Counter(internal_error=1), 4)],
 )
-def test_promotion_needs_all_volumes(
+def test_promotion_with_missing_volumes_ends_with_4(
     challenger: float, failures: Counter[str], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = [Comparison(metric="dice", challenger=challenger, champion=0.8, margin=0.01)]

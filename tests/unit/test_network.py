@@ -103,7 +103,7 @@ def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-3)
 
 
-def test_packaged_imagenet_weights_know_what_a_photograph_shows() -> None:
+def test_packaged_imagenet_weights_classify_a_photograph() -> None:
     """The package's tensors under timm's names: a uniform is a uniform (class 652 of ImageNet)."""
     name = "tf_efficientnet_lite0"
     state = packaged_state(name)
@@ -142,12 +142,12 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
         pretrained_state("tf_efficientnet_lite0", 1, tmp_path / "b0.safetensors")
 
 
-def test_size_that_does_not_fit_says_so() -> None:
+def test_segnet_refuses_a_size_that_is_not_a_multiple() -> None:
     with pytest.raises(ValueError, match=r"slices are \(60, 64\) pixels, expected multiples of 16"):
         TASegNet(SMALL.segnet)(torch.zeros(1, 1, 60, 64))
 
 
-def test_a_slice_is_segmented_alike_alone_and_in_a_batch() -> None:
+def test_logits_of_a_slice_do_not_depend_on_its_batch() -> None:
     net = small_model().network
     slices = torch.rand(5, 1, 128, 128)
     torch.testing.assert_close(
@@ -160,7 +160,7 @@ def test_slice_count_of_a_volume_is_checked() -> None:
         JointClassifier(SMALL)(torch.zeros(1, 15, SMALL.segnet.fused_channels, 32, 32))
 
 
-def test_volume_in_logits_out() -> None:
+def test_covtanet_maps_volumes_to_logits() -> None:
     infected, severe = CovTANet(SMALL).eval()(torch.rand(2, SMALL.num_slices, 1, 64, 64))
     assert infected.shape == severe.shape == (2,)
 
