@@ -27,18 +27,31 @@ ALLOWED = {
     "ledger": {"archive", "storage"},
     "data": {"ct", "storage"},
     "phantoms": {"ct", "data", "report.summary", "storage"},
-    "report": {"archive", "ct", "data", "decoding", "drawing", "ledger", "storage"},
-    "tracking": {"model.checkpoint", "storage"},
-    "training": {"ct", "data", "evaluation", "model", "ray_data", "report", "storage", "tracking"},
-    "evaluation": {
+    "report": {
+        "archive",
+        "ct",
         "data",
-        "decoding.prepare",
+        "decoding",
         "drawing",
+        "ledger",
+        "model.table_i",
+        "storage",
+    },
+    "tracking": {"model.checkpoint", "storage"},
+    "training": {"ct", "data", "model", "ray_data", "storage", "tracking"},
+    "evaluation": {"data", "drawing", "inference", "model", "ray_data", "report", "storage"},
+    "experiments": {
+        "ct",
+        "data",
+        "evaluation",
         "inference",
         "model",
         "ray_data",
         "report",
+        "runtime",
         "storage",
+        "tracking",
+        "training",
     },
     "screening": {
         "archive",
@@ -58,11 +71,17 @@ ALLOWED = {
     "commands": {
         "alerts",
         "config",
+        "data",
+        "evaluation",
+        "experiments",
         "ledger",
+        "model",
         "report",
         "runtime",
         "screening",
         "storage",
+        "tracking",
+        "training",
     },
     "__main__": {"commands", "runtime"},
 }
@@ -70,13 +89,22 @@ RAY_PLACES = {
     "runtime.py",
     "ray_data.py",
     "training/worker.py",
-    "training/distributed.py",
+    "training/trainer.py",
+    "training/callbacks.py",
+    "training/phase_data.py",
+    "experiments/preparation.py",
+    "experiments/parallel.py",
     "screening/plan.py",
     "screening/pipeline.py",
     "commands/export.py",
     "evaluation/pipeline.py",
 }
-MLFLOW_PLACES = {"tracking.py", "screening/pyfunc.py"}
+MLFLOW_PLACES = {
+    "tracking/runs.py",
+    "tracking/registry.py",
+    "tracking/models.py",
+    "screening/pyfunc.py",
+}
 
 
 def modules() -> list[Path]:
