@@ -9,7 +9,8 @@ import pytest
 
 from covtanet.errors import UnavailableError
 from covtanet.inference.predictor import Part
-from serve.deployments import Readiness, RemoteNetwork
+from serve.readiness import Readiness
+from serve.remote_network import RemoteNetwork
 
 
 class Handle:
