@@ -182,7 +182,7 @@ def test_champion_screens_by_its_alias(screened: list[dict[str, Any]], s3: S3) -
         path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file()
     )
     assert kept == sorted(
-        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2
+        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.json", "viewer.png"] * 2
     )
 
 
