@@ -59,7 +59,7 @@ from covtanet.phantoms.archive import (
 )
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig, for_model
+from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,10 +305,10 @@ def plain_loop(folder: Path) -> None:
             dicom_head.read_identities,
         )
         for each in series:
-            row = stages.decode_and_prepare(
+            row = stages.prepare_series(
                 each.to_row(), archive=str(folder), window=window, config=config, decoder=decoder
             )
-            stages.measure(stages.predict(row, predictor), config)
+            stages.measure_series(stages.predict_series(row, predictor), config)
 
 
 class Memory:

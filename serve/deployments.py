@@ -22,7 +22,7 @@ from covtanet.inference.predictor import (
     refuse_without_segmentation,
 )
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 
 logger = logging.getLogger("ray.serve")
 

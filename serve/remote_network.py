@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
 from covtanet.inference.predictor import Part, Prediction, Probabilities, Segmented, predict
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import Screener
 
 # A long study is cut into chunks, so that a short study that came later takes turns with it.

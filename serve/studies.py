@@ -15,7 +15,7 @@ from ray.util.metrics import Counter, Histogram
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import NoSeriesError, UnavailableError
-from covtanet.screening.stages import for_model
+from covtanet.screening.config import for_model
 from covtanet.screening.study import StudyLimits
 from covtanet.tracking import software_version
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot

@@ -16,7 +16,7 @@ from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
 from covtanet.model.checkpoint import model_digest, save_model
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from serve.deployments import Segmenter
 
 

@@ -15,8 +15,8 @@ from covtanet.decoding import child_process, seccomp
 from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits
 from covtanet.errors import ConfigError
 from covtanet.ledger.run import Run
-from covtanet.screening import pipeline
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening import plan
+from covtanet.screening.config import ScreeningConfig
 
 # What the child does up to its first request, by its own functions; then the payload instead of requests.
 TAKEN_OVER = """
@@ -161,7 +161,7 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
         model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
     )  # fmt: skip
     with pytest.raises(ConfigError, match="allow_weak_sandbox = true under"):
-        pipeline.make_manifest(run, ScreeningConfig())
+        plan.make_manifest(run, ScreeningConfig())
     assert not (tmp_path / "ledger").exists()
 
 

@@ -18,7 +18,7 @@ from covtanet.ct import dicom, nifti
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare as decode
 from covtanet.errors import StudyError
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 
 MIB = 1 << 20
 NUM_SLICES, SLICE_MM, PIXEL_MM = 40, 0.5, 0.7
