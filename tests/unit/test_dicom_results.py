@@ -26,12 +26,12 @@ from covtanet.report.dicom_results import (
     LESION,
     LUNG,
     Finding,
-    frames_of,
     segmentation,
     structured_report,
     to_bytes,
 )
 from covtanet.report.dicom_source import TYPE_2
+from covtanet.report.mask_frames import frames_of
 
 FINDING = Finding(
     run_id="run", series_key="series", software_version="0.1", model="covtanet 1", lesion_volume_ml=310.25,
