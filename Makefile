@@ -39,10 +39,12 @@ test-all: .venv/.installed ## make test, and what takes many minutes: every netw
 	@$(BIN)/python -m pytest tests/unit -n 2 -m ''
 	@$(BIN)/python -m pytest tests/cluster -m ''
 
-check: .venv/.installed ## ruff (lint and format) and mypy
+check: .venv/.installed ## ruff (lint and format), mypy, and biome for the worklist page
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@if test -x $(BIN)/biome; then $(BIN)/biome ci --error-on-warnings covtanet/report/page; \
+	else echo "biome has no wheel for this machine: the worklist page is not linted"; fi
 
 bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
 	@$(BIN)/python benchmarks/bench.py

@@ -47,9 +47,10 @@ from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import CovtanetError
 from covtanet.inference.engine import ENGINES, build_engine
-from covtanet.inference.predictor import Predictor
+from covtanet.inference.predictor import Predictor, window_of
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms.archive import (
     configs,
     dicom_objects,
@@ -274,8 +275,12 @@ def model_folder() -> Path:
     folder = WORK / "model"
     if not folder.exists():
         torch.manual_seed(0)
-        window = {"window": {"size_px": INPUT_PX["small"]}}
-        save_model(folder, SavedModel(network=CovTANet(SIZES["small"]), preprocessing=window))
+        model = SavedModel(
+            network=CovTANet(SIZES["small"]),
+            preprocessing=Preprocessing(size_px=INPUT_PX["small"]),
+            capabilities=Capabilities(segments=True, diagnoses=True),
+        )
+        save_model(folder, model)
     return folder
 
 
@@ -295,7 +300,7 @@ def plain_loop(folder: Path) -> None:
     """The same stages over the same series in one process: no Ray, one series after the other."""
     config = ScreeningConfig()
     model = load_model(model_folder())
-    window = WindowConfig(**model.preprocessing["window"])
+    window = window_of(model)
     predictor, decoder = Predictor(model, num_threads=CORES), stages.in_process(window, config)
     for prefix, objects in storage.walk(str(folder)):
         series, _ = manifest.scan_folder(

@@ -80,6 +80,7 @@ class Segmenter:
             "digest": resolved.digest,
             "num_slices": predictor.num_slices,
             "preprocessing": model.preprocessing,
+            "window": predictor.window,
         }
         self.models[resolved.digest] = (predictor, described)
         while len(self.models) > MODELS_KEPT:

@@ -13,7 +13,6 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
-from covtanet.ct.window import WindowConfig
 from covtanet.errors import NoSeriesError, UnavailableError
 from covtanet.screening.config import for_model
 from covtanet.screening.study import StudyLimits
@@ -124,6 +123,7 @@ class Studies:
 
     def _make_screener(self, model: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, model["preprocessing"])
-        window = WindowConfig(**model["preprocessing"]["window"])
         network = RemoteNetwork(self.segmenter, model)
-        return StudyScreener(network, window, config, model["digest"], self.software_version)
+        return StudyScreener(
+            network, model["window"], config, model["digest"], self.software_version
+        )

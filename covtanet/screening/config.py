@@ -5,6 +5,7 @@ from typing import Any
 
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.child_process import Limits
+from covtanet.model.description import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,11 @@ class ScreeningConfig:
             )
 
 
-def for_model(config: ScreeningConfig, preprocessing: dict[str, Any]) -> ScreeningConfig:
+def for_model(config: ScreeningConfig, preprocessing: Preprocessing) -> ScreeningConfig:
     """Return the configuration with the distance of slices that the model was trained with."""
-    return replace(config, slice_step_mm=preprocessing.get("slice_step_mm", config.slice_step_mm))
+    if preprocessing.slice_step_mm is None:
+        return config
+    return replace(config, slice_step_mm=preprocessing.slice_step_mm)
 
 
 def config_values(window: WindowConfig, config: ScreeningConfig) -> dict[str, Any]:

@@ -168,12 +168,12 @@ def warn_of_limits(model: SavedModel) -> None:
         CheckpointError: the model marks no lesions.
     """
     refuse_without_segmentation(model)
-    if not model.provenance.get("has_diagnosis", True):
+    if not model.capabilities.diagnoses:
         logger.warning(
             "the model was trained in phase 1 alone: diagnosis and severity are null, apart from "
             "the severity by involvement"
         )
-    if "hu" not in model.preprocessing.get("intensities", ["hu"]):
+    if "hu" not in model.preprocessing.intensities:
         logger.warning("the model was trained on grey values alone and has never seen HU")
 
 

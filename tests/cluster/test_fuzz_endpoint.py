@@ -66,9 +66,13 @@ def ask_operation(
     """Send requests to one route. path_parameters: replace those that are drawn."""
 
     @settings(
-        max_examples=num_examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        max_examples=num_examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(case=strategy)
     def ask(case: Case) -> None:
         case.path_parameters.update(path_parameters)

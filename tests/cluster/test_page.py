@@ -68,9 +68,14 @@ def log_in(page: Any, endpoint: Endpoint) -> None:
 def mean_colour(page: Any) -> list[int]:
     """Return the mean of red, green and blue over the canvas."""
     colour: list[int] = page.evaluate(
-        "() => { const c = document.querySelector('canvas'); const d = c.getContext('2d').getImageData(0, 0, c.width,"
-        " c.height).data; const m = [0, 0, 0]; d.forEach((v, k) => { if (k % 4 < 3) m[k % 4] += v; });"
-        " return m.map((v) => v / (c.width * c.height)); }"
+        """() => {
+          const canvas = document.querySelector("canvas");
+          const { width, height } = canvas;
+          const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+          const sums = [0, 0, 0];
+          data.forEach((value, index) => { if (index % 4 < 3) sums[index % 4] += value; });
+          return sums.map((sum) => sum / (width * height));
+        }"""
     )
     return colour
 
@@ -153,9 +158,13 @@ def committed_batch(s3: S3, batch: str, name: str, count: int) -> str:
     ).read()
     rows = [row for row in table.to_pylist() if row["status"] == "screened"]
     many = [
-        {**rows[k % len(rows)], "series_key": f"{k:032x}",
-         "screened_at": rows[0]["screened_at"] + timedelta(seconds=k)} for k in range(count)
-    ]  # fmt: skip
+        {
+            **rows[k % len(rows)],
+            "series_key": f"{k:032x}",
+            "screened_at": rows[0]["screened_at"] + timedelta(seconds=k),
+        }
+        for k in range(count)
+    ]
     from covtanet import storage
 
     new = pa.Table.from_pylist(many, table.schema)

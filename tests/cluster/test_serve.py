@@ -35,10 +35,25 @@ def zipped(members: dict[str, bytes]) -> bytes:
 
 
 COMPARED = (
-    "status", "reason", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement",
-    "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "spacing_z_mm", "series_uid",
-    "model_digest", "source_digest", "config_digest", "software_version",
-)  # fmt: skip
+    "status",
+    "reason",
+    "p_infected",
+    "diagnosis",
+    "p_severe",
+    "severity",
+    "severity_by_involvement",
+    "lesion_volume_ml",
+    "lung_volume_ml",
+    "involvement",
+    "lesion_slices",
+    "num_slices",
+    "spacing_z_mm",
+    "series_uid",
+    "model_digest",
+    "source_digest",
+    "config_digest",
+    "software_version",
+)
 
 
 def test_study_over_http_has_the_values_of_the_screening_job(
@@ -79,9 +94,13 @@ def test_study_over_http_has_the_values_of_the_screening_job(
 
 def test_request_without_or_with_a_wrong_token_returns_401_or_403(endpoint: Endpoint) -> None:
     for method, path in (
-        ("POST", "/v1/studies"), ("POST", "/v1/studies:by-uri"), ("GET", "/v1/models"), ("GET", "/v1/batches"),
-        ("GET", f"/v1/batches/{'0' * 16}/ledger"), ("GET", "/metrics"),
-    ):  # fmt: skip
+        ("POST", "/v1/studies"),
+        ("POST", "/v1/studies:by-uri"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/batches"),
+        ("GET", f"/v1/batches/{'0' * 16}/ledger"),
+        ("GET", "/metrics"),
+    ):
         body = b'{"uri": "s3://bucket/archive/x"}' if method == "POST" else None
         for header, status in (("", 401), ("Basic x", 401), ("Bearer wrong", 403)):
             headers = {"Authorization": header, "Content-Type": "application/json"}
@@ -112,7 +131,7 @@ def test_token_is_checked_before_the_body_is_read(endpoint: Endpoint) -> None:
         (zipped({"zeros": bytes(64 << 20)}), 413, "too_large"),
         (zipped({"a": slices()[0]})[:-30], 422, "bad_zip"),
     ],
-)  # fmt: skip
+)
 def test_body_that_is_not_a_study_is_refused_with_a_reason(
     endpoint: Endpoint, body: bytes, status: int, reason: str
 ) -> None:
@@ -123,10 +142,17 @@ def test_body_that_is_not_a_study_is_refused_with_a_reason(
 
 def test_uri_outside_the_allowed_locations_returns_403(endpoint: Endpoint) -> None:
     for uri in (
-        "s3://bucket/archives/x", "s3://other/archive", "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/",
-        "s3://bucket/archive/../secret", "s3://user@bucket/archive/x", "s3://bucket/archive/x?versionId=1",
-        "s3://bucket/archive//x", "s3://bucket/archive/%2e%2e/x",
-    ):  # fmt: skip
+        "s3://bucket/archives/x",
+        "s3://other/archive",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "http://127.0.0.1/",
+        "s3://bucket/archive/../secret",
+        "s3://user@bucket/archive/x",
+        "s3://bucket/archive/x?versionId=1",
+        "s3://bucket/archive//x",
+        "s3://bucket/archive/%2e%2e/x",
+    ):
         for path, body in (("/v1/studies:by-uri", {"uri": uri}), ("/v1/batches", {"archive": uri})):
             status, answer, _ = endpoint.ask(
                 "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -1,4 +1,4 @@
-"""A decoder slot belongs to the thread that uses it: requests that end early leave nothing to the next one."""
+"""Decoder slots belong to threads: a request that ends early leaves nothing to the next study."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ WAIT_S = 30.0
 
 
 class Work:
-    """A study whose thread stops where a test wants it, and says that it has come that far."""
+    """A study whose thread waits for the test, and tells the test that it has begun."""
 
     def __init__(self) -> None:
         self.has_begun, self.may_end = threading.Event(), threading.Event()
@@ -52,8 +52,8 @@ def test_cancelled_request_frees_its_slot_only_when_its_thread_has_ended() -> No
         second.may_end.set()
         waiting = asyncio.create_task(decoders.run(second, ExitStack()))
         await asyncio.to_thread(second.has_begun.wait, 0.2)
-        assert not second.has_begun.is_set()  # the first one's thread still reads
-        assert not removed.is_set()  # and what it reads is there
+        assert not second.has_begun.is_set()  # the first thread still reads
+        assert not removed.is_set()  # and its files are there
         first.may_end.set()
         assert await waiting == "done"
         assert removed.is_set()
@@ -87,15 +87,13 @@ def test_request_past_its_deadline_raises_and_closes_the_screener(
         assert screener.is_closed.is_set()
         slot = Slot()
         slot.abandon()
-        with pytest.raises(
-            DeadlineError, match="ended before"
-        ):  # its own thread, at its next check
+        with pytest.raises(DeadlineError, match="ended before"):  # the thread, at its next check
             slot.check()
 
     asyncio.run(scenario())
 
 
-def test_request_beyond_max_waiting_is_busy_and_keeps_what_it_brought() -> None:
+def test_request_beyond_max_waiting_is_busy_and_keeps_its_resources() -> None:
     async def scenario() -> None:
         decoders, first, removed = Decoders(1, 0, WAIT_S), Work(), threading.Event()
         task = asyncio.create_task(decoders.run(first, ExitStack()))
@@ -104,7 +102,7 @@ def test_request_beyond_max_waiting_is_busy_and_keeps_what_it_brought() -> None:
         resources.callback(removed.set)
         with pytest.raises(BusyError):
             await decoders.run(Work(), resources)
-        assert not removed.is_set()  # they are still the caller's
+        assert not removed.is_set()  # they still belong to the caller
         first.may_end.set()
         assert await task == "done"
 
@@ -119,7 +117,8 @@ def predictor() -> Predictor:
 def test_study_after_an_abandoned_one_gets_its_own_rows(
     predictor: Predictor, tmp_path: Path
 ) -> None:
-    """The next caller never gets slices of the study before: it waits, and reads with a decoder of its own."""
+    """The next study waits for the slot and gets a new decoder, so it meets no slices of
+    another."""
     study, alone = tmp_path / "b.nii.gz", []
     study.write_bytes(gz(plain_nifti()))
     config = ScreeningConfig(engine="eager", decode_timeout_s=WAIT_S)

@@ -28,9 +28,15 @@ def ask(
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "http_version": "1.1",
-    }  # fmt: skip
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+    }
     asyncio.run(app(scope, receive, send))
     received = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], received, b"".join(message.get("body", b"") for message in sent[1:])

@@ -5,14 +5,16 @@ import json
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
 from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.report.page_file import PAGE
 from serve.app import api
+from serve.routes.page import PageFile
 from serve.schemas import EXAMPLE_ROW, SeriesRow, StudyAnswer
 from serve.settings import Caller, ServeConfig
 from serve.state import current_state
@@ -62,11 +64,23 @@ def ask(method: str, path: str, authorization: str = "") -> tuple[int, Any]:
 
     headers = [(b"authorization", authorization.encode())] if authorization else []
     scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "http_version": "1.1", "root_path": "",
-    }  # fmt: skip
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+    }
     asyncio.run(api(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+def test_page_route_serves_every_file_of_the_page() -> None:
+    files = {path.name for path in PAGE.iterdir()} - {"index.html"}
+    assert set(get_args(PageFile)) == files
 
 
 def test_application_has_the_routes_of_these_tests() -> None:

@@ -31,6 +31,7 @@ from covtanet.inference.predictor import Prediction, Predictor
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
+from covtanet.model.description import Capabilities
 from covtanet.phantoms.archive import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
@@ -500,7 +501,9 @@ def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
     """Null and a flag; the rule of the paper still gives a severity, and the involvement its number."""
     model = load_model(model_folder)
     untrained = Predictor(
-        replace(model, provenance={"has_diagnosis": False}), engine="eager", max_batch_slices=8
+        replace(model, capabilities=Capabilities(segments=True, diagnoses=False)),
+        engine="eager",
+        max_batch_slices=8,
     )
     (tmp_path / "a.nii.gz").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)

@@ -1,4 +1,4 @@
-"""Bodies on their way to disk: bounded for each caller, removed when a replica was killed."""
+"""Uploads: limits per caller, a full disk, and the folders of killed replicas."""
 
 import asyncio
 import errno
@@ -66,10 +66,10 @@ def test_stalled_uploads_of_one_caller_leave_room_for_another(uploads: Uploads) 
     asyncio.run(scenario())
 
 
-def test_full_disk_raises_enospc_and_frees_the_place(
+def test_full_disk_raises_enospc_and_frees_the_upload_slot(
     uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real full device stands in for the file."""
+    """The device /dev/full replaces the file."""
 
     async def scenario() -> None:
         full = Path("/dev/full")
@@ -86,18 +86,19 @@ def _to_full(join: Callable[[Path, str], Path], full: Path) -> Callable[[Path, s
     return lambda folder, name: full if name == "upload" else join(folder, name)
 
 
-def test_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(
+def test_folder_of_a_killed_replica_is_removed_and_of_a_live_replica_kept(
     tmp_path: Path,
 ) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from serve.uploads import ReplicaFolder; "
+        "import os, signal, sys; from pathlib import Path; "
+        "from serve.uploads import ReplicaFolder; "
         "folder = ReplicaFolder(Path(sys.argv[1])); (folder.path / 'study').write_bytes(b'image'); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False, cwd=ROOT)
-    (left,) = tmp_path.iterdir()
-    assert (left / "study").read_bytes() == b"image"
+    (abandoned,) = tmp_path.iterdir()
+    assert (abandoned / "study").read_bytes() == b"image"
     living = ReplicaFolder(tmp_path)
-    assert not left.exists()
+    assert not abandoned.exists()
     another = ReplicaFolder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {living.path.name, another.path.name}

@@ -69,7 +69,7 @@ function showLogin(problem = "") {
   byId("token").focus();
 }
 
-async function open(token) {
+async function logIn(token) {
   const source = new Endpoint(token);
   const runs = await source.runs();
   state.source = source;
@@ -109,7 +109,7 @@ function listen() {
   };
   byId("login").onsubmit = (event) => {
     event.preventDefault();
-    open(byId("token").value).catch(showError);
+    logIn(byId("token").value).catch(showError);
   };
   byId("sign-out").onclick = () => showLogin();
   document.onkeydown = onKey;
@@ -162,7 +162,7 @@ async function start() {
   }
   const token = sessionStorage.getItem(TOKEN);
   if (token) {
-    await open(token);
+    await logIn(token);
   } else {
     showLogin();
   }

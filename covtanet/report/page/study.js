@@ -6,16 +6,16 @@ import { readTiles } from "./tiles.js";
 import { makeLegend, Viewer } from "./viewer.js";
 
 // The row of the open panel, and its viewer once the pictures have arrived.
-const open = { row: null, viewer: null };
+const panel = { row: null, viewer: null };
 
 export function currentViewer() {
-  return open.viewer;
+  return panel.viewer;
 }
 
 export function closeStudy() {
   byId("study").hidden = true;
-  open.row = null;
-  open.viewer = null;
+  panel.row = null;
+  panel.viewer = null;
 }
 
 /** Open a series and load its pictures from the source. */
@@ -23,13 +23,13 @@ export async function openStudy(row, source) {
   const pictures = make("div", { textContent: openingText(row) });
   byId("study").replaceChildren(pictures, makeNumbers(row));
   byId("study").hidden = false;
-  open.row = row;
-  open.viewer = null;
+  panel.row = row;
+  panel.viewer = null;
   if (row.status !== "screened") return;
   try {
     const picture = await source.picture(row);
     // The user may have opened another series while this picture was loading.
-    if (open.row === row) await showPicture(pictures, row, picture);
+    if (panel.row === row) await showPicture(pictures, row, picture);
   } catch (error) {
     pictures.textContent = `No pictures: ${error.message}`;
   }
@@ -43,8 +43,8 @@ function openingText(row) {
 async function showPicture(pictures, row, { tiles, layout, preview }) {
   if (tiles) {
     const viewer = new Viewer(await readTiles(tiles, layout));
-    if (open.row !== row) return;
-    open.viewer = viewer;
+    if (panel.row !== row) return;
+    panel.viewer = viewer;
     pictures.replaceChildren(...viewer.elements());
     viewer.draw();
   } else if (preview) {
