@@ -34,7 +34,7 @@ class _MaskGrid:
     """The voxels of a mask in space. limits_mm: how far a pixel may be from its voxel."""
 
     def __init__(self, affine: NDArray[np.float64]) -> None:
-        self.to_index: NDArray[np.float64] = np.linalg.inv(affine)
+        self.to_index = np.asarray(np.linalg.inv(affine), np.float64)
         self.voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
         limits_mm = [off_grid_limit_mm(float(mm)) for mm in self.voxel_mm]
         self.limits_mm = np.array(limits_mm) + STORED_AFFINE_MM
