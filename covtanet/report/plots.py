@@ -149,7 +149,7 @@ def bars(table: Table) -> bytes:
         panel.legend(unique.values(), unique.keys(), fontsize=7)
     panels[-1].set_xticks(range(len(names)), names, rotation=30, ha="right")
     panels[0].set_title(table.title, fontsize=11)
-    # The picture itself says what ours was measured on.
+    # The picture itself names the data set of our values.
     figure.supxlabel(table.note, fontsize=7, wrap=True)
     figure.tight_layout()
     return _png(figure)

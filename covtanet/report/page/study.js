@@ -71,7 +71,7 @@ function numbersOf(row) {
     "severity by involvement": orDash(row.severity_by_involvement),
     lesion: lesionText(row),
     "probability of infection": number(row.p_infected, 3),
-    "probability of severe": number(row.p_severe, 3),
+    "probability of severe infection": number(row.p_severe, 3),
     flags: row.qc_flags.join(", ") || "none",
     slices: slicesText(row),
     source: row.source_uri,
