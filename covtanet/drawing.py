@@ -1,5 +1,6 @@
 """Lung and lesion drawn over slices, and a screened series' result files."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,9 @@ def result_files(
     found: Involvement,
     window: WindowConfig,
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of a series' results: lesion and lung masks in the source's grid, and a preview.
+    """Yield name and bytes of a series' result files: masks in the source's grid, and pictures.
 
-    window: the one by which HU became ``slices``.
+    window: the window by which HU became ``slices``.
     """
     yield "lesion_mask.nii.gz", nifti.write(found.lesion_mask, masks.source)
     yield "lung_mask.nii.gz", nifti.write(found.lung_mask, masks.source)
@@ -41,7 +42,9 @@ def result_files(
     if aspect != 1:  # else a square around the source's own pixels shows the same
         lesions, lungs = (mask_to_input(each, window, aspect) > 0 for each in (lesions, lungs))
     yield "preview.png", png(preview(slices, lesions, lungs))
-    yield "viewer.png", png(viewer(slices, lesions, lungs, window))
+    tiles, layout = viewer(slices, lesions, lungs, window)
+    yield "viewer.png", png(tiles)
+    yield "viewer.json", json.dumps(layout).encode()
 
 
 def viewer(
@@ -49,12 +52,12 @@ def viewer(
     lesion_mask: NDArray[np.bool_],
     lung_mask: NDArray[np.bool_],
     window: WindowConfig,
-) -> NDArray[np.uint8]:
-    """Every slice that the network read as a tile, base first, ten to a row, for a viewer that sets the window itself.
+) -> tuple[NDArray[np.uint8], dict[str, float]]:
+    """Return the slices that the network read as tiles, base first, and their layout.
 
-    Red is the level, 0 to 255 over the model's window; green is 1 in the lung, 2 in a lesion there. Blue of the first
-    row is how many tiles there are, in the first pixel, and in the next eight the bytes of the window's ends in HU,
-    two big-endian float32: without them no level has a meaning.
+    Red is the intensity, 0 to 255 over the model's window; green is 1 in the lung, 2 in a lesion
+    there. The layout has the number of tiles and of columns, and the window's ends in HU, without
+    which an intensity has no meaning.
     """
     side = min(VIEWER_PX, slices.shape[1])
     count = min(len(slices), VIEWER_SLICES)
@@ -72,11 +75,13 @@ def viewer(
         out[row, :, column, :, 1] = np.asarray(
             Image.fromarray(mark).resize((side, side), Image.Resampling.NEAREST)
         )
-    out = out.reshape(rows * side, VIEWER_COLUMNS * side, 3)
-    window_hu = np.array([window.low_hu, window.high_hu], ">f4")
-    out[0, 0, 2] = len(shown)
-    out[0, 1:9, 2] = np.frombuffer(window_hu.tobytes(), np.uint8)
-    return out
+    layout = {
+        "tiles": len(shown),
+        "columns": VIEWER_COLUMNS,
+        "low_hu": window.low_hu,
+        "high_hu": window.high_hu,
+    }
+    return out.reshape(rows * side, VIEWER_COLUMNS * side, 3), layout
 
 
 def preview(

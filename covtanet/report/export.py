@@ -24,6 +24,7 @@ from covtanet.decoding.child_process import Limits, header_reader
 from covtanet.errors import Reason, Status, StudyError, error_location
 from covtanet.report import dicom_results
 from covtanet.report.dicom_source import quiet
+from covtanet.report.mask_frames import frames_of
 
 SEG = "lesion.seg.dcm"
 SR = "measurements.sr.dcm"
@@ -110,8 +111,7 @@ def _make_objects(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
         raise StudyError(Reason.MISSING_SLICES, message)
     affine = LPS_TO_RAS @ lesion_file.affine
     lesion, lung = (
-        dicom_results.frames_of(source, np.asarray(mask.dataobj) > 0, affine)
-        for mask in (lesion_file, lung_file)
+        frames_of(source, np.asarray(mask.dataobj) > 0, affine) for mask in (lesion_file, lung_file)
     )
     finding = dicom_results.Finding(
         run_id=row["run_id"],

@@ -208,7 +208,7 @@ def test_screening_by_champion_alias_names_its_version(
         path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file()
     )
     assert kept == sorted(
-        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2
+        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.json", "viewer.png"] * 2
     )
 
 

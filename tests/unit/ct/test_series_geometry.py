@@ -24,7 +24,7 @@ from odd_dicom import (
 from pydicom.dataset import FileDataset
 
 from covtanet.ct.series_geometry import off_grid_limit_mm
-from covtanet.report.dicom_results import frames_of
+from covtanet.report.mask_frames import frames_of
 
 
 def wavering(step_mm: float, share: float, count: int = 40) -> list[float]:

@@ -209,7 +209,13 @@ def test_ledger_volumes_are_those_of_the_written_masks(
     assert measured.masks is not None
     assert measured.involvement is not None
     files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))
-    assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"}
+    assert set(files) == {
+        "lesion_mask.nii.gz",
+        "lung_mask.nii.gz",
+        "preview.png",
+        "viewer.png",
+        "viewer.json",
+    }
     (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
     voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
     assert measured.record.lesion_volume_ml == pytest.approx(voxels * mild_volume.voxel_ml)
@@ -394,8 +400,8 @@ def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -
     nothing = np.zeros(volume.hu.shape, bool)
     found = lung.measure_involvement(masks.lungs, nothing, volume.voxel_ml)
     files = dict(overlay.result_files(slices, chosen, masks, found, window))
-    picture = np.asarray(Image.open(BytesIO(files["viewer.png"])))
-    assert np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4").tolist() == [-1350.0, 150.0]
+    layout = json.loads(files["viewer.json"])
+    assert (layout["low_hu"], layout["high_hu"]) == (-1350.0, 150.0)
 
 
 EXPECTED_REAL = {
