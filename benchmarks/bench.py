@@ -41,7 +41,7 @@ import training
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct import dicom, dicom_head, nifti
+from covtanet.ct import dicom, dicom_headers, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
@@ -50,14 +50,11 @@ from covtanet.inference.engine import ENGINES, build_engine
 from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
-from covtanet.phantoms.archive import (
-    configs,
-    dicom_objects,
-    nifti_grid,
-    write_archive,
-    write_training_set,
-)
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 from covtanet.screening import stages
 from covtanet.screening.stages import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
@@ -234,7 +231,7 @@ def deflated(data: bytes, num_bytes: int) -> bytes:
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     buffer = BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    start = dicom_head.transfer_syntax(buffer.getvalue())[1]
+    start = dicom_headers.transfer_syntax(buffer.getvalue())[1]
     stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed = stream.compress(
         zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS) + bytes(num_bytes)
@@ -302,7 +299,7 @@ def plain_loop(folder: Path) -> None:
             prefix,
             objects,
             lambda path, size: storage.read_bytes(f"{folder}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
         for each in series:
             row = stages.decode_and_prepare(

@@ -21,7 +21,7 @@ from covtanet.ct import nifti  # noqa: E402
 from covtanet.ct.window import WindowConfig  # noqa: E402
 from covtanet.decoding import prepare as decode  # noqa: E402
 from covtanet.decoding.sandbox import Sandbox  # noqa: E402
-from covtanet.phantoms.archive import dicom_objects, nifti_grid  # noqa: E402
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid  # noqa: E402
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom  # noqa: E402
 from covtanet.screening.stages import ScreeningConfig  # noqa: E402
 

@@ -22,7 +22,8 @@ from covtanet.data.folds import Split
 from covtanet.data.prepared import PreparedVolume
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.segnet import TASegNet
-from covtanet.phantoms.archive import configs, write_training_set
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
 from covtanet.training.distributed import Place

@@ -51,12 +51,20 @@ from cluster import connect, parser, place, start_logging
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, transfer_syntax
-from covtanet.ct.frames import ENHANCED_CLASSES
-from covtanet.ct.image_type import is_localizer
+from covtanet.ct.dicom_frames import ENHANCED_CLASSES
+from covtanet.ct.dicom_headers import (
+    DEFLATED,
+    MAGIC,
+    MAGIC_AT,
+    data_start,
+    has_magic,
+    transfer_syntax,
+)
+from covtanet.ct.dicom_image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding import headers as heads
-from covtanet.decoding.child_process import Limits, header_reader
+from covtanet.decoding.child_process import header_reader
+from covtanet.decoding.process import Limits
 from covtanet.errors import ConfigError, Reason, Status, StudyError, error_location
 from covtanet.ledger.read import committed_files, find_run_file, read_run
 from covtanet.report import dicom_results
@@ -346,7 +354,7 @@ def screened_bytes(
     digest, digests = storage.ContentDigest(), []
     for item in objects:
         one = hashlib.sha256()
-        for chunk in digest.passing(
+        for chunk in digest.tee(
             item.path, storage.read_chunks(storage.join(root, item.path), item)
         ):
             one.update(chunk)

@@ -262,7 +262,7 @@ class Api:
 
             def lay_out(check: Callable[[], None]) -> str:
                 upload.objects.mkdir()
-                intake.lay_out(
+                intake.parse_upload(
                     upload.path, upload.objects, upload.digest[:32], self.settings.limits, check
                 )
                 return str(upload.objects)

@@ -185,7 +185,7 @@ def setting(s3: S3, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) 
     """Tiny phantoms in MosMedData's layout in S3, and where trainings of them go."""
     import faults
 
-    from covtanet.phantoms.archive import write_mosmed
+    from covtanet.phantoms.training_set import write_mosmed
 
     write_mosmed("s3://bucket/mosmed", faults.PHANTOMS, 2)
     return faults.Setting(

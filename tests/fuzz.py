@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "inf
 with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
     from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
 
-    from covtanet.ct import dicom, dicom_head, nifti
+    from covtanet.ct import dicom, dicom_headers, nifti
     from covtanet.errors import StudyError
 
 MEMORY_MIB = 6144
@@ -34,7 +34,7 @@ def read_nifti(data: bytes) -> None:
 
 def read_dicom(data: bytes) -> None:
     """One object in the place of a sound one, and its head as the listing reads it."""
-    dicom_head.read_identity(data[:4096])
+    dicom_headers.read_identity(data[:4096])
     try:
         dicom.read_series([*slices()[:3], data, *slices()[4:]])
     except (StudyError, MemoryError):

@@ -28,7 +28,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
-from covtanet.ct.series_geometry import off_grid_limit_mm
+from covtanet.ct.dicom_geometry import off_grid_limit_mm
 from covtanet.errors import Reason, StudyError
 from covtanet.report.dicom_source import completed, quiet
 

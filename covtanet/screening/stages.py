@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from covtanet import storage
 from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
-from covtanet.ct.nifti import MAX_SLICES
+from covtanet.ct.limits import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
 from covtanet.decoding import prepare as decode
-from covtanet.decoding.child_process import Limits
-from covtanet.decoding.prepare import Prepared, StoredMasks
+from covtanet.decoding.prepare import Prepared
+from covtanet.decoding.process import Limits
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import (
     DecoderError,
     QcFlag,
@@ -326,7 +327,7 @@ def fetch(series: Series, archive: str, digest: storage.ContentDigest) -> Iterat
                 item, future = ahead.popleft()
                 uri = storage.join(archive, item.path)
                 chunks = storage.read_chunks(uri, item) if future is None else iter(future.result())
-                yield digest.passing(item.path.removeprefix(folder), chunks)
+                yield digest.tee(item.path.removeprefix(folder), chunks)
         finally:
             for _, future in ahead:
                 if future is not None:

@@ -24,7 +24,9 @@ from services import ROOT, Service, start_ray, start_s3, write_private
 from covtanet import drawing as overlay
 from covtanet import storage
 from covtanet.phantoms import agreement
-from covtanet.phantoms.archive import configs, write_archive, write_training_set
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 
 DEMO = ROOT / ".demo"
 NUM_TRAINING, NUM_SOUND = 72, 28

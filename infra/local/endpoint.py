@@ -90,8 +90,9 @@ def write_config(
 def write_examples(folder: Path) -> None:
     """A phantom as a NIfTI file and as a zip of DICOM objects."""
     from covtanet.ct import nifti
-    from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+    from covtanet.phantoms.encodings import dicom_objects, nifti_grid
     from covtanet.phantoms.phantom import make_phantom
+    from covtanet.phantoms.sampling import configs
 
     (config,) = list(configs(3, 99))[1:2]
     phantom = make_phantom(config)

@@ -40,7 +40,8 @@ from services import (
 )
 from slow import SlowDoor
 
-from covtanet.phantoms.archive import configs, write_mosmed
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_mosmed
 
 # Both runs are the same sums in the same order; what differs at most is how a thread pool adds them up.
 TOLERANCE = 1e-4

@@ -23,7 +23,8 @@ from services import Job, Service, start_job, start_s3
 from covtanet.ledger.diff import differences
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
-from covtanet.phantoms.archive import configs, write_archive
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.sampling import configs
 
 DATE = "2026-11-23"
 NUM_SOUND = 8

@@ -28,8 +28,9 @@ from covtanet.ct import nifti
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
 from covtanet.phantoms import bombs
-from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 
 RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 30.0
 NUM_CALLERS, NUM_HANG_UPS = 8, 10

@@ -18,8 +18,9 @@ from faults_screening import Screening
 from hostile import gz, plain_nifti, slices
 
 from covtanet.ledger.diff import differences
-from covtanet.phantoms.archive import configs, dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from serve.middleware import SECURITY_HEADERS
 
 UPLOAD_TIMEOUT_S = 120

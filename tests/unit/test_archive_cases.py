@@ -14,7 +14,7 @@ from right_rows import Right, faults
 from test_stages import CONFIG, WINDOW
 
 from covtanet.archive import manifest
-from covtanet.ct import dicom, dicom_head, nifti
+from covtanet.ct import dicom, dicom_headers, nifti
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
@@ -41,7 +41,7 @@ def listed(archive: Path) -> tuple[list[dict[str, Any]], int]:
             folder,
             objects,
             lambda path, size: read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
         rows += [series.to_row() for series in found]
         num_ignored += len(ignored)

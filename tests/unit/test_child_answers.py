@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from covtanet.ct.dicom_head import SeriesIdentity
+from covtanet.ct.dicom_headers import SeriesIdentity
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding import child_process
+from covtanet.decoding import child_process, process
 from covtanet.decoding import headers as heads
-from covtanet.decoding.child_process import HEADER_READER, Child, Limits
-from covtanet.decoding.prepare import StoredMasks
+from covtanet.decoding.child_process import HEADER_READER, Child
+from covtanet.decoding.process import Limits
 from covtanet.decoding.sandbox import Sandbox
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import DecoderError, StudyError
 
 LIMITS = Limits(memory_mib=256, timeout_s=20)
@@ -21,7 +22,7 @@ LIMITS = Limits(memory_mib=256, timeout_s=20)
 LIAR = """
 import json, os, struct, sys, zlib
 requests, answers = os.fdopen(0, "rb"), os.fdopen(1, "wb")
-answers.write(b'{"open_doors": []}\\n'); answers.flush()
+answers.write(b'{"missing_confinement": []}\\n'); answers.flush()
 while line := requests.readline():
     request = json.loads(line)
     while requests.read(1) == b"\\x01":
@@ -38,7 +39,7 @@ while line := requests.readline():
     body = json.dumps([row]).encode()
     lengths = {"num_chosen": len(chosen), "mask_bytes": len(masks), "num_bytes": len(body)}
     answers.write(json.dumps({**lengths, **header}).encode() + b"\\n" if reply is None else reply)
-    if request["kind"] == "heads":
+    if request["kind"] == "headers":
         answers.write(body)
     else:
         answers.write(struct.pack(f"<{len(chosen)}q", *chosen) + bytes(len(chosen) * 32 * 32 * 2) + masks)
@@ -50,7 +51,7 @@ def liar(monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     """Let every child be such a process, which does not end by itself."""
     monkeypatch.setattr(child_process, "DEATH_S", 0.2)
     code = LIAR.replace("LIE", lie).replace("{", "{{").replace("}", "}}")
-    monkeypatch.setattr(child_process, "CODE", code)
+    monkeypatch.setattr(process, "CODE", code)
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from covtanet.decoding import child_process, seccomp
-from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits
-from covtanet.errors import ConfigError
+from covtanet.decoding import child_process, process, seccomp
+from covtanet.decoding.child_process import DECODER, HEADER_READER, Child
+from covtanet.decoding.process import Limits
+from covtanet.errors import ConfigError, WeakSandboxError
 from covtanet.ledger.run import Run
 from covtanet.screening import pipeline
 from covtanet.screening.stages import ScreeningConfig
@@ -26,8 +27,8 @@ from covtanet.decoding import confinement, {program}
 {program}.warm_up()
 libc, parent = ctypes.CDLL(None, use_errno=True), os.getppid()
 {before}
-open_doors = confinement.shut_the_doors(256 << 20, 60)
-assert open_doors == [], open_doors
+missing_confinement = confinement.apply_confinement(256 << 20, 60)
+assert missing_confinement == [], missing_confinement
 os.write(1, b"shut ")
 try:
     exec(sys.argv[2])
@@ -37,7 +38,7 @@ except (OSError, ValueError):  # the second of setrlimit
 """
 # Root's interpreter may lie where nobody may start it, so the user changes inside, as before any exec.
 BECOME_NOBODY = "confinement._become_nobody()"
-NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + child_process.CODE
+NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + process.CODE
 REFUSED, DIES = (0, "shut refused"), (-signal.SIGSYS, "shut ")
 PAYLOADS = {
     "a file, after a number is free": ("os.close(2); open('/etc/hostname')", REFUSED),
@@ -64,7 +65,7 @@ def take_over(payload: str, program: str = HEADER_READER, before: str = "") -> t
     code = TAKEN_OVER.replace("{program}", program).replace("{before}", before)
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, ROOT, payload],
-        input="", capture_output=True, env=child_process.ENVIRONMENT, text=True, check=False,
+        input="", capture_output=True, env=process.ENVIRONMENT, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.startswith("shut "), done.stderr
     return done.returncode, done.stdout
@@ -89,8 +90,8 @@ def test_threads_and_memory_are_left_to_the_child() -> None:
 
 
 def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
-    before = "confinement.CPU_GRACE_S = 1; shut = confinement.shut_the_doors\n"
-    before += "confinement.shut_the_doors = lambda memory_bytes, cpu_s: shut(memory_bytes, 0)"
+    before = "confinement.CPU_GRACE_S = 1; shut = confinement.apply_confinement\n"
+    before += "confinement.apply_confinement = lambda memory_bytes, cpu_s: shut(memory_bytes, 0)"
     payload = "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     assert take_over(payload, before=before) == (-signal.SIGKILL, "shut ")
 
@@ -98,7 +99,8 @@ def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
 PARENT = """
 import ctypes, json, os, sys; sys.path.insert(0, sys.argv[1])
 from covtanet.decoding import confinement, seccomp
-from covtanet.decoding.child_process import HEADER_READER, Child, Limits
+from covtanet.decoding.child_process import HEADER_READER, Child
+from covtanet.decoding.process import Limits
 
 libc, found = ctypes.CDLL(None), {}
 
@@ -139,10 +141,10 @@ def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
 
 
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     limits = Limits(memory_mib=256, timeout_s=3, allow_weak=False)
     with pytest.raises(
-        child_process.WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
+        WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
     ):
         Child(HEADER_READER, limits).warm()
     weak = Child(HEADER_READER, replace(limits, allow_weak=True))
@@ -154,7 +156,7 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Before it lists anything: no row fails for it."""
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     run = Run(
         archive=str(tmp_path / "nowhere"), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26),
@@ -168,7 +170,7 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
 def test_weak_sandbox_that_is_allowed_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     for _ in range(2):
         child_process.refuse_weak_sandbox(Limits(memory_mib=256, timeout_s=3, allow_weak=True))

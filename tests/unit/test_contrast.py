@@ -13,7 +13,7 @@ from odd_dicom import (
 )
 from pydicom.dataset import Dataset
 
-from covtanet.ct.contrast import names_agent
+from covtanet.ct.dicom_contrast import names_agent
 
 
 @pytest.mark.parametrize(

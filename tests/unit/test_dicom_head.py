@@ -16,9 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from covtanet.archive.manifest import HEAD_BYTES, LONG_HEAD_BYTES
-from covtanet.ct import dicom_head
-from covtanet.ct.dicom_head import SeriesIdentity, read_identity
+from covtanet.archive.object_kinds import HEADER_BYTES, LONG_HEADER_BYTES
+from covtanet.ct import dicom_headers
+from covtanet.ct.dicom_headers import SeriesIdentity, read_identity
 
 SLOW = ("dicom a head of 500,000 items", "dicom deflated bomb")  # for pydicom, half a minute
 UIDS = ["StudyInstanceUID", "SeriesInstanceUID", "PixelData"]
@@ -30,18 +30,18 @@ def by_pydicom(data: bytes) -> tuple[str | None, str] | None:
         warnings.simplefilter("ignore")
         try:
             dataset = pydicom.dcmread(
-                BytesIO(data), specific_tags=UIDS, force=not dicom_head.has_magic(data)
+                BytesIO(data), specific_tags=UIDS, force=not dicom_headers.has_magic(data)
             )
         except Exception:
             return None
         uids = [str(dataset.get(name) or "") for name in UIDS[:2]]
-    study_uid, series_uid = (dicom_head._clean_uid(uid) if uid else None for uid in uids)
+    study_uid, series_uid = (dicom_headers._clean_uid(uid) if uid else None for uid in uids)
     return (study_uid, series_uid) if series_uid else None
 
 
 def flat(data: bytes) -> tuple[str | None, str] | None:
     """The same by the scan, from the lengths that the listing reads."""
-    for length in (HEAD_BYTES, LONG_HEAD_BYTES):
+    for length in (HEADER_BYTES, LONG_HEADER_BYTES):
         found = read_identity(data[:length], is_whole=len(data) < length)
         if found is not None:
             return found.study_uid, found.series_uid
@@ -59,7 +59,7 @@ def test_scan_finds_what_pydicom_finds() -> None:
     compared = 0
     for path in sound_files():
         data = path.read_bytes()
-        expected = by_pydicom(data) if dicom_head.looks_like_dicom(data[:HEAD_BYTES]) else None
+        expected = by_pydicom(data) if dicom_headers.looks_like_dicom(data[:HEADER_BYTES]) else None
         if expected is not None:
             assert flat(data) == expected, path.name
             compared += 1
@@ -71,9 +71,9 @@ def test_scan_finds_what_pydicom_finds_without_preamble() -> None:
     compared = 0
     for path in sound_files():
         data = path.read_bytes()
-        bare = data[132:] if dicom_head.has_magic(data) else data
+        bare = data[132:] if dicom_headers.has_magic(data) else data
         if (
-            dicom_head.looks_like_dicom(bare[:HEAD_BYTES])
+            dicom_headers.looks_like_dicom(bare[:HEADER_BYTES])
             and (expected := by_pydicom(bare)) is not None
         ):
             assert flat(bare) == expected, path.name
@@ -83,15 +83,15 @@ def test_scan_finds_what_pydicom_finds_without_preamble() -> None:
 
 def test_start_and_syntax_of_the_data_set_are_found_with_a_preamble_and_without() -> None:
     data = slices()[0]
-    syntax, start = dicom_head.transfer_syntax(data)
+    syntax, start = dicom_headers.transfer_syntax(data)
     assert syntax == "1.2.840.10008.1.2.1"
-    assert dicom_head.transfer_syntax(data[128:]) == (syntax, start - 128)
-    assert dicom_head.transfer_syntax(data[132:]) == (syntax, start - 132)
-    assert dicom_head.transfer_syntax(data[start:]) == (None, 0)
+    assert dicom_headers.transfer_syntax(data[128:]) == (syntax, start - 128)
+    assert dicom_headers.transfer_syntax(data[132:]) == (syntax, start - 132)
+    assert dicom_headers.transfer_syntax(data[start:]) == (None, 0)
     for cut, expected in ((0, 132), (128, 4), (132, 0), (start, 0)):
-        assert dicom_head.data_start(data[cut:]) == expected
-        assert dicom_head.looks_like_dicom(data[cut:])
-        assert dicom_head.has_magic(data[cut:]) == (cut == 0)
+        assert dicom_headers.data_start(data[cut:]) == expected
+        assert dicom_headers.looks_like_dicom(data[cut:])
+        assert dicom_headers.has_magic(data[cut:]) == (cut == 0)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_start_and_syntax_of_the_data_set_are_found_with_a_preamble_and_without(
     ],
 )
 def test_first_elements_tell_dicom_without_preamble(head: bytes, expected: bool) -> None:
-    assert dicom_head.looks_like_dicom(head) == expected
+    assert dicom_headers.looks_like_dicom(head) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in CONTROLS if name.startswith("dicom")])
@@ -155,10 +155,10 @@ HEAD_BOMBS = {
     "items of a sequence": bomb_of_items,
     "sequences in sequences": lambda: next(iter(nested(2000).values())),
     "empty elements": lambda: (
-        slices()[0][:132] + struct.pack("<HH2sH", 8, 8, b"CS", 0) * (LONG_HEAD_BYTES // 8)
+        slices()[0][:132] + struct.pack("<HH2sH", 8, 8, b"CS", 0) * (LONG_HEADER_BYTES // 8)
     ),
     "file meta without end": lambda: (
-        slices()[0][:132] + struct.pack("<HH2sH", 2, 3, b"UI", 0) * (LONG_HEAD_BYTES // 8)
+        slices()[0][:132] + struct.pack("<HH2sH", 2, 3, b"UI", 0) * (LONG_HEADER_BYTES // 8)
     ),
     "a deflated bomb": lambda: next(iter(CATALOGUE["dicom deflated bomb"][1]().values())),
 }
@@ -166,7 +166,7 @@ HEAD_BOMBS = {
 
 @pytest.mark.parametrize("name", HEAD_BOMBS)
 def test_head_bomb_costs_little_time_and_memory(name: str) -> None:
-    data = HEAD_BOMBS[name]()[:LONG_HEAD_BYTES]
+    data = HEAD_BOMBS[name]()[:LONG_HEADER_BYTES]
     started = time.process_time()
     found = read_identity(data)
     spent_s = time.process_time() - started

@@ -24,6 +24,7 @@ from covtanet import storage
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
+from covtanet.phantoms.dicom_writer import write_series
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.report import dicom_results
 from covtanet.screening import stages
@@ -154,7 +155,7 @@ def test_segment_lies_in_the_patient_where_its_mask_lies(
     plane: str, chest: Phantom, tmp_path: Path
 ) -> None:
     hu, mask, affine = turned(chest, plane)
-    objects = dicom.write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
+    objects = write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
     shuffled = [objects[k] for k in np.random.default_rng(0).permutation(len(objects))]
     write_objects(tmp_path / "archive" / "scan", shuffled)
     row = screened_row(tmp_path / "archive")

@@ -9,7 +9,8 @@ import pytest
 from scipy import ndimage
 
 from covtanet.ct import lung
-from covtanet.ct.body import blank_slices, find_outside
+from covtanet.ct.body import find_outside
+from covtanet.ct.unmeasured import blank_slices
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom

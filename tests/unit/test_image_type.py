@@ -17,7 +17,7 @@ from odd_dicom import (
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate
 
-from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
+from covtanet.ct.dicom_image_type import is_localizer, is_projection, is_reformatted
 
 
 @pytest.mark.parametrize(

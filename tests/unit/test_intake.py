@@ -10,8 +10,8 @@ import pytest
 from hostile import big_endian_nifti, gz, nifti2, plain_nifti, slices
 
 from covtanet.archive.manifest import scan_folder
-from covtanet.archive.upload import IntakeLimits, lay_out
-from covtanet.ct.dicom_head import read_identities, transfer_syntax
+from covtanet.archive.upload import IntakeLimits, parse_upload
+from covtanet.ct.dicom_headers import read_identities, transfer_syntax
 from covtanet.errors import UploadError
 from covtanet.phantoms.bombs import directory_bomb
 from covtanet.storage import ObjectInfo
@@ -24,7 +24,7 @@ def spread(data: bytes, tmp_path: Path, limits: IntakeLimits = LIMITS) -> list[P
     upload, folder = tmp_path / "upload", tmp_path / "objects"
     upload.write_bytes(data)
     folder.mkdir()
-    lay_out(upload, folder, DIGEST, limits)
+    parse_upload(upload, folder, DIGEST, limits)
     return sorted(folder.iterdir())
 
 

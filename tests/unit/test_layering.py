@@ -20,7 +20,7 @@ ALLOWED = {
     "storage": set(),
     "ct": set(),
     "model": set(),
-    "drawing": {"ct", "decoding.prepare"},
+    "drawing": {"ct", "decoding.stored_masks"},
     "archive": {"ct", "storage"},
     "decoding": {"ct"},
     "inference": {"ct", "model"},

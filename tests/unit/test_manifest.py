@@ -11,15 +11,15 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from covtanet.archive.manifest import (
-    HEAD_BYTES,
     Series,
     flag_repeated,
     join_by_uid,
     scan_folder,
     series_from_row,
 )
-from covtanet.ct import dicom_head
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.archive.object_kinds import HEADER_BYTES
+from covtanet.ct import dicom_headers
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.storage import ObjectInfo
 
@@ -30,7 +30,7 @@ def scan(objects: dict[str, bytes], folder: str = "a/") -> tuple[list[Series], l
     def read_head(path: str, num_bytes: int) -> bytes:
         return objects[path.removeprefix(folder)][:num_bytes]
 
-    return scan_folder(folder, infos, read_head, dicom_head.read_identities)
+    return scan_folder(folder, infos, read_head, dicom_headers.read_identities)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_file_of_a_mac_that_vanishes_is_ignored() -> None:
         raise FileNotFoundError("gone")
 
     item = ObjectInfo("a/._IM0.dcm", 100, "v1")
-    assert scan_folder("a/", [item], read_head, dicom_head.read_identities) == ([], [item])
+    assert scan_folder("a/", [item], read_head, dicom_headers.read_identities) == ([], [item])
 
 
 def directory() -> bytes:
@@ -177,7 +177,7 @@ def rewritten(data: bytes, syntax: str, *, meta: bool) -> bytes:
         buffer, implicit_vr=is_implicit, little_endian=is_little, enforce_file_format=True
     )
     whole = buffer.getvalue()
-    return whole[132 if meta else dicom_head.transfer_syntax(whole)[1] :]
+    return whole[132 if meta else dicom_headers.transfer_syntax(whole)[1] :]
 
 
 @pytest.mark.parametrize("suffix", ["", ".dcm"])
@@ -234,9 +234,9 @@ def test_header_of_an_object_without_preamble_is_read_further_if_it_is_long(
     note = (
         b"\x09\0\x10\0LO\x04\0NOTE"
         + b"\x09\0\x01\x10OB\0\0"
-        + (HEAD_BYTES * 2).to_bytes(4, "little")
+        + (HEADER_BYTES * 2).to_bytes(4, "little")
     )
-    found, _ = scan({"IM0": bare[:at] + note + bytes(HEAD_BYTES * 2) + bare[at:]})
+    found, _ = scan({"IM0": bare[:at] + note + bytes(HEADER_BYTES * 2) + bare[at:]})
     assert [each.reason for each in found] == [None]
     assert found[0].series_uid == scan({"IM0": bare})[0][0].series_uid
 
@@ -272,11 +272,11 @@ def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(
     item = ObjectInfo("a/1", 1 << 20, "v1")
 
     def read_head(path: str, num_bytes: int) -> bytes:
-        if num_bytes > HEAD_BYTES:
+        if num_bytes > HEADER_BYTES:
             raise FileNotFoundError("gone")
         return bytes(128) + b"DICM"
 
-    found, ignored = scan_folder("a/", [item], read_head, dicom_head.read_identities)
+    found, ignored = scan_folder("a/", [item], read_head, dicom_headers.read_identities)
     assert [(each.source_path, each.source_format, each.reason) for each in found] == [
         ("a/1", "other", None)
     ]

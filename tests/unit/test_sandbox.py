@@ -18,6 +18,7 @@ from test_ct import ENCODERS, encoded
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import child_process as module
 from covtanet.decoding import prepare as decode
+from covtanet.decoding import process as process_module
 from covtanet.decoding.sandbox import Limits, Sandbox
 from covtanet.errors import SandboxClosedError, StudyError, StudyTimeoutError
 
@@ -89,11 +90,15 @@ def test_a_child_that_dies_at_its_start_is_started_once_more(
 
     def child_code() -> str:
         tried.append(1)
-        return "import sys; sys.exit(3)" if len(tried) == 1 else module.CODE.format(module.DECODER)
+        return (
+            "import sys; sys.exit(3)"
+            if len(tried) == 1
+            else process_module.CODE.format(module.DECODER)
+        )
 
-    started = module.subprocess.Popen
+    started = process_module.subprocess.Popen
     monkeypatch.setattr(
-        module.subprocess,
+        process_module.subprocess,
         "Popen",
         lambda command, **how: started([*command[:3], child_code(), *command[4:]], **how),
     )
@@ -254,7 +259,7 @@ def test_closed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
 
 def test_close_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
-    started, killers, processes = module._started, [], []
+    started, killers, processes = module.start_process, [], []
 
     def start_and_kill(*arguments: object) -> "subprocess.Popen[bytes]":
         process = started(*arguments)  # type: ignore[arg-type]
@@ -263,7 +268,7 @@ def test_close_while_the_child_starts_leaves_no_child(monkeypatch: pytest.Monkey
         killers[-1].start()
         return process
 
-    monkeypatch.setattr(module, "_started", start_and_kill)
+    monkeypatch.setattr(module, "start_process", start_and_kill)
     with pytest.raises(SandboxClosedError, match="closed"):
         found("dicom", [[data] for data in slices()])
     killers[0].join()

@@ -23,7 +23,7 @@ from odd_dicom import (
 )
 from pydicom.dataset import FileDataset
 
-from covtanet.ct.series_geometry import off_grid_limit_mm
+from covtanet.ct.dicom_geometry import off_grid_limit_mm
 from covtanet.report.dicom_results import frames_of
 
 

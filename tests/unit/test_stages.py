@@ -22,15 +22,16 @@ from test_field_of_view import averaged, chest
 
 from covtanet import drawing as overlay
 from covtanet.archive import manifest
-from covtanet.ct import dicom_head, lung
+from covtanet.ct import dicom_headers, lung
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare as decode
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import SandboxClosedError
 from covtanet.inference.predictor import Prediction, Predictor
 from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import pipeline, stages
 from covtanet.screening.stages import ScreeningConfig
@@ -53,7 +54,7 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
             folder,
             objects,
             lambda path, size: read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
         rows += [series.to_row() for series in found]
     return rows
@@ -194,7 +195,7 @@ def test_conclusions(
 
 def test_masks_survive_their_packing(mild_volume: Any) -> None:
     masks, _, _ = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
-    back = decode.StoredMasks.unpack(masks.pack())
+    back = StoredMasks.unpack(masks.pack())
     np.testing.assert_array_equal(back.lungs.lung_mask, masks.lungs.lung_mask)
     np.testing.assert_array_equal(back.lungs.cavity_mask, masks.lungs.cavity_mask)
     np.testing.assert_array_equal(back.source.affine, masks.source.affine)
