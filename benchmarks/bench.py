@@ -47,16 +47,17 @@ from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import CovtanetError
 from covtanet.inference.engine import ENGINES, build_engine
-from covtanet.inference.predictor import Predictor
+from covtanet.inference.predictor import Predictor, window_of
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.phantoms.sampling import configs
 from covtanet.phantoms.training_set import write_training_set
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig, for_model
+from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,8 +272,12 @@ def model_folder() -> Path:
     folder = WORK / "model"
     if not folder.exists():
         torch.manual_seed(0)
-        window = {"window": {"size_px": INPUT_PX["small"]}}
-        save_model(folder, SavedModel(network=CovTANet(SIZES["small"]), preprocessing=window))
+        model = SavedModel(
+            network=CovTANet(SIZES["small"]),
+            preprocessing=Preprocessing(size_px=INPUT_PX["small"]),
+            capabilities=Capabilities(segments=True, diagnoses=True),
+        )
+        save_model(folder, model)
     return folder
 
 
@@ -292,7 +297,7 @@ def plain_loop(folder: Path) -> None:
     """The same stages over the same series in one process: no Ray, one series after the other."""
     config = ScreeningConfig()
     model = load_model(model_folder())
-    window = WindowConfig(**model.preprocessing["window"])
+    window = window_of(model)
     predictor, decoder = Predictor(model, num_threads=CORES), stages.in_process(window, config)
     for prefix, objects in storage.walk(str(folder)):
         series, _ = manifest.scan_folder(
@@ -302,10 +307,10 @@ def plain_loop(folder: Path) -> None:
             dicom_headers.read_identities,
         )
         for each in series:
-            row = stages.decode_and_prepare(
+            row = stages.prepare_series(
                 each.to_row(), archive=str(folder), window=window, config=config, decoder=decoder
             )
-            stages.measure(stages.predict(row, predictor), config)
+            stages.measure_series(stages.predict_series(row, predictor), config)
 
 
 class Memory:

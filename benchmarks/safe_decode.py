@@ -23,7 +23,7 @@ from covtanet.decoding import prepare as decode  # noqa: E402
 from covtanet.decoding.sandbox import Sandbox  # noqa: E402
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid  # noqa: E402
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom  # noqa: E402
-from covtanet.screening.stages import ScreeningConfig  # noqa: E402
+from covtanet.screening.config import ScreeningConfig  # noqa: E402
 
 LARGE = PhantomConfig(
     seed=5, involvement=0.3, size_px=512, num_slices=300, pixel_mm=0.7, slice_mm=0.9

@@ -201,7 +201,9 @@ def prepare(
     model: SavedModel, labelled: list[LabelledVolume], root: str, prepared_uri: str
 ) -> tuple[list[PreparedVolume], list[PreparedVolume]]:
     """Volumes as this model reads them, and those that are refused, with their reasons."""
-    step_mm = model.preprocessing.get("slice_step_mm", DEFAULT_STEP_MM)
+    step_mm = model.preprocessing.slice_step_mm
+    if step_mm is None:
+        step_mm = DEFAULT_STEP_MM
     found = prepare_volumes(
         labelled, root, prepared_uri, window_of(model), step_mm, refuses_unread=True
     )
@@ -216,7 +218,7 @@ def predict(
     model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str, pictures_uri: str
 ) -> Evaluated:
     """A model's rows; of one trained in phase 1 alone, only for volumes with a lesion mask."""
-    diagnoses = bool(model.provenance.get("has_diagnosis", True))
+    diagnoses = model.capabilities.diagnoses
     task = Task(
         model=model,
         network=str(model.provenance.get("network", "V7")),
@@ -224,7 +226,7 @@ def predict(
         prepared_uri=prepared_uri,
         pictures_uri=pictures_uri,
         diagnoses=diagnoses,
-        segments=bool(model.provenance.get("has_segmentation", True)),
+        segments=model.capabilities.segments,
     )
     return evaluate_each(
         task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None]

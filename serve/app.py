@@ -39,7 +39,6 @@ from starlette.exceptions import HTTPException
 
 from covtanet import storage
 from covtanet.archive import upload as intake
-from covtanet.ct.window import WindowConfig
 from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.environment import check_endpoints, check_ray_environment
 from covtanet.errors import (
@@ -52,7 +51,7 @@ from covtanet.errors import (
 )
 from covtanet.ledger.read import for_spreadsheet
 from covtanet.report import worklist
-from covtanet.screening.stages import for_model
+from covtanet.screening.config import for_model
 from covtanet.screening.study import StudyLimits
 from covtanet.tracking import software_version
 from serve.batches import (
@@ -391,9 +390,9 @@ class Api:
 
     def _make_screener(self, described: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, described["preprocessing"])
-        window = WindowConfig(**described["preprocessing"]["window"])
         network = RemoteNetwork(self.segmenter, described)
-        return StudyScreener(network, window, config, described["digest"], self.software_version)
+        window, digest = described["window"], described["digest"]
+        return StudyScreener(network, window, config, digest, self.software_version)
 
     # Batches
 

@@ -32,7 +32,7 @@ from covtanet.inference.predictor import (
     refuse_without_segmentation,
 )
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import Screener
 
 logger = logging.getLogger("ray.serve")
@@ -92,6 +92,7 @@ class Segmenter:
             "digest": found.digest,
             "num_slices": predictor.num_slices,
             "preprocessing": model.preprocessing,
+            "window": predictor.window,
         }
         self.models[found.digest] = (predictor, described)
         while len(self.models) > MODELS_KEPT:

@@ -10,7 +10,7 @@ from covtanet import storage
 from covtanet.archive.upload import IntakeLimits
 from covtanet.config import load_config, read_toml
 from covtanet.errors import ConfigError
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import StudyLimits
 
 VARIABLE = "COVTANET_SERVE_CONFIG"

@@ -21,6 +21,7 @@ import torch
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def small_model(seed: int = 0) -> SavedModel:
     torch.manual_seed(seed)
     network = CovTANet(SIZES["small"]).eval()
     return SavedModel(
-        network=network.requires_grad_(False), preprocessing={"window": {"size_px": 128}}
+        network=network.requires_grad_(False),
+        preprocessing=Preprocessing(size_px=128),
+        capabilities=Capabilities(segments=True, diagnoses=True),
     )
 
 

@@ -107,7 +107,7 @@ class Predictor:
         self.max_batch_slices = max_batch_slices
         self.network = model.network
         self.num_slices = model.network.config.num_slices
-        self.diagnoses = bool(model.provenance.get("has_diagnosis", True))
+        self.diagnoses = model.capabilities.diagnoses
         self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
         torch.set_num_threads(num_threads)
 
@@ -169,21 +169,20 @@ def refuse_without_segmentation(model: SavedModel) -> None:
     Raises:
         CheckpointError: where it marks no lesions: an involvement of 0 would be made up.
     """
-    if not model.provenance.get("has_segmentation", True):
+    if not model.capabilities.segments:
         raise CheckpointError(
             "the model marks no lesions, and a ledger without involvement is no screening"
         )
 
 
 def window_of(model: SavedModel) -> WindowConfig:
-    """The preprocessing a model was trained with.
+    """Return the window and slice size that a model was trained with.
 
     Raises:
-        CheckpointError: the model does not say, or not as we read it.
+        CheckpointError: an empty window or an unsupported size.
     """
+    values = model.preprocessing
     try:
-        return WindowConfig(**model.preprocessing["window"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the model's preprocessing has no sound window: {type(error).__name__}"
-        ) from error
+        return WindowConfig(low_hu=values.low_hu, high_hu=values.high_hu, size_px=values.size_px)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"invalid window of the model: {type(error).__name__}") from error

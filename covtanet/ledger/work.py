@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.archive.manifest import IGNORED_SCHEMA, MANIFEST_SCHEMA
+from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
 
@@ -76,12 +77,10 @@ def finished_keys(run: Run) -> set[str]:
     }
 
 
-def complete_row(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a ledger row: the record, the columns that are the same for the whole run, and the time.
-
-    A field that the record lacks is null.
-    """
-    row = {name: record.get(name) for name in LEDGER_SCHEMA.names}
+def complete_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
+    """Return a ledger row: the record, the columns that are the same for the whole run, the time."""
+    columns = record.to_columns()
+    row = {name: columns.get(name) for name in LEDGER_SCHEMA.names}
     row.update(
         schema_version=SCHEMA_VERSION,
         run_id=run.run_id,
@@ -96,7 +95,7 @@ def complete_row(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def store_row(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+def store_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
     """Write one finished series and return its ledger row."""
     row = complete_row(run, record)
     buffer = BytesIO()

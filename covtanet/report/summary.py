@@ -11,7 +11,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from covtanet.ledger.accounting import Accounting
     from covtanet.ledger.run import Run
-    from covtanet.screening.pipeline import Plan
+    from covtanet.screening.plan import Plan
 
 
 def table(title: str, rows: Iterable[tuple[str, object]]) -> str:

@@ -1,4 +1,4 @@
-"""One study screened in this process, by the same stages as an archive: a file or a folder to rows of the ledger.
+"""Screening of one study in this process, by the same stages as an archive.
 
 Headers and series are read in one sandbox.
 """
@@ -12,35 +12,37 @@ from typing import Any
 from covtanet import storage
 from covtanet.archive import manifest
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding import headers as heads
+from covtanet.decoding import headers
 from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import NoSeriesError, UploadError
 from covtanet.inference.predictor import Answers
+from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import digest_of
 from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
-from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig, config_values
+from covtanet.screening.stages import measure_series, predict_series, prepare_series
+
+# A folder and its objects.
+FolderObjects = tuple[str, list[storage.ObjectInfo]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyLimits:
-    """Limits of one study. max_bytes: of the objects as they are stored."""
+    """Limits of one study."""
 
     max_series: int = 16
+    """Series in a study; a chest CT has rarely more than eight."""
     max_objects: int = 8192
+    """Files of all series."""
     max_bytes: int = 1 << 30
+    """Bytes of all objects as they are stored."""
 
 
 class Screener:
-    """Screens one study after the other with one model, decoding in a sandbox of its own.
+    """Screens one study after the other with one model, decoding in its own sandbox.
 
-    One thread may use it at a time; ``close`` is for any other, too.
-
-    software_version: for the rows, so that they can be traced; null if the caller does not know it.
-
-    Raises:
-        WeakSandboxError: if the kernel cannot shut the sandbox.
+    One thread at a time may call it; any thread may close it.
     """
 
     def __init__(
@@ -51,98 +53,112 @@ class Screener:
         model_digest: str,
         software_version: str | None = None,
     ) -> None:
-        self.predictor, self.window, self.config, self.model_digest = (
-            predictor,
-            window,
-            config,
-            model_digest,
-        )
-        self.traced_by = {
+        """Start without a child process; the first study starts it.
+
+        software_version: for the rows; null if the caller does not know it.
+
+        Raises:
+            WeakSandboxError: the kernel cannot confine the sandbox.
+        """
+        self.predictor = predictor
+        self.window = window
+        self.config = config
+        self.model_digest = model_digest
+        # Columns by which a row can be traced; those of a run of the job are null.
+        self.provenance = {
             "schema_version": SCHEMA_VERSION,
             "model_digest": model_digest,
-            "config_digest": digest_of(stages.config_values(window, config)),
+            "config_digest": digest_of(config_values(window, config)),
             "software_version": software_version,
         }
         refuse_weak_sandbox(config.decode_limits)
         self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
-    def __call__(self, place: str, limits: StudyLimits | None = None) -> Iterator[dict[str, Any]]:
-        """Screen the series at a path or s3:// URI, a NIfTI file or a folder; one row each, in the ledger's columns.
+    def __call__(self, uri: str, limits: StudyLimits | None = None) -> Iterator[dict[str, Any]]:
+        """Yield one row per series of a NIfTI file or a folder, in the ledger's columns.
 
-        What belongs to a run of the screening job (run, registry version) is null. The digest of the configuration is
-        that of a run with the same window and configuration.
+        Columns that belong to a run of the screening job are null. The digest of the configuration
+        is that of a run with the same window and configuration.
+
+        uri: a path or s3:// URI.
 
         Raises:
             NoSeriesError: the input holds no series.
-            UploadError: ``too_large``, with more series, objects or bytes than the limits; nothing is decoded then.
-            SandboxClosedError: once it is closed, as soon as no read of storage is under way.
+            UploadError: ``too_large``: more series, objects or bytes than the limits; nothing is
+                decoded then.
+            SandboxClosedError: it was closed; raised as soon as no read of storage is under way.
         """
-        root, objects = _listing(storage.absolute(place), limits)
+        root, folders = _list_study(storage.absolute(uri), limits)
+        for series in self._identify(root, folders, limits):
+            record = self._screen(series, root)
+            columns = record.to_columns() | self.provenance | {"screened_at": datetime.now(UTC)}
+            yield {name: columns.get(name) for name in LEDGER_SCHEMA.names}
+
+    def _identify(
+        self, root: str, folders: list[FolderObjects], limits: StudyLimits | None
+    ) -> list[manifest.Series]:
+        """Read the headers in the sandbox and return the series."""
 
         def read_head(path: str, num_bytes: int) -> bytes:
             self.decoder.child.check_open()
             return storage.read_bytes(storage.join(root, path), num_bytes)
 
-        identify = partial(heads.read_identities, self.decoder.child)
-        found: list[manifest.Series] = []
-        for folder, items in objects:
-            found += manifest.scan_folder(folder, items, read_head, identify)[0]
-        if not found:
+        identify = partial(headers.read_identities, self.decoder.child)
+        study: list[manifest.Series] = []
+        for folder, objects in folders:
+            series, _ = manifest.scan_folder(folder, objects, read_head, identify)
+            study += series
+        if not study:
             raise NoSeriesError(
                 "the input holds no series, expected a NIfTI file or a folder with CT"
             )
-        if limits is not None and len(found) > limits.max_series:
-            raise UploadError(
-                "too_large",
-                f"{len(found)} series, expected at most {limits.max_series} in a request",
-            )
-        for series in found:
-            row = stages.decode_and_prepare(
-                series.to_row(),
-                archive=root,
-                window=self.window,
-                config=self.config,
-                decoder=self.decoder,
-            )
-            self.decoder.child.check_open()  # a series that was refused before asks the child nothing
-            record = stages.measure(stages.predict(row, self.predictor), self.config).record
-            known = {**self.traced_by, "screened_at": datetime.now(UTC)}
-            yield {name: known.get(name, record.get(name)) for name in LEDGER_SCHEMA.names}
+        if limits is not None and len(study) > limits.max_series:
+            message = f"{len(study)} series, expected at most {limits.max_series} in a request"
+            raise UploadError("too_large", message)
+        return study
+
+    def _screen(self, series: manifest.Series, root: str) -> ScreeningRecord:
+        prepared = prepare_series(
+            series.to_row(),
+            archive=root,
+            window=self.window,
+            config=self.config,
+            decoder=self.decoder,
+        )
+        # A series that was refused by its listing did not use the child and did not notice.
+        self.decoder.child.check_open()
+        return measure_series(predict_series(prepared, self.predictor), self.config).record
 
     def close(self) -> None:
-        """End the decoder's child process and with it the study under way; from any thread, for good."""
+        """End the child process and the study in work, for good; any thread may call it."""
         self.decoder.close()
 
 
-def _listing(
-    place: str, limits: StudyLimits | None
-) -> tuple[str, list[tuple[str, list[storage.ObjectInfo]]]]:
-    """Return root and objects: a file with its folder as the root, or a folder with all below it.
+def _list_study(uri: str, limits: StudyLimits | None) -> tuple[str, list[FolderObjects]]:
+    """Return root and objects: a file with its folder as the root, or a folder with its tree.
 
     Raises:
-        UploadError: ``too_large``, with more objects or bytes than the limits.
+        UploadError: ``too_large``: more objects or bytes than the limits.
     """
-    item = storage.describe(place)
-    if item is not None:
-        listed = [("", [item])]
-        root = place.rpartition("/")[0]
+    item = storage.describe(uri)
+    if item is None:
+        root = uri
+        folders = _list_folders(uri, limits)
     else:
-        listed = _folders(place, limits)
-        root = place
-    num_bytes = sum(item.num_bytes for _, items in listed for item in items)
+        root = uri.rpartition("/")[0]
+        folders = [("", [item])]
+    num_bytes = sum(item.num_bytes for _, objects in folders for item in objects)
     if limits is not None and num_bytes > limits.max_bytes:
-        raise UploadError(
-            "too_large", f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request"
-        )
-    return root, listed
+        message = f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request"
+        raise UploadError("too_large", message)
+    return root, folders
 
 
-def _folders(place: str, limits: StudyLimits | None) -> list[tuple[str, list[storage.ObjectInfo]]]:
+def _list_folders(uri: str, limits: StudyLimits | None) -> list[FolderObjects]:
     if limits is None:
-        return list(storage.walk(place))
+        return list(storage.walk(uri))
     try:
-        return list(storage.walk(place, max_objects=limits.max_objects))
+        return list(storage.walk(uri, max_objects=limits.max_objects))
     except storage.TooManyObjectsError:
-        raise UploadError(
-            "too_large", f"more than {limits.max_objects} objects, the most in a request"
-        ) from None
+        message = f"more than {limits.max_objects} objects, the most in a request"
+        raise UploadError("too_large", message) from None

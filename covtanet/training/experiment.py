@@ -31,6 +31,7 @@ from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.pipeline import Task, evaluate
 from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.report import data_report, plots
 from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
@@ -254,11 +255,12 @@ def _model(
     trained = [experiment.volumes[key] for key in (*part.train, *part.validation)]
     return SavedModel(
         network=network.eval().requires_grad_(False),
-        preprocessing={
-            "window": asdict(config.window),
-            "slice_step_mm": config.slice_step_mm,
-            "intensities": sorted({volume.intensity for volume in trained}),
-        },
+        preprocessing=Preprocessing(
+            **asdict(config.window),
+            slice_step_mm=config.slice_step_mm,
+            intensities=tuple(sorted({volume.intensity for volume in trained})),
+        ),
+        capabilities=Capabilities(segments=segnet is not None, diagnoses=classifier is not None),
         provenance={
             "experiment": experiment.key,
             "network": config.network,
@@ -268,8 +270,6 @@ def _model(
             "recipe": asdict(config),
             "software_version": tracking.software_version(),
             "num_volumes": len(trained),
-            "has_diagnosis": classifier is not None,
-            "has_segmentation": segnet is not None,
             # So that an evaluation can tell what the model has seen.
             "seen_sources": sorted(str(volume.source_digest)[:16] for volume in trained),
         },

@@ -23,6 +23,7 @@ from services import Job, Service, start_job, start_s3
 from covtanet.ledger.diff import differences
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
 
@@ -92,7 +93,9 @@ def fill(setting: Screening) -> None:
     setting.bucket.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = SavedModel(
-        network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}
+        network=CovTANet(SIZES["small"]).eval(),
+        preprocessing=Preprocessing(size_px=128),
+        capabilities=Capabilities(segments=True, diagnoses=True),
     )
     save_model(folder / "model", model)
     (folder / "screening.toml").write_text(CONFIG)

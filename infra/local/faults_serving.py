@@ -27,6 +27,7 @@ from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import SIZES, CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms import bombs
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
@@ -141,7 +142,9 @@ def register(serving: Serving, seed: int) -> str:
     save_model(
         folder,
         SavedModel(
-            network=CovTANet(SIZES["small"]).eval(), preprocessing={"window": {"size_px": 128}}
+            network=CovTANet(SIZES["small"]).eval(),
+            preprocessing=Preprocessing(size_px=128),
+            capabilities=Capabilities(segments=True, diagnoses=True),
         ),
     )
     address = tracking.RunAddress(

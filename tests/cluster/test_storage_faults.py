@@ -1,6 +1,5 @@
 """Storage faults on a real S3 server: broken streams, changed objects, expired credentials."""
 
-import json
 import os
 import re
 import secrets
@@ -25,7 +24,7 @@ from covtanet.archive import manifest
 from covtanet.ct import dicom_headers
 from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.storage import s3 as s3_store
 
 CONFIG, WINDOW = ScreeningConfig(engine="eager"), WindowConfig(size_px=128)
@@ -237,14 +236,14 @@ def rows_of(archive: str) -> list[dict[str, Any]]:
 
 def prepare_from(archive: str, row: dict[str, Any]) -> dict[str, Any]:
     decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.decode_and_prepare(
+    prepared = stages.prepare_series(
         row,
         archive=archive,
         window=WINDOW,
         config=CONFIG,
         decoder=decoder,
     )
-    return dict(json.loads(prepared["record"]))
+    return dict(prepared.record.to_columns())
 
 
 @pytest.mark.parametrize("num_more", [0, 100])

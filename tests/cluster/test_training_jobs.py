@@ -18,6 +18,7 @@ from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import load_model, save_model
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs
@@ -102,8 +103,10 @@ def test_registered_version_holds_weights_network_and_preprocessing(
         "weights.safetensors",
     ]
     model = load_model(resolved.folder, resolved.digest)
-    assert model.preprocessing["window"] == {"low_hu": -1000.0, "high_hu": 400.0, "size_px": 128}
-    assert model.preprocessing["slice_step_mm"] == 2.5
+    assert model.preprocessing == Preprocessing(
+        low_hu=-1000.0, high_hu=400.0, size_px=128, slice_step_mm=2.5, intensities=("hu",)
+    )
+    assert model.capabilities == Capabilities(segments=True, diagnoses=True)
     assert model.provenance["recipe"]["phase2"]["num_epochs"] == EPOCHS[1]
     assert len(model.provenance["seen_sources"]) == model.provenance["num_volumes"] == 10
     tags = MlflowClient().get_model_version("covtanet", "1").tags

@@ -18,7 +18,8 @@ from covtanet.ct import dicom, dicom_headers, nifti
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.records import PreparedSeries
 from covtanet.storage import read_bytes, walk
 
 
@@ -57,14 +58,14 @@ def check_values(row: dict[str, Any], archive: Path, right: Right) -> list[str]:
     return [] if np.array_equal(hu, right.hu) else ["the HU are not those that were written"]
 
 
-def check_input(prepared: dict[str, Any], right: Right) -> list[str]:
+def check_input(prepared: PreparedSeries, right: Right) -> list[str]:
     """Compare what the network sees with what it should see."""
     found = []
-    seen = [z for z in right.unsegmented if z in prepared["chosen"].tolist()]
+    seen = [z for z in right.unsegmented if z in prepared.chosen.tolist()]
     if seen:
         found.append(f"blank slices {seen} were segmented")
     if right.aspect is not None:
-        levels = prepared["slices"][len(prepared["slices"]) // 2].astype(np.float32)
+        levels = prepared.slices[len(prepared.slices) // 2].astype(np.float32)
         # Half of the window is -300 HU.
         aspect = body_aspect(levels / 65535 * 1400 - 1000)
         if abs(aspect / right.aspect - 1) > 0.12:
@@ -83,10 +84,12 @@ def test_case_of_an_archive_gives_the_row_that_is_right(name: str, tmp_path: Pat
         wrong.append(f"{len(rows)} rows, right are {right.num_rows}")
     if num_ignored != right.num_ignored:
         wrong.append(f"{num_ignored} objects ignored, right are {right.num_ignored}")
-    decode = partial(stages.decode_and_prepare, archive=str(tmp_path), window=WINDOW, config=CONFIG)
+    decode = partial(stages.prepare_series, archive=str(tmp_path), window=WINDOW, config=CONFIG)
     for row in rows:
         prepared = decode(row, decoder=stages.in_process(WINDOW, CONFIG))
-        record = stages.measure(stages.predict(prepared, NoLesion()), CONFIG).record
+        record = stages.measure_series(
+            stages.predict_series(prepared, NoLesion()), CONFIG
+        ).record.to_columns()
         wrong += faults(record, right)
         if record["status"] == "screened":
             wrong += check_values(row, tmp_path, right) + check_input(prepared, right)
@@ -105,7 +108,7 @@ def test_large_case_is_screened_or_too_large(
     config = ScreeningConfig()
     sandbox = Sandbox(WINDOW, config.slice_step_mm, config.decode_limits)
     try:
-        prepared = stages.decode_and_prepare(
+        prepared = stages.prepare_series(
             row,
             archive=str(tmp_path),
             window=WINDOW,
@@ -114,7 +117,9 @@ def test_large_case_is_screened_or_too_large(
         )
     finally:
         sandbox.close()
-    record = stages.measure(stages.predict(prepared, NoLesion()), config).record
+    record = stages.measure_series(
+        stages.predict_series(prepared, NoLesion()), config
+    ).record.to_columns()
     allowed = {(each.status, *each.reasons) for each in right.rows}
     verdict = (record["status"], record["reason"]) if record.get("reason") else (record["status"],)
     assert verdict in allowed, json.dumps(record)

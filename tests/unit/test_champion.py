@@ -1,9 +1,9 @@
 """What holds the model behind the endpoint: it follows the registry's alias, there and back, and answers meanwhile."""
 
 import asyncio
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
 from covtanet.model.checkpoint import model_digest, save_model
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from serve.deployments import Segmenter
 
 
@@ -114,7 +114,10 @@ def test_champion_without_window_leaves_the_old_model_answering(
     segmenter: Any = Segmenter.func_or_class(
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
-    save_model(tmp_path / "model1", replace(small_model(1), preprocessing=preprocessing))
+    save_model(tmp_path / "model1", small_model(1))
+    description = json.loads((tmp_path / "model1" / "model.json").read_text())
+    description |= {"format_version": 1, "preprocessing": preprocessing}
+    (tmp_path / "model1" / "model.json").write_text(json.dumps(description))
     address = tracking.RunAddress(uri=registry, experiment="champions", name="odd", key="odd")
     tracking.promote(tracking.register_model(address, tmp_path / "model1", {}), {})
     for _ in range(3):  # as many failed checks end a replica

@@ -1,17 +1,16 @@
 """An object changed since listing fails its series; storage that refuses all ends the job."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hostile import named, plain_nifti, slices
 from test_stages import manifest_rows, prepare
 
 from covtanet import storage
-from covtanet.errors import StudyError, UnavailableError, WeakSandboxError
+from covtanet.errors import Reason, StudyError, UnavailableError, WeakSandboxError
+from covtanet.ledger.record import Refusal
 from covtanet.screening import stages
 
 
@@ -49,21 +48,23 @@ def test_object_changed_since_listing_fails_as_changed(
     (row,) = manifest_rows(tmp_path)
     change(tmp_path / name)
     prepared = prepare(row, tmp_path)
-    record = json.loads(prepared["record"])
-    assert (record["status"], record.get("reason")) == ("failed", "changed")
-    assert (record["source_digest"], len(prepared["slices"])) == (None, 0)
+    record = prepared.record
+    assert (record.status, record.reason) == ("failed", "changed")
+    assert (record.source_digest, len(prepared.slices)) == (None, 0)
 
 
-def test_object_that_did_not_change_is_screened(tmp_path: Path) -> None:
+def test_unchanged_object_is_prepared(tmp_path: Path) -> None:
     (tmp_path / "a.nii").write_bytes(plain_nifti())
     (row,) = manifest_rows(tmp_path)
-    assert json.loads(prepare(row, tmp_path)["record"])["status"] == "screened"
+    prepared = prepare(row, tmp_path)
+    assert prepared.record.reason is None
+    assert len(prepared.slices)
 
 
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
-        (StudyError("not_hu", "no HU"), "rejected", "not_hu"),
+        (StudyError(Reason.NOT_HU, "no HU"), "rejected", "not_hu"),
         (FileNotFoundError("gone"), "failed", "vanished"),
         (storage.ObjectChangedError("another"), "failed", "changed"),
         (PermissionError("this one"), "failed", "storage"),
@@ -72,13 +73,12 @@ def test_object_that_did_not_change_is_screened(tmp_path: Path) -> None:
     ],
 )
 def test_error_of_one_series_becomes_its_row(error: Exception, status: str, reason: str) -> None:
-    record: dict[str, Any] = {"series_key": "k"}
-
-    def work() -> dict[str, Any]:
+    def work() -> None:
         raise error
 
-    assert stages.at_boundary(record, work) == {}
-    assert (record["status"], record["reason"]) == (status, reason)
+    refusal = stages.refuse_on_error("k", work)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.reason) == (status, reason)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,9 @@ def test_error_of_one_series_becomes_its_row(error: Exception, status: str, reas
 )
 def test_error_of_all_series_is_no_row_of_one(error: Exception) -> None:
     """Expired credentials would fail all series that are left: the job ends and can go on later."""
-    record: dict[str, Any] = {"series_key": "k", "status": "screened"}
 
-    def work() -> dict[str, Any]:
+    def work() -> None:
         raise error
 
-    with pytest.raises(type(error)):
-        stages.at_boundary(record, work)
-    assert record == {"series_key": "k", "status": "screened"}
+    with pytest.raises(type(error), match=str(error)):
+        stages.refuse_on_error("k", work)

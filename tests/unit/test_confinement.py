@@ -16,8 +16,8 @@ from covtanet.decoding.child_process import DECODER, HEADER_READER, Child
 from covtanet.decoding.process import Limits
 from covtanet.errors import ConfigError, WeakSandboxError
 from covtanet.ledger.run import Run
-from covtanet.screening import pipeline
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening import plan
+from covtanet.screening.config import ScreeningConfig
 
 # What the child does up to its first request, by its own functions; then the payload instead of requests.
 TAKEN_OVER = """
@@ -163,7 +163,7 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
         model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
     )  # fmt: skip
     with pytest.raises(ConfigError, match="allow_weak_sandbox = true under"):
-        pipeline.make_manifest(run, ScreeningConfig())
+        plan.make_manifest(run, ScreeningConfig())
     assert not (tmp_path / "ledger").exists()
 
 

@@ -20,7 +20,7 @@ from covtanet.decoding import prepare as decode
 from covtanet.decoding.stored_masks import _pack_bits
 from covtanet.errors import StudyError
 from covtanet.phantoms.dicom_writer import write_series
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 
 MIB = 1 << 20
 NUM_SLICES, SLICE_MM, PIXEL_MM = 40, 0.5, 0.7

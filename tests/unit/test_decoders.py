@@ -14,7 +14,7 @@ from hostile import gz, plain_nifti
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.inference.predictor import Predictor
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import Screener
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 

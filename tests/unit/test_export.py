@@ -1,6 +1,5 @@
 """Export parses only bytes that were screened, gives each series an outcome, and puts SEG where the source lies."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -8,11 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import export
 import numpy as np
 import pydicom
 import pytest
-from export import concluded, parsed, source_headers
 from hostile import deflated, enhanced, slices
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
@@ -21,12 +18,14 @@ from scipy.spatial import KDTree
 from test_stages import CONFIG, WINDOW, manifest_rows
 
 from covtanet import storage
+from covtanet.commands.export import report_outcomes
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
 from covtanet.phantoms.dicom_writer import write_series
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.report import dicom_results
+from covtanet.report import dicom_results, export
+from covtanet.report.export import parse_header, source_headers
 from covtanet.screening import stages
 from covtanet.storage import AccessError, ObjectChangedError
 
@@ -54,10 +53,10 @@ def screened_row(archive: Path) -> dict[str, Any]:
     """The ledger row of the one series of an archive, as far as decoding fills it."""
     (row,) = manifest_rows(archive)
     decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.decode_and_prepare(
+    prepared = stages.prepare_series(
         row, archive=str(archive), window=WINDOW, config=CONFIG, decoder=decoder
     )
-    record = json.loads(prepared["record"])
+    record = prepared.record.to_columns()
     measured = {
         "lesion_volume_ml": 310.25,
         "lung_volume_ml": 4890.5,
@@ -161,7 +160,7 @@ def test_segment_lies_in_the_patient_where_its_mask_lies(
     row = screened_row(tmp_path / "archive")
     canonical = canonical_volume(mask.astype(np.int16), affine).hu > 0
     folder = keep_masks(row, tmp_path / "results", canonical, objects)
-    assert export.export(row, str(tmp_path / "results"))["outcome"] == "written"
+    assert export.export_series(row, str(tmp_path / "results"))["outcome"] == "written"
     found = points_mm(pydicom.dcmread(folder / export.SEG), dicom_results.LUNG)
     truth = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
     distances_mm, nearest = KDTree(truth).query(found)
@@ -177,7 +176,7 @@ def exported(
     box = np.zeros(volume.hu.shape, bool)
     box[2:-2, 20:60, 30:70] = True
     folder = keep_masks(row, results, box, objects)
-    return export.export(row, str(results)), folder
+    return export.export_series(row, str(results)), folder
 
 
 def edited(edit: Edit) -> list[bytes]:
@@ -274,8 +273,8 @@ def test_series_without_attributes_is_exported_beside_the_others(tmp_path: Path)
             (archive / "scan" / "004.dcm").unlink()
         outcomes.append(exported(row, edited(edit), results / str(number))[0])
     assert [each["outcome"] for each in outcomes] == ["written", "written", "changed"]
-    assert concluded(outcomes) == 4
-    assert concluded(outcomes[:2]) == 0
+    assert report_outcomes(outcomes) == 4
+    assert report_outcomes(outcomes[:2]) == 0
 
 
 def remove_identity(datasets: list[Dataset]) -> None:
@@ -302,7 +301,7 @@ def test_series_that_is_gone_hidden_or_without_masks_has_an_outcome(
     screened: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     row, folder = screened
-    assert export.export(row, str(tmp_path / "results"))["outcome"] == "no_masks"
+    assert export.export_series(row, str(tmp_path / "results"))["outcome"] == "no_masks"
     found, _ = exported({**row, "source_uri": "a" * 32}, list(slices()), tmp_path / "hidden")
     assert found["outcome"] == "hidden"
     found, _ = exported({**row, "series_uid": "1.2.3"}, list(slices()), tmp_path / "other")
@@ -321,7 +320,7 @@ def test_unknown_error_is_internal_error_without_its_text(
     assert found["outcome"] == "internal_error"
     assert found["detail"].startswith("TypeError at report/dicom_results.py:")
     with caplog.at_level(logging.INFO):
-        assert concluded([found]) == 4
+        assert report_outcomes([found]) == 4
     assert f"series {row['series_key']}: internal_error, TypeError" in caplog.text
     assert "Doe" not in caplog.text
 
@@ -332,14 +331,16 @@ def test_internal_error_of_the_job_itself_has_a_place(
     row = dict(screened[0])
     del row["model_name"]
     found, _ = exported(row, list(slices()), tmp_path / "results")
-    assert found["detail"].startswith("KeyError at jobs/export.py:")
+    assert found["detail"].startswith("KeyError at report/export.py:")
 
 
 def test_export_travels_to_a_worker_by_value() -> None:
     """As a job's own function does, whose module a worker cannot import."""
     cloudpickle.register_pickle_by_value(export)
     try:
-        assert cloudpickle.loads(cloudpickle.dumps(export.export)).__name__ == "export"
+        assert (
+            cloudpickle.loads(cloudpickle.dumps(export.export_series)).__name__ == "export_series"
+        )
     finally:
         cloudpickle.unregister_pickle_by_value(export)
 
@@ -352,7 +353,7 @@ def test_storage_that_refuses_us_ends_the_job(
 
     monkeypatch.setattr(storage, "exists", refuse)
     with pytest.raises(AccessError, match="denied"):
-        export.export(screened[0], "results")
+        export.export_series(screened[0], "results")
 
 
 def test_storage_that_fails_for_one_series_is_its_outcome(
@@ -362,7 +363,7 @@ def test_storage_that_fails_for_one_series_is_its_outcome(
         raise OSError("s3://bucket/Doe^Jane")
 
     monkeypatch.setattr(storage, "exists", fail)
-    found = export.export(screened[0], "results")
+    found = export.export_series(screened[0], "results")
     assert (found["outcome"], found["detail"]) == ("storage", "OSError")
 
 
@@ -381,7 +382,7 @@ def no_parser(screened: object, bomb: bytes, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pydicom, "dcmread", parse)
 
 
-def test_series_as_it_was_screened_is_parsed(screened: tuple[dict[str, Any], Path]) -> None:
+def test_series_as_it_was_screened_is_parse_header(screened: tuple[dict[str, Any], Path]) -> None:
     headers = source_headers(screened[0])
     assert len(headers) == 12
     assert all("PixelData" not in header for header in headers)
@@ -402,9 +403,9 @@ def test_replaced_series_is_refused_by_its_content(
 
 
 @pytest.mark.usefixtures("no_parser")
-def test_deflated_object_is_refused_before_it_is_parsed(bomb: bytes) -> None:
+def test_deflated_object_is_refused_before_it_is_parse_header(bomb: bytes) -> None:
     with pytest.raises(StudyError, match="a deflated object") as error:
-        parsed(bomb)
+        parse_header(bomb)
     assert error.value.reason == "unsupported_syntax"
     with pytest.raises(StudyError, match="no end of its file meta"):
-        parsed(slices()[0][:132] + b"\x02\x00\x03\x00UI\0\0" * 5000)
+        parse_header(slices()[0][:132] + b"\x02\x00\x03\x00UI\0\0" * 5000)

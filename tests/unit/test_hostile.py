@@ -1,6 +1,5 @@
 """Malformed input is refused for what it is, odd input is read, and no bytes do anything else."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +35,10 @@ def test_malformed_input_is_refused_for_its_reason(
     rows = manifest_rows(tmp_path)
     verdicts = []
     for row in rows:
-        prepared = stages.decode_and_prepare(
+        prepared = stages.prepare_series(
             row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=sandbox
         )
-        verdicts.append(json.loads(prepared["record"]))
+        verdicts.append(prepared.record.to_columns())
     # A cut object is a row of its own where its header does not say which series it is of.
     assert {record["reason"] for record in verdicts} <= {reason, "unreadable", "missing_slices"}
     assert verdicts[0]["reason"] == reason or reason in {record["reason"] for record in verdicts}

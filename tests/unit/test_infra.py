@@ -177,7 +177,7 @@ def in_bytes(quantity: str) -> int:
 
 
 def test_workers_of_the_endpoint_hold_what_its_replicas_ask_for() -> None:
-    from covtanet.screening.stages import ScreeningConfig
+    from covtanet.screening.config import ScreeningConfig
     from serve.settings import Caller, ServeConfig
 
     settings = ServeConfig(callers=(Caller(name="any", token_sha256="0" * 64),))

@@ -16,6 +16,8 @@ from PIL import Image
 from test_worklist import ledger, row
 
 from covtanet import storage, tracking
+from covtanet.commands import ledger as ledger_command
+from covtanet.commands import report
 from covtanet.ct.window import WindowConfig
 from covtanet.data import prepared
 from covtanet.data.labels import LabelledVolume
@@ -24,13 +26,12 @@ from covtanet.evaluation.pipeline import Evaluated, guarded
 from covtanet.evaluation.promotion import Comparison
 from covtanet.evaluation.rows import EVALUATION_SCHEMA
 from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.report import night_report
 from covtanet.report.comparison import compare
 from covtanet.storage import AccessError
 from covtanet.training.distributed import _prepare_row
 
-evaluate, promote, report, compare_job = (
-    load_job(name) for name in ("evaluate", "promote", "report", "compare")
-)
+evaluate, promote = (load_job(name) for name in ("evaluate", "promote"))
 RUN_ID = "0123456789abcdef"
 CANARY = "Doe^Jane"
 WINDOW = WindowConfig(size_px=64)
@@ -64,7 +65,7 @@ def run(job: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_report_goes_on_without_a_picture_that_cannot_be_read(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target, outcomes = report.make_report(str(pictures), "", "")
+    target, outcomes = night_report.make_report(str(pictures), "", "")
     assert outcomes == Counter(without_picture=2, shown=1, storage=1)
     assert Path(target).read_text().count("data:image/png") == 1
     assert run(report, monkeypatch, "--ledger", str(pictures)) == 4
@@ -107,15 +108,14 @@ def test_compare_job_counts_series_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, after = committed(tmp_path / "before", odd()), committed(tmp_path / "after", ledger())
-    arguments = ("--before", str(before), "--after", str(after))
-    assert run(compare_job, monkeypatch, *arguments) == 4
+    arguments = (str(before), "diff", "--flips", "--with", str(after))
+    assert run(ledger_command, monkeypatch, *arguments) == 4
     logged = capsys.readouterr().err
     assert f"series {'b' * 32}: internal error, TypeError at report/comparison.py" in logged
-    assert run(compare_job, monkeypatch, "--before", str(after), "--after", str(after)) == 0
-    assert (
-        run(compare_job, monkeypatch, "--before", str(tmp_path / "none"), "--after", str(after))
-        == 3
-    )
+    same = (str(after), "diff", "--flips", "--with", str(after))
+    assert run(ledger_command, monkeypatch, *same) == 0
+    none = (str(tmp_path / "none"), "diff", "--flips", "--with", str(after))
+    assert run(ledger_command, monkeypatch, *none) == 3
 
 
 def volume(key: str = "k") -> PreparedVolume:

@@ -27,7 +27,7 @@ ALLOWED = {
     "ledger": {"archive", "storage"},
     "data": {"ct", "storage"},
     "phantoms": {"ct", "data", "report.summary", "storage"},
-    "report": {"ct", "data", "storage", "drawing"},
+    "report": {"archive", "ct", "data", "decoding", "drawing", "ledger", "storage"},
     "tracking": {"model.checkpoint", "storage"},
     "training": {"ct", "data", "evaluation", "model", "ray_data", "report", "storage", "tracking"},
     "evaluation": {
@@ -49,16 +49,31 @@ ALLOWED = {
         "ledger",
         "model",
         "ray_data",
+        "runtime",
+        "storage",
+        "tracking",
+    },
+    "config": {"screening.config", "training.config"},
+    "alerts": set(),
+    "commands": {
+        "alerts",
+        "config",
+        "ledger",
+        "report",
+        "runtime",
+        "screening",
         "storage",
     },
-    "config": {"screening.stages", "training.config"},
+    "__main__": {"commands", "runtime"},
 }
 RAY_PLACES = {
     "runtime.py",
     "ray_data.py",
     "training/worker.py",
     "training/distributed.py",
+    "screening/plan.py",
     "screening/pipeline.py",
+    "commands/export.py",
     "evaluation/pipeline.py",
 }
 MLFLOW_PLACES = {"tracking.py", "screening/pyfunc.py"}

@@ -23,8 +23,14 @@ from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.attempts import count_attempt
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.diff import differences
-from covtanet.ledger.incremental import KnownSeries, known_series
+from covtanet.ledger.incremental import (
+    KnownSeries,
+    PreviousRuns,
+    known_series,
+    read_previous_runs,
+)
 from covtanet.ledger.read import committed_files, newest_rows, read_run
+from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import (
     Run,
     begin_run,
@@ -36,7 +42,6 @@ from covtanet.ledger.run import (
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.work import complete_row, finished_keys, store_row, write_manifest, write_rows
 from covtanet.report.summary import findings
-from covtanet.screening import pipeline
 from covtanet.storage import ObjectInfo
 
 
@@ -61,19 +66,19 @@ def series(name: str) -> dict[str, Any]:
     ).to_row()
 
 
-def record(row: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {
+def record(row: dict[str, Any], **values: Any) -> ScreeningRecord:
+    columns: dict[str, Any] = {
         "series_key": row["series_key"],
         "source_uri": f"/archive/{row['source_path']}",
         "source_format": "nifti",
         "source_version": row["source_version"],
         "num_objects": 1,
         "num_bytes": 7,
-        "qc_flags": [],
+        "started_at": 0.0,
         "status": "rejected",
         "reason": "not_hu",
-        **values,
     }
+    return ScreeningRecord(**{**columns, **values})
 
 
 def freeze(run: Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
@@ -360,13 +365,13 @@ def test_run_with_a_date_in_the_future_is_never_the_newest(
     assert "1 dates in the future" in caplog.text
     night = replace(run, run_date=date(2026, 11, 25), since_last=True)
     assert known_reasons(night) == {"rejected"}
-    assert pipeline._what_is_known(night).folders == {}
+    assert read_previous_runs(night).folders == {}
     freeze(replace(ahead, limit=7), tmp_path)  # one that has begun is not continued either
     assert choose_date(replace(run, limit=7)) == datetime.now(UTC).date()
 
 
 def known_reasons(night: Run) -> set[str]:
-    return {known.status for known in pipeline._what_is_known(night).series.values()}
+    return {known.status for known in read_previous_runs(night).series.values()}
 
 
 def test_challenger_never_hides_a_study_from_the_night(run: Run, tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_challenger_never_hides_a_study_from_the_night(run: Run, tmp_path: Path)
             run, model_ref=ref, model_version="2", model_digest=digit * 64, since_last=True
         )
         commit_one(trial, tmp_path, status="screened", reason=None)
-    assert pipeline._what_is_known(night).series == {}
+    assert read_previous_runs(night).series == {}
     commit_one(
         replace(night, run_date=date(2026, 11, 23)), tmp_path, status="screened", reason=None
     )
@@ -430,13 +435,13 @@ def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
     )
     assert found["source_digest"] == hidden.pseudonym("5" * 64)
     night = replace(hidden, run_date=date(2026, 11, 24))
-    known = pipeline._what_is_known(night)
+    known = read_previous_runs(night)
     assert known.settles(row, night)
     assert not known.settles({**row, "source_version": "another"}, night)
     before = KnownSeries(
         row["source_version"], "screened", "0.1.0", None
     )  # of a ledger of older software
-    assert pipeline.Before(series={row["series_key"]: before}).settles(row, night)
+    assert PreviousRuns(series={row["series_key"]: before}).settles(row, night)
 
 
 def test_site_key_does_not_travel_to_workers(run: Run) -> None:

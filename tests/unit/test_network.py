@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, CovTANetConfig, JointClassifier, architecture
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrained_state
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
@@ -170,6 +171,7 @@ def test_saved_model_comes_back_with_the_same_answer_and_digest(tmp_path: Path) 
     volume = torch.rand(1, SMALL.num_slices, 1, 128, 128)
     assert loaded.digest == digest
     assert loaded.preprocessing == model.preprocessing
+    assert loaded.capabilities == model.capabilities
     for one, other in zip(model.network(volume), loaded.network(volume), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -206,7 +208,11 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def saved(config: CovTANetConfig) -> SavedModel:
-    return SavedModel(network=CovTANet(config).eval(), preprocessing={"window": {"size_px": 128}})
+    return SavedModel(
+        network=CovTANet(config).eval(),
+        preprocessing=Preprocessing(size_px=128),
+        capabilities=Capabilities(segments=True, diagnoses=True),
+    )
 
 
 def test_description_of_a_huge_network_gets_no_memory(tmp_path: Path) -> None:

@@ -9,24 +9,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nightly
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import load_job
 from test_ledger import freeze, record, series
 
-from covtanet import storage
+from covtanet import alerts, storage
+from covtanet.commands import nightly, screen
 from covtanet.errors import ConfigError
 from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.batch import name_batch, run_of_batch
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.read import account_run
 from covtanet.ledger.run import Run, latest_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.work import complete_row, store_row
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.job import ScreeningJob
 
 NIGHT = date(2026, 11, 23)
-screen = load_job("screen")
 
 
 class Nights:
@@ -40,7 +41,7 @@ class Nights:
             list[list[str]](),
         )
         self.code: int | None = None
-        monkeypatch.setattr(nightly, "alert", lambda url_file, what: self.alerts.append(what))
+        monkeypatch.setattr(nightly, "send_alert", lambda url_file, what: self.alerts.append(what))
         monkeypatch.setattr(nightly, "subprocess", SimpleNamespace(run=self._screen))
         self.monkeypatch = monkeypatch
 
@@ -170,9 +171,9 @@ def test_dead_store_raises_an_alert(nights: Nights, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("module", "name", "error"),
     [
-        ("report", "write_report", OSError("full")),
-        ("nightly", "prune", OSError("full")),
-        ("nightly", "prune", KeyError("begun_at")),
+        ("nightly", "write_report", OSError("full")),
+        ("nightly", "remove_old_files", OSError("full")),
+        ("nightly", "remove_old_files", KeyError("begun_at")),
         ("nightly", "read_run", OSError("full")),
     ],
 )
@@ -192,7 +193,7 @@ def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(nightly if module == "nightly" else getattr(nightly, module), name, fail)
+        patched.setattr(nightly, name, fail)
         code, kinds = nights.start()
     assert code != 0
     assert kinds == [told]
@@ -202,7 +203,7 @@ def test_night_that_fails_after_the_commit_alerts_once_and_is_not_marked(
 
 def test_committed_run_is_judged_by_its_file_at_each_start(nights: Nights) -> None:
     nights.commit("internal_error", None)
-    counts = nightly.account_run(nights.run.committed_uri)
+    counts = account_run(nights.run.committed_uri)
     assert (counts.series, counts.failures["internal_error"]) == (2, 1)
     assert screen.judge(counts, 1.0, 1.0) == 1
 
@@ -288,7 +289,7 @@ def test_days_to_keep_that_would_remove_work_under_way_are_a_usage_error(
     "url", ["https://alerts.hospital/x", "http://127.0.0.1:9/x", "http://localhost:9/x"]
 )
 def test_alert_url_that_is_safe_is_accepted(url: str) -> None:
-    nightly.check_alert_url(url)
+    alerts.check_alert_url(url)
 
 
 @pytest.mark.parametrize(
@@ -300,22 +301,22 @@ def test_alert_url_that_is_safe_is_accepted(url: str) -> None:
 )  # fmt: skip
 def test_alert_url_beyond_this_machine_in_clear_text_or_with_a_user_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="neither https:// nor on this machine"):
-        nightly.check_alert_url(url)
+        alerts.check_alert_url(url)
 
 
 def test_alert_follows_no_redirect() -> None:
     request = urllib.request.Request("https://alerts.hospital/x", b"{}")
-    found = nightly.NoRedirect().redirect_request(request, None, 307, "", None, "http://elsewhere/")  # type: ignore[arg-type]
+    found = alerts.NoRedirect().redirect_request(request, None, 307, "", None, "http://elsewhere/")  # type: ignore[arg-type]
     assert found is None
 
 
 def test_run_date_in_the_future_is_refused() -> None:
     tomorrow = latest_date()
     assert (tomorrow - datetime.now(UTC).date()).days == 1
-    screen.check_date(tomorrow)
-    screen.check_date(None)
+    places = {"archive": "/archive", "ledger": "/ledger", "model": "m", "config": ScreeningConfig()}
+    assert ScreeningJob(**places, run_date=tomorrow).run_date == tomorrow
     with pytest.raises(ConfigError, match="9999-12-31 lies in the future"):
-        screen.check_date(date(9999, 12, 31))
+        ScreeningJob(**places, run_date=date(9999, 12, 31))
 
 
 def test_screening_refuses_a_run_date_in_the_future_with_3(

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import load_job
 
 from covtanet import runtime
+from covtanet.commands import screen
 from covtanet.environment import check_ray_environment
 from covtanet.errors import ConfigError
 
@@ -51,7 +51,7 @@ def test_screening_does_not_join_an_open_cluster(
     (tmp_path / "archive").mkdir()
     arguments = ["--archive", str(tmp_path / "archive"), "--ledger", str(tmp_path / "ledger")]
     monkeypatch.setattr("sys.argv", ["screen.py", *arguments, "--model", str(model_folder)])
-    assert load_job("screen").main() == 3
+    assert screen.main() == 3
 
 
 def test_token_file_that_others_can_read_is_closed(

@@ -11,6 +11,7 @@ from covtanet.model.__main__ import cost
 from covtanet.model.baselines.blocks import Outputs
 from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier, architecture
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.losses import focal_tversky, joint, joint_sums
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS, SOURCES, build_segmenter
 from covtanet.training.phase1 import supervised_sums
@@ -106,7 +107,12 @@ def test_a_classifier_learns_with_all_it_has(name: str, tmp_path: Path) -> None:
 
 
 def _survives_storage(network: CovTANet, folder: Path) -> None:
-    save_model(folder / "model", SavedModel(network=network.eval(), preprocessing={}))
+    model = SavedModel(
+        network=network.eval(),
+        preprocessing=Preprocessing(),
+        capabilities=Capabilities(segments=True, diagnoses=True),
+    )
+    save_model(folder / "model", model)
     again = pickle.loads(
         pickle.dumps(load_model(folder / "model"))
     ).network  # as Ray hands it to its workers

@@ -12,7 +12,7 @@ from covtanet.ct.window import WindowConfig
 from covtanet.errors import UploadError
 from covtanet.inference.predictor import Predictor
 from covtanet.ledger.run import digest_of
-from covtanet.screening.stages import ScreeningConfig, config_values
+from covtanet.screening.config import ScreeningConfig, config_values
 from covtanet.screening.study import Screener, StudyLimits
 
 

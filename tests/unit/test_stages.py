@@ -27,15 +27,19 @@ from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare as decode
 from covtanet.decoding.stored_masks import StoredMasks
-from covtanet.errors import SandboxClosedError
+from covtanet.errors import SandboxClosedError, Status
 from covtanet.inference.predictor import Prediction, Predictor
+from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
+from covtanet.model.description import Capabilities
 from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
-from covtanet.screening import pipeline, stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening import stages
+from covtanet.screening.config import ScreeningConfig, config_values
+from covtanet.screening.records import PredictedSeries, PreparedSeries
 from covtanet.screening.study import Screener
+from covtanet.screening.workers import store_record
 from covtanet.storage import read_bytes, walk
 
 CONFIG = ScreeningConfig(engine="eager", max_batch_slices=8)
@@ -60,11 +64,23 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> dict[str, Any]:
+def prepare(row: dict[str, Any], archive: Path, config: ScreeningConfig = CONFIG) -> PreparedSeries:
     decoder = stages.in_process(WINDOW, config)
-    return stages.decode_and_prepare(
+    return stages.prepare_series(
         row, archive=str(archive), window=WINDOW, config=config, decoder=decoder
     )
+
+
+def columns_of(series: PredictedSeries) -> dict[str, Any]:
+    """The columns of a series behind the last stage."""
+    return stages.measure_series(series, CONFIG).record.to_columns()
+
+
+def new_record(**values: Any) -> ScreeningRecord:
+    return ScreeningRecord(
+        series_key="k", source_uri="/a", source_format="nifti", source_version="v",
+        num_objects=1, num_bytes=7, started_at=0.0, **values,
+    )  # fmt: skip
 
 
 def screen(
@@ -73,7 +89,8 @@ def screen(
     records = []
     for row in manifest_rows(archive):
         prepared = prepare(row, archive, config)
-        records.append(stages.measure(stages.predict(prepared, predictor), config).record)
+        measured = stages.measure_series(stages.predict_series(prepared, predictor), config)
+        records.append(measured.record.to_columns())
     return records
 
 
@@ -152,7 +169,7 @@ def test_object_that_vanished_is_failed_not_rejected(
     (row,) = manifest_rows(tmp_path)
     path.unlink()
     prepared = prepare(row, tmp_path)
-    record = stages.measure(stages.predict(prepared, predictor), CONFIG).record
+    record = columns_of(stages.predict_series(prepared, predictor))
     assert (record["status"], record["reason"], record["source_digest"]) == (
         "failed",
         "vanished",
@@ -171,7 +188,7 @@ def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
         def predict(self, slices: object) -> None:
             raise RuntimeError("CANARY")
 
-    record = stages.measure(stages.predict(prepared, Broken()), CONFIG).record  # type: ignore[arg-type]
+    record = columns_of(stages.predict_series(prepared, Broken()))  # type: ignore[arg-type]
     assert (record["status"], record["reason"]) == ("failed", "internal_error")
     assert record["reason_detail"].startswith("RuntimeError at screening/stages.py:")
     assert record["series_key"] in caplog.text
@@ -208,29 +225,23 @@ def test_ledger_volumes_are_those_of_the_written_masks(
     """A perfect network: the lesion of the chosen slices, repeated over what they stand for."""
     masks, chosen, slices = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
     levels = (mild.lesion_mask[chosen] * 254).astype(np.uint8)
-    record = {
-        "series_key": "k",
-        "p_infected": 0.9,
-        "p_severe": 0.2,
-        "status": "screened",
-        "qc_flags": [],
-    }
-    row = {
-        "record": json.dumps(record),
-        "lesion_levels": levels,
-        "chosen": chosen,
-        "masks": masks.pack(),
-    }
-    measured = stages.measure(row, CONFIG)
+    row = PredictedSeries(
+        record=new_record(p_infected=0.9, p_severe=0.2),
+        slices=slices,
+        lesion_levels=levels,
+        chosen=chosen,
+        masks=masks.pack(),
+    )
+    measured = stages.measure_series(row, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
     files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))
     assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"}
     (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
     voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
-    assert measured.record["lesion_volume_ml"] == pytest.approx(voxels * mild_volume.voxel_ml)
-    assert measured.record["involvement"] == pytest.approx(mild.involvement, abs=0.03)
-    assert measured.record["severity_by_involvement"] == "mild"
+    assert measured.record.lesion_volume_ml == pytest.approx(voxels * mild_volume.voxel_ml)
+    assert measured.record.involvement == pytest.approx(mild.involvement, abs=0.03)
+    assert measured.record.severity_by_involvement == "mild"
 
 
 class BrightnessPredictor:
@@ -252,15 +263,16 @@ def screened(
 ) -> tuple[dict[str, Any], Any]:
     """The record of a volume that was read, and what was measured."""
     masks, chosen, slices = decode.prepare_volume(volume, WINDOW, config.slice_step_mm)
-    record = {
-        "series_key": "k",
-        "status": "screened",
-        "qc_flags": [],
-        "num_slices_segmented": len(chosen),
-    }
-    row = {"record": json.dumps(record), "slices": slices, "chosen": chosen, "masks": masks.pack()}
-    measured = stages.measure(stages.predict(row, predictor or BrightnessPredictor()), config)
-    return measured.record, measured
+    row = PreparedSeries(
+        record=new_record(num_slices_segmented=len(chosen)),
+        slices=slices,
+        chosen=chosen,
+        masks=masks.pack(),
+    )
+    measured = stages.measure_series(
+        stages.predict_series(row, predictor or BrightnessPredictor()), config
+    )
+    return measured.record.to_columns(), measured
 
 
 def test_axial_coronal_and_sagittal_series_of_one_chest_agree() -> None:
@@ -414,9 +426,9 @@ def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -
 
 
 EXPECTED_REAL = {
-    "dicom/ricord-1a-001012/": ["screened"],
-    "dicom/lungfcp-01-0001/": ["screened"],
-    "nifti/cip-ct64.nii.gz": ["screened"],
+    "dicom/ricord-1a-001012/": ["prepared"],
+    "dicom/lungfcp-01-0001/": ["prepared"],
+    "nifti/cip-ct64.nii.gz": ["prepared"],
     "broken/missing-slices/": ["missing_slices"],
     "broken/missing-rescale/": ["missing_rescale"],
     "broken/missing-position/": ["missing_position"],
@@ -443,8 +455,8 @@ def test_real_and_damaged_input_gives_its_64_rows() -> None:
     flags: dict[str, list[str]] = {}
     for row in manifest_rows(REAL_DATA):
         prepared = prepare(row, REAL_DATA)
-        record = json.loads(prepared["record"])
-        found.setdefault(row["source_path"], []).append(record.get("reason") or record["status"])
+        record = prepared.record.to_columns()
+        found.setdefault(row["source_path"], []).append(record["reason"] or "prepared")
         flags[row["source_path"]] = record["qc_flags"]
     for path in (REAL_DATA / "nifti").glob("covidseg-*"):
         assert found.pop(f"nifti/{path.name}") == ["not_hu"]
@@ -466,7 +478,7 @@ def test_archive_with_links_to_nowhere_and_pipes_is_listed(tmp_path: Path) -> No
     rows = {row["source_path"]: row for row in manifest_rows(tmp_path)}
     assert set(rows) == {"gone.dcm", "linked/a.nii"}
     prepared = prepare(rows["gone.dcm"], tmp_path)
-    record = json.loads(prepared["record"])
+    record = prepared.record.to_columns()
     assert (record["status"], record["reason"]) == ("failed", "vanished")
 
 
@@ -484,11 +496,13 @@ def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
     """Null and a flag; the rule of the paper still gives a severity, and the involvement its number."""
     model = load_model(model_folder)
     untrained = Predictor(
-        replace(model, provenance={"has_diagnosis": False}), engine="eager", max_batch_slices=8
+        replace(model, capabilities=Capabilities(segments=True, diagnoses=False)),
+        engine="eager",
+        max_batch_slices=8,
     )
     (tmp_path / "a.nii.gz").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
-    measured = stages.measure(stages.predict(prepare(row, tmp_path), untrained), CONFIG).record
+    measured = columns_of(stages.predict_series(prepare(row, tmp_path), untrained))
     for name in ("p_infected", "p_severe", "diagnosis", "severity"):
         assert measured[name] is None, name
     assert measured["status"] == "screened"
@@ -511,7 +525,7 @@ def test_link_out_of_the_archive_is_a_row_and_never_read(tmp_path: Path) -> None
     rows = {row["source_path"]: row for row in manifest_rows(archive)}
     assert set(rows) == {"linked.nii", "folder", "noted.txt"}
     for row in rows.values():
-        record = json.loads(prepare(row, archive)["record"])
+        record = prepare(row, archive).record.to_columns()
         assert (record["status"], record["reason"], record["source_digest"]) == (
             "rejected",
             "unreadable",
@@ -522,9 +536,9 @@ def test_link_out_of_the_archive_is_a_row_and_never_read(tmp_path: Path) -> None
 
 def test_weak_sandbox_is_no_part_of_a_runs_identity() -> None:
     weak = replace(CONFIG, allow_weak_sandbox=True)
-    assert stages.config_values(WINDOW, weak) == stages.config_values(WINDOW, CONFIG)
+    assert config_values(WINDOW, weak) == config_values(WINDOW, CONFIG)
     other = replace(CONFIG, decode_timeout_s=1.0)
-    assert stages.config_values(WINDOW, other) != stages.config_values(WINDOW, CONFIG)
+    assert config_values(WINDOW, other) != config_values(WINDOW, CONFIG)
 
 
 def test_closed_sandbox_ends_the_request_without_reading_the_rest(
@@ -543,7 +557,7 @@ def test_closed_sandbox_ends_the_request_without_reading_the_rest(
             raise SandboxClosedError("no more")
 
     with pytest.raises(SandboxClosedError, match="no more"):
-        stages.decode_and_prepare(
+        stages.prepare_series(
             row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=decoder
         )
     assert len(read) == 1
@@ -579,12 +593,12 @@ def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
 ) -> None:
     (tmp_path / "a.nii").write_bytes(as_nifti(mild))
     (row,) = manifest_rows(tmp_path)
-    record = json.loads(prepare(row, tmp_path)["record"])
+    record = prepare(row, tmp_path).record
     run = Run(
         archive=str(tmp_path), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26), model_name="m",
         model_version="1", model_digest="d", config_digest="c", software_version="0",
     )  # fmt: skip
-    sound = pipeline._stored(run, record)
+    sound = store_record(run, replace(record, status=Status.SCREENED))
     assert sound["status"] == "screened"
     for lie in (
         {"num_slices": 10**12},
@@ -592,7 +606,7 @@ def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
         {"reason_detail": "\ud800"},
         {"p_infected": "x"},
     ):
-        stored = pipeline._stored(run, {**record, **lie})
+        stored = store_record(run, replace(record, **lie))
         assert (stored["status"], stored["reason"], stored["num_slices"]) == (
             "failed",
             "internal_error",

@@ -19,7 +19,8 @@ from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
 from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
-from covtanet.screening.stages import Measured, ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.records import MeasuredSeries, PreparedSeries
 
 SIZE_PX, PIXEL_MM, NUM_SLICES = 128, 3.0, 84
 FIRST_LUNG, LAST_LUNG = 10, 73
@@ -56,14 +57,14 @@ def chest() -> NDArray[np.int16]:
     return hu
 
 
-def prepared(folder: Path, slice_mm: float) -> dict[str, Any]:
+def prepared(folder: Path, slice_mm: float) -> PreparedSeries:
     """The chest with slices of a thickness, listed and decoded."""
     affine = np.diag([-PIXEL_MM, -PIXEL_MM, slice_mm, 1.0])
     grid = SourceGrid(shape=(SIZE_PX, SIZE_PX, NUM_SLICES), affine=affine)
     (folder / "chest.nii.gz").write_bytes(nifti.write(chest(), grid))
     (row,) = manifest_rows(folder)
     decoder = stages.in_process(WINDOW, CONFIG)
-    return stages.decode_and_prepare(
+    return stages.prepare_series(
         row,
         archive=str(folder),
         window=WINDOW,
@@ -72,9 +73,9 @@ def prepared(folder: Path, slice_mm: float) -> dict[str, Any]:
     )
 
 
-def measured(row: dict[str, Any], marked: set[int]) -> Measured:
+def measured(row: PreparedSeries, marked: set[int]) -> MeasuredSeries:
     """A prepared chest with a lesion in some of its segmented slices."""
-    return stages.measure(stages.predict(row, Marks(marked)), CONFIG)
+    return stages.measure_series(stages.predict_series(row, Marks(marked)), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def chest_of_1_mm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return prepared(tmp_path_factory.mktemp("chest"), 1.0)
 
 
-def lesion_slices_of(found: Measured) -> list[int]:
+def lesion_slices_of(found: MeasuredSeries) -> list[int]:
     assert found.involvement is not None
     return np.flatnonzero(found.involvement.lesion_mask.any(axis=(1, 2))).tolist()
 
@@ -104,23 +105,23 @@ def test_lesion_of_a_segmented_slice_fills_the_slices_nearest_to_it(
 ) -> None:
     found = measured(chest_of_1_mm, marked)
     record = found.record
-    assert (record["status"], record["num_slices"], record["num_slices_segmented"]) == (
+    assert (record.status, record.num_slices, record.num_slices_segmented) == (
         "screened",
         84,
         21,
     )
-    assert record["lesion_slices"] == len(marked)
+    assert record.lesion_slices == len(marked)
     assert lesion_slices_of(found) == slices
     lesion_ml = len(slices) * LESION_MM2 / 1000
-    assert record["lesion_volume_ml"] == pytest.approx(lesion_ml)
+    assert record.lesion_volume_ml == pytest.approx(lesion_ml)
     # The lungs' outline may differ by some pixels from the drawn one; the lesion lies within it.
-    assert record["lung_volume_ml"] == pytest.approx(64 * LUNG_MM2 / 1000, rel=0.05)
-    assert record["involvement"] == pytest.approx(lesion_ml / record["lung_volume_ml"])
+    assert record.lung_volume_ml == pytest.approx(64 * LUNG_MM2 / 1000, rel=0.05)
+    assert record.involvement == pytest.approx(lesion_ml / record.lung_volume_ml)
 
 
 def test_segmented_slices_lie_at_least_the_step_apart(chest_of_1_mm: dict[str, Any]) -> None:
     """Marked one by one, the slices at 11, 14, ... 71 stand for every slice of the lungs once."""
-    assert chest_of_1_mm["chosen"].tolist() == SEGMENTED
+    assert chest_of_1_mm.chosen.tolist() == SEGMENTED
     extents = [lesion_slices_of(measured(chest_of_1_mm, {index})) for index in range(21)]
     assert [z for extent in extents for z in extent] == list(range(FIRST_LUNG, LAST_LUNG + 1))
     assert all(z in extent for z, extent in zip(SEGMENTED, extents, strict=True))
@@ -148,8 +149,8 @@ def test_lesion_volume_follows_the_extent_of_a_segmented_slice(
     tmp_path: Path,
 ) -> None:
     found = measured(prepared(tmp_path, slice_mm), {marked})
-    assert found.record["num_slices_segmented"] == num_segmented
+    assert found.record.num_slices_segmented == num_segmented
     assert lesion_slices_of(found) == slices
-    assert found.record["lesion_volume_ml"] == pytest.approx(
+    assert found.record.lesion_volume_ml == pytest.approx(
         len(slices) * slice_mm * LESION_MM2 / 1000,
     )

@@ -1,0 +1,89 @@
+"""A series between the stages of screening.
+
+``to_row`` and ``from_row`` turn it into the columns in which Ray Data moves it between workers and
+back. The raw volume is never part of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covtanet.ct.lung import Involvement
+from covtanet.decoding.stored_masks import StoredMasks
+from covtanet.ledger.record import ScreeningRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSeries:
+    """A decoded series as the network reads it; without slices if it has ended already."""
+
+    record: ScreeningRecord
+    slices: NDArray[np.uint16]
+    """Intensity of the segmented slices, (S, size, size)."""
+    chosen: NDArray[np.int64]
+    """Their indices along z in the volume, (S,)."""
+    masks: bytes
+    """Lung and chest cavity in the source's grid, ``StoredMasks`` packed."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the series as columns."""
+        return {
+            **self.record.to_columns(),
+            "slices": self.slices,
+            "chosen": self.chosen,
+            "masks": self.masks,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "PreparedSeries":
+        """Return the series of ``to_row``."""
+        return cls(
+            record=ScreeningRecord.from_columns(row),
+            slices=row["slices"],
+            chosen=row["chosen"],
+            masks=row["masks"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedSeries:
+    """A prepared series with the network's lesion map; without a map if it has ended already."""
+
+    record: ScreeningRecord
+    slices: NDArray[np.uint16]
+    chosen: NDArray[np.int64]
+    masks: bytes
+    lesion_levels: NDArray[np.uint8]
+    """Lesion probability of the segmented slices in steps of 1/254, (S, size, size)."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the series as columns."""
+        return {
+            **self.record.to_columns(),
+            "slices": self.slices,
+            "chosen": self.chosen,
+            "masks": self.masks,
+            "lesion_levels": self.lesion_levels,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "PredictedSeries":
+        """Return the series of ``to_row``."""
+        return cls(
+            record=ScreeningRecord.from_columns(row),
+            slices=row["slices"],
+            chosen=row["chosen"],
+            masks=row["masks"],
+            lesion_levels=row["lesion_levels"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSeries:
+    """A finished series, with its masks if it was screened."""
+
+    record: ScreeningRecord
+    masks: StoredMasks | None = None
+    involvement: Involvement | None = None
