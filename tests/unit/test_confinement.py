@@ -1,4 +1,4 @@
-"""Behind shut doors: payloads run inside the sandbox's child, as if an input had taken it over."""
+"""Confinement: payloads run inside the sandbox's child, as if an input had taken it over."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from covtanet.ledger.run import Run
 from covtanet.screening import plan
 from covtanet.screening.config import ScreeningConfig
 
-# What the child does up to its first request, by its own functions; then the payload instead of requests.
+# The start of the child up to its first request, by its own functions, and then the payload.
 TAKEN_OVER = """
 import sys; sys.path.insert(0, sys.argv[1])
 import ctypes, json, mmap, os, resource, signal, socket, threading
@@ -36,7 +36,7 @@ try:
 except (OSError, ValueError):  # the second of setrlimit
     os.write(1, b"refused")
 """
-# Root's interpreter may lie where nobody may start it, so the user changes inside, as before any exec.
+# The user nobody may not be allowed to start root's interpreter, so the user changes inside.
 BECOME_NOBODY = "confinement._become_nobody()"
 NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + process.CODE
 REFUSED, DIES = (0, "shut refused"), (-signal.SIGSYS, "shut ")
@@ -61,35 +61,39 @@ PAYLOADS = {
 
 
 def take_over(payload: str, program: str = HEADER_READER, before: str = "") -> tuple[int, str]:
-    """Exit code and output of a child that runs a payload behind the doors."""
+    """Exit code and output of a child that runs a payload inside the sandbox."""
     code = TAKEN_OVER.replace("{program}", program).replace("{before}", before)
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, ROOT, payload],
-        input="", capture_output=True, env=process.ENVIRONMENT, text=True, check=False,
-    )  # fmt: skip
+        input="",
+        capture_output=True,
+        env=process.ENVIRONMENT,
+        text=True,
+        check=False,
+    )
     assert done.stdout.startswith("shut "), done.stderr
     return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("before", ["", BECOME_NOBODY], ids=["", "nobody"])
-def test_taken_over_child_can_do_nothing_but_compute(name: str, before: str) -> None:
+def test_hostile_code_in_the_child_can_only_compute(name: str, before: str) -> None:
     payload, expected = PAYLOADS[name]
     assert take_over(payload, before=before) == expected
 
 
 @pytest.mark.parametrize("name", ["a file, after a number is free", "a socket", "a process"])
-def test_taken_over_decoder_can_do_no_more_than_a_header_reader(name: str) -> None:
+def test_hostile_code_in_the_decoder_is_confined_as_in_the_header_reader(name: str) -> None:
     payload, expected = PAYLOADS[name]
     assert take_over(payload, DECODER) == expected
 
 
-def test_threads_and_memory_are_left_to_the_child() -> None:
+def test_confined_child_may_start_threads_and_use_memory() -> None:
     payload = "t = threading.Thread(target=bytearray, args=(64 << 20,)); t.start(); t.join()"
     assert take_over(payload) == (0, "shut open")
 
 
-def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
+def test_child_that_ignores_sigxcpu_is_killed_at_the_cpu_limit() -> None:
     before = "confinement.CPU_GRACE_S = 1; shut = confinement.apply_confinement\n"
     before += "confinement.apply_confinement = lambda memory_bytes, cpu_s: shut(memory_bytes, 0)"
     payload = "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
@@ -102,11 +106,11 @@ from covtanet.decoding import confinement, seccomp
 from covtanet.decoding.child_process import HEADER_READER, Child
 from covtanet.decoding.process import Limits
 
-libc, found = ctypes.CDLL(None), {}
+libc, results = ctypes.CDLL(None), {}
 
 def read_as_sibling():
     receiving, sending = os.pipe()
-    if os.fork() == 0:  # shut in by nothing
+    if os.fork() == 0:  # not confined
         try:
             os.write(sending, open(f"/proc/{os.getppid()}/environ", "rb").read())
         except PermissionError:
@@ -115,29 +119,33 @@ def read_as_sibling():
     os.wait()
     return os.read(receiving, 65536).decode()
 
-found["dumpable before"] = libc.prctl(3, 0, 0, 0, 0)
+results["dumpable before"] = libc.prctl(3, 0, 0, 0, 0)
 child = Child(HEADER_READER, Limits(memory_mib=256, timeout_s=60))
 child.warm()
-found["dumpable after"] = libc.prctl(3, 0, 0, 0, 0)
+results["dumpable after"] = libc.prctl(3, 0, 0, 0, 0)
 child.kill()
 confinement._become_nobody()
-libc.prctl(4, 1, 0, 0, 0)  # as a process is that was always nobody's
-found["before"] = read_as_sibling()
+libc.prctl(4, 1, 0, 0, 0)  # as a process that nobody started
+results["before"] = read_as_sibling()
 seccomp.hide_memory()
-found["after"] = read_as_sibling()
-print(json.dumps(found))
+results["after"] = read_as_sibling()
+print(json.dumps(results))
 """
 
 
 def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PARENT, ROOT], env={"AWS_SECRET_ACCESS_KEY": "CANARY"},
-        stdout=subprocess.PIPE, text=True, check=True, cwd="/",
-    )  # fmt: skip
-    found = json.loads(done.stdout)
-    assert (found["dumpable before"], found["dumpable after"]) == (1, 0)
-    assert "CANARY" in found["before"]
-    assert found["after"] == "refused"
+        [sys.executable, "-I", "-c", PARENT, ROOT],
+        env={"AWS_SECRET_ACCESS_KEY": "CANARY"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    results = json.loads(done.stdout)
+    assert (results["dumpable before"], results["dumpable after"]) == (1, 0)
+    assert "CANARY" in results["before"]
+    assert results["after"] == "refused"
 
 
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,15 +167,21 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
     monkeypatch.setattr(process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     run = Run(
-        archive=str(tmp_path / "nowhere"), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26),
-        model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
-    )  # fmt: skip
+        archive=str(tmp_path / "nowhere"),
+        ledger=str(tmp_path / "ledger"),
+        run_date=date(2026, 11, 26),
+        model_name="m",
+        model_version="1",
+        model_digest="d",
+        config_digest="c",
+        software_version="0",
+    )
     with pytest.raises(ConfigError, match="allow_weak_sandbox = true under"):
         plan.make_manifest(run, ScreeningConfig())
     assert not (tmp_path / "ledger").exists()
 
 
-def test_weak_sandbox_that_is_allowed_is_said_once(
+def test_allowed_weak_sandbox_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(process, "CODE", NO_FILTER)
@@ -177,7 +191,7 @@ def test_weak_sandbox_that_is_allowed_is_said_once(
     assert caplog.text.count("allow_weak_sandbox = true") == 1
 
 
-def test_filter_names_no_call_twice() -> None:
+def test_seccomp_filter_names_each_call_once() -> None:
     for column in (0, 1):
         tables = [*seccomp.ALLOWED.values(), *seccomp.UNKNOWN.values(), *seccomp.ENDS.values()]
         tables += [

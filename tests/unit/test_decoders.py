@@ -95,7 +95,7 @@ def test_request_past_its_deadline_raises_and_closes_the_screener(
     asyncio.run(scenario())
 
 
-def test_request_beyond_max_waiting_is_busy_and_keeps_what_it_brought() -> None:
+def test_request_beyond_max_waiting_is_busy_and_keeps_its_upload() -> None:
     async def scenario() -> None:
         decoders, first, removed = Decoders(1, 0, WAIT_S), Work(), threading.Event()
         task = asyncio.create_task(decoders.run(first, ExitStack()))

@@ -1,4 +1,4 @@
-"""Headers read in a child process: one that kills its reader costs one row."""
+"""Headers read in a child process: a header that kills its reader costs one row."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,9 +28,9 @@ FAULTY = (
 
 @pytest.fixture
 def child() -> Iterator[Child]:
-    found = Child(HEADER_READER, Limits(memory_mib=256, timeout_s=20))
-    yield found
-    found.kill()
+    reader = Child(HEADER_READER, Limits(memory_mib=256, timeout_s=20))
+    yield reader
+    reader.kill()
 
 
 def scan(objects: dict[str, bytes], child: Child) -> list[Series]:
@@ -45,15 +45,15 @@ def folder(killer: bytes) -> dict[str, bytes]:
     return dict(sorted({**objects, "042a.dcm": killer}.items()))
 
 
-def check_one_row_lost(found: list[Series]) -> None:
-    assert [(each.source_path, each.reason) for each in found] == [
+def check_one_row_lost(series: list[Series]) -> None:
+    assert [(row.source_path, row.reason) for row in series] == [
         ("042a.dcm", "unreadable"),
         ("", None),
     ]
-    assert len(found[1].objects) == 100
+    assert len(series[1].objects) == 100
 
 
-def test_identities_from_the_child_are_those_of_this_process(child: Child) -> None:
+def test_identities_from_the_child_equal_those_of_this_process(child: Child) -> None:
     contents = [data[:HEADER_BYTES] for data in (*slices(), b"", b"no DICOM", *deflated().values())]
     expected = dicom_headers.read_identities(contents, HEADER_BYTES)
     assert heads.read_identities(child, contents, HEADER_BYTES) == expected
