@@ -141,10 +141,11 @@ def _read_volume(datasets: Sequence[FileDataset], num_threads: int) -> Volume:
 def _qc_flags(slices: _Slices, stack: Stack, *, is_padded: bool) -> tuple[QcFlag, ...]:
     headers = slices.headers
     is_axial = int(np.abs(stack.affine[:3, 0]).argmax()) == HEAD_AXIS
+    has_reformatted = any(is_reformatted(header) for header in headers)
     conditions = {
         QcFlag.CONTRAST: any(has_contrast(header) for header in headers),
         QcFlag.PADDING: is_padded,
-        QcFlag.REFORMATTED: not is_axial or any(is_reformatted(header) for header in headers),
+        QcFlag.REFORMATTED: not is_axial or has_reformatted,
         QcFlag.LOCALIZER_DROPPED: slices.num_localizers > 0,
     }
     return tuple(flag for flag, holds in conditions.items() if holds)

@@ -75,13 +75,18 @@ def measure_involvement(lungs: Lungs, lesion_mask: Mask, voxel_ml: float | None)
     lesion = lesion_mask & (lungs.lung_mask | lungs.cavity_mask)
     lung = lungs.lung_mask | lesion
     num_lesion, num_lung = int(np.count_nonzero(lesion)), int(np.count_nonzero(lung))
+    lesion_volume_ml = lung_volume_ml = None
+    if voxel_ml is not None:
+        lesion_volume_ml = float(num_lesion) * voxel_ml
+        lung_volume_ml = float(num_lung) * voxel_ml
     is_implausible = is_implausible_volume(lungs, num_lung, voxel_ml)
+    is_measurable = not lungs.is_partial and not is_implausible
     return Involvement(
         lesion_mask=lesion,
         lung_mask=lung,
-        lesion_volume_ml=None if voxel_ml is None else float(num_lesion) * voxel_ml,
-        lung_volume_ml=None if voxel_ml is None else float(num_lung) * voxel_ml,
-        involvement=None if lungs.is_partial or is_implausible else num_lesion / num_lung,
+        lesion_volume_ml=lesion_volume_ml,
+        lung_volume_ml=lung_volume_ml,
+        involvement=num_lesion / num_lung if is_measurable else None,
         is_implausible=is_implausible,
     )
 

@@ -96,7 +96,8 @@ def slope_and_intercept(header: Any) -> tuple[float, float] | None:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError:
         return None
-    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+    # nibabel gives neither if the slope is 0 or NaN.
+    return (1.0, 0.0) if slope is None else (float(slope), float(intercept))
 
 
 def _shape(header: Any) -> tuple[int, ...]:

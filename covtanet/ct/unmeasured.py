@@ -95,7 +95,8 @@ def _fill_values(slice_hu: NDArray[np.float32]) -> set[float]:
     values = set()
     for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
         value = float(slice_hu[y, x])
-        neighbours = (slice_hu[y, 1 if x == 0 else -2], slice_hu[1 if y == 0 else -2, x])
+        inner_y, inner_x = (1 if index == 0 else -2 for index in (y, x))
+        neighbours = (slice_hu[y, inner_x], slice_hu[inner_y, x])
         is_flat = all(abs(float(hu) - value) <= FLAT_ATOL_HU for hu in neighbours)
         if value < UNMEASURED_HU or (is_flat and not _may_be_tissue(value, slice_hu)):
             values.add(value)

@@ -19,9 +19,12 @@ def main() -> None:
 def read_headers(request: dict[str, Any], headers: Iterator[bytes]) -> confinement.Answer:
     """Return the UIDs of objects from their first bytes; null for an object without UIDs."""
     identities = dicom_headers.read_identities(headers, request["header_bytes"])
-    rows = [identity and [identity.study_uid, identity.series_uid] for identity in identities]
-    body = json.dumps(rows).encode()
+    body = json.dumps([_row(identity) for identity in identities]).encode()
     return {"num_bytes": len(body)}, [body]
+
+
+def _row(identity: dicom_headers.SeriesIdentity | None) -> list[str | None] | None:
+    return None if identity is None else [identity.study_uid, identity.series_uid]
 
 
 def warm_up() -> None:

@@ -60,7 +60,9 @@ class LocalStore:
     def list_names(self, folder: str) -> list[str]:
         """Return the names directly in a folder."""
         path = Path(folder)
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if not path.is_dir():
+            return []
+        return sorted(entry.name for entry in path.iterdir())
 
     def describe(self, uri: str) -> ObjectInfo | None:
         """Return one file as a listing shows it."""

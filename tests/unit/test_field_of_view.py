@@ -298,7 +298,7 @@ def test_corners_of_a_rotated_volume_are_not_lung(
 
 
 def test_padding_within_a_fill_value_is_not_lung_and_cuts_lungs() -> None:
-    """A round field of view, padded by the scanner, then rotated by a resampling that fills by 0."""
+    """A round field of view, padded by the scanner and rotated by resampling that fills with 0."""
     for radius_mm, is_partial in ((174, False), (109, True)):
         where = beyond(radius_mm)
         hu = turned(filled(where, -1024), 20, (1, 2), 0).astype(np.int16)
