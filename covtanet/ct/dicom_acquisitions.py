@@ -1,4 +1,4 @@
-"""Whether the slices of a series belong to one acquisition, or to two that interleave.
+"""Acquisitions of a series: its slices must belong to one, or to several end to end.
 
 Two that lie end to end, as of a step-and-shoot scan, are one stack. Two that interleave are two
 breath-holds or two reconstructions: they make no volume, although their slices may lie at regular

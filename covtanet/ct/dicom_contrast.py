@@ -1,4 +1,4 @@
-"""Whether a contrast agent was given, by the words and codes of a CT image."""
+"""Contrast agents of a CT image, by its words and codes."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whether a volume shows the lungs as a whole, or its field of view cuts them."""
+"""Coverage of the lungs by a volume: whole, or cut by the field of view."""
 
 import numpy as np
 from scipy import ndimage

@@ -16,7 +16,7 @@ INSIDE_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """How HU become the network's input."""
+    """Settings of the step from HU to the network's input."""
 
     low_hu: float = -1000.0
     """HU of intensity 0. Choice: air; the paper gives no window."""
