@@ -1,7 +1,8 @@
 """One call for every way to run TA-SegNet: eager, channels last, compiled by PyTorch, or OpenVINO.
 
-All give the same answer within 1e-4 in probability. Measured at the paper's widths on two CPU cores, OpenVINO takes a
-third of eager PyTorch's time (``make bench``), so it is the default where there is no GPU.
+All give the same answer within 1e-4 in probability. Measured at the paper's widths on two CPU
+cores, OpenVINO takes a third of eager PyTorch's time (``make bench``), so it is the default where
+there is no GPU.
 """
 
 import logging
@@ -21,7 +22,8 @@ from covtanet.model.covtanet import CovTANet
 
 ENGINES = ("eager", "channels_last", "compiled", "openvino")
 
-# (B, 1, H, W) float32 intensity -> lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), float32.
+# (B, 1, H, W) float32 intensity -> lesion probability (B, H, W) and pooled fusion vectors (B, C, P,
+# P), float32.
 Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
@@ -92,7 +94,8 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
     example = torch.zeros(1, segmenter.network.config.segnet.in_channels, size_px, size_px)
     model = openvino.convert_model(segmenter, example_input=example)
     model.reshape({0: [-1, *example.shape[1:]]})
-    # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the tolerance.
+    # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the
+    # tolerance.
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": num_threads,
