@@ -9,8 +9,7 @@ import pytest
 
 from covtanet.ct.dicom_headers import SeriesIdentity
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding import child_process, process
-from covtanet.decoding import headers as heads
+from covtanet.decoding import child_process, headers, process
 from covtanet.decoding.child_process import HEADER_READER, Child
 from covtanet.decoding.process import Limits
 from covtanet.decoding.sandbox import Sandbox
@@ -183,7 +182,7 @@ def test_impossible_identities_are_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         liar(monkeypatch, lie)
         child = Child(HEADER_READER, LIMITS)
-        assert heads.read_identities(child, [b"x"], 16) == [expected], lie
+        assert headers.read_identities(child, [b"x"], 16) == [expected], lie
         child.kill()
 
 

@@ -151,7 +151,7 @@ def test_scan_skips_sequences_of_defined_and_undefined_length_in_every_syntax() 
             )
 
 
-HEAD_BOMBS = {
+HEADER_BOMBS = {
     "items of a sequence": bomb_of_items,
     "sequences in sequences": lambda: next(iter(nested(2000).values())),
     "empty elements": lambda: (
@@ -164,9 +164,9 @@ HEAD_BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", HEAD_BOMBS)
+@pytest.mark.parametrize("name", HEADER_BOMBS)
 def test_header_bomb_costs_little_time_and_memory(name: str) -> None:
-    data = HEAD_BOMBS[name]()[:LONG_HEADER_BYTES]
+    data = HEADER_BOMBS[name]()[:LONG_HEADER_BYTES]
     started = time.process_time()
     identity = read_identity(data)
     spent_s = time.process_time() - started

@@ -10,8 +10,7 @@ from hostile import bomb_of_items, deflated, slices
 from covtanet.archive.manifest import Series, scan_folder
 from covtanet.archive.object_kinds import HEADER_BYTES
 from covtanet.ct import dicom_headers
-from covtanet.decoding import headers as heads
-from covtanet.decoding import process
+from covtanet.decoding import headers, process
 from covtanet.decoding.child_process import HEADER_READER, Child
 from covtanet.decoding.process import Limits
 from covtanet.errors import DecoderStartError, SandboxClosedError
@@ -35,7 +34,7 @@ def child() -> Iterator[Child]:
 
 def scan(objects: dict[str, bytes], child: Child) -> list[Series]:
     infos = [ObjectInfo(name, len(data), "v1") for name, data in objects.items()]
-    identify = partial(heads.read_identities, child)
+    identify = partial(headers.read_identities, child)
     return scan_folder("", infos, lambda path, num_bytes: objects[path][:num_bytes], identify)[0]
 
 
@@ -56,9 +55,9 @@ def check_one_row_lost(series: list[Series]) -> None:
 def test_identities_from_the_child_equal_those_of_this_process(child: Child) -> None:
     contents = [data[:HEADER_BYTES] for data in (*slices(), b"", b"no DICOM", *deflated().values())]
     expected = dicom_headers.read_identities(contents, HEADER_BYTES)
-    assert heads.read_identities(child, contents, HEADER_BYTES) == expected
+    assert headers.read_identities(child, contents, HEADER_BYTES) == expected
     assert expected[12:14] == [None, None]
-    assert heads.read_identities(child, [], HEADER_BYTES) == []
+    assert headers.read_identities(child, [], HEADER_BYTES) == []
 
 
 def test_bomb_of_items_is_one_unreadable_row(child: Child) -> None:
@@ -71,7 +70,7 @@ def test_bomb_of_items_is_one_unreadable_row(child: Child) -> None:
 def test_header_that_kills_its_reader_is_one_unreadable_row(
     child: Child, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the 64 heads that were sent together the others are read all the same."""
+    """The other 63 headers that were sent together are read all the same."""
     monkeypatch.setattr(process, "CODE", FAULTY)
     check_one_row_lost(scan(folder(b"KILLER".ljust(128) + slices()[3][128:]), child))
     assert "the object counts as unreadable" in caplog.text
@@ -92,10 +91,10 @@ def test_child_that_does_not_start_makes_no_header_unreadable(
 ) -> None:
     monkeypatch.setattr(process, "CODE", "import sys; sys.exit(3)")
     with pytest.raises(DecoderStartError, match="does not start"):
-        heads.read_identities(child, [slices()[0]], HEADER_BYTES)
+        headers.read_identities(child, [slices()[0]], HEADER_BYTES)
 
 
 def test_kill_ends_a_scan(child: Child) -> None:
     child.kill()
     with pytest.raises(SandboxClosedError, match="closed"):
-        heads.read_identities(child, [slices()[0]], HEADER_BYTES)
+        headers.read_identities(child, [slices()[0]], HEADER_BYTES)
