@@ -228,7 +228,7 @@ def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[D
     # Where this process is, since files that the command names may lie here alone.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     pool = ActorPool(
-        [_Trainer.options(scheduling_strategy=here).remote() for _ in range(min(room, len(items)))]
+        [_Trainer.options(scheduling_strategy=here).remote() for _ in range(min(room, len(items)))]  # type: ignore[attr-defined]
     )
     shared = [
         (replace(current, num_at_once=min(room, len(items))), fold) for current, fold in items

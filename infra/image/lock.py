@@ -1,4 +1,4 @@
-"""Write infra/image/requirements.txt: what the image installs, by version and by the hashes of its wheels.
+"""Write infra/image/requirements.txt: the image's packages by version and by hashes of wheels.
 
 make lock     after every change of constraints.txt or of the dependencies in pyproject.toml
 
@@ -85,12 +85,12 @@ def closure() -> set[str]:
 
 def direct(name: str, extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
     """Distributions that one names, with the extras that it asks of them."""
-    found = set()
+    named: set[tuple[str, frozenset[str]]] = set()
     for line in metadata.requires(name) or ():
         requirement = Requirement(line)
         if applies(requirement, extras):
-            found.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return found
+            named.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return named
 
 
 def applies(requirement: Requirement, extras: frozenset[str]) -> bool:
@@ -112,7 +112,7 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
         given, lock = Path(folder) / "requirements.in", Path(folder) / "pylock.toml"
         given.write_text("\n".join(requirements) + "\n")
         command = [
-            uv.absolute(),
+            str(uv.absolute()),
             "pip",
             "compile",
             "--quiet",
@@ -126,8 +126,8 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
             "--python-version",
             "3.11",
             "--output-file",
-            lock,
-            given,
+            str(lock),
+            str(given),
         ]
         subprocess.run(command, check=True, cwd=folder)
         packages: list[dict[str, Any]] = tomllib.loads(lock.read_text())["packages"]
@@ -148,7 +148,7 @@ def entry(package: dict[str, Any]) -> str:
         )
     lines = [
         f"{package['name']}=={package['version']}",
-        *(f"    --hash=sha256:{each}" for each in sorted(hashes)),
+        *(f"    --hash=sha256:{digest}" for digest in sorted(hashes)),
     ]
     return " \\\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 # A worker's stage, called as Ray calls it, on an object, a prediction or masks that never come.
 STAGE = """
@@ -64,7 +64,7 @@ else:
     ("stage", "line"),
     [("decode", "prepare_series"), ("predict", "predict_series"), ("measure", "measure_series")],
 )
-def test_worker_of_a_stage_that_hangs_is_ended(stage: str, line: str, tmp_path: Path) -> None:
+def test_watchdog_ends_hanging_worker(stage: str, line: str, tmp_path: Path) -> None:
     """Its log says in which function it hung; to open a pipe without a writer takes for ever."""
     os.mkfifo(tmp_path / "pipe.nii")
     done = subprocess.run(
