@@ -15,12 +15,20 @@ import pydicom
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, transfer_syntax
-from covtanet.ct.frames import ENHANCED_CLASSES
-from covtanet.ct.image_type import is_localizer
+from covtanet.ct.dicom_frames import ENHANCED_CLASSES
+from covtanet.ct.dicom_headers import (
+    DEFLATED,
+    MAGIC,
+    MAGIC_AT,
+    data_start,
+    has_magic,
+    transfer_syntax,
+)
+from covtanet.ct.dicom_image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding import headers
-from covtanet.decoding.child_process import Limits, header_reader
+from covtanet.decoding.child_process import header_reader
+from covtanet.decoding.process import Limits
 from covtanet.errors import Reason, Status, StudyError, error_location
 from covtanet.report import dicom_results
 from covtanet.report.dicom_source import quiet
@@ -207,7 +215,7 @@ def _screened_bytes(
     for item in objects:
         object_digest = hashlib.sha256()
         chunks = storage.read_chunks(storage.join(root, item.path), item)
-        for chunk in series_digest.passing(item.path, chunks):
+        for chunk in series_digest.tee(item.path, chunks):
             object_digest.update(chunk)
         different.setdefault(object_digest.digest(), item)
     if series_digest.hexdigest() != row["source_digest"]:

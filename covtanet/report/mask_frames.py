@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from covtanet.ct.series_geometry import off_grid_limit_mm
+from covtanet.ct.dicom_geometry import off_grid_limit_mm
 from covtanet.errors import Reason, StudyError
 
 # A step of one pixel in the source is a step of one voxel in the mask, except for the digits that

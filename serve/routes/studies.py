@@ -71,7 +71,7 @@ def _study_of(upload: Upload, state: ReplicaState) -> StudyRequest:
     def unpack(check: Check) -> str:
         upload.objects.mkdir()
         key = upload.digest[:32]
-        intake.lay_out(upload.path, upload.objects, key, settings.limits, check)
+        intake.parse_upload(upload.path, upload.objects, key, settings.limits, check)
         return str(upload.objects)
 
     # Unpacked objects may be larger than the upload; ``limits`` bounds them, not ``study``.

@@ -18,8 +18,9 @@ from running import Cluster
 from screening_runs import Screening
 
 from covtanet.ledger.diff import differences
-from covtanet.phantoms.archive import configs, dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import Endpoint
 from serve.middleware import SECURITY_HEADERS
 from serve.routes.page import PageFile

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 
 from covtanet.ct import dicom
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.report.dicom_results import (
     Finding,

@@ -18,7 +18,7 @@ from pydicom.tag import Tag
 
 from covtanet.ct import dicom
 from covtanet.errors import StudyError
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.report.dicom_results import (
     LESION,

@@ -24,13 +24,14 @@ from covtanet import drawing as overlay
 from covtanet.ct import lung, nifti
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.decoding import prepare as decode
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import SandboxClosedError, Status
 from covtanet.inference.predictor import Prediction, Predictor
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
 from covtanet.model.description import Capabilities
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig, config_values
@@ -185,7 +186,7 @@ def test_conclusions(
 
 def test_masks_survive_their_packing(mild_volume: Any) -> None:
     masks, _, _ = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
-    back = decode.StoredMasks.unpack(masks.pack())
+    back = StoredMasks.unpack(masks.pack())
     np.testing.assert_array_equal(back.lungs.lung_mask, masks.lungs.lung_mask)
     np.testing.assert_array_equal(back.lungs.cavity_mask, masks.lungs.cavity_mask)
     np.testing.assert_array_equal(back.source.affine, masks.source.affine)
