@@ -19,7 +19,7 @@ CovtanetError
 Failures of storage are ``OSError``, as everywhere in Python:
 
 OSError
-├── AccessError         the store refuses the credentials: this concerns every object, so it stops a job
+├── AccessError         the store refuses the credentials for every object: this stops a job
 ├── ObjectChangedError  an object differs from its entry in the listing
 ├── TooManyObjectsError a tree holds more objects than allowed
 └── TooLargeError       an object has more bytes than allowed
@@ -187,7 +187,10 @@ class SandboxClosedError(CovtanetError, RuntimeError):
 
 
 class UploadError(CovtanetError):
-    """What a caller sent is refused; ``reason`` is a stable code, the message holds no text of the caller's."""
+    """A caller's upload is refused.
+
+    ``reason`` is a stable code; the message holds no text of the caller.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -211,7 +214,7 @@ class TooLargeError(OSError):
 
 
 class UnavailableError(CovtanetError):
-    """What answers studies is not there now, or has too much to do; the same request is worth another try."""
+    """The model is missing or overloaded for the moment; the same request may be tried again."""
 
 
 def error_location(error: BaseException) -> str:

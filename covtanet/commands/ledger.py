@@ -1,9 +1,9 @@
 """Read a ledger: its current view, the counts of a run, the difference of two runs. Needs no Ray.
 
-covtanet ledger LEDGER view [--out FILE]     newest row of every series, as .parquet or .csv, or counted
-covtanet ledger LEDGER runs                  every committed run with its counts
-covtanet ledger LEDGER run RUN_ID            one run: rows by status and reason
-covtanet ledger LEDGER diff RUN_ID RUN_ID    values that differ, series by series
+covtanet ledger LEDGER view [--out FILE]   newest row of every series: counts, .parquet or .csv
+covtanet ledger LEDGER runs                every committed run with its counts
+covtanet ledger LEDGER run RUN_ID          one run: rows by status and reason
+covtanet ledger LEDGER diff RUN_ID RUN_ID  values that differ, series by series
 covtanet ledger LEDGER diff --flips [--with LEDGER] [RUN_ID [RUN_ID]] [--out FILE.html]
     diagnoses and severities that flipped, shifts and agreement, as of champion and challenger;
     without run ids the newest run of each ledger

@@ -3,8 +3,9 @@
 covtanet report --ledger URI [--run RUN_ID] [--results URI]
 
 Without --run the newest committed run. The file is LEDGER/_reports/DATE-RUN_ID.html; it needs no
-network and no server. It holds at most 200 studies, the worst first, and those names of studies that
-the ledger holds. A picture that cannot be read is left out, and counted at the end. Exit codes:
+network and no server. It holds at most 200 studies, the worst first, and those names of studies
+that the ledger holds. A picture that cannot be read is left out, and counted at the end. Exit
+codes:
 
 0  written
 1  storage or this software failed; the same command continues

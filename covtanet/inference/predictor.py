@@ -20,8 +20,8 @@ from covtanet.model.checkpoint import SavedModel
 class Prediction:
     """What the network says of one volume.
 
-    lesion_levels: (S, H, W) uint8, lesion probability in steps of 1/254, so that 127 is one half. p_infected, p_severe:
-    null of a network whose diagnosis was not trained.
+    lesion_levels: (S, H, W) uint8, lesion probability in steps of 1/254, so that 127 is one half.
+    p_infected, p_severe: null of a network whose diagnosis was not trained.
     """
 
     lesion_levels: NDArray[np.uint8]

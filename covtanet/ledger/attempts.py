@@ -12,9 +12,9 @@ MAX_ATTEMPTS = 3
 def count_attempt(run: Run, series_key: str, stage: str) -> bool:
     """Count one more attempt of a stage at a series; return whether it may be made.
 
-    Ray gives a series that kills its worker to the next worker, without end; this count ends it. Each driver counts
-    for itself: its own death does not count as an attempt at the series in flight. The process of the newest attempt
-    is noted beside the counts.
+    Ray gives a series that kills its worker to the next worker, without end; this count ends it.
+    Each driver counts for itself: its own death does not count as an attempt at the series in
+    flight. The process of the newest attempt is noted beside the counts.
     """
     uri = run.work_uri("attempts", run.driver, f"{series_key}.json")
     try:

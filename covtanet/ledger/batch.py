@@ -49,7 +49,10 @@ def run_of_batch(ledger: str, batch: str) -> BatchRun | None:
 
 
 def progress(ledger: str, run: BatchRun) -> tuple[int | None, int]:
-    """Return the number of series of the run's manifest, null until it is written, and how many are finished."""
+    """Return the number of series of the run's manifest, and of the finished ones.
+
+    The first is null until the manifest is written.
+    """
     work = storage.join(ledger, WORK, run.run_id)
     filesystem, path = storage.filesystem(storage.join(work, "manifest.parquet"))
     try:

@@ -24,16 +24,20 @@ from covtanet.ledger.work import batched, finished_keys, read_manifest, remove_w
 logger = logging.getLogger(__name__)
 
 NUM_READ_THREADS = 16
-# Metadata of a committed file: the driver that wrote it, and when its run began by the clock of the first driver.
+# Metadata of a committed file: the driver that wrote it, and when its run began by the clock of the
+# first driver.
 DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
 # A worker's clock may be this far ahead of the driver's before its time is replaced.
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
-    """Check that every series of the manifest has its row, and publish the run by one PUT that replaces nothing.
+    """Check that every series of the manifest has its row, and publish the run.
 
-    is_exclusive: the store keeps such a PUT from replacing; if it does not, the file is compared after the PUT.
+    The ledger is published by one PUT that replaces nothing.
+
+    is_exclusive: the store keeps such a PUT from replacing; if it does not, the file is compared
+    after the PUT.
 
     Raises:
         RuntimeError: rows and manifest differ; nothing is published then.
@@ -57,7 +61,8 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
                 linkage_path, storage.join(run.linkage, f"date={run.run_date.isoformat()}", name)
             )
         is_new = storage.create(path, run.committed_uri)
-    # A PUT whose answer was lost counts as refused although it was ours: the file tells whose it is.
+    # A PUT whose answer was lost counts as refused although it was ours: the file tells whose it
+    # is.
     if not (is_new and is_exclusive) and _driver_of(run) != driver:
         raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
     remove_work(run)
@@ -104,7 +109,7 @@ def _begun_at(run: Run, now: datetime) -> str:
 
 
 def _correct_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[dict[str, Any]]:
-    """Replace times that lie ahead of the commit, from workers with a wrong clock, by the commit's time."""
+    """Replace times after the commit, of workers with a wrong clock, by the commit's time."""
     num_ahead = 0
     for row in rows:
         if row["screened_at"] > now + CLOCK_TOLERANCE:

@@ -14,7 +14,8 @@ IDENTITIES = ("source_uri", "study_uid", "series_uid")
 # Plain digests of names and of content would link a row to its images, so they are replaced too.
 HIDDEN = (*IDENTITIES, "source_version", "source_digest")
 LINKAGE_SCHEMA = pa.schema([
-    pa.field("series_key", pa.string(), nullable=False), *(pa.field(name, pa.string()) for name in IDENTITIES)
+    pa.field("series_key", pa.string(), nullable=False),
+    *(pa.field(name, pa.string()) for name in IDENTITIES),
 ])  # fmt: skip
 
 

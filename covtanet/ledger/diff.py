@@ -9,15 +9,17 @@ from covtanet.ledger.schema import LEDGER_SCHEMA
 NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")
 PROBABILITIES = ("p_infected", "p_severe")
 MEASUREMENTS = ("lesion_volume_ml", "lung_volume_ml", "involvement")
-# Another number of threads adds up in another order: probabilities move in the sixth digit, volumes by a voxel.
+# Another number of threads adds up in another order: probabilities move in the sixth digit, volumes
+# by a voxel.
 PROBABILITY_TOLERANCE = 1e-4
 MEASUREMENT_TOLERANCE = 1e-3
 
 
 def differences(left: pa.Table, right: pa.Table) -> list[str]:
-    """Return one line for each series and column that differ; an empty list if the ledgers are equal.
+    """Return one line for each series and column that differ; an empty list for equal ledgers.
 
-    Probabilities may differ by 1e-4, volumes and involvement by 0.1 %; identity and times of a run are not compared.
+    Probabilities may differ by 1e-4, volumes and involvement by 0.1 %; identity and times of a run
+    are not compared.
     """
     left_rows = {row["series_key"]: row for row in left.to_pylist()}
     right_rows = {row["series_key"]: row for row in right.to_pylist()}

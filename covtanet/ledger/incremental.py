@@ -75,7 +75,8 @@ def read_previous_runs(run: Run) -> PreviousRuns:
     """Return the rows of the archive's committed runs, and the folders of the last whole listing.
 
     A run counts if its model was asked for by the same name: rows of another model, such as a
-    challenger, do not tell what this run has to screen. Runs with a date in the future do not count.
+    challenger, do not tell what this run has to screen. Runs with a date in the future do not
+    count.
     """
     committed = [known for known in known_runs(run.ledger, run.work_root) if known.is_committed]
     runs = [known for known in committed if known.is_of(run) and not known.is_ahead]

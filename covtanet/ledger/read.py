@@ -1,4 +1,4 @@
-"""Reading committed runs: one file, the newest row of every series over all runs, tables for spreadsheets.
+"""Reading of committed runs: one run, the newest row of every series, spreadsheets.
 
 Not covered: series that are no longer in the archive keep their newest row.
 """
@@ -79,10 +79,10 @@ def account_run(uri: str) -> Accounting:
 def newest_rows(
     ledger: str, columns: list[str] | None = None, run_ids: set[str] | None = None
 ) -> pa.Table:
-    """Return the current view: for each series the row of the run that began last, of its rows the latest one.
+    """Return the current view: for each series the latest row of the run that began last.
 
-    run_ids: only of these runs. Runs are ordered before rows, since one driver's clock orders them; a row's time is
-    that of its worker's clock.
+    run_ids: only of these runs. Runs are ordered before rows, since one driver's clock orders them;
+    a row's time is that of its worker's clock.
     """
     wanted = None if columns is None else sorted({*columns, "series_key", "screened_at"})
     runs: list[tuple[datetime, pa.Table]] = []
@@ -97,7 +97,7 @@ def newest_rows(
 
 
 def for_spreadsheet(table: pa.Table) -> pa.Table:
-    """Return lists as text, and text that a spreadsheet would run as a formula disarmed by a quote."""
+    """Return lists as text, and put a quote before text that a spreadsheet would run."""
     columns = {}
     for field in table.schema:
         if pa.types.is_list(field.type):
@@ -123,7 +123,9 @@ def _open(uri: str) -> pq.ParquetFile:
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
-    """Return the time at which a run began by its driver's clock; the start of its date if it did not note more.
+    """Return the time at which a run began by its driver's clock.
+
+    It is the start of the run's date if the run did not note more.
 
     A time in the future is replaced too: such a run would stay the newest of all.
     """
@@ -141,7 +143,7 @@ def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
 
 
 def _last_by_series(tables: list[pa.Table]) -> pa.Table:
-    """Join runs, oldest first, and keep each series' last row: by run, then time, then place in the file."""
+    """Join runs, oldest first, and keep each series' last row by run, time and order in the file."""
     joined = pa.concat_tables(
         [table.replace_schema_metadata(LEDGER_SCHEMA.metadata) for table in tables]
     )

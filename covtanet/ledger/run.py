@@ -80,7 +80,7 @@ class Run:
 
     @property
     def model_line(self) -> str:
-        """The name by which the model was asked for; the model's name if the run did not note more."""
+        """The name by which the model was asked for, else the model's name."""
         return self.model_ref or self.model_name
 
     def pseudonym(self, text: str) -> str:
@@ -128,7 +128,7 @@ class KnownRun:
         return str(self.description.get("archive")), str(model_line)
 
     def is_of(self, run: Run) -> bool:
-        """Return whether this run screened the same archive with a model that was asked for by the same name.
+        """Return whether this run screened the same archive with a model of the same name.
 
         A run of older software noted name and version of the model instead.
         """
@@ -153,12 +153,12 @@ def committed_uri(ledger: str, run_date: date, run_id: str) -> str:
 
 
 def latest_date() -> date:
-    """Return the latest date that a run may have: tomorrow in UTC, which is today in some time zone."""
+    """Return the latest date that a run may have: tomorrow in UTC, today in some time zone."""
     return datetime.now(UTC).date() + timedelta(days=1)
 
 
 def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
-    """Return all runs of a ledger, oldest first; a run with an unreadable run.json is left out and counted."""
+    """Return all runs of a ledger, oldest first; runs with an unreadable run.json are left out."""
     runs = []
     num_unreadable = 0
     for run_id in storage.list_names(work_root):
@@ -180,7 +180,7 @@ def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
 
 
 def choose_date(run: Run) -> date:
-    """Return the date of the newest unfinished run with the same key, so that it is continued; else today in UTC."""
+    """Return the date of the newest unfinished run with the same key, else today in UTC."""
     for known in reversed(known_runs(run.ledger, run.work_root)):
         is_same = all(known.description.get(name) == value for name, value in run.key.items())
         if is_same and not known.is_committed and not known.is_ahead:

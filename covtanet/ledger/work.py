@@ -59,7 +59,7 @@ def read_ignored(run: Run) -> pa.Table:
 
 
 def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]]:
-    """Return version and series keys of each folder as a run listed it; empty if the run noted none."""
+    """Return version and series keys of each folder as a run listed it, if it noted them."""
     uri = storage.join(work_root, run_id, "folders.parquet")
     if not storage.exists(uri):
         return {}
@@ -78,7 +78,7 @@ def finished_keys(run: Run) -> set[str]:
 
 
 def complete_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
-    """Return a ledger row: the record, the columns that are the same for the whole run, the time."""
+    """Return a ledger row: the record, the columns of the run, and the time."""
     columns = record.to_columns()
     row = {name: columns.get(name) for name in LEDGER_SCHEMA.names}
     row.update(

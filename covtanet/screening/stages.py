@@ -1,4 +1,4 @@
-"""The stages of screening one series: prepare, predict, measure. Pure, apart from reading the archive.
+"""The stages of screening one series: prepare, predict, measure. Only the first reads storage.
 
 prepare_series   manifest row -> PreparedSeries: bytes are fetched, decoded, lungs found
 predict_series   PreparedSeries -> PredictedSeries: the network marks lesions and diagnoses

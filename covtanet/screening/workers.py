@@ -1,7 +1,7 @@
 """The workers of a screening, one series at a time.
 
-Each counts an attempt before it touches a series and is ended by a watchdog if a series holds it too
-long: Ray then starts another worker with the same series, until the attempts are used up.
+Each counts an attempt before it touches a series and is ended by a watchdog if a series holds it
+too long: Ray then starts another worker with the same series, until the attempts are used up.
 """
 
 import faulthandler
