@@ -41,10 +41,12 @@ test-all: .venv/.installed ## run make test with the slow tests: every network o
 	@$(BIN)/python -m pytest tests/unit tests/integration -n 2 -m 'not faults'
 	@$(BIN)/python -m pytest tests/cluster tests/http -m 'not faults'
 
-check: .venv/.installed ## run ruff (lint and format) and mypy
+check: .venv/.installed ## run ruff (lint and format), mypy, and biome for the worklist page
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@if test -x $(BIN)/biome; then $(BIN)/biome ci --error-on-warnings covtanet/report/page; \
+	else echo "biome has no wheel for this machine: the worklist page is not linted"; fi
 
 bench: .venv/.installed ## measure ratios side by side, keep them under benchmarks/: make bench PART=network
 	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))

@@ -22,10 +22,11 @@ from covtanet import storage
 from covtanet.archive.fetch import fetch_series
 from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
-from covtanet.ct.nifti import MAX_SLICES
+from covtanet.ct.limits import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
 from covtanet.decoding import prepare
-from covtanet.decoding.prepare import Prepared, StoredMasks
+from covtanet.decoding.prepare import Prepared
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import (
     DecoderError,
     QcFlag,

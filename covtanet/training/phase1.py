@@ -12,9 +12,10 @@ from covtanet.model.baselines.blocks import Outputs
 from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
 from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, PhaseConfig, in_order
-from covtanet.training.metrics import count, counts_of
+from covtanet.training.loop import Phase, PhaseConfig
+from covtanet.training.metrics import count, metrics_of
 from covtanet.training.ranks import Ranks
+from covtanet.training.validation import sum_over_lanes
 
 
 class SliceBatch(NamedTuple):
@@ -79,18 +80,18 @@ def phase1(
         return supervised_sums(logits, batch.lesion_mask)
 
     def validate() -> dict[str, float]:
-        segnet.eval()
-        pixels = torch.zeros(4, dtype=torch.float64)
-        with torch.inference_mode(), config.autocast(device):
-            for batch in in_order(validation, lambda rows, _: slice_batch(rows, device)):
-                pixels += count(segnet(batch.slices) > 0, batch.lesion_mask > 0).cpu()
-        found = counts_of(ranks.sum(pixels))
-        return {
-            "val_dice": found.dice,
-            "val_iou": found.iou,
-            "val_sensitivity": found.sensitivity,
-            "val_specificity": found.specificity,
-        }
+        pixels = sum_over_lanes(
+            segnet,
+            validation,
+            lambda rows, _: slice_batch(rows, device),
+            lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+            4,
+            config.autocast(device),
+            ranks,
+        )
+        metrics = metrics_of(pixels)
+        names = ("dice", "iou", "sensitivity", "specificity")
+        return {f"val_{name}": metrics[name] for name in names}
 
     return Phase(
         module=segnet,

@@ -20,8 +20,10 @@ from covtanet.ct import nifti
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import load_model, save_model
 from covtanet.model.description import Capabilities, Preprocessing
-from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid, write_mosmed
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_mosmed
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,7 @@ def test_screening_by_champion_alias_names_its_version(
         path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file()
     )
     assert kept == sorted(
-        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2
+        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.json", "viewer.png"] * 2
     )
 
 
@@ -239,7 +241,8 @@ def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
     """Register the trained model with another bias of its lesion head; returns the version."""
     resolved = tracking.resolve_model("models:/covtanet/1", folder / f"source{bias}")
     model = load_model(resolved.folder)
-    model.network.segnet.filter[-1].bias.fill_(bias)
+    segnet: Any = model.network.segnet
+    segnet.filter[-1].bias.fill_(bias)
     save_model(folder / f"model{bias}", model)
     address = tracking.RunAddress(
         uri=cluster.environment["MLFLOW_TRACKING_URI"], experiment="altered", name=f"bias {bias}", key=f"bias {bias}",
