@@ -27,8 +27,9 @@ from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
 from covtanet.training.distributed import Place
 from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
-from covtanet.training.loop import PhaseConfig, Progress, fit
+from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.worker import slice_rows
 

@@ -13,9 +13,10 @@ from covtanet.model.covtanet import CovTANetConfig, JointClassifier
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.segnet import SegNetConfig, TASegNet
 from covtanet.training.feed import MemoryLane, Rows, Sampling
-from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import phase2
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 
 PX = 32

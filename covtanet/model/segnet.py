@@ -11,7 +11,7 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from covtanet.model.attention import TriLevelAttention
-from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER, EfficientNetEncoder, PlainEncoder, conv_block
+from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER, EfficientNetEncoder, FullSizeStem, PlainEncoder, conv_block
 
 OWN, SLICES = "TA-SegNet", "slices"
 
@@ -33,6 +33,10 @@ class SegNetConfig:
     decoder_tau: bool = True
     encoder_in_fusion: bool = True
     decoder_in_fusion: bool = True
+    stem_channels: int = 0
+    """Channels of a level of the slice's full size above an EfficientNet's levels; 0 for none (the
+    paper's V8). Without it V8's logits have half the slice's size, which alone holds a perfect map of
+    small lesions to a Dice of 0.87."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
@@ -40,6 +44,11 @@ class SegNetConfig:
             raise ValueError(f"widths has {len(self.widths)} level, expected at least 2")
         if self.encoder != "plain" and EFFICIENTNETS.get(self.encoder) != self.widths:
             raise ValueError(f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}")
+        if self.stem_channels < 0 or (self.stem_channels and self.encoder == "plain"):
+            raise ValueError(
+                f"stem_channels is {self.stem_channels} with encoder {self.encoder}, expected 0: "
+                "only an EfficientNet lacks the level of the full size"
+            )
 
     def row_of_table_i(self, row: str, encoder: str = V8_ENCODER) -> "SegNetConfig":
         """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
@@ -49,12 +58,17 @@ class SegNetConfig:
     @property
     def stride(self) -> int:
         """Pixels of the slice per pixel of the first level."""
-        return 1 if self.encoder == "plain" else 2
+        return 1 if self.encoder == "plain" or self.stem_channels else 2
+
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """Channels of E_1 .. E_N, the stem's among them."""
+        return (self.stem_channels, *self.widths) if self.stem_channels else self.widths
 
     @property
     def multiple(self) -> int:
         """What a slice's sides must be a multiple of."""
-        return int(self.stride * 2 ** (len(self.widths) - 1))
+        return int(self.stride * 2 ** (len(self.level_widths) - 1))
 
     @property
     def has_fusion(self) -> bool:
@@ -66,11 +80,12 @@ class SegNetConfig:
         """Channels of the fusion vector F_fus, or of what stands for one."""
         if self.network != OWN:
             return self.in_channels if self.network == SLICES else 1
-        return self.fusion_channels * len(self._fused_levels) if self.has_fusion else self.widths[0]
+        return self.fusion_channels * len(self._fused_levels) if self.has_fusion else self.level_widths[0]
 
     @property
     def _fused_levels(self) -> range:
-        return range(len(self.widths) if self.encoder_in_fusion else len(self.widths) - 1)
+        num_levels = len(self.level_widths)
+        return range(num_levels if self.encoder_in_fusion else num_levels - 1)
 
 
 TABLE_I: dict[str, dict[str, Any]] = {
@@ -96,12 +111,14 @@ class TASegNet(nn.Module):
     def __init__(self, config: SegNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths = config.widths
+        widths = config.level_widths
         self.encoder = (
             PlainEncoder(config.in_channels, widths)
             if config.encoder == "plain"
             else EfficientNetEncoder(config.encoder, config.in_channels)
         )
+        # Beside the encoder, whose published weights it is no part of.
+        self.stem = FullSizeStem(config.in_channels, config.stem_channels) if config.stem_channels else None
         self.encoder_taus = _units(widths, config.encoder_tau)
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(deep, width, 2, stride=2) for width, deep in itertools.pairwise(widths)
@@ -122,7 +139,8 @@ class TASegNet(nn.Module):
             self.filter = nn.Sequential(nn.Conv2d(widths[0], 1, 1))
 
     def _level_channels(self, level: int) -> int:
-        width, is_bottom = self.config.widths[level], level == len(self.config.widths) - 1
+        widths = self.config.level_widths
+        width, is_bottom = widths[level], level == len(widths) - 1
         return width * (int(self.config.encoder_in_fusion) + int(self.config.decoder_in_fusion and not is_bottom))
 
     def forward(self, slices: Tensor) -> Tensor:
@@ -136,7 +154,10 @@ class TASegNet(nn.Module):
             slices.shape[2] % multiple or slices.shape[3] % multiple
         ):
             raise ValueError(f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}")
-        encoded = [tau(level) for tau, level in zip(self.encoder_taus, self.encoder(slices), strict=True)]
+        levels = self.encoder(slices)
+        if self.stem is not None:
+            levels = [self.stem(slices), *levels]
+        encoded = [tau(level) for tau, level in zip(self.encoder_taus, levels, strict=True)]
         decoded = self._decode(encoded)
         fused = self._fuse(encoded, decoded)
         logits: Tensor = self.filter(fused)

@@ -10,53 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from covtanet.training.feed import Lane, Rows, seed_of, steps
+from covtanet.training.optimizer import (
+    AVERAGE,
+    WeightAverage,
+    clip_gradients,
+    make_optimizer,
+    set_rate,
+)
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.step import Named, backward, check_gradients
 
 B = TypeVar("B", bound=Named)
 State = dict[str, Tensor]
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """One phase's optimization. The defaults are the paper's: Adam, 1e-5, decayed by 0.99 every 10 epochs.
-
-    batch_size: samples of a micro-batch, over which batch norm takes its statistics. micro_batches: how many make an
-    optimizer step, shared out over the workers; more than one for each is gradient accumulation.
-    stop_after_epochs: without a better validation, the phase ends. precision: ``auto`` is bfloat16 on a GPU with it.
-
-    Choice: number of epochs, batch size and early stop, which the paper does not give.
-    """
-
-    num_epochs: int = 100
-    batch_size: int = 4
-    micro_batches: int = 2
-    learning_rate: float = 1e-5
-    decay: float = 0.99
-    decay_epochs: int = 10
-    stop_after_epochs: int = 20
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        counts = (self.num_epochs, self.batch_size, self.micro_batches, self.decay_epochs, self.stop_after_epochs)
-        if min(counts) < 1 or not self.learning_rate > 0 or not self.decay > 0:
-            raise ValueError(
-                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1, "
-                "learning_rate and decay above 0"
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}")
-
-    def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch (Section III-B)."""
-        return self.learning_rate * self.decay ** (epoch // self.decay_epochs)
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of every forward pass."""
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        enabled = self.precision == "bfloat16" or (self.precision == "auto" and has_bf16)
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,29 +75,36 @@ def fit(
         ValueError: where a lane has less than one micro-batch.
     """
     named = {name: value for name, value in phase.module.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.Adam(named.values(), lr=config.learning_rate)
+    optimizer = make_optimizer(config, phase.module)
+    average = WeightAverage(phase.module, config.average_decay) if config.average_decay else None
     if progress.history:
         phase.module.load_state_dict(progress.weights)
         _load_optimizer(optimizer, named, progress.optimizer)
+        if average:
+            average.restore(progress.optimizer)
     statistics = LaneStatistics(phase.module, len(lanes), ranks)
     while not is_finished(config, progress):
         epoch = len(progress.history)
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(epoch)
         metrics = {"epoch": float(epoch), "learning_rate": config.rate(epoch)}
-        metrics |= _train_epoch(phase, lanes, optimizer, statistics, seed, epoch)
+        metrics |= _train_epoch(config, phase, lanes, optimizer, average, statistics, seed, epoch)
         statistics.average()
+        weights = _copy(phase.module.state_dict())
+        if average:  # what is validated, and may become the best, are the averaged weights
+            phase.module.load_state_dict(average.parameters(), strict=False)
+        judged = _copy(phase.module.state_dict()) if average else weights
         metrics |= phase.validate() | attention_weights(phase.module)
+        if average:
+            phase.module.load_state_dict(weights)
         best = progress.history[progress.best_epoch] if progress.history else None
         # Without any number to compare, as where nothing is held back to validate, the last epoch counts.
         is_better = best is None or math.isnan(phase.score(best)) or phase.score(metrics) > phase.score(best)
         metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
-        weights = _copy(phase.module.state_dict())
+        moments = _optimizer_state(optimizer, named)
         progress = Progress(
             history=[*progress.history, metrics],
             weights=weights,
-            best=weights if is_better else progress.best,
-            optimizer=_optimizer_state(optimizer, named),
+            best=judged if is_better else progress.best,
+            optimizer=moments | (average.checkpoint() if average else {}),
         )
         report(progress)
     return progress
@@ -144,9 +117,11 @@ def is_finished(config: PhaseConfig, progress: Progress) -> bool:
 
 
 def _train_epoch(
+    config: PhaseConfig,
     phase: Phase[B],
     lanes: dict[int, Lane],
     optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
     statistics: LaneStatistics,
     seed: int,
     epoch: int,
@@ -159,6 +134,7 @@ def _train_epoch(
         raise ValueError("a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches")
     feed = steps(list(lanes.values()), epoch, num_steps)
     for number in range(num_steps):
+        set_rate(optimizer, config.rate(epoch + number / num_steps))
         asked = time.perf_counter()
         rows = next(feed)
         waited += time.perf_counter() - asked
@@ -167,7 +143,10 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         losses.append(backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds))
         check_gradients(phase.module, batches, statistics.ranks)
+        clip_gradients(config, phase.module.parameters())
         optimizer.step()
+        if average:
+            average.update()
     spent = time.perf_counter() - started
     return {
         "train_loss": sum(losses) / num_steps,
@@ -203,6 +182,8 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Param
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State) -> None:
     for key, value in state.items():
+        if key.startswith(AVERAGE):
+            continue
         name, _, entry = key.rpartition("/")
         parameter = named[name]
         # Adam keeps its count of steps on the CPU.

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.model.baselines.blocks import Outputs
-from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
+from covtanet.model.losses import (
+    CrossEntropyDiceConfig,
+    FocalTverskyConfig,
+    LossTerms,
+    loss_terms,
+)
 from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, PhaseConfig, in_order
+from covtanet.training.loop import Phase, in_order
 from covtanet.training.metrics import count, counts_of
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 
 
@@ -35,32 +41,39 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), volumes_of(rows))
 
 
-def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor) -> Tensor:
-    """``overlap_sums`` of every map that a network gives in training, (3 K,).
+def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None) -> Tensor:
+    """The loss's sums of every map that a network gives in training, (K * num_sums,).
 
     Choice: the same loss on all of them, its mean over them, so that every network of a table is trained alike; an edge
     map is held against the masks' outline.
     """
+    terms = terms or loss_terms(FocalTverskyConfig())
     if isinstance(found, Tensor):
-        return overlap_sums(found, lesion_mask)
-    parts = [overlap_sums(each, lesion_mask) for each in torch.split(found.masks, 1, 1)]
+        return terms.sums(found, lesion_mask)
+    parts = [terms.sums(each, lesion_mask) for each in torch.split(found.masks, 1, 1)]
     if found.edge is not None:
         outline = F.max_pool2d(lesion_mask, 3, 1, 1) + F.max_pool2d(-lesion_mask, 3, 1, 1)
-        parts.append(overlap_sums(found.edge, outline))
+        parts.append(terms.sums(found.edge, outline))
     return torch.cat(parts)
+
+
+def supervised_loss(total: Tensor, terms: LossTerms) -> Tensor:
+    """The mean loss of all maps from their added-up sums, a scalar."""
+    return torch.stack([terms.loss(sums) for sums in total.view(-1, terms.num_sums)]).mean()
 
 
 def phase1(
     segnet: nn.Module,
     model: nn.Module,
     config: PhaseConfig,
-    loss_config: FocalTverskyConfig,
+    loss_config: FocalTverskyConfig | CrossEntropyDiceConfig,
     validation: Sequence[Lane],
     ranks: Ranks,
     augmenter: Augmenter | None = None,
 ) -> Phase[SliceBatch]:
-    """Segmentation by the focal Tversky loss, judged by pooled Dice. model: segnet, wrapped where there are ranks."""
+    """Segmentation by the configured loss, judged by pooled Dice. model: segnet, wrapped where there are ranks."""
     device = next(segnet.parameters()).device
+    terms = loss_terms(loss_config)
 
     def batch_of(rows: Rows, seed: int) -> SliceBatch:
         batch = slice_batch(rows, device)
@@ -72,7 +85,7 @@ def phase1(
     def sums(batch: SliceBatch) -> Tensor:
         with config.autocast(device):
             logits = model(batch.slices)
-        return supervised_sums(logits, batch.lesion_mask)
+        return supervised_sums(logits, batch.lesion_mask, terms)
 
     def validate() -> dict[str, float]:
         segnet.eval()
@@ -93,7 +106,7 @@ def phase1(
         model=model,
         batch_of=batch_of,
         sums=sums,
-        loss=lambda total: torch.stack([focal_tversky(each, loss_config) for each in total.view(-1, 3)]).mean(),
+        loss=lambda total: supervised_loss(total, terms),
         validate=validate,
         score=lambda metrics: metrics["val_dice"],
     )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, PhaseConfig, in_order
+from covtanet.training.loop import Phase, in_order
 from covtanet.training.metrics import count, counts_of
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 
 SLICES_AT_ONCE = 8

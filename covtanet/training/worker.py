@@ -28,9 +28,10 @@ from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import Augmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling, seed_of
-from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import frozen_features, phase2
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import FILES, load_progress, save_progress
 

@@ -22,6 +22,8 @@ ALLOWED = {
     "tracking": {"model.checkpoint", "storage"},
     "training": {"ct", "data", "evaluation", "model", "ray_data", "report", "storage", "tracking"},
     "evaluation": {
+        "ct.lung_box",
+        "ct.window",
         "data",
         "model",
         "ray_data",

@@ -18,7 +18,8 @@ from covtanet.training import experiment
 from covtanet.training.config import TrainingConfig
 from covtanet.training.experiment import Experiment, Outcome
 from covtanet.training.feed import MemoryLane, Rows, Sampling
-from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.loop import Phase, Progress, fit
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import load_progress, save_progress
 

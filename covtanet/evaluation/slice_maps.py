@@ -1,0 +1,88 @@
+"""Lesion maps of the slices of a series at the source's resolution, and their counts; as screening makes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from covtanet.ct.lung_box import box_from_input, box_to_input
+from covtanet.ct.window import INTENSITY_STEPS, WindowConfig
+from covtanet.data.slice_file import GREY_STEPS, SliceFile
+
+BATCH_SIZE = 32
+# The axes that are flipped: none, left to right, top to bottom, both.
+FLIPS: tuple[tuple[int, ...], ...] = ((), (3,), (2,), (2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceMaps:
+    """Probabilities of lesion (S, y, x) in [0, 1] on the slices with lung, without and with flips."""
+
+    single: NDArray[np.float32]
+    flipped: NDArray[np.float32]
+
+
+def lung_slices_with_neighbours(
+    slices: SliceFile, size_px: int, channels: int, fill: int
+) -> NDArray[np.uint16]:
+    """Network input of the slices with lung, (S, channels, size, size) uint16.
+
+    The same crop and resize as in screening. At the ends of a series, and if slices in a row are not
+    neighbours, a slice repeats itself.
+    """
+    window = WindowConfig(low_hu=0.0, high_hu=float(GREY_STEPS), size_px=size_px)
+    levels = box_to_input(slices.grey, slices.box, window, fill)
+    shown = np.flatnonzero(slices.has_lung)
+    reach = 1 if slices.is_continuous and channels > 1 else 0
+    steps = (-reach, 0, reach) if channels > 1 else (0,)
+    rows = np.stack([np.clip(shown + step, 0, len(levels) - 1) for step in steps], axis=1)
+    return levels[rows]
+
+
+def predict_maps(
+    module: nn.Module, slices: SliceFile, size_px: int, channels: int, fill: int
+) -> SliceMaps:
+    """Predict the slices with lung in float32. module: in eval mode."""
+    device = next(module.parameters()).device
+    levels = lung_slices_with_neighbours(slices, size_px, channels, fill)
+    shape = (slices.grey.shape[1], slices.grey.shape[2])
+    out = [np.empty((len(levels), *shape), np.float32) for _ in range(2)]
+    for start in range(0, len(levels), BATCH_SIZE):
+        batch = levels[start : start + BATCH_SIZE].astype(np.float32) / INTENSITY_STEPS
+        maps = _probabilities(module, torch.from_numpy(batch).to(device))
+        for offset, pair in enumerate(maps.cpu().numpy()):
+            for variant in range(2):
+                out[variant][start + offset] = box_from_input(pair[variant], slices.box, shape)
+    return SliceMaps(single=out[0], flipped=out[1])
+
+
+@torch.inference_mode()
+def _probabilities(module: nn.Module, batch: Tensor) -> Tensor:
+    """(B, 2, size, size): without flips, and the mean over four."""
+    images = batch.contiguous(memory_format=torch.channels_last)
+    found = []
+    for axes in FLIPS:
+        logits = module(torch.flip(images, axes) if axes else images)
+        p = torch.sigmoid(logits.float())
+        found.append(torch.flip(p, axes) if axes else p)
+    return torch.cat([found[0], torch.stack(found).mean(0)], 1)
+
+
+def slice_counts(
+    probabilities: Tensor, truth: Tensor, thresholds: Sequence[float]
+) -> NDArray[np.int64]:
+    """Count TP, FP and FN of each slice at each threshold, (thresholds, S, 3).
+
+    probabilities, truth (bool): (S, y, x) on one device.
+    """
+    lesion = truth.sum((1, 2))
+    rows = []
+    for threshold in thresholds:
+        predicted = probabilities >= threshold
+        tp = (predicted & truth).sum((1, 2))
+        rows.append(torch.stack([tp, predicted.sum((1, 2)) - tp, lesion - tp], 1))
+    counts: NDArray[np.int64] = torch.stack(rows).cpu().numpy()
+    return counts
