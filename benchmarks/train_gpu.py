@@ -36,6 +36,8 @@ WARM_LIMIT_S, COMPILE_LIMIT_S = 130, 75
 COMPILED = ("V8", "V7", "V8 without TAU")
 # Seconds that one training of the comparison may take: of the main rows, of the others.
 LONGEST_S, LONGEST_OTHERS_S = 80.0, 40.0
+# A long training does not start with less time left.
+MIN_LONG_S = 30.0
 # Networks of the comparison: these in all folds, then all others in the first fold, in this order.
 FIRST = ("Unet", "V8", "V8 without TAU", "V7")
 SECOND = (
@@ -71,6 +73,9 @@ class Run:
 
     def long(self, label: str, tested: tuple[str, ...], num_steps: int, seed: int) -> None:
         """V8 for long; the folds are tested, and what ships has nothing to be tested on."""
+        if self.trial.left_s < MIN_LONG_S:
+            self.trial.say(f"{label}: left out, {self.trial.left_s:.0f} s left")
+            return
         try:
             trained = self.trial.train("V8", tested, num_steps, seed)
         except FloatingPointError as error:  # must not cost the other trainings
@@ -127,6 +132,13 @@ class Run:
         trial.say(f"inference, slices a second: {trial.figures['inference_slices_per_s']}")
         self.comparison()
 
+    def rest(self, fold: int, num_steps: int) -> None:
+        """V8 on one fold for long, then V8 at the comparison's steps: what a cut run left out."""
+        self.trial.figures["long_steps"] = num_steps
+        self.long(f"V8 fold {fold}", FOLDS[fold], num_steps, fold)
+        for number in (fold, *(other for other in range(len(FOLDS)) if other != fold)):
+            self.compare("V8", number)
+
     def comparison(self) -> None:
         """Equal steps for all: the main rows in all folds, the rest in the first, then in all."""
         for name in FIRST:
@@ -158,6 +170,13 @@ def start_warmers(arguments: argparse.Namespace) -> dict[str, subprocess.Popen[b
     }  # fmt: skip
 
 
+def checked(trial: Trial) -> None:
+    try:
+        check(trial)
+    except Exception as error:  # a difference is reported; a device that cannot train fails next
+        trial.say(f"check failed: {type(error).__name__}: {error}")
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--data", type=Path, required=True)
@@ -165,6 +184,8 @@ def main() -> int:
     options.add_argument("--budget-s", type=float, default=520.0)
     options.add_argument("--toy", action="store_true")
     options.add_argument("--eager", action="store_true", help="compile nothing")
+    options.add_argument("--fold", type=int, help="V8 on this fold alone, then at fewer steps")
+    options.add_argument("--steps", type=int, default=1000, help="with --fold: of the long training")
     options.add_argument("--warm", default="", help="compile this network and end")
     arguments = options.parse_args()
     started_s = time.perf_counter()
@@ -177,7 +198,8 @@ def main() -> int:
     if arguments.warm:
         return warm(arguments.data, weights, arguments.warm, scale, device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    warmers = {} if arguments.toy or arguments.eager else start_warmers(arguments)
+    is_eager = arguments.toy or arguments.eager or arguments.fold is not None
+    warmers = {} if is_eager else start_warmers(arguments)
     trial = Trial(
         scale=scale,
         series=load_all(arguments.data, scale.slice_stride),
@@ -193,11 +215,11 @@ def main() -> int:
     }  # fmt: skip
     trial.say(f"{name}, torch {torch.__version__}, {len(trial.series)} series")
     try:
-        check(trial)
-    except Exception as error:  # a difference is reported; a device that cannot train fails next
-        trial.say(f"check failed: {type(error).__name__}: {error}")
-    try:
-        Run(trial, warmers).go()
+        if arguments.fold is None:
+            checked(trial)
+            Run(trial, warmers).go()
+        else:
+            Run(trial, warmers).rest(arguments.fold, arguments.steps)
     finally:
         for warmer in warmers.values():
             warmer.kill()
