@@ -1,4 +1,4 @@
-# make demo | screen | test | check | bench; everything is installed into .venv at the exact versions of constraints.txt
+# `make` lists the targets. Everything is installed into .venv, at the exact versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
@@ -15,51 +15,58 @@ install: .venv/.installed ## make .venv and install everything into it
 	@echo "installing into .venv (some minutes, about 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@# Ray starts processes all the time; without bytecode each compiles torch and ray anew. Not every file of every package compiles.
+	@# Ray starts many processes; without bytecode every one compiles torch and ray anew. Some files of some packages do not compile.
 	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') || true
 	@touch $@
 
-demo: .venv/.installed ## phantoms -> training -> registry -> screening -> ledger and pictures, in .demo/ (10 minutes)
-	@$(BIN)/python infra/local/demo.py
+demo: .venv/.installed ## run everything on phantoms: training, registry, screening, ledger, pictures in .demo/ (10 minutes)
+	@$(BIN)/python -m infra.local.demo
 
-screen: .venv/.installed ## screen your own: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]
-	@$(BIN)/python infra/local/screen.py "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
+screen: .venv/.installed ## screen your series: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]
+	@$(BIN)/python -m infra.local.screen "$(ARCHIVE)" "$(LEDGER)" "$(MODEL)"
 
-serve: .venv/.installed ## S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
-	@$(BIN)/python infra/local/endpoint.py
+serve: .venv/.installed ## run S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
+	@$(BIN)/python -m infra.local.serve
 
-stop: .venv/.installed ## end what make serve started
-	@$(BIN)/python infra/local/endpoint.py --stop
+stop: .venv/.installed ## end a make serve
+	@$(BIN)/python -m infra.local.serve --stop
 
-test: .venv/.installed ## the test suite (16 minutes on two cores)
-	@$(BIN)/python -m pytest tests/unit -n 2
-	@$(BIN)/python -m pytest tests/cluster
+# Unit and integration tests run on two processes. Those of cluster and http share one Ray, so they
+# run in one process; http comes last, because the endpoint holds a CPU that screenings would use.
+test: .venv/.installed ## run the tests (16 minutes on two cores)
+	@$(BIN)/python -m pytest tests/unit tests/integration -n 2
+	@$(BIN)/python -m pytest tests/cluster tests/http
 
-test-all: .venv/.installed ## make test, and what takes many minutes: every network of the tables
-	@$(BIN)/python -m pytest tests/unit -n 2 -m ''
-	@$(BIN)/python -m pytest tests/cluster -m ''
+test-all: .venv/.installed ## run make test with the slow tests: every network of the paper's tables
+	@$(BIN)/python -m pytest tests/unit tests/integration -n 2 -m 'not faults'
+	@$(BIN)/python -m pytest tests/cluster tests/http -m 'not faults'
 
-check: .venv/.installed ## ruff (lint and format) and mypy
+check: .venv/.installed ## run ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/.installed ## ratios measured side by side, kept under benchmarks/
-	@$(BIN)/python benchmarks/bench.py
+bench: .venv/.installed ## measure ratios side by side, keep them under benchmarks/: make bench PART=network
+	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))
 
-faults: .venv/.installed ## real kills against real jobs: make faults SUITE=screening (or training, serve, all)
-	@$(BIN)/python infra/local/faults.py --suite $(or $(SUITE),all)
+FAULTS_training := tests/faults/test_training_faults.py
+FAULTS_screening := tests/faults/test_screening_faults.py
+FAULTS_serve := tests/faults/test_serving_faults.py
+FAULTS_all := tests/faults
 
-fuzz: .venv/.installed ## look for bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
-	@$(BIN)/python tests/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
+faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, all)
+	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve or all))
 
-audit: .venv/.installed ## known holes in what constraints.txt installs, where the network reaches the advisories
+fuzz: .venv/.installed ## search bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
+	@$(BIN)/python tests/support/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
+
+audit: .venv/.installed ## list known vulnerabilities of the packages in constraints.txt; needs the network
 	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit
 	@.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
-lock: .venv/.installed ## infra/image/requirements.txt anew from constraints.txt, with hashes, where the network reaches the index
+lock: .venv/.installed ## write infra/image/requirements.txt with hashes from constraints.txt; needs the network
 	@$(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
 	@$(BIN)/python infra/image/lock.py --uv .venv/lock/bin/uv
 
-clean: ## remove what the demo and the benchmark left
+clean: ## remove the files of demo, benchmarks and fuzzing
 	rm -rf .demo .bench .fuzz

@@ -1,4 +1,7 @@
-"""The training half of make bench: Ray's step against a plain data-parallel loop, waiting for data, feature cache."""
+"""A training step under Ray against a plain data-parallel loop, waits for data, the feature cache.
+
+On a GPU the rate of training at the paper's size too.
+"""
 
 import json
 import shutil
@@ -6,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,13 +19,16 @@ import ray
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import WORK, Result, say
 from covtanet import tracking
 from covtanet.data.folds import Split
-from covtanet.data.phantom_archive import configs, write_training_set
+from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.segnet import TASegNet
+from covtanet.phantoms.archive import configs, write_training_set
 from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
 from covtanet.training.distributed import Place
@@ -41,27 +47,29 @@ CONFIG = TrainingConfig(size="small", num_folds=2, folds=(0,), phase1=PHASE1, ph
 MIN_LOGICAL_CPUS = 4
 
 
-def step_s(history: list[dict[str, float]]) -> float:
-    """Seconds of a step, median of the epochs that count."""
+History = list[dict[str, float]]
+
+
+def step_s(history: History) -> float:
+    """Return the seconds of a step, median of the epochs that count."""
     return statistics.median(epoch["step_s"] for epoch in history[1:])
 
 
-def wait_share(history: list[dict[str, float]]) -> float:
-    """Share of the time that a worker waits for data, mean of the epochs that count."""
+def wait_share(history: History) -> float:
+    """Return the share of the time that a worker waits for data, mean of the epochs that count."""
     return statistics.mean(epoch["data_wait_share"] for epoch in history[1:])
 
 
 def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: str) -> None:
-    """One rank of the plain loop: torch.distributed, samples in memory, no Ray."""
+    """Train on one rank of the plain loop: torch.distributed, samples in memory, no Ray."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=count)
     torch.manual_seed(0)
     segnet = TASegNet(CONFIG.architecture.segnet)
-    segnet.to(memory_format=torch.channels_last)
+    segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(segnet, forward_sync_buffers=False)
-    tables = [pq.read_table(path) for path in lanes[index]]
-    parts = [slice_rows(table, CONFIG.window.size_px) for table in tables]
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    volumes = [slice_rows(pq.read_table(path), CONFIG.window.size_px) for path in lanes[index]]
+    rows = {name: np.concatenate([volume[name] for volume in volumes]) for name in volumes[0]}
     lane = MemoryLane(rows, Sampling(batch_size=PHASE1.batch_size), index)
     ranks = Ranks(index=index, count=count)
     phase = phase1(segnet, model, PHASE1, FocalTverskyConfig(), [], ranks)
@@ -71,107 +79,146 @@ def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: 
     dist.destroy_process_group()
 
 
-def plain_loop(lanes: list[list[str]]) -> list[dict[str, float]]:
-    """The plain loop on two processes; its history."""
+def plain_loop(lanes: list[list[str]]) -> History:
+    """Train with a process for each lane; return the history."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "history.json"
-        ranks = [
-            get_context("spawn").Process(
-                target=plain_rank, args=(index, len(lanes), lanes, f"{folder}/store", str(out))
-            )
-            for index in range(len(lanes))
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        history: list[dict[str, float]] = json.loads(out.read_text())
+        processes = []
+        for index in range(len(lanes)):
+            arguments = (index, len(lanes), lanes, f"{folder}/store", str(out))
+            process = get_context("spawn").Process(target=plain_rank, args=arguments)
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
+        history: History = json.loads(out.read_text())
         return history
 
 
-def place(folder: Path, name: str) -> Place:
-    """Where one measured training keeps its checkpoints."""
-    run = tracking.RunAddress(uri=f"sqlite:///{folder}/mlflow.db", experiment="bench", name=name, key=name)
-    return Place(storage_uri=str(folder / "checkpoints"), name=f"{name}-{time.time_ns()}", run=run)
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """Prepared volumes, their split, and the folder of all measured trainings."""
+
+    folder: Path
+    volumes: dict[str, PreparedVolume]
+    split: Split
+
+    @property
+    def uri(self) -> str:
+        """The folder of the prepared volumes."""
+        return str(self.folder / "prepared")
+
+    def checkpoints(self, name: str) -> Place:
+        """Return the location of a measured training's checkpoints."""
+        run = tracking.RunAddress(
+            uri=f"sqlite:///{self.folder}/mlflow.db", experiment="bench", name=name, key=name
+        )
+        storage_uri = str(self.folder / "checkpoints")
+        return Place(storage_uri=storage_uri, name=f"{name}-{time.time_ns()}", run=run)
+
+    def train_phase1(self, name: str, config: TrainingConfig) -> History:
+        """Train phase 1 under Ray; return the history."""
+        say(f"phase 1 under Ray, {name}")
+        location = self.checkpoints(name)
+        return distributed.train_phase1(
+            config, self.volumes, self.split, self.uri, location
+        ).history
+
+    def lanes(self) -> list[list[str]]:
+        """Return the files of the prepared volumes, lane by lane."""
+        num_slices = {key: len(self.volumes[key].slices) for key in self.split.train}
+        lanes = []
+        for keys in assign_lanes(num_slices, PHASE1.micro_batches):
+            lanes.append([distributed.prepared_uri_of(self.uri, key) for key in keys])
+        return lanes
 
 
-def measure(folder: Path, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
-    """(what, value, wanted) of every figure."""
+def measure() -> list[Result]:
+    """(t) phase 1 in three ways, phase 2 in two, and a GPU if there is one."""
+    folder = WORK / "training"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    volumes = write_training_set(str(folder / "data"), configs(NUM_VOLUMES, 55), 2)
-    ray.init(address="local", num_cpus=MIN_LOGICAL_CPUS, include_dashboard=False, log_to_driver=False)
+    labelled = write_training_set(str(folder / "data"), configs(NUM_VOLUMES, 55), 2)
+    ray.init(
+        address="local", num_cpus=MIN_LOGICAL_CPUS, include_dashboard=False, log_to_driver=False
+    )
     try:
-        return _measure(folder, volumes, say)
+        data = _prepare(folder, labelled)
+        results = [*_measure_phase1(data), *_measure_phase2(data)]
     finally:
         ray.shutdown()
+    if torch.cuda.is_available():
+        results += measure_device()
+    return results
 
 
-def _measure(folder: Path, labelled: list, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
-    prepared_uri = str(folder / "prepared")
-    found = distributed.prepare_volumes(
-        labelled, str(folder / "data"), prepared_uri, CONFIG.window, CONFIG.slice_step_mm
+def _prepare(folder: Path, labelled: list[LabelledVolume]) -> PreparedData:
+    prepared = distributed.prepare_volumes(
+        labelled,
+        str(folder / "data"),
+        str(folder / "prepared"),
+        CONFIG.window,
+        CONFIG.slice_step_mm,
     )
-    volumes = {volume.key: volume for volume in found}
+    volumes = {volume.key: volume for volume in prepared}
     keys = sorted(volumes)
     split = Split(train=tuple(keys[NUM_HELD:]), validation=tuple(keys[:NUM_HELD]), test=())
-    lanes = assign_lanes({key: len(volumes[key].slices) for key in split.train}, PHASE1.micro_batches)
-    paths = [[distributed.prepared_uri_of(prepared_uri, key) for key in lane] for lane in lanes]
+    return PreparedData(folder=folder, volumes=volumes, split=split)
 
-    def under_ray(name: str, config: TrainingConfig) -> list[dict[str, float]]:
-        say(f"phase 1 under Ray, {name}")
-        return distributed.train_phase1(config, volumes, split, prepared_uri, place(folder, name)).history
 
-    plain, cached, streamed = [], [], []
+def _measure_phase1(data: PreparedData) -> list[Result]:
+    """Measure the plain loop and both kinds of lanes in turns, twice; the faster turn counts."""
+    lanes = data.lanes()
+    plain: list[History] = []
+    under_ray: dict[str, list[History]] = {
+        "samples kept in memory": [],
+        "streamed every epoch": [],
+    }
     for turn in range(2):
         say("phase 1, plain loop")
-        plain.append(plain_loop(paths))
-        cached.append(under_ray(f"memory{turn}", CONFIG))
-        streamed.append(under_ray(f"stream{turn}", replace(CONFIG, cache_bytes=1)))
-    base = min(step_s(history) for history in plain)
-    rows = [
-        (
-            f"phase-1 step under Ray Train and Ray Data, {name}, over the plain loop's ({base:.2f} s)",
-            f"{min(step_s(history) for history in histories) / base:.2f} x",
-            "<= 1.1 x",
-        )
-        for name, histories in (("samples kept in memory", cached), ("streamed every epoch", streamed))
-    ]
-    rows += [
-        (f"a worker waits for data, {name}", f"{100 * max(wait_share(h) for h in histories):.1f} %", "<= 10 %")
-        for name, histories in (("samples kept in memory", cached), ("streamed every epoch", streamed))
-    ]
-    return rows + _measure_cache(folder, volumes, split, prepared_uri, say)
+        plain.append(plain_loop(lanes))
+        cached = data.train_phase1(f"memory{turn}", CONFIG)
+        under_ray["samples kept in memory"].append(cached)
+        # A cache of one byte holds no sample: every epoch reads them anew.
+        streamed = data.train_phase1(f"stream{turn}", replace(CONFIG, cache_bytes=1))
+        under_ray["streamed every epoch"].append(streamed)
+    base = min(map(step_s, plain))
+    over = f"over the plain loop's ({base:.2f} s)"
+    results = []
+    for kind, histories in under_ray.items():
+        ratio = min(map(step_s, histories)) / base
+        name = f"phase-1 step under Ray Train and Ray Data, {kind}, {over}"
+        results.append(Result("t", name, f"{ratio:.2f} x", "<= 1.1 x"))
+    for kind, histories in under_ray.items():
+        share = f"{100 * max(map(wait_share, histories)):.1f} %"
+        results.append(Result("t", f"a worker waits for data, {kind}", share, "<= 10 %"))
+    return results
 
 
-def _measure_cache(
-    folder: Path, volumes: dict[str, PreparedVolume], split: Split, prepared_uri: str, say: Callable[[str], None]
-) -> list[tuple[str, str, str]]:
+def _measure_phase2(data: PreparedData) -> list[Result]:
     torch.manual_seed(0)
-    state = {name: value.contiguous() for name, value in TASegNet(CONFIG.architecture.segnet).state_dict().items()}
+    segnet = TASegNet(CONFIG.architecture.segnet)
+    state = {name: value.contiguous() for name, value in segnet.state_dict().items()}
     steps = {}
     for name, is_cached in (("cached", True), ("recomputed", False)):
         say(f"phase 2, features {name}")
         config = replace(CONFIG, cache_features=is_cached)
-        progress = distributed.train_phase2(config, volumes, split, prepared_uri, place(folder, name), state)
-        steps[name] = step_s(progress.history)
-    return [
-        (
-            "phase-2 step, features recomputed every epoch over cached",
-            f"{steps['recomputed'] / steps['cached']:.1f} x",
-            "",
+        progress = distributed.train_phase2(
+            config, data.volumes, data.split, data.uri, data.checkpoints(name), state
         )
-    ]
+        steps[name] = step_s(progress.history)
+    ratio = steps["recomputed"] / steps["cached"]
+    name = "phase-2 step, features recomputed every epoch over cached"
+    return [Result("t", name, f"{ratio:.1f} x")]
 
 
-def measure_device() -> list[tuple[str, str, str]]:
-    """Training speed at the paper's size and its share of the device's own matrix rate, in one run; on a GPU."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def measure_device() -> list[Result]:
+    """Measure training at the paper's size on a GPU, and its share of the GPU's matrix rate."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
     config = TrainingConfig()
-    segnet = TASegNet(config.architecture.segnet).to(device, memory_format=torch.channels_last)
+    segnet = TASegNet(config.architecture.segnet)
+    segnet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = torch.rand(8, 1, config.window.size_px, config.window.size_px, device=device)
     optimizer = torch.optim.Adam(segnet.parameters())
 
@@ -185,18 +232,24 @@ def measure_device() -> list[tuple[str, str, str]]:
     with FlopCounterMode(display=False) as counter:
         segnet(batch[:1])
     matrix = torch.rand(8192, 8192, device=device, dtype=dtype)
-    rates = []
-    for work, rounds in ((lambda: matrix @ matrix, 50), (step, 20)):
-        for _ in range(3):
-            work()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(rounds):
-            work()
-        torch.cuda.synchronize()
-        rates.append(rounds / (time.perf_counter() - started))
-    peak, flops = rates[0] * 2 * 8192**3, 3 * counter.get_total_flops() * len(batch) * rates[1]
+    peak = _rate(lambda: matrix @ matrix, 50) * 2 * 8192**3
+    slices_per_s = _rate(step, 20) * len(batch)
+    # A backward pass takes twice the operations of its forward pass.
+    flops = 3 * counter.get_total_flops() * slices_per_s
+    name = f"slices a second in training, {config.window.size_px} x {config.window.size_px}"
     return [
-        ("slices a second in training, 512 x 512, bfloat16", f"{rates[1] * len(batch):.0f}", ""),
-        ("share of the device's own bfloat16 matrix rate", f"{flops / peak:.2f}", ""),
+        Result("t", f"{name}, bfloat16", f"{slices_per_s:.0f}"),
+        Result("t", "share of the device's own bfloat16 matrix rate", f"{flops / peak:.2f}"),
     ]
+
+
+def _rate(work: Callable[[], object], rounds: int) -> float:
+    """Return how often a second the GPU does a work, after three rounds that do not count."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        work()
+    torch.cuda.synchronize()
+    return rounds / (time.perf_counter() - started)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from covtanet.errors import ConfigError
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.training.config import TrainingConfig
 
 T = TypeVar("T")

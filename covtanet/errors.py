@@ -1,4 +1,4 @@
-"""Every exception of the package.
+"""Every exception of the package, and the codes that the ledger promises.
 
 CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
@@ -19,11 +19,102 @@ CovtanetError
 Failures of storage are ``OSError``, as everywhere in Python:
 
 OSError
-├── AccessError         the store refuses the credentials: this concerns every object, so it stops a job
+├── AccessError         the store refuses the credentials for every object: this stops a job
 ├── ObjectChangedError  an object differs from its entry in the listing
 ├── TooManyObjectsError a tree holds more objects than allowed
 └── TooLargeError       an object has more bytes than allowed
 """
+
+import traceback
+from enum import StrEnum
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class Status(StrEnum):
+    """Outcome of a series in the ledger."""
+
+    SCREENED = "screened"
+    """Measured; diagnosis and flags say how far its numbers may be used."""
+    REJECTED = "rejected"
+    """Cannot be screened, by the input's fault."""
+    FAILED = "failed"
+    """Not screened, by a fault of storage, node or software; another run may screen it."""
+
+
+class Reason(StrEnum):
+    """Why a series is rejected or failed. Codes are added, never renamed."""
+
+    UNREADABLE = "unreadable"
+    CONTAINER = "container"
+    LABEL_MAP = "label_map"
+    NOT_CT = "not_ct"
+    PROJECTION = "projection"
+    UNSUPPORTED_SYNTAX = "unsupported_syntax"
+    TRUNCATED = "truncated"
+    UNDECODABLE = "undecodable"
+    DECODE_CRASH = "decode_crash"
+    MIXED_PATIENTS = "mixed_patients"
+    MIXED_ACQUISITIONS = "mixed_acquisitions"
+    MISSING_POSITION = "missing_position"
+    IMPLAUSIBLE_SPACING = "implausible_spacing"
+    MISSING_RESCALE = "missing_rescale"
+    ORIENTATION_CONFLICT = "orientation_conflict"
+    MIXED_ORIENTATION = "mixed_orientation"
+    GANTRY_TILT = "gantry_tilt"
+    DUPLICATE_SLICE = "duplicate_slice"
+    MISSING_SLICES = "missing_slices"
+    IRREGULAR_SPACING = "irregular_spacing"
+    NOT_HU = "not_hu"
+    TOO_FEW_SLICES = "too_few_slices"
+    TOO_LARGE = "too_large"
+    NO_LUNG = "no_lung"
+    # Failures.
+    STORAGE = "storage"
+    VANISHED = "vanished"
+    CHANGED = "changed"
+    TIMEOUT = "timeout"
+    WORKER_DIED = "worker_died"
+    INTERNAL_ERROR = "internal_error"
+    # Of labelled volumes alone; training also reads 8-bit grey values.
+    NOT_GREY8 = "not_grey8"
+    MASK_UNREADABLE = "mask_unreadable"
+    MASK_MISMATCH = "mask_mismatch"
+    EMPTY_LUNG_MASK = "empty_lung_mask"
+    UNLABELLED = "unlabelled"
+
+
+FAILURE_REASONS = (
+    Reason.STORAGE, Reason.VANISHED, Reason.CHANGED, Reason.TIMEOUT, Reason.WORKER_DIED,
+    Reason.INTERNAL_ERROR,
+)  # fmt: skip
+LABEL_REASONS = (
+    Reason.NOT_GREY8, Reason.MASK_UNREADABLE, Reason.MASK_MISMATCH, Reason.EMPTY_LUNG_MASK,
+    Reason.UNLABELLED,
+)  # fmt: skip
+# Of several reasons that hold, the first in this order is given.
+REJECTION_REASONS = tuple(
+    reason for reason in Reason if reason not in (*FAILURE_REASONS, *LABEL_REASONS)
+)
+
+
+class QcFlag(StrEnum):
+    """A doubt about a number of a screened series."""
+
+    PARTIAL_LUNGS = "partial_lungs"
+    SERIES_UID_REPEATED = "series_uid_repeated"
+    OBLIQUE = "oblique"
+    TWO_ORIENTATIONS = "two_orientations"
+    CONTRAST = "contrast"
+    PADDING = "padding"
+    NO_DIAGNOSIS = "no_diagnosis"
+    REFORMATTED = "reformatted"
+    IMPLAUSIBLE_LUNGS = "implausible_lungs"
+    UNKNOWN_SPACING = "unknown_spacing"
+    BLANK_SLICES = "blank_slices"
+    LOCALIZER_DROPPED = "localizer_dropped"
+    DUPLICATE_OBJECTS = "duplicate_objects"
 
 
 class CovtanetError(Exception):
@@ -61,11 +152,11 @@ class TrainingError(CovtanetError):
 class StudyError(CovtanetError):
     """One series is refused.
 
-    ``reason`` is a stable code of ``covtanet.screening.records.REASONS``; the message says found, expected and where
-    without any text of the input, since it goes into logs and the ledger.
+    The message says found, expected and where without any text of the input, since it goes into
+    logs and the ledger.
     """
 
-    def __init__(self, reason: str, message: str, *, series_uid: str = "") -> None:
+    def __init__(self, reason: Reason, message: str, *, series_uid: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.series_uid = series_uid
@@ -75,7 +166,7 @@ class StudyError(CovtanetError):
         return (_study_error, (self.reason, str(self), self.series_uid))
 
 
-def _study_error(reason: str, message: str, series_uid: str) -> StudyError:
+def _study_error(reason: Reason, message: str, series_uid: str) -> StudyError:
     return StudyError(reason, message, series_uid=series_uid)
 
 
@@ -96,7 +187,10 @@ class SandboxClosedError(CovtanetError, RuntimeError):
 
 
 class UploadError(CovtanetError):
-    """What a caller sent is refused; ``reason`` is a stable code, the message holds no text of the caller's."""
+    """A caller's upload is refused.
+
+    ``reason`` is a stable code; the message holds no text of the caller.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -120,4 +214,17 @@ class TooLargeError(OSError):
 
 
 class UnavailableError(CovtanetError):
-    """What answers studies is not there now, or has too much to do; the same request is worth another try."""
+    """The model is missing or overloaded for the moment; the same request may be tried again."""
+
+
+def error_location(error: BaseException) -> str:
+    """Return an error's type and the last line of this package that it passed through.
+
+    Its text is left out, since it may quote the input.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
+    if not ours:
+        return f"{type(error).__name__} at no line of covtanet"
+    last = ours[-1]
+    return f"{type(error).__name__} at {Path(last.filename).relative_to(PACKAGE)}:{last.lineno}"

@@ -4,7 +4,7 @@ import ray.data
 
 
 def configure(*, preserve_order: bool) -> None:
-    """Set up Ray Data in this process: no progress bars in a log, no lost blocks, one way to read Parquet.
+    """Set up Ray Data in this process: no progress bars, no lost blocks, the quick Parquet reader.
 
     preserve_order: rows leave a plan in the order in which they entered it.
     """
@@ -12,6 +12,6 @@ def configure(*, preserve_order: bool) -> None:
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     context.execution_options.preserve_order = preserve_order
-    # The second reader of Ray 2.60 starts 32 actors that read the footers of one small file: 19 to 23 s a plan on two
-    # cores, measured; the first reader reads the same rows without them.
+    # The second reader of Ray 2.60 starts 32 actors that read the footers of one small file: 19 to
+    # 23 s a plan on two cores, measured; the first reader reads the same rows without them.
     context.use_datasource_v2 = False

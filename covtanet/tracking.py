@@ -24,6 +24,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from covtanet import storage
+from covtanet.errors import CheckpointError, ConfigError
+from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
+
+# MLflow reports usage as soon as it is imported, unless this is set before.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
@@ -35,15 +42,14 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request
 
-from covtanet import storage
-from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
-
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "covtanet"
 DIGEST_TAG = "covtanet.model_digest"
-UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that was never set
+UNKNOWN = (
+    "RESOURCE_DOES_NOT_EXIST",
+    "INVALID_PARAMETER_VALUE",
+)  # the latter for an alias that was never set
 RUN_KEY_TAG = "covtanet.run_key"
 ARTIFACT = "model"
 # Where a version's folder, which MLflow lays out, holds our files.
@@ -81,7 +87,9 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
         else:
             folder = Path(storage.absolute(ref))
         digest = model_digest(folder)
-        return ModelRef(folder=folder, name=Path(ref.rstrip("/")).name, version="unregistered", digest=digest)
+        return ModelRef(
+            folder=folder, name=Path(ref.rstrip("/")).name, version="unregistered", digest=digest
+        )
     registered = _registered(ref)
     source = _source_of(registered, ref)
     with _as_checkpoint_error(ref):
@@ -92,7 +100,9 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
     digest = model_digest(folder)
     if digest != registered.tags.get(DIGEST_TAG):
         raise CheckpointError(f"{ref}: the files differ from the digest in the registry")
-    return ModelRef(folder=folder, name=registered.name, version=str(registered.version), digest=digest)
+    return ModelRef(
+        folder=folder, name=registered.name, version=str(registered.version), digest=digest
+    )
 
 
 @contextmanager
@@ -101,7 +111,9 @@ def _as_checkpoint_error(ref: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"{ref} has no {DESCRIPTION} or weights, expected a saved model") from error
+        raise CheckpointError(
+            f"{ref} has no {DESCRIPTION} or weights, expected a saved model"
+        ) from error
     except storage.TooLargeError as error:
         raise CheckpointError(f"{ref}: {error}") from error
     except MlflowException as error:
@@ -122,14 +134,20 @@ def _source_of(registered: ModelVersion, ref: str) -> str:
     elif registered.run_id:
         roots = [_place(_artifacts_of(registered.run_id), ref)]
     else:
-        raise CheckpointError(f"{ref} belongs to no run; allow the location of its files by {MODEL_SOURCES}")
+        raise CheckpointError(
+            f"{ref} belongs to no run; allow the location of its files by {MODEL_SOURCES}"
+        )
     source = _place(registered.source, ref)
     is_local_registry = urlsplit(tracking_uri()).scheme in LOCAL_REGISTRIES
     if source.startswith("/") and not named and not is_local_registry:
-        raise CheckpointError(f"{ref} lies on a disk and the registry does not; allow the folder by {MODEL_SOURCES}")
+        raise CheckpointError(
+            f"{ref} lies on a disk and the registry does not; allow the folder by {MODEL_SOURCES}"
+        )
     if not any(f"{source}/".startswith(f"{root.rstrip('/')}/") for root in roots):
         allowed = MODEL_SOURCES if named else "its run's artifacts"
-        raise CheckpointError(f"{ref} lies outside of {allowed}, the only allowed location of models")
+        raise CheckpointError(
+            f"{ref} lies outside of {allowed}, the only allowed location of models"
+        )
     return source
 
 
@@ -158,19 +176,25 @@ def _place(uri: str, what: str) -> str:
     if uri.startswith("/") or parts.scheme == "file":
         path = uri if uri.startswith("/") else unquote(parts.path)
         if not path.startswith("/") or parts.netloc not in ("", "localhost"):
-            raise CheckpointError(f"{what}: a file:// URI of a model names another machine or a relative path")
+            raise CheckpointError(
+                f"{what}: a file:// URI of a model names another machine or a relative path"
+            )
         return str(Path(path).resolve())
     if storage.is_s3(uri):
         return storage.absolute(uri)
     if uri.startswith(PROXIED):
         # The server unquotes what we send, so no '%'. Only the registry's own server is trusted.
         if parts.netloc not in ("", urlsplit(tracking_uri()).netloc) or set("%?#\\") & set(uri):
-            raise CheckpointError(f"{what}: expected mlflow-artifacts:/PATH of the registry's own server")
+            raise CheckpointError(
+                f"{what}: expected mlflow-artifacts:/PATH of the registry's own server"
+            )
         if ".." in parts.path.split("/"):
             raise CheckpointError(f"{what}: a place of a model holds '..'")
         return f"{PROXIED}{parts.path.rstrip('/')}"
     scheme = parts.scheme or "a relative path"
-    raise CheckpointError(f"{what}: models are not fetched by {scheme}, expected s3://, {PROXIED}/ or a folder")
+    raise CheckpointError(
+        f"{what}: models are not fetched by {scheme}, expected s3://, {PROXIED}/ or a folder"
+    )
 
 
 def _download_proxied(uri: str, folder: Path) -> None:
@@ -178,12 +202,16 @@ def _download_proxied(uri: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     root = MlflowArtifactsRepository.resolve_uri(uri, tracking_uri())
     for name, max_bytes in MODEL_FILES.items():
-        answer = http_request(get_default_host_creds(root), f"/{name}", "GET", stream=True, allow_redirects=False)
+        answer = http_request(
+            get_default_host_creds(root), f"/{name}", "GET", stream=True, allow_redirects=False
+        )
         if answer.status_code == 404:
             raise FileNotFoundError("the tracking server has no such file")
         if answer.status_code != 200:
             raise OSError(f"the tracking server answered {answer.status_code} to a file of a model")
-        storage.save_chunks(answer.iter_content(storage.CHUNK_BYTES), storage.local_path(folder, name), max_bytes)
+        storage.save_chunks(
+            answer.iter_content(storage.CHUNK_BYTES), storage.local_path(folder, name), max_bytes
+        )
 
 
 def _registered(ref: str) -> ModelVersion:
@@ -243,7 +271,9 @@ def _experiment(client: MlflowClient, address: RunAddress) -> str:
     found = client.get_experiment_by_name(address.experiment)
     if found is not None:
         return str(found.experiment_id)
-    return str(client.create_experiment(address.experiment, artifact_location=address.artifacts or None))
+    return str(
+        client.create_experiment(address.experiment, artifact_location=address.artifacts or None)
+    )
 
 
 def log_history(run_id: str, history: Sequence[Mapping[str, float]], uri: str) -> None:
@@ -254,7 +284,9 @@ def log_history(run_id: str, history: Sequence[Mapping[str, float]], uri: str) -
     for metrics in history:
         step = int(metrics["epoch"])
         if step not in logged:
-            client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
+            client.log_batch(
+                run_id, [Metric(name, value, now, step) for name, value in metrics.items()]
+            )
 
 
 def describe_run(
@@ -269,7 +301,11 @@ def describe_run(
     """Complete a run: parameters, final metrics, artifacts by path, tags. Saying the same twice changes nothing."""
     client, run_id = MlflowClient(tracking_uri=address.uri), open_run(address)
     known = client.get_run(run_id).data
-    missing = {key: str(value)[:500] for key, value in flatten(parameters or {}).items() if key not in known.params}
+    missing = {
+        key: str(value)[:500]
+        for key, value in flatten(parameters or {}).items()
+        if key not in known.params
+    }
     client.log_batch(run_id, params=[Param(key, value) for key, value in missing.items()])
     now = int(time.time() * 1000)
     finite = {name: value for name, value in (metrics or {}).items() if name not in known.metrics}
@@ -297,7 +333,9 @@ def tolerated(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("the tracking store does not take %s (%s); goes on without", what, type(error).__name__)
+        logger.warning(
+            "the tracking store does not take %s (%s); goes on without", what, type(error).__name__
+        )
 
 
 @contextmanager
@@ -305,7 +343,9 @@ def system_metrics(address: RunAddress) -> Iterator[None]:
     """Log processor, memory, disk, network and GPU of the driver's machine to a run, as far as the store answers."""
     monitor = None
     with tolerated("system metrics"):
-        monitor = SystemMetricsMonitor(open_run(address), resume_logging=True, tracking_uri=address.uri)
+        monitor = SystemMetricsMonitor(
+            open_run(address), resume_logging=True, tracking_uri=address.uri
+        )
         monitor.start()
     try:
         yield
@@ -314,21 +354,29 @@ def system_metrics(address: RunAddress) -> Iterator[None]:
             monitor.finish()
 
 
-def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], alias: str = "") -> str:
+def register_model(
+    address: RunAddress, folder: Path, tags: Mapping[str, str], alias: str = ""
+) -> str:
     """Store a saved model with its run and register it, once per run and digest; returns the version.
 
     alias: moved to a version that is new, never back to an older one.
 
     Beside our files the version holds MLflow's pyfunc flavour, code included, for those who trust their registry.
     """
-    client, run_id, digest = MlflowClient(tracking_uri=address.uri), open_run(address), model_digest(folder)
+    client, run_id, digest = (
+        MlflowClient(tracking_uri=address.uri),
+        open_run(address),
+        model_digest(folder),
+    )
     for known in client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'"):
         if known.tags.get(DIGEST_TAG) == digest:
             return str(known.version)
     place = f"{ARTIFACT}/{digest[:12]}"  # networks of one experiment share the run
     with tempfile.TemporaryDirectory() as temporary:
         target, files = Path(temporary) / "version", Path(temporary) / ARTIFACT
-        storage.download_files(str(folder), MODEL_FILES, files)  # MLflow names its copy as this folder
+        storage.download_files(
+            str(folder), MODEL_FILES, files
+        )  # MLflow names its copy as this folder
         mlflow.pyfunc.save_model(
             target,
             python_model=PYFUNC_CODE,
@@ -339,7 +387,9 @@ def register_model(address: RunAddress, folder: Path, tags: Mapping[str, str], a
     if not client.search_registered_models(f"name='{MODEL_NAME}'"):
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
-    registered = client.create_model_version(MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags})
+    registered = client.create_model_version(
+        MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags}
+    )
     if alias:
         client.set_registered_model_alias(MODEL_NAME, alias, registered.version)
     return str(registered.version)
@@ -411,7 +461,17 @@ def software_version() -> str:
         places.append(Path(unquote(url.path)))
     for place in places:
         described = subprocess.run(
-            ["git", "-C", place, "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"],
+            [
+                "git",
+                "-C",
+                place,
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+                "--exclude",
+                "*",
+            ],
             capture_output=True,
             text=True,
             check=False,

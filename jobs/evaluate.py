@@ -42,10 +42,10 @@ from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation import figures, rows
 from covtanet.evaluation.pipeline import Evaluated, Task, evaluate_each
+from covtanet.inference.predictor import window_of
 from covtanet.model.checkpoint import SavedModel, load_model
 from covtanet.report import data_report, plots
 from covtanet.report.tables import Table, paper_tables
-from covtanet.screening.predictor import window_of
 from covtanet.training import experiment
 from covtanet.training.distributed import prepare_volumes
 
@@ -69,7 +69,9 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     options = parser(__doc__)
-    options.add_argument("--model", required=True, help="models:/..., a saved model, or a training's folder")
+    options.add_argument(
+        "--model", required=True, help="models:/..., a saved model, or a training's folder"
+    )
     options.add_argument("--out", required=True, help="folder or s3:// prefix for what is written")
     add_data_options(options)
     return options.parse_args()
@@ -88,7 +90,10 @@ def main() -> int:
         logger.error("storage: %s", type(getattr(error, "cause", None) or error).__name__)
         return 1
     except ray.exceptions.RayError as error:  # its text may name a study
-        logger.error("Ray: %s; the same command continues", type(getattr(error, "cause", None) or error).__name__)
+        logger.error(
+            "Ray: %s; the same command continues",
+            type(getattr(error, "cause", None) or error).__name__,
+        )
         return 1
     finally:
         ray.shutdown()
@@ -113,19 +118,33 @@ def run(arguments: argparse.Namespace) -> int:
             resolved = tracking.resolve_model(ref, Path(folder))
             model = load_model(resolved.folder, resolved.digest)
         connect()
-        prepared_uri = storage.join(place(arguments.storage, "--storage") if arguments.storage else out, "prepared")
+        prepared_uri = storage.join(
+            place(arguments.storage, "--storage") if arguments.storage else out, "prepared"
+        )
         volumes, refused = prepare(model, labelled, root, prepared_uri)
         evaluated = predict(model, volumes, prepared_uri, storage.join(out, "pictures"))
         found, outcomes = evaluated.rows, count(refused, evaluated)
         seen = seen_volumes(model, volumes)
         known = None if seen is None else len(seen)
-        about = {"model_digest": resolved.digest, "model_version": resolved.version, "num_volumes_trained_on": known}
-        told = "unknown how many of them trained on" if known is None else f"{known} of them trained on"
-        measured_on = f"{arguments.data or arguments.images} ({dataset}), {len(found)} volumes, {told}"
+        about = {
+            "model_digest": resolved.digest,
+            "model_version": resolved.version,
+            "num_volumes_trained_on": known,
+        }
+        told = (
+            "unknown how many of them trained on"
+            if known is None
+            else f"{known} of them trained on"
+        )
+        measured_on = (
+            f"{arguments.data or arguments.images} ({dataset}), {len(found)} volumes, {told}"
+        )
         if known != 0:
             logger.warning("%s: these figures may flatter the model", told)
     if not found:
-        raise ConfigError("there is nothing to evaluate: no finished fold, or no volume with a mask or a grade")
+        raise ConfigError(
+            "there is nothing to evaluate: no finished fold, or no volume with a mask or a grade"
+        )
     write(out, found, about, measured_on, is_second_data_set=dataset in SECOND_DATA_SET)
     if is_training:
         write_pictures(out, ref, found)
@@ -135,14 +154,19 @@ def run(arguments: argparse.Namespace) -> int:
 def count(refused: list[PreparedVolume], evaluated: Evaluated) -> Counter[str]:
     """How many volumes were evaluated, and why the others were not."""
     reasons = [str(volume.reason) for volume in refused]
-    kinds = [failure.partition(":")[0].partition(",")[0].replace(" ", "_") for failure in evaluated.failures.values()]
+    kinds = [
+        failure.partition(":")[0].partition(",")[0].replace(" ", "_")
+        for failure in evaluated.failures.values()
+    ]
     return Counter({"evaluated": len(evaluated.rows)}) + Counter([*reasons, *kinds])
 
 
 def concluded(outcomes: Counter[str]) -> int:
     """Log the count of outcomes; return the exit code."""
     if outcomes:
-        logger.info("%s", ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items())))
+        logger.info(
+            "%s", ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+        )
     return 4 if set(outcomes) & set(FAILURES) else 0
 
 
@@ -151,11 +175,15 @@ def write_pictures(out: str, experiment_uri: str, found: list[dict[str, Any]]) -
     try:
         picture = experiment.side_by_side(experiment_uri, found)
     except (OSError, CheckpointError) as error:
-        logger.warning("no networks.png: models or prepared slices are gone, %s", type(error).__name__)
+        logger.warning(
+            "no networks.png: models or prepared slices are gone, %s", type(error).__name__
+        )
         return
     if picture:
         storage.write_bytes(storage.join(out, "networks.png"), picture)
-        print("networks.png: best, median and worst slice; green found, blue false alarm, red missed")
+        print(
+            "networks.png: best, median and worst slice; green found, blue false alarm, red missed"
+        )
 
 
 def volumes_of(arguments: argparse.Namespace) -> tuple[str, list[LabelledVolume], str]:
@@ -173,8 +201,12 @@ def prepare(
     model: SavedModel, labelled: list[LabelledVolume], root: str, prepared_uri: str
 ) -> tuple[list[PreparedVolume], list[PreparedVolume]]:
     """Volumes as this model reads them, and those that are refused, with their reasons."""
-    step_mm = model.preprocessing.get("slice_step_mm", DEFAULT_STEP_MM)
-    found = prepare_volumes(labelled, root, prepared_uri, window_of(model), step_mm, refuses_unread=True)
+    step_mm = model.preprocessing.slice_step_mm
+    if step_mm is None:
+        step_mm = DEFAULT_STEP_MM
+    found = prepare_volumes(
+        labelled, root, prepared_uri, window_of(model), step_mm, refuses_unread=True
+    )
     print(data_report.as_text(found, ()), flush=True)
     refused = [volume for volume in found if volume.reason]
     for volume in refused:
@@ -182,9 +214,11 @@ def prepare(
     return [volume for volume in found if not volume.reason], refused
 
 
-def predict(model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str, pictures_uri: str) -> Evaluated:
+def predict(
+    model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str, pictures_uri: str
+) -> Evaluated:
     """A model's rows; of one trained in phase 1 alone, only for volumes with a lesion mask."""
-    diagnoses = bool(model.provenance.get("has_diagnosis", True))
+    diagnoses = model.capabilities.diagnoses
     task = Task(
         model=model,
         network=str(model.provenance.get("network", "V7")),
@@ -192,9 +226,11 @@ def predict(model: SavedModel, volumes: list[PreparedVolume], prepared_uri: str,
         prepared_uri=prepared_uri,
         pictures_uri=pictures_uri,
         diagnoses=diagnoses,
-        segments=bool(model.provenance.get("has_segmentation", True)),
+        segments=model.capabilities.segments,
     )
-    return evaluate_each(task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None])
+    return evaluate_each(
+        task, [volume for volume in volumes if diagnoses or volume.lesion_px is not None]
+    )
 
 
 def seen_volumes(model: SavedModel, volumes: list[PreparedVolume]) -> set[str] | None:
@@ -202,11 +238,18 @@ def seen_volumes(model: SavedModel, volumes: list[PreparedVolume]) -> set[str] |
     if "seen_sources" not in model.provenance:
         return None
     seen = set(model.provenance["seen_sources"])
-    return {str(volume.source_digest) for volume in volumes if str(volume.source_digest)[:16] in seen}
+    return {
+        str(volume.source_digest) for volume in volumes if str(volume.source_digest)[:16] in seen
+    }
 
 
 def write(
-    out: str, found: list[dict[str, Any]], about: dict[str, Any], measured_on: str, *, is_second_data_set: bool
+    out: str,
+    found: list[dict[str, Any]],
+    about: dict[str, Any],
+    measured_on: str,
+    *,
+    is_second_data_set: bool,
 ) -> None:
     """All that an evaluation leaves."""
     summary = figures.summarise(found)
@@ -260,7 +303,12 @@ def flat_csv(summary: dict[str, Any]) -> str:
 
 def by_size(summary: dict[str, Any]) -> str:
     """Dice by the lesion's share of its slice, as Markdown."""
-    lines = ["### Dice by lesion size", "", "| network | lesion of the slice | slices | Dice |", "|---|---|---|---|"]
+    lines = [
+        "### Dice by lesion size",
+        "",
+        "| network | lesion of the slice | slices | Dice |",
+        "|---|---|---|---|",
+    ]
     for name, network in summary.items():
         for size in network["segmentation"].get("dice_by_lesion_size", ()):
             dice = "-" if size["dice"] is None else f"{100 * size['dice']:.1f}"

@@ -42,10 +42,16 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     options, margins = parser(__doc__), Margins()
     add_data_options(options)
-    options.add_argument("--version", help="version to promote; default: the one with the alias challenger")
-    options.add_argument("--force", metavar="REASON", default="", help="promote without a comparison")
+    options.add_argument(
+        "--version", help="version to promote; default: the one with the alias challenger"
+    )
+    options.add_argument(
+        "--force", metavar="REASON", default="", help="promote without a comparison"
+    )
     for name, value in vars(margins).items():
-        options.add_argument(f"--margin-{name}", type=float, default=value, help=f"default: {value:g}")
+        options.add_argument(
+            f"--margin-{name}", type=float, default=value, help=f"default: {value:g}"
+        )
     return options.parse_args()
 
 
@@ -62,7 +68,10 @@ def main() -> int:
         logger.error("storage: %s", type(getattr(error, "cause", None) or error).__name__)
         return 1
     except ray.exceptions.RayError as error:  # its text may name a study
-        logger.error("Ray: %s; the same command tries again", type(getattr(error, "cause", None) or error).__name__)
+        logger.error(
+            "Ray: %s; the same command tries again",
+            type(getattr(error, "cause", None) or error).__name__,
+        )
         return 1
     finally:
         ray.shutdown()
@@ -80,18 +89,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.force:
         return promote(version, champion, {"covtanet.promoted_by_force": arguments.force})
     if not champion:
-        raise ConfigError("there is no champion to compare with; give a reason by --force for the first one")
+        raise ConfigError(
+            "there is no champion to compare with; give a reason by --force for the first one"
+        )
     models[champion] = _load(champion)
     compared, failures = evaluate_both(arguments, models)
     lines = [(each.figure, _line(each)) for each in compared]
     print(table(f"Version {version} against champion {champion}", lines))
     worse = [each.figure for each in compared if not each.is_no_worse]
     if worse:
-        logger.error("version %s is worse in %s; champion stays %s", version, ", ".join(worse), champion)
+        logger.error(
+            "version %s is worse in %s; champion stays %s", version, ", ".join(worse), champion
+        )
         return 4
     if failures:  # what could not be read may be what the challenger is worse in
         counted = ", ".join(f"{number} {outcome}" for outcome, number in sorted(failures.items()))
-        logger.error("not promoted, the comparison lacks volumes: %s; champion stays %s", counted, champion)
+        logger.error(
+            "not promoted, the comparison lacks volumes: %s; champion stays %s", counted, champion
+        )
         return 1
     return promote(version, champion, {"covtanet.promoted_by_force": ""})
 
@@ -122,7 +137,9 @@ def evaluate_both(
         ConfigError: where that would be no fair comparison, or too thin a one.
     """
     if os.environ.get("RAY_ADDRESS") and not arguments.storage:
-        raise ConfigError("on a cluster --storage is needed, where every node finds the prepared volumes")
+        raise ConfigError(
+            "on a cluster --storage is needed, where every node finds the prepared volumes"
+        )
     _, labelled, root = volumes_of(arguments)
     windows = {str(model.preprocessing) for model in models.values()}
     if len(windows) > 1:
@@ -135,21 +152,35 @@ def evaluate_both(
         for each, model in models.items():
             volumes[each], refused = prepare(model, labelled, root, prepared_uri)
             failures += count(refused, Evaluated(rows=[], failures={}))
-        fair = set.intersection(*(unseen(each, model, volumes[each]) for each, model in models.items()))
-        logger.info("comparing on %d of %d volumes, which neither model was trained on", len(fair), len(labelled))
+        fair = set.intersection(
+            *(unseen(each, model, volumes[each]) for each, model in models.items())
+        )
+        logger.info(
+            "comparing on %d of %d volumes, which neither model was trained on",
+            len(fair),
+            len(labelled),
+        )
         if not fair:
-            raise ConfigError("no volume is left that neither model was trained on; evaluate on other data")
+            raise ConfigError(
+                "no volume is left that neither model was trained on; evaluate on other data"
+            )
         evaluated, unanswered = [], set[str]()
         for each, model in models.items():
             chosen = [volume for volume in volumes[each] if str(volume.source_digest) in fair]
             found = predict(model, chosen, prepared_uri, "")
             evaluated.append(found)
             failures += count([], replace(found, rows=[]))
-            unanswered |= {str(volume.source_digest) for volume in chosen if volume.key in found.failures}
-    shared = [[row for row in each.rows if row["source_digest"] not in unanswered] for each in evaluated]
+            unanswered |= {
+                str(volume.source_digest) for volume in chosen if volume.key in found.failures
+            }
+    shared = [
+        [row for row in each.rows if row["source_digest"] not in unanswered] for each in evaluated
+    ]
     headlines = [figures.headline(rows) for rows in shared]
     if missing := [name for name in NEEDED if name not in headlines[1]]:
-        raise ConfigError(f"the evaluation set gives the champion no {', '.join(missing)}; take one with every grade")
+        raise ConfigError(
+            f"the evaluation set gives the champion no {', '.join(missing)}; take one with every grade"
+        )
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
     failures = Counter({outcome: failures[outcome] for outcome in FAILURES if failures[outcome]})
     return compare(headlines[0], headlines[1], margins), failures
@@ -163,7 +194,9 @@ def unseen(version: str, model: SavedModel, volumes: list[PreparedVolume]) -> se
     """
     seen = seen_volumes(model, volumes)
     if seen is None:
-        raise ConfigError(f"version {version} does not say what it was trained on; promote by --force, with a reason")
+        raise ConfigError(
+            f"version {version} does not say what it was trained on; promote by --force, with a reason"
+        )
     return {str(volume.source_digest) for volume in volumes} - seen
 
 
@@ -174,7 +207,9 @@ def _load(version: str) -> SavedModel:
 
 
 def _line(each: Comparison) -> str:
-    values = [("-" if value is None else f"{value:.4f}") for value in (each.challenger, each.champion)]
+    values = [
+        ("-" if value is None else f"{value:.4f}") for value in (each.challenger, each.champion)
+    ]
     return f"{values[0]} against {values[1]}, margin {each.margin:g}: {'no worse' if each.is_no_worse else 'worse'}"
 
 

@@ -43,15 +43,32 @@ ALIASES = {"TA-SegNet": "V7", "Unet": "V1"}
 def parse() -> argparse.Namespace:
     """Read the command line."""
     options = parser(__doc__)
-    options.add_argument("--config", type=Path, required=True, help="TOML file with a [training] table")
-    options.add_argument("--data", help="folder or s3:// prefix of the data set; default: the configuration's")
-    options.add_argument("--storage", help="folder or s3:// prefix for all that is kept; default: the configuration's")
-    options.add_argument("--experiment", default="covtanet", help="MLflow experiment; also names the folder in storage")
-    options.add_argument("--artifacts", default="", help="where a new experiment keeps its files; default: MLflow's")
-    options.add_argument("--fold", type=int, action="append", help="train this fold only; may be repeated")
+    options.add_argument(
+        "--config", type=Path, required=True, help="TOML file with a [training] table"
+    )
+    options.add_argument(
+        "--data", help="folder or s3:// prefix of the data set; default: the configuration's"
+    )
+    options.add_argument(
+        "--storage",
+        help="folder or s3:// prefix for all that is kept; default: the configuration's",
+    )
+    options.add_argument(
+        "--experiment",
+        default="covtanet",
+        help="MLflow experiment; also names the folder in storage",
+    )
+    options.add_argument(
+        "--artifacts", default="", help="where a new experiment keeps its files; default: MLflow's"
+    )
+    options.add_argument(
+        "--fold", type=int, action="append", help="train this fold only; may be repeated"
+    )
     which = options.add_mutually_exclusive_group()
     which.add_argument(
-        "--ablation", choices=[*TABLE_I, "all"], help="a row of Table I, or all: phase 1 alone, nothing is registered"
+        "--ablation",
+        choices=[*TABLE_I, "all"],
+        help="a row of Table I, or all: phase 1 alone, nothing is registered",
     )
     which.add_argument(
         "--network",
@@ -60,7 +77,9 @@ def parse() -> argparse.Namespace:
         help="a row of Tables II to IV, or V8, the pretrained TA-SegNet; may be repeated; or all that the data set has "
         "truth for, without V8",
     )
-    options.add_argument("--encoder-weights", type=Path, help="V8: timm's ImageNet weights as a local .safetensors")
+    options.add_argument(
+        "--encoder-weights", type=Path, help="V8: timm's ImageNet weights as a local .safetensors"
+    )
     return options.parse_args()
 
 
@@ -93,7 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Open the experiment, train what is not trained, publish, register."""
     check_tracking()
     loaded = load_config(arguments.config)
-    data, storage_uri = arguments.data or loaded.places.data, arguments.storage or loaded.places.storage
+    data, storage_uri = (
+        arguments.data or loaded.places.data,
+        arguments.storage or loaded.places.storage,
+    )
     if not data or not storage_uri:
         raise ConfigError("--data and --storage are needed, or the configuration's [places]")
     config = loaded.training
@@ -107,7 +129,9 @@ def run(arguments: argparse.Namespace) -> int:
         artifacts=place(arguments.artifacts, "--artifacts") if arguments.artifacts else "",
     )
     connect(with_dashboard=True)
-    opened = experiment.open_experiment(config, place(data, "--data"), place(storage_uri, "--storage"), address)
+    opened = experiment.open_experiment(
+        config, place(data, "--data"), place(storage_uri, "--storage"), address
+    )
     is_published = True
     chosen = variants(config, arguments.ablation, arguments.network, opened)
     for variant in chosen:
@@ -115,7 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
             CovTANet(variant.architecture)
     with tracking.tolerated("the training"):
         tracking.open_run(opened.run)  # before any of its children ask for it at once
-    items = [(replace(opened, config=variant), fold) for variant in chosen for fold in variant.folds]
+    items = [
+        (replace(opened, config=variant), fold) for variant in chosen for fold in variant.folds
+    ]
     left = Counter(current.config.network for current, _ in items)
     failures: list[Exception] = []
     for current, fold, failure in train_all(items, arguments.encoder_weights):
@@ -133,7 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise failures[0]
     if not is_published:
         return 5
-    print(f"trained  {opened.uri}\nnext     python jobs/evaluate.py --model {opened.uri} --out FOLDER")
+    print(
+        f"trained  {opened.uri}\nnext     python jobs/evaluate.py --model {opened.uri} --out FOLDER"
+    )
     return 0
 
 
@@ -150,7 +178,10 @@ def changed(config: TrainingConfig, **values: Any) -> TrainingConfig:
 
 
 def variants(
-    config: TrainingConfig, ablation: str | None, networks: list[str] | None, opened: experiment.Experiment
+    config: TrainingConfig,
+    ablation: str | None,
+    networks: list[str] | None,
+    opened: experiment.Experiment,
 ) -> list[TrainingConfig]:
     """The networks to train: the configured one, rows of Table I in phase 1, or rows of Tables II to IV.
 
@@ -172,7 +203,9 @@ def variants(
         names += CLASSIFIERS if has_grades else []
     found = []
     for name in names:
-        phases = (2,) if name in CLASSIFIERS else (1, 2) if name in ("V7", "V8") and has_grades else (1,)
+        phases = (
+            (2,) if name in CLASSIFIERS else (1, 2) if name in ("V7", "V8") and has_grades else (1,)
+        )
         found.append(changed(config, network=name, phases=phases))
     return found
 
@@ -194,9 +227,15 @@ def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[D
     logger.info("%d trainings, %d at a time", len(items), room)
     # Where this process is, since files that the command names may lie here alone.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    pool = ActorPool([_Trainer.options(scheduling_strategy=here).remote() for _ in range(min(room, len(items)))])
-    shared = [(replace(current, num_at_once=min(room, len(items))), fold) for current, fold in items]
-    yield from pool.map_unordered(lambda actor, item: actor.train.remote(*item, encoder_weights), shared)
+    pool = ActorPool(
+        [_Trainer.options(scheduling_strategy=here).remote() for _ in range(min(room, len(items)))]  # type: ignore[attr-defined]
+    )
+    shared = [
+        (replace(current, num_at_once=min(room, len(items))), fold) for current, fold in items
+    ]
+    yield from pool.map_unordered(
+        lambda actor, item: actor.train.remote(*item, encoder_weights), shared
+    )
 
 
 def train_one(current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Done:
@@ -205,7 +244,9 @@ def train_one(current: experiment.Experiment, fold: int, encoder_weights: Path |
         experiment.train_fold(current, fold, encoder_weights)
     except (ConfigError, CheckpointError, TrainingError, FloatingPointError) as error:
         return current, fold, error
-    except ValueError as error:  # a fault of ours: here it still has its traceback, which an actor's answer loses
+    except (
+        ValueError
+    ) as error:  # a fault of ours: here it still has its traceback, which an actor's answer loses
         logger.exception("%s fold %d", current.config.network, fold)
         return current, fold, error
     return current, fold, None
@@ -215,7 +256,9 @@ def train_one(current: experiment.Experiment, fold: int, encoder_weights: Path |
 class _Trainer:
     """Trains one fold at a time; its workers, not it, hold the CPUs."""
 
-    def train(self, current: experiment.Experiment, fold: int, encoder_weights: Path | None) -> Done:
+    def train(
+        self, current: experiment.Experiment, fold: int, encoder_weights: Path | None
+    ) -> Done:
         """See ``train_one``."""
         start_logging()
         return train_one(current, fold, encoder_weights)
@@ -228,10 +271,14 @@ def finish(current: experiment.Experiment) -> bool:
         experiment.publish(current)
         if current.config.phases == (1, 2):
             version, digest = experiment.register(current)
-            print(f"registered {tracking.MODEL_NAME} version {version} as challenger, digest {digest[:12]}")
+            print(
+                f"registered {tracking.MODEL_NAME} version {version} as challenger, digest {digest[:12]}"
+            )
         is_done = True
     if not is_done:
-        logger.error("trained, but the tracker did not take it: started again, the same command publishes it")
+        logger.error(
+            "trained, but the tracker did not take it: started again, the same command publishes it"
+        )
     return is_done
 
 

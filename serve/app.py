@@ -38,24 +38,43 @@ from ray.util.metrics import Counter, Histogram
 from starlette.exceptions import HTTPException
 
 from covtanet import storage
-from covtanet.ct.window import WindowConfig
-from covtanet.doors import check_endpoints, check_ray_doors
-from covtanet.errors import LedgerVersionError, NoSeriesError, UnavailableError, UploadError
+from covtanet.archive import upload as intake
+from covtanet.decoding.child_process import refuse_weak_sandbox
+from covtanet.environment import check_endpoints, check_ray_environment
+from covtanet.errors import (
+    LedgerVersionError,
+    NoSeriesError,
+    Status,
+    UnavailableError,
+    UploadError,
+    error_location,
+)
+from covtanet.ledger.read import for_spreadsheet
 from covtanet.report import worklist
-from covtanet.screening import intake, view
-from covtanet.screening.child_process import refuse_weak_sandbox
-from covtanet.screening.decode import place_of
-from covtanet.screening.records import FAILED, SCREENED
-from covtanet.screening.single import StudyLimits
-from covtanet.screening.stages import for_model
+from covtanet.screening.config import for_model
+from covtanet.screening.study import StudyLimits
 from covtanet.tracking import software_version
-from serve.batches import BatchConflictError, Batches, JobsUnavailableError, ModelNotAllowedError, TooManyBatchesError
+from serve.batches import (
+    BatchConflictError,
+    Batches,
+    JobsUnavailableError,
+    ModelNotAllowedError,
+    TooManyBatchesError,
+)
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 from serve.deployments import Readiness, RemoteNetwork, Segmenter, StudyScreener
 from serve.metrics import cluster_metrics
 from serve.middleware import Audit, SecurityHeaders
 from serve.refusals import RefusedError
-from serve.schemas import BatchRequest, BatchState, Model, Problem, SeriesRow, StudyAnswer, UriRequest
+from serve.schemas import (
+    BatchRequest,
+    BatchState,
+    Model,
+    Problem,
+    SeriesRow,
+    StudyAnswer,
+    UriRequest,
+)
 from serve.settings import Caller, ServeConfig, load_settings
 from serve.uploads import Uploads
 
@@ -90,12 +109,19 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def _where(error: Any) -> str:
     """Which part of a request is wrong, and how; never its value."""
-    return f"{'.'.join(str(part) for part in error['loc'] if isinstance(part, str))}: {error['type']}"
+    return (
+        f"{'.'.join(str(part) for part in error['loc'] if isinstance(part, str))}: {error['type']}"
+    )
 
 
 def _json_of(kind: type[BaseModel]) -> dict[str, Any]:
     """A body for the API's description, where the route reads it itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": kind.model_json_schema()}},
+        }
+    }
 
 
 # Serve pickles the class of the routes where it is decorated: what it uses of this module stands above it.
@@ -105,7 +131,7 @@ def _ledger_as(accept: str, table: pa.Table) -> Response:
         return JSONResponse(jsonable_encoder(table.to_pylist()))
     buffer = BytesIO()
     if "text/csv" in accept:
-        pa_csv.write_csv(view.for_spreadsheet(table), buffer)
+        pa_csv.write_csv(for_spreadsheet(table), buffer)
         return Response(buffer.getvalue(), media_type="text/csv")
     pq.write_table(table, buffer)
     return Response(buffer.getvalue(), media_type=PARQUET)
@@ -145,7 +171,9 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     reasons = {404: "no_such_route", 405: "method_not_allowed"}
     reason = reasons.get(error.status_code, "invalid_request")
-    return JSONResponse({"reason": reason, "message": "see /openapi.json"}, error.status_code, error.headers)
+    return JSONResponse(
+        {"reason": reason, "message": "see /openapi.json"}, error.status_code, error.headers
+    )
 
 
 @api.exception_handler(UploadError)
@@ -155,13 +183,15 @@ async def _no_study(request: Request, error: UploadError) -> JSONResponse:
 
 @api.exception_handler(LedgerVersionError)
 async def _other_version(request: Request, error: LedgerVersionError) -> JSONResponse:
-    return JSONResponse({"reason": "other_version", "message": "written by another version of this software"}, 422)
+    return JSONResponse(
+        {"reason": "other_version", "message": "written by another version of this software"}, 422
+    )
 
 
 @api.exception_handler(OSError)
 async def _storage(request: Request, error: OSError) -> JSONResponse:
     """Answer for storage, Ray's job server and a full disk: all worth another try, but for storage that refuses us."""
-    logger.error("a request met %s", place_of(error))
+    logger.error("a request met %s", error_location(error))
     headers = {"Retry-After": str(RETRY_STORAGE_S)}
     if isinstance(error, storage.AccessError):
         message = "the object store refuses this endpoint"
@@ -184,14 +214,20 @@ class Api:
         self.segmenter, self.settings, self.screening = segmenter, settings, settings.screening
         self.software_version = software_version()
         refuse_weak_sandbox(self.screening.decode_limits)  # at the start, not with a study
-        self.decoders = Decoders(settings.num_decoders, settings.max_waiting, settings.request_timeout_s)
+        self.decoders = Decoders(
+            settings.num_decoders, settings.max_waiting, settings.request_timeout_s
+        )
         self.uploads = Uploads(settings)
         self.batches = Batches(settings) if settings.ledger else None
         # Batches ask storage and Ray; what they wait for must not keep a study waiting.
         self.batch_threads = ThreadPoolExecutor(BATCH_THREADS, "batches")
         self.readiness = Readiness(segmenter, READY_FOR_S)
-        self.studies = Counter("covtanet_http_studies", "Series answered over HTTP.", ("status", "reason"))
-        self.seconds = Histogram("covtanet_http_study_seconds", "From body to answer.", [0.5, 1, 2, 5, 10, 30, 60, 120])
+        self.studies = Counter(
+            "covtanet_http_studies", "Series answered over HTTP.", ("status", "reason")
+        )
+        self.seconds = Histogram(
+            "covtanet_http_study_seconds", "From body to answer.", [0.5, 1, 2, 5, 10, 30, 60, 120]
+        )
 
     def _caller(self, request: Request) -> Caller:
         """Return the caller whose token the request carries, and note it for the log."""
@@ -225,7 +261,9 @@ class Api:
 
             def lay_out(check: Callable[[], None]) -> str:
                 upload.objects.mkdir()
-                intake.lay_out(upload.path, upload.objects, upload.digest[:32], self.settings.limits, check)
+                intake.lay_out(
+                    upload.path, upload.objects, upload.digest[:32], self.settings.limits, check
+                )
                 return str(upload.objects)
 
             # What was inflated may be more than was sent, within limits of its own.
@@ -234,16 +272,23 @@ class Api:
             return await self._screen(request, lay_out, limits, source, resources)
 
     @api.post(
-        "/v1/studies:by-uri", response_model=StudyAnswer, responses=STUDY_PROBLEMS, openapi_extra=_json_of(UriRequest)
+        "/v1/studies:by-uri",
+        response_model=StudyAnswer,
+        responses=STUDY_PROBLEMS,
+        openapi_extra=_json_of(UriRequest),
     )
     async def post_study_by_uri(self, request: Request) -> Response:
         """Screen a study that lies in storage, under a place that this caller may name."""
         caller = self._caller(request)
         body = await self._json(request, UriRequest)
         if not self.settings.may_read(caller, body.uri):
-            raise RefusedError(403, "place_not_allowed", "the URI lies under none of this caller's places")
+            raise RefusedError(
+                403, "place_not_allowed", "the URI lies under none of this caller's places"
+            )
         place = storage.absolute(body.uri)
-        return await self._screen(request, lambda check: place, self.settings.study, "", ExitStack())
+        return await self._screen(
+            request, lambda check: place, self.settings.study, "", ExitStack()
+        )
 
     async def _json(self, request: Request, kind: type[M]) -> M:
         """A small JSON body, read after the token was looked at, as FastAPI itself would not."""
@@ -253,9 +298,13 @@ class Api:
                 async for chunk in request.stream():
                     data += chunk
                     if len(data) > MAX_JSON_BYTES:
-                        raise RefusedError(413, "too_large", f"expected at most {MAX_JSON_BYTES} bytes of JSON")
+                        raise RefusedError(
+                            413, "too_large", f"expected at most {MAX_JSON_BYTES} bytes of JSON"
+                        )
         except TimeoutError:
-            raise RefusedError(408, "slow_upload", f"the body took over {self.settings.upload_timeout_s:g} s") from None
+            raise RefusedError(
+                408, "slow_upload", f"the body took over {self.settings.upload_timeout_s:g} s"
+            ) from None
         try:
             return kind.model_validate_json(bytes(data))
         except ValidationError as error:
@@ -281,14 +330,18 @@ class Api:
         described = await self._describe()
         started = time.monotonic()
         try:
-            rows = await self.decoders.run(partial(self._read_study, find, limits, described), resources)
+            rows = await self.decoders.run(
+                partial(self._read_study, find, limits, described), resources
+            )
         except NoSeriesError:
             raise RefusedError(422, "no_series", "no series in it, expected a chest CT") from None
         except (UnavailableError, BusyError):
             raise self._busy() from None
         except DeadlineError:
             limit_s = self.settings.request_timeout_s
-            raise RefusedError(504, "deadline", f"it took over {limit_s:g} s; an archive is a batch") from None
+            raise RefusedError(
+                504, "deadline", f"it took over {limit_s:g} s; an archive is a batch"
+            ) from None
         self.seconds.observe(time.monotonic() - started)
         for row in rows:
             self.studies.inc(tags={"status": row["status"], "reason": row["reason"] or ""})
@@ -298,7 +351,11 @@ class Api:
         return self._answer(rows, described)
 
     def _read_study(
-        self, find: Callable[[Callable[[], None]], str], limits: StudyLimits, described: dict[str, Any], slot: Slot
+        self,
+        find: Callable[[Callable[[], None]], str],
+        limits: StudyLimits,
+        described: dict[str, Any],
+        slot: Slot,
     ) -> list[dict[str, Any]]:
         """Read and screen a study, in a thread that has this slot to itself."""
         place = find(slot.check)
@@ -308,7 +365,9 @@ class Api:
     async def _describe(self) -> dict[str, Any]:
         """The version of the model that answers now."""
         try:
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):  # a replica that stands still answers nobody
+            async with asyncio.timeout(
+                DESCRIBE_TIMEOUT_S
+            ):  # a replica that stands still answers nobody
                 found: dict[str, Any] = await self.segmenter.describe.remote()
         except (ray.exceptions.RayError, BackPressureError, TimeoutError):
             raise self._busy() from None
@@ -317,9 +376,9 @@ class Api:
     def _answer(self, rows: list[dict[str, Any]], described: dict[str, Any]) -> Response:
         model = Model(**{name: described[name] for name in Model.model_fields})
         answer = StudyAnswer(model=model, series=[SeriesRow.model_validate(row) for row in rows])
-        if not any(row["status"] == SCREENED for row in rows):
+        if not any(row["status"] == Status.SCREENED for row in rows):
             answer.reason = rows[0]["reason"]
-        failed = [row["reason"] for row in rows if row["status"] == FAILED]
+        failed = [row["reason"] for row in rows if row["status"] == Status.FAILED]
         status, headers = 200, {}
         if answer.reason is not None:
             status = 422
@@ -331,9 +390,9 @@ class Api:
 
     def _make_screener(self, described: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, described["preprocessing"])
-        window = WindowConfig(**described["preprocessing"]["window"])
         network = RemoteNetwork(self.segmenter, described)
-        return StudyScreener(network, window, config, described["digest"], self.software_version)
+        window, digest = described["window"], described["digest"]
+        return StudyScreener(network, window, config, digest, self.software_version)
 
     # Batches
 
@@ -356,7 +415,9 @@ class Api:
         caller, batches = self._caller(request), self._batches()
         body = await self._json(request, BatchRequest)
         if not self.settings.may_read(caller, body.archive):
-            raise RefusedError(403, "place_not_allowed", "the archive lies under none of this caller's places")
+            raise RefusedError(
+                403, "place_not_allowed", "the archive lies under none of this caller's places"
+            )
         try:
             return await self._in_batch_thread(batches.submit, body, caller, idempotency_key)
         except BatchConflictError as error:
@@ -457,7 +518,9 @@ class Api:
     async def readyz(self) -> str:
         """The model has answered a moment ago. Costs no inference, however often strangers ask."""
         if not await self.readiness.is_ready():
-            raise RefusedError(503, "not_ready", "the model does not answer", self.settings.retry_after_s)
+            raise RefusedError(
+                503, "not_ready", "the model does not answer", self.settings.retry_after_s
+            )
         return "ok"
 
     @api.get("/openapi.json", include_in_schema=False)
@@ -490,7 +553,14 @@ class Api:
         caller = self._caller(request)
         table = await self._of_batch(self._batches().rows, batch_id, caller)
         show = partial(
-            worklist.page, table, sort=sort, status=status, grade=grade, text=text, offset=offset, limit=limit
+            worklist.page,
+            table,
+            sort=sort,
+            status=status,
+            grade=grade,
+            text=text,
+            offset=offset,
+            limit=limit,
         )
         return JSONResponse(await self._in_batch_thread(show))
 
@@ -515,9 +585,12 @@ def build(settings: ServeConfig) -> Any:
     }
     options = Api.options(  # type: ignore[attr-defined]
         ray_actor_options=resources,
-        max_ongoing_requests=2 * busy,  # what waits is refused by the replica, which knows what is heavy
+        max_ongoing_requests=2
+        * busy,  # what waits is refused by the replica, which knows what is heavy
         max_queued_requests=4 * busy,
-        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=settings.retry_after_s),
+        backpressure_config=BackpressureConfig(
+            status_code=503, retry_after_s=settings.retry_after_s
+        ),
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.num_api_replicas,
             max_replicas=max(settings.num_api_replicas, settings.max_api_replicas),
@@ -534,6 +607,6 @@ def app(arguments: dict[str, str]) -> Any:
         ConfigError: the settings, or a Ray or a store that would answer strangers or be read by them.
     """
     address = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
-    check_ray_doors({**os.environ, "RAY_ADDRESS": address})
+    check_ray_environment({**os.environ, "RAY_ADDRESS": address})
     check_endpoints(os.environ)
     return build(load_settings())

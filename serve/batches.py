@@ -28,7 +28,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from covtanet import storage
 from covtanet.errors import ConfigError
-from covtanet.screening import ledger, view
+from covtanet.ledger.batch import BATCHES, BatchRun, progress, run_of_batch
+from covtanet.ledger.read import read_run
 from serve.schemas import BatchRequest, BatchState
 from serve.settings import Caller, ServeConfig
 
@@ -39,9 +40,15 @@ ID_DIGITS = 16
 LEDGERS_KEPT = 4
 OPEN = {JobStatus.PENDING, JobStatus.RUNNING}
 CALLER_KEY = "covtanet_caller"  # in the metadata of a Ray job
-ENDS_OF_JOB = {JobStatus.STOPPED: "cancelled", JobStatus.FAILED: "failed", JobStatus.SUCCEEDED: "failed"}
+ENDS_OF_JOB = {
+    JobStatus.STOPPED: "cancelled",
+    JobStatus.FAILED: "failed",
+    JobStatus.SUCCEEDED: "failed",
+}
 KILL_AFTER_S = 60  # a job whose time is over gets this long to end by itself
-LAST_ORDER = 10**13  # milliseconds; ORDER is this less the time, and has as many digits until the year 2286
+LAST_ORDER = (
+    10**13
+)  # milliseconds; ORDER is this less the time, and has as many digits until the year 2286
 
 
 class BatchConflictError(ConfigError):
@@ -65,10 +72,10 @@ class Batches:
 
     def __init__(self, settings: ServeConfig) -> None:
         self.settings = settings
-        self.root = storage.join(storage.absolute(settings.ledger), ledger.BATCHES)
+        self.root = storage.join(storage.absolute(settings.ledger), BATCHES)
         self.ledger = storage.join(self.root, "ledger")
         self._submitting = threading.Lock()
-        self._committed_rows = lru_cache(LEDGERS_KEPT)(view.read)  # a committed file never changes
+        self._committed_rows = lru_cache(LEDGERS_KEPT)(read_run)  # a committed file never changes
 
     def submit(self, request: BatchRequest, caller: Caller, idempotency_key: str) -> BatchState:
         """Start a batch, continue one that died, or find one that was started before.
@@ -80,7 +87,9 @@ class Batches:
             OSError: storage or Ray does not answer.
         """
         if request.model not in ("", self.settings.model, *self.settings.models):
-            raise ModelNotAllowedError("the configuration of this endpoint does not name this model for batches")
+            raise ModelNotAllowedError(
+                "the configuration of this endpoint does not name this model for batches"
+            )
         asked = request.model_dump(mode="json")
         asked["run_date"] = asked["run_date"] or datetime.now(UTC).date().isoformat()
         identity = json.dumps([caller.name, idempotency_key or asked], sort_keys=True)
@@ -100,7 +109,9 @@ class Batches:
         callers = self._callers_of_open_jobs()
         if callers.count(caller.name) >= self.settings.max_batches_per_caller:
             limit = self.settings.max_batches_per_caller
-            raise TooManyBatchesError(f"{limit} of your batches are open, expected fewer; wait for one to end")
+            raise TooManyBatchesError(
+                f"{limit} of your batches are open, expected fewer; wait for one to end"
+            )
         if len(callers) >= self.settings.max_batches:
             raise TooManyBatchesError("as many batches are open as this endpoint runs at a time")
 
@@ -110,14 +121,21 @@ class Batches:
             jobs = self._client().list_jobs()
         except RuntimeError:
             raise JobsUnavailableError("Ray's jobs cannot be listed") from None
-        open_jobs = [job for job in jobs if job.status in OPEN and CALLER_KEY in (job.metadata or {})]
+        open_jobs = [
+            job for job in jobs if job.status in OPEN and CALLER_KEY in (job.metadata or {})
+        ]
         return [str(job.metadata[CALLER_KEY]) for job in open_jobs]
 
     def _start(self, record: dict[str, Any], caller: Caller) -> BatchState:
         job = f"screen-{record['batch_id']}-{len(record['jobs']) + 1}"
         is_new = not record["jobs"]
         now = datetime.now(UTC)
-        record = {**record, "jobs": [*record["jobs"], job], "submitted_at": now.isoformat(), "ended": None}
+        record = {
+            **record,
+            "jobs": [*record["jobs"], job],
+            "submitted_at": now.isoformat(),
+            "ended": None,
+        }
         if is_new:
             order = LAST_ORDER - int(now.timestamp() * 1000)
             storage.write_bytes(self._uri(caller, "newest", f"{order}-{record['batch_id']}"), b"")
@@ -130,7 +148,9 @@ class Batches:
                 entrypoint_num_cpus=self.settings.driver_cpus or None,
                 entrypoint_memory=self.settings.driver_memory_mib << 20 or None,
             )
-        except RuntimeError:  # the same request came to two replicas at once: the other one has started it
+        except (
+            RuntimeError
+        ):  # the same request came to two replicas at once: the other one has started it
             if self._job(job) is None:
                 raise JobsUnavailableError("Ray does not take the job") from None
         return self._state(record, caller)
@@ -215,7 +235,9 @@ class Batches:
         if len(batch_id) != ID_DIGITS or set(batch_id) - set("0123456789abcdef"):
             return None
         try:
-            record: dict[str, Any] = json.loads(storage.read_bytes(self._uri(caller, f"{batch_id}.json")))
+            record: dict[str, Any] = json.loads(
+                storage.read_bytes(self._uri(caller, f"{batch_id}.json"))
+            )
         except FileNotFoundError:
             return None
         except ValueError:
@@ -227,9 +249,9 @@ class Batches:
         uri = self._uri(caller, f"{record['batch_id']}.json")
         storage.write_bytes(uri, json.dumps(record, indent=2).encode())
 
-    def _run_of(self, batch_id: str) -> ledger.NamedRun | None:
+    def _run_of(self, batch_id: str) -> BatchRun | None:
         """The run that the batch's job began."""
-        return ledger.run_of_batch(self.ledger, batch_id)
+        return run_of_batch(self.ledger, batch_id)
 
     def _client(self) -> JobSubmissionClient:
         """Ask the Ray that this replica runs in, and no other one of the machine.
@@ -240,7 +262,9 @@ class Batches:
             JobsUnavailableError: it does not answer.
         """
         if not ray.is_initialized():  # else asking for it would start one
-            raise JobsUnavailableError("Ray's job server does not answer: this process is in no cluster")
+            raise JobsUnavailableError(
+                "Ray's job server does not answer: this process is in no cluster"
+            )
         try:
             return JobSubmissionClient(ray.get_runtime_context().gcs_address)
         except (RuntimeError, ConnectionError):
@@ -270,22 +294,33 @@ class Batches:
             self._write({**record, "ended": found}, caller)
         return BatchState(**known, **found)
 
-    def _found(self, run: ledger.NamedRun | None, job: Any) -> dict[str, Any]:
+    def _found(self, run: BatchRun | None, job: Any) -> dict[str, Any]:
         """Return how far a batch is, by its run's ledger and Ray's word on its job."""
         exit_code = None if job is None else job.driver_exit_code
         if run is not None and storage.exists(run.committed_uri(self.ledger)):
-            table = view.read(run.committed_uri(self.ledger), ["status"])
-            counts = {each["values"]: each["counts"] for each in table["status"].value_counts().to_pylist()}
-            return {"state": "committed", "counts": counts, "series": table.num_rows, "exit_code": exit_code}
+            table = read_run(run.committed_uri(self.ledger), ["status"])
+            counts = {
+                each["values"]: each["counts"]
+                for each in table["status"].value_counts().to_pylist()
+            }
+            return {
+                "state": "committed",
+                "counts": counts,
+                "series": table.num_rows,
+                "exit_code": exit_code,
+            }
         if job is None:
             return {"state": "interrupted"}
         if job.status in OPEN:
             progress = {} if run is None else self._progress(run)
-            return {"state": "waiting" if job.status == JobStatus.PENDING else "running", **progress}
+            return {
+                "state": "waiting" if job.status == JobStatus.PENDING else "running",
+                **progress,
+            }
         return {"state": ENDS_OF_JOB[job.status], "exit_code": exit_code}
 
-    def _progress(self, run: ledger.NamedRun) -> dict[str, Any]:
-        series, finished = ledger.progress(self.ledger, run)
+    def _progress(self, run: BatchRun) -> dict[str, Any]:
+        series, finished = progress(self.ledger, run)
         if series is None:
             return {}
         spent_s = (datetime.now(UTC) - run.begun_at).total_seconds()

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
-from covtanet.screening.single import Screener
+from covtanet.screening.study import Screener
 
 T = TypeVar("T")
 
@@ -95,7 +95,9 @@ class Decoders:
         slot = await self._take(deadline)
         # No await between taking a slot and starting its thread: a cancellation cannot come between them.
         loop = asyncio.get_running_loop()
-        thread = loop.run_in_executor(self._threads, partial(_work_with, work, slot, resources.pop_all()))
+        thread = loop.run_in_executor(
+            self._threads, partial(_work_with, work, slot, resources.pop_all())
+        )
         thread.add_done_callback(partial(self._give_back, slot))
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit:

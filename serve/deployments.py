@@ -22,8 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from covtanet import tracking
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
-from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import (
+from covtanet.inference.predictor import (
     Part,
     Prediction,
     Predictor,
@@ -32,8 +31,9 @@ from covtanet.screening.predictor import (
     predict,
     refuse_without_segmentation,
 )
-from covtanet.screening.single import Screener
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.model.checkpoint import load_model
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.study import Screener
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,7 +81,10 @@ class Segmenter:
         refuse_without_segmentation(model)
         cores = len(os.sched_getaffinity(0))
         predictor = Predictor(
-            model, engine=self.config.engine, num_threads=cores, max_batch_slices=self.config.max_batch_slices
+            model,
+            engine=self.config.engine,
+            num_threads=cores,
+            max_batch_slices=self.config.max_batch_slices,
         )
         described = {
             "name": found.name,
@@ -89,6 +92,7 @@ class Segmenter:
             "digest": found.digest,
             "num_slices": predictor.num_slices,
             "preprocessing": model.preprocessing,
+            "window": predictor.window,
         }
         self.models[found.digest] = (predictor, described)
         while len(self.models) > MODELS_KEPT:
@@ -108,7 +112,9 @@ class Segmenter:
         self.answered_at = time.monotonic()
         if self.reloading is not None and self.reloading.done():
             self.reloading = None
-        is_due = "@" in self.ref and time.monotonic() - self.looked_at >= self.reload_every_s  # only an alias moves
+        is_due = (
+            "@" in self.ref and time.monotonic() - self.looked_at >= self.reload_every_s
+        )  # only an alias moves
         if is_due and self.reloading is None:
             self.looked_at = time.monotonic()
             self.reloading = asyncio.create_task(self._reload())
@@ -123,7 +129,9 @@ class Segmenter:
             else:
                 await asyncio.to_thread(self._load)
         except Exception as error:  # a description can be wrong in ways of its own
-            logger.error("the model stays as it is, another one cannot be loaded: %s", type(error).__name__)
+            logger.error(
+                "the model stays as it is, another one cannot be loaded: %s", type(error).__name__
+            )
 
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))
@@ -173,7 +181,9 @@ class Readiness:
         """Return what was known at most ``keep_s`` ago."""
         if time.monotonic() - self._asked_at > self.keep_s:
             async with self._lock:
-                if time.monotonic() - self._asked_at > self.keep_s:  # nobody asked while this one waited
+                if (
+                    time.monotonic() - self._asked_at > self.keep_s
+                ):  # nobody asked while this one waited
                     self._is_ready = await self._ask()
                     self._asked_at = time.monotonic()
         return self._is_ready
@@ -210,7 +220,11 @@ class RemoteNetwork:
     """One version of the model behind a handle, as a ``Network`` for one thread of an API replica."""
 
     def __init__(self, segmenter: DeploymentHandle, described: dict[str, Any]) -> None:
-        self.segmenter, self.digest, self.num_slices = segmenter, described["digest"], described["num_slices"]
+        self.segmenter, self.digest, self.num_slices = (
+            segmenter,
+            described["digest"],
+            described["num_slices"],
+        )
         self._is_cancelled = False
         self._under_way: set[Any] = set()
 
@@ -227,7 +241,9 @@ class RemoteNetwork:
         """Answer parts in their order, a few of them under way at a time."""
         waiting, asked = iter(parts), deque[Any]()
         try:
-            asked.extend(self._ask(self.segmenter.segment, part) for part in islice(waiting, PARTS_IN_FLIGHT))
+            asked.extend(
+                self._ask(self.segmenter.segment, part) for part in islice(waiting, PARTS_IN_FLIGHT)
+            )
             while asked:
                 answer = self._wait(asked.popleft())
                 asked.extend(self._ask(self.segmenter.segment, part) for part in islice(waiting, 1))
@@ -271,7 +287,12 @@ def _result(response: Any) -> Any:
         answer = response.result(timeout_s=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError:  # an error of ours in the replica
         raise
-    except (ray.exceptions.RayError, RequestCancelledError, BackPressureError, TimeoutError) as error:
+    except (
+        ray.exceptions.RayError,
+        RequestCancelledError,
+        BackPressureError,
+        TimeoutError,
+    ) as error:
         raise UnavailableError(f"the model does not answer: {type(error).__name__}") from None
     if answer is None:
         raise UnavailableError("the model was replaced while this study was read")

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from covtanet.screening.decode import place_of
+from covtanet.errors import error_location
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,9 +86,11 @@ class Audit:
         except ClientDisconnect:
             status = 499  # nginx's code for a caller who has hung up
         except Exception as error:
-            logger.error("internal error, %s", place_of(error))
+            logger.error("internal error, %s", error_location(error))
             if status == 0:
-                answer = JSONResponse({"reason": "internal_error", "message": "a fault of this software"}, 500)
+                answer = JSONResponse(
+                    {"reason": "internal_error", "message": "a fault of this software"}, 500
+                )
                 await answer(scope, receive, note_status)
         finally:
             self._note(scope, state, status or 499, time.monotonic() - started)
@@ -103,5 +105,7 @@ class Audit:
             caller, scope["method"], route, status, seconds, ",".join(series_keys) or "none",
         )  # fmt: skip
         if self._requests is None:
-            self._requests = Counter("covtanet_http_requests", "Requests by caller.", ("caller", "route", "status"))
+            self._requests = Counter(
+                "covtanet_http_requests", "Requests by caller.", ("caller", "route", "status")
+            )
         self._requests.inc(tags={"caller": str(caller), "route": route, "status": str(status)})

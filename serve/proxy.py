@@ -27,8 +27,12 @@ class RetryHint:
 
         await self.app(scope, receive, watched)
         if not has_begun:
-            problem = Problem(reason="replica_died", message="what answered this request died; send it again")
-            answer = JSONResponse(problem.model_dump(), 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+            problem = Problem(
+                reason="replica_died", message="what answered this request died; send it again"
+            )
+            answer = JSONResponse(
+                problem.model_dump(), 503, headers={"Retry-After": str(RETRY_AFTER_S)}
+            )
             await answer(scope, receive, send)
 
 

@@ -6,4 +6,9 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, reason: str, message: str, retry_after_s: int = 0) -> None:
         super().__init__(message)
-        self.status, self.reason, self.message, self.retry_after_s = status, reason, message, retry_after_s
+        self.status, self.reason, self.message, self.retry_after_s = (
+            status,
+            reason,
+            message,
+            retry_after_s,
+        )

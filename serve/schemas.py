@@ -26,7 +26,9 @@ class Problem(BaseModel):
     """Why a request was refused: a stable code, and a sentence without any text of the caller's."""
 
     reason: str = Field(examples=["unsupported_media"])
-    message: str = Field(examples=["expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects"])
+    message: str = Field(
+        examples=["expected a .nii, a .nii.gz, a DICOM object or a zip of DICOM objects"]
+    )
 
 
 class Model(BaseModel):
@@ -42,12 +44,18 @@ class SeriesRow(BaseModel):
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [EXAMPLE_ROW]})
 
-    series_key: str = Field(description="of the path and the series UID: the same series has the same key")
+    series_key: str = Field(
+        description="of the path and the series UID: the same series has the same key"
+    )
     status: Literal["screened", "rejected", "failed"]
-    reason: str | None = Field(default=None, description="why it was not screened, a code of docs/input.md")
+    reason: str | None = Field(
+        default=None, description="why it was not screened, a code of docs/input.md"
+    )
     model_name: str | None = None
     model_version: str | None = None
-    model_digest: str = Field(description="SHA-256 of the weights and the description of the model that answered")
+    model_digest: str = Field(
+        description="SHA-256 of the weights and the description of the model that answered"
+    )
     config_digest: str = Field(
         description="SHA-256 of window and screening configuration; a job with the same ones has the same digest"
     )
@@ -59,7 +67,9 @@ class StudyAnswer(BaseModel):
 
     model: Model
     series: list[SeriesRow]
-    reason: str | None = Field(default=None, description="where no series was screened, the first one's reason")
+    reason: str | None = Field(
+        default=None, description="where no series was screened, the first one's reason"
+    )
     research_use_only: Literal[True] = True
 
 
@@ -78,7 +88,9 @@ class BatchRequest(Strict):
     archive: str = Field(examples=["s3://hospital/ct"], max_length=1024)
     run_date: date | None = Field(default=None, examples=["2026-11-23"])
     model: str = Field(
-        default="", pattern=r"^(models:/[\w.-]+(@[\w.-]+|/\d+))?$", examples=["models:/covtanet@champion"]
+        default="",
+        pattern=r"^(models:/[\w.-]+(@[\w.-]+|/\d+))?$",
+        examples=["models:/covtanet@champion"],
     )
     since: Literal["", "last"] = ""
     group_by: Literal["", "folder", "uid"] = ""
@@ -111,4 +123,6 @@ class BatchState(BaseModel):
     per_minute: float | None = None
     seconds_left: float | None = None
     counts: dict[str, int] = Field(default_factory=dict)
-    exit_code: int | None = Field(default=None, description="as jobs/screen.py explains; 124: it took too long")
+    exit_code: int | None = Field(
+        default=None, description="as jobs/screen.py explains; 124: it took too long"
+    )

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from covtanet import storage
+from covtanet.archive.upload import IntakeLimits
 from covtanet.config import load_config, read_toml
 from covtanet.errors import ConfigError
-from covtanet.screening.intake import IntakeLimits
-from covtanet.screening.single import StudyLimits
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.study import StudyLimits
 
 VARIABLE = "COVTANET_SERVE_CONFIG"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -31,7 +31,9 @@ class Caller:
         if len(self.token_sha256) != 64 or set(self.token_sha256) - set("0123456789abcdef"):
             raise ValueError("token_sha256 is no SHA-256 in hex")
         if self.token_sha256 == EMPTY_SHA256:
-            raise ValueError("token_sha256 is the digest of an empty text, expected that of a token")
+            raise ValueError(
+                "token_sha256 is the digest of an empty text, expected that of a token"
+            )
         for place in self.places:
             if not storage.is_s3(place):
                 raise ValueError("places are s3://BUCKET/PREFIX")
@@ -142,7 +144,9 @@ class ServeConfig:
     def caller_of(self, token: str) -> Caller | None:
         """The caller with this token; every digest is compared, in constant time."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
-        found = [caller for caller in self.callers if hmac.compare_digest(caller.token_sha256, digest)]
+        found = [
+            caller for caller in self.callers if hmac.compare_digest(caller.token_sha256, digest)
+        ]
         return found[0] if found else None
 
 

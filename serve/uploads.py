@@ -53,11 +53,16 @@ class Uploads:
         """
         self._check_length(int(request.headers.get("content-length") or 0))
         per_caller = self.settings.max_uploads_per_caller
-        if self._num_by_caller.total() >= self.settings.max_uploads or self._num_by_caller[caller.name] >= per_caller:
+        if (
+            self._num_by_caller.total() >= self.settings.max_uploads
+            or self._num_by_caller[caller.name] >= per_caller
+        ):
             raise BusyError
         self._num_by_caller[caller.name] += 1
         try:
-            folder = Path(resources.enter_context(tempfile.TemporaryDirectory(dir=self.folder.path)))
+            folder = Path(
+                resources.enter_context(tempfile.TemporaryDirectory(dir=self.folder.path))
+            )
             digest = await self._write(request, folder / "upload")
         finally:
             self._num_by_caller[caller.name] -= 1

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from covtanet.ct.series_geometry import DUPLICATE_MM, depths, have_one_direction
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 # What differs between acquisitions or reconstructions, in no order.
 NAMES = (
@@ -69,17 +69,25 @@ def check_one_acquisition(headers: Sequence[Dataset]) -> None:
         _refuse_interleaved("AcquisitionTime", _passes(by_time), MIN_SHARE_OF_STACK, len(headers))
         return
     by_content = _groups(_comparable([_moment(header, "Content") for header in headers]), ranks)
-    _refuse_interleaved("ContentTime", _far_passes(by_content), MIN_SHARE_OF_STACK_BY_CONTENT, len(headers))
+    _refuse_interleaved(
+        "ContentTime", _far_passes(by_content), MIN_SHARE_OF_STACK_BY_CONTENT, len(headers)
+    )
 
 
-def _refuse_interleaved(name: str, groups: Sequence[Ranks], min_share: float, num_slices: int) -> None:
+def _refuse_interleaved(
+    name: str, groups: Sequence[Ranks], min_share: float, num_slices: int
+) -> None:
     """Refuse two groups of which many slices of each lie between, and not at, places of the other."""
-    large = [group for group in groups if len(group) > MIN_BETWEEN and len(group) >= min_share * num_slices]
+    large = [
+        group
+        for group in groups
+        if len(group) > MIN_BETWEEN and len(group) >= min_share * num_slices
+    ]
     for one, other in combinations(sorted(large, key=len)[-MAX_GROUPS:], 2):
         needed = max(MIN_BETWEEN, MIN_SHARE_BETWEEN * len(one), min_share * num_slices)
         if min(_num_between(one, other), _num_between(other, one)) >= needed:
             raise StudyError(
-                "mixed_acquisitions",
+                Reason.MIXED_ACQUISITIONS,
                 f"{len(one)} and {len(other)} slices that differ in {name} lie between each other, expected one stack",
             )
 
@@ -95,7 +103,11 @@ def _ranks(headers: Sequence[Dataset]) -> Ranks | None:
     for header in headers:
         for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6)):
             values = header.get(name)
-            if values is None or len(values) != length or not np.isfinite(np.asarray(values, float)).all():
+            if (
+                values is None
+                or len(values) != length
+                or not np.isfinite(np.asarray(values, float)).all()
+            ):
                 return None
     if len(headers) < 2 or not have_one_direction(headers):
         return None
@@ -119,7 +131,9 @@ def _groups(keys: Sequence[Any], ranks: Ranks) -> dict[Any, Ranks]:
 
 def _passes(groups: dict[float, Ranks]) -> list[Ranks]:
     """Runs through the stack: groups in the order of their keys as long as they go on in one direction."""
-    return [np.sort(np.concatenate([groups[key] for key in keys])) for keys in _keys_of_passes(groups)]
+    return [
+        np.sort(np.concatenate([groups[key] for key in keys])) for keys in _keys_of_passes(groups)
+    ]
 
 
 def _far_passes(groups: dict[float, Ranks]) -> list[Ranks]:
@@ -155,7 +169,9 @@ def _name(header: Dataset, name: str) -> str | None:
     value = header.get(name)
     if value is None or isinstance(value, bytes):
         return None
-    parts = [str(part).strip() for part in ([value] if isinstance(value, str | int | float) else value)]
+    parts = [
+        str(part).strip() for part in ([value] if isinstance(value, str | int | float) else value)
+    ]
     number = _float(parts[0]) if len(parts) == 1 else None
     return ("\\".join(parts) or None) if number is None else f"{number:g}"
 
@@ -169,7 +185,9 @@ def _float(value: Any) -> float | None:
 
 
 def _acquisition_moment(header: Dataset) -> Moment | None:
-    both = re.match(r"(\d{8})(\d{2,6}(\.\d*)?)", str(header.get("AcquisitionDateTime") or "").strip())
+    both = re.match(
+        r"(\d{8})(\d{2,6}(\.\d*)?)", str(header.get("AcquisitionDateTime") or "").strip()
+    )
     return _parse_moment(both[1], both[2]) if both else _moment(header, "Acquisition")
 
 
@@ -195,4 +213,7 @@ def _parse_moment(day: str, time: str) -> Moment | None:
 def _comparable(moments: Sequence[Moment | None]) -> list[float | None]:
     """Seconds, since midnight unless all moments have a day."""
     has_days = all(moment[0] is not None for moment in moments if moment)
-    return [None if moment is None else (moment[0] or 0) * DAY_S * has_days + moment[1] for moment in moments]
+    return [
+        None if moment is None else (moment[0] or 0) * DAY_S * has_days + moment[1]
+        for moment in moments
+    ]

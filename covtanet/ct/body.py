@@ -60,7 +60,9 @@ def blank_slices(hu: NDArray[Any]) -> Mask:
     for index, slice_hu in enumerate(hu[:, ::step_y, ::step_x]):
         corner = float(slice_hu[0, 0])
         is_drawing = TISSUE_HU[0] <= corner <= TISSUE_HU[1]
-        values = np.sort(slice_hu, axis=None) if is_drawing else np.sort(slice_hu[slice_hu != corner])
+        values = (
+            np.sort(slice_hu, axis=None) if is_drawing else np.sort(slice_hu[slice_hu != corner])
+        )
         if len(values) < slice_hu.size // 20:
             is_blank[index] = True
             continue
@@ -73,7 +75,9 @@ def blank_slices(hu: NDArray[Any]) -> Mask:
     return is_blank
 
 
-def find_outside(hu: NDArray[np.float32], samples: NDArray[Any], grid_mm: Millimetres) -> tuple[Mask, Mask]:
+def find_outside(
+    hu: NDArray[np.float32], samples: NDArray[Any], grid_mm: Millimetres
+) -> tuple[Mask, Mask]:
     """Return room air with all that is unmeasured, and the unmeasured alone, as (z, y, x) masks.
 
     hu: averages of the blocks of a grid. samples: one pixel of each block, since noise that is
@@ -111,14 +115,22 @@ def touching_border(mask: Mask) -> Mask:
 
 
 def inside_body(
-    hu: NDArray[np.float32], unmeasured: Mask, grid_mm: Millimetres, thicker_than_mm: float = THIN_MM
+    hu: NDArray[np.float32],
+    unmeasured: Mask,
+    grid_mm: Millimetres,
+    thicker_than_mm: float = THIN_MM,
 ) -> Mask:
     """Return the pixels of slices that have thick tissue on both sides, along x or along y."""
     tissue = (hu >= BODY_HU) & ~unmeasured
     reach = [int(thicker_than_mm / 2 / mm) for mm in grid_mm[1:]]
-    thick = ndimage.binary_erosion(tissue | unmeasured, structure=diamond(reach)[None], border_value=1)
+    thick = ndimage.binary_erosion(
+        tissue | unmeasured, structure=diamond(reach)[None], border_value=1
+    )
     labels, count = ndimage.label(thick & tissue, structure=IN_PLANE)
-    is_large = np.bincount(labels.ravel(), minlength=count + 1) * grid_mm[1] * grid_mm[2] / 100.0 >= TISSUE_CM2
+    is_large = (
+        np.bincount(labels.ravel(), minlength=count + 1) * grid_mm[1] * grid_mm[2] / 100.0
+        >= TISSUE_CM2
+    )
     is_large[0] = False
     body = is_large[labels]
     inside = np.zeros_like(body)
@@ -132,7 +144,10 @@ def inside_body(
 def convex_hull(slice_mask: Mask) -> Mask:
     """Fill the convex hull of a mask in one slice."""
     rows = np.flatnonzero(slice_mask.any(axis=1))
-    left, right = slice_mask[rows].argmax(axis=1), slice_mask.shape[1] - 1 - slice_mask[rows, ::-1].argmax(axis=1)
+    left, right = (
+        slice_mask[rows].argmax(axis=1),
+        slice_mask.shape[1] - 1 - slice_mask[rows, ::-1].argmax(axis=1),
+    )
     points = np.unique(np.column_stack([np.tile(rows, 2), np.concatenate([left, right])]), axis=0)
     if len(points) < 3:
         return slice_mask
@@ -256,7 +271,9 @@ def _cut_lung(
     candidates: of the labels, each a piece within one slice. inside: ``inside_body``, if needed.
     """
     # The rim is partly something else. The edge that cuts a piece is no rim of it.
-    solid = ndimage.binary_erosion(candidates[labels] | unmeasured, structure=rim(grid_mm), border_value=1)
+    solid = ndimage.binary_erosion(
+        candidates[labels] | unmeasured, structure=rim(grid_mm), border_value=1
+    )
     solid &= candidates[labels]
     inner, values = labels[solid], samples[solid]
 
@@ -275,7 +292,9 @@ def _cut_lung(
     return is_lung & ~(is_unsure & (num_inside < INSIDE_SHARE * num_all)), is_thick
 
 
-def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], inside: Callable[[], Mask], grid_mm: Millimetres) -> None:
+def _remove_leaks(
+    room_air: Mask, hu: NDArray[np.float32], inside: Callable[[], Mask], grid_mm: Millimetres
+) -> None:
     """Take from the room air, in place, lung that a thin chest wall or a fill value joined to it."""
     pixel_cm2 = grid_mm[1] * grid_mm[2] / 100.0
     dense = room_air & (hu > SURELY_DENSE_HU) & (hu < AERATED_HU)
@@ -300,7 +319,9 @@ def _remove_leaks(room_air: Mask, hu: NDArray[np.float32], inside: Callable[[], 
         room_air[shown] &= ~(inside()[shown] & grown)
 
 
-def _rings(labels: NDArray[Any], candidates: Mask, hu: NDArray[np.float32], unmeasured: Mask) -> Mask:
+def _rings(
+    labels: NDArray[Any], candidates: Mask, hu: NDArray[np.float32], unmeasured: Mask
+) -> Mask:
     """Tell which candidates lie around the body in their slice."""
     found = np.zeros_like(candidates)
     boxes = ndimage.find_objects(labels)

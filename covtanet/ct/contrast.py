@@ -51,7 +51,10 @@ def _is_agent(item: Dataset) -> bool:
 
 
 def _is_used(usage: Dataset) -> bool:
-    said = [str(usage.get(f"ContrastBolusAgent{what}") or "").strip().upper() for what in ("Administered", "Detected")]
+    said = [
+        str(usage.get(f"ContrastBolusAgent{what}") or "").strip().upper()
+        for what in ("Administered", "Detected")
+    ]
     return "YES" in said or said == ["", ""]
 
 

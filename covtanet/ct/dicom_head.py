@@ -86,7 +86,9 @@ def looks_like_dicom(head: bytes) -> bool:
             return num_sound > 0
         if length > MAX_FIRST_BYTES:
             return False
-        if tag >> 16 == FIRST_GROUPS[0]:  # the data set behind the file meta may be in another encoding, or deflated
+        if (
+            tag >> 16 == FIRST_GROUPS[0]
+        ):  # the data set behind the file meta may be in another encoding, or deflated
             return not is_implicit
         last_tag, num_sound = tag, num_sound + 1
         at += length
@@ -113,7 +115,9 @@ def transfer_syntax(data: bytes) -> tuple[str | None, int]:
             return syntax, at
         is_long = data[at + 4 : at + 6] in LONG_VRS
         start = at + (12 if is_long else 8)
-        length = int.from_bytes(data[at + 8 : at + 12] if is_long else data[at + 6 : at + 8], "little")
+        length = int.from_bytes(
+            data[at + 8 : at + 12] if is_long else data[at + 6 : at + 8], "little"
+        )
         if data[at + 2 : at + 4] == SYNTAX_ELEMENT:
             syntax = data[start : start + length].decode("ascii", "replace").strip("\0 ")
         at = start + length
@@ -144,7 +148,9 @@ def read_identity(head: bytes, *, is_whole: bool = False) -> SeriesIdentity | No
     if not uids.get(SERIES_UID) or not (is_past or is_whole):  # the value may have been cut
         return None
     study_uid = uids.get(STUDY_UID)
-    return SeriesIdentity(_clean_uid(study_uid) if study_uid else None, _clean_uid(uids[SERIES_UID]))
+    return SeriesIdentity(
+        _clean_uid(study_uid) if study_uid else None, _clean_uid(uids[SERIES_UID])
+    )
 
 
 class _Scan:
@@ -153,7 +159,9 @@ class _Scan:
     def __init__(self, data: bytes, syntax: str | None, start: int) -> None:
         self.data, self.num_left = data, MAX_ELEMENTS
         is_big = syntax == BIG_ENDIAN
-        if syntax is None:  # pydicom's guess: in the right byte order the first group is a small number
+        if (
+            syntax is None
+        ):  # pydicom's guess: in the right byte order the first group is a small number
             is_big = not self.looks_implicit(start) and data[start + 1 : start + 2] >= b"\x04"
         order = ">" if is_big else "<"
         self.explicit, self.implicit = struct.Struct(f"{order}HH2sH"), struct.Struct(f"{order}HHI")
@@ -189,7 +197,11 @@ class _Scan:
         if not is_implicit:
             group, number, representation, length = self.explicit.unpack_from(self.data, at)
             if representation in LONG_VRS:
-                return group << 16 | number, self.long_length.unpack_from(self.data, at + 8)[0], at + 12
+                return (
+                    group << 16 | number,
+                    self.long_length.unpack_from(self.data, at + 8)[0],
+                    at + 12,
+                )
             if b"AA" <= representation <= b"ZZ":
                 return group << 16 | number, length, at + 8
         group, number, length = self.implicit.unpack_from(self.data, at)
@@ -198,7 +210,9 @@ class _Scan:
     def after_sequence(self, at: int, is_implicit: bool) -> int:
         """Return the position behind a sequence of undefined length; its first item begins here."""
         is_sequence = True
-        open_ones = [(is_sequence, is_implicit)]  # sequences and items that have not ended, outermost first
+        open_ones = [
+            (is_sequence, is_implicit)
+        ]  # sequences and items that have not ended, outermost first
         while open_ones:
             is_sequence, is_implicit = open_ones[-1]
             tag, length, at = self.element(at, is_implicit or is_sequence)
@@ -218,4 +232,8 @@ class _Scan:
 
 def _clean_uid(text: str) -> str:
     """Return a valid UID as it is and a digest of any other text, which may name a patient."""
-    return text if UID_TEXT.fullmatch(text) else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        text
+        if UID_TEXT.fullmatch(text)
+        else f"invalid-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )

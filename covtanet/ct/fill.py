@@ -31,7 +31,9 @@ def replace_fill(hu: NDArray[Any]) -> tuple[NDArray[Any], bool]:
     outside: dict[int, NDArray[np.bool_]] = {}
     num_outside = num_stray = 0
     for index, slice_hu in enumerate(hu):
-        if slice_hu.min() >= LOWEST_SCALE_HU and slice_hu.max() <= HIGHEST_SCALE_HU:  # false for NaN
+        if (
+            slice_hu.min() >= LOWEST_SCALE_HU and slice_hu.max() <= HIGHEST_SCALE_HU
+        ):  # false for NaN
             continue
         is_off = ~on_scale(slice_hu)
         outside[index] = reaching_edge(is_off)

@@ -19,7 +19,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
 ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
@@ -30,7 +30,12 @@ ACQUISITION = (
     "AcquisitionTime", "ContentDate", "ContentTime", "ConvolutionKernel", "FilterType", "KVP",
     "TemporalPositionIdentifier",
 )  # fmt: skip
-KIND = ("ImageType", "VolumetricProperties", "VolumeBasedCalculationTechnique", "DerivationCodeSequence")
+KIND = (
+    "ImageType",
+    "VolumetricProperties",
+    "VolumeBasedCalculationTechnique",
+    "DerivationCodeSequence",
+)
 CONTRAST = ("ContrastBolusAgent", "ContrastBolusAgentSequence")
 # What an object says of all its frames unless a functional group says it of one.
 COMMON = (
@@ -43,11 +48,17 @@ GROUPS: dict[str, dict[str, str]] = {
     "PlanePositionSequence": {"ImagePositionPatient": "ImagePositionPatient"},
     "PlaneOrientationSequence": {"ImageOrientationPatient": "ImageOrientationPatient"},
     "PixelMeasuresSequence": {"PixelSpacing": "PixelSpacing"},
-    "PixelValueTransformationSequence": {name: name for name in ("RescaleSlope", "RescaleIntercept", "RescaleType")},
+    "PixelValueTransformationSequence": {
+        name: name for name in ("RescaleSlope", "RescaleIntercept", "RescaleType")
+    },
     # A converted object keeps here what its sources say and the functional groups have no place
     # for.
-    "UnassignedSharedConvertedAttributesSequence": {name: name for name in (*ACQUISITION, *CONTRAST)},
-    "UnassignedPerFrameConvertedAttributesSequence": {name: name for name in (*ACQUISITION, *CONTRAST)},
+    "UnassignedSharedConvertedAttributesSequence": {
+        name: name for name in (*ACQUISITION, *CONTRAST)
+    },
+    "UnassignedPerFrameConvertedAttributesSequence": {
+        name: name for name in (*ACQUISITION, *CONTRAST)
+    },
     "FrameContentSequence": {
         "AcquisitionNumber": "FrameAcquisitionNumber",
         "AcquisitionDateTime": "FrameAcquisitionDateTime",
@@ -86,7 +97,12 @@ class Frame:
     @property
     def num_bytes(self) -> int:
         """What the header says that the slice takes uncompressed."""
-        return int(self.dataset.Rows) * int(self.dataset.Columns) * int(self.dataset.BitsAllocated) // 8
+        return (
+            int(self.dataset.Rows)
+            * int(self.dataset.Columns)
+            * int(self.dataset.BitsAllocated)
+            // 8
+        )
 
     def stream(self) -> bytes | memoryview:
         """The slice's own bytes; uncompressed ones are not copied."""
@@ -116,7 +132,9 @@ def is_sound(dataset: Dataset, name: str) -> bool:
             for item in element.value:
                 collections.deque(item.iterall(), maxlen=0)
         return is_sequence == (dictionary_VR(name) == "SQ")
-    except Exception:  # pydicom converts a value when it is first asked for, with errors of many kinds
+    except (
+        Exception
+    ):  # pydicom converts a value when it is first asked for, with errors of many kinds
         return False
 
 
@@ -126,10 +144,13 @@ def _frames(dataset: FileDataset) -> Iterator[Frame]:
         return
     count = int(dataset.get("NumberOfFrames") or 1)
     shared, per_frame = (
-        dataset.get(name) or [] for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+        dataset.get(name) or []
+        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
     )
     if len(per_frame) != count:
-        raise StudyError("unreadable", f"an object of {count} frames describes {len(per_frame)} of them")
+        raise StudyError(
+            Reason.UNREADABLE, f"an object of {count} frames describes {len(per_frame)} of them"
+        )
     groups = shared[0] if len(shared) else Dataset()
     for index, own in enumerate(per_frame):
         frame = Dataset()
@@ -145,7 +166,11 @@ def _frames(dataset: FileDataset) -> Iterator[Frame]:
                 if name in OPTIONAL and not is_sound(items[0], name_in_group):
                     continue
                 element = items[0][name_in_group]
-                frame[name] = element if name == name_in_group else DataElement(name, element.VR, element.value)
+                frame[name] = (
+                    element
+                    if name == name_in_group
+                    else DataElement(name, element.VR, element.value)
+                )
         group = own if USAGE in own else groups
         if USAGE in group and is_sound(group, USAGE):
             frame[USAGE] = group[USAGE]

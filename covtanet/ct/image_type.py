@@ -13,7 +13,9 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset
 
-LOCALIZER = re.compile(r"\b(LOCALI[SZ]ERS?|SCOUT|SCANOGRAM|TOPOGRAM|SURVIEW|SCANOSCOPE|CT SOM\d TOP)\b")
+LOCALIZER = re.compile(
+    r"\b(LOCALI[SZ]ERS?|SCOUT|SCANOGRAM|TOPOGRAM|SURVIEW|SCANOSCOPE|CT SOM\d TOP)\b"
+)
 # CSA MIP, MIP_SAG, MIN_IP; renderings; curved reformats, whose pixels lie in no plane.
 PROJECTION = re.compile(
     r"\b(\w*MIPS?\d*|MINIP|MAXIP|M(AX|IN) IP|MAXIMUM|MINIMUM|CPR|CURVED|VOLREN|VRT|SSD"
@@ -39,9 +41,15 @@ def is_localizer(header: Dataset) -> bool:
 def is_projection(header: Dataset) -> bool:
     """Whether a pixel is the extreme of many, or of a rendering: the values of such an image are no volume's."""
     values = _image_type(header)
-    if any(PROJECTION.search(value) for value in values) or _technique(header) in PROJECTION_TECHNIQUES:
+    if (
+        any(PROJECTION.search(value) for value in values)
+        or _technique(header) in PROJECTION_TECHNIQUES
+    ):
         return True
-    if _text(header, "VolumetricProperties") == "DISTORTED" or _derivation_codes(header) & PROJECTION_CODES:
+    if (
+        _text(header, "VolumetricProperties") == "DISTORTED"
+        or _derivation_codes(header) & PROJECTION_CODES
+    ):
         return True
     return any(ANY_PROJECTION.search(value) for value in values) and not _is_average(values)
 
@@ -51,7 +59,10 @@ def is_reformatted(header: Dataset) -> bool:
     values = _image_type(header)
     if _is_average(values) or any(REFORMATTED.search(value) for value in values):
         return True
-    if _text(header, "VolumetricProperties") == "SAMPLED" or _technique(header) in REFORMATTED_TECHNIQUES:
+    if (
+        _text(header, "VolumetricProperties") == "SAMPLED"
+        or _technique(header) in REFORMATTED_TECHNIQUES
+    ):
         return True
     return bool(_derivation_codes(header) & REFORMATTED_CODES)
 
@@ -80,4 +91,8 @@ def _derivation_codes(header: Dataset) -> set[str]:
     items = header.get("DerivationCodeSequence")
     if not isinstance(items, pydicom.Sequence):
         return set()
-    return {_text(item, "CodeValue") for item in items if _text(item, "CodingSchemeDesignator") in ("DCM", "")}
+    return {
+        _text(item, "CodeValue")
+        for item in items
+        if _text(item, "CodingSchemeDesignator") in ("DCM", "")
+    }

@@ -32,7 +32,7 @@ from covtanet.ct.body import (
 )
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import pixel_aspect
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 GRID_MM = 2.5
 GRID_Z_MM = 2.5
@@ -161,7 +161,7 @@ def find_lungs(volume: Volume) -> Lungs:
     """
     sound = np.flatnonzero(~blank_slices(volume.hu))
     if not len(sound):
-        raise StudyError("no_lung", "every slice holds one value throughout, expected a chest")
+        raise StudyError(Reason.NO_LUNG, "every slice holds one value throughout, expected a chest")
     spacing_mm = volume.spacing_mm if volume.has_known_spacing else _adult_spacing(volume.hu, sound)
     scan = _scan(volume.hu, sound, spacing_mm)
     is_small = volume.has_known_spacing and 0 < scan.body_cm2 < SMALL_BODY_CM2
@@ -188,7 +188,12 @@ def find_lungs(volume: Volume) -> Lungs:
 
 
 def _on_source(
-    volume: Volume, scan: _Scan, sound: NDArray[np.intp], closed: Mask, cavity: Mask, is_partial: bool
+    volume: Volume,
+    scan: _Scan,
+    sound: NDArray[np.intp],
+    closed: Mask,
+    cavity: Mask,
+    is_partial: bool,
 ) -> Lungs:
     """Bring the masks to the volume's grid; slices that show nothing have neither lung nor cavity."""
     lung_mask = _sharpen(closed, volume, scan.steps)
@@ -199,10 +204,17 @@ def _on_source(
         lung_mask[blank], cavity_mask[blank] = False, False
         shown = np.flatnonzero(lung_mask.any(axis=(1, 2)))
         has_blank = bool(len(shown)) and bool(((blank > shown[0]) & (blank < shown[-1])).any())
-    return Lungs(lung_mask=lung_mask, cavity_mask=cavity_mask, is_partial=is_partial, has_blank_slices=has_blank)
+    return Lungs(
+        lung_mask=lung_mask,
+        cavity_mask=cavity_mask,
+        is_partial=is_partial,
+        has_blank_slices=has_blank,
+    )
 
 
-def _scan(hu: NDArray[Any], sound: NDArray[np.intp], spacing_mm: tuple[float, float, float]) -> _Scan:
+def _scan(
+    hu: NDArray[Any], sound: NDArray[np.intp], spacing_mm: tuple[float, float, float]
+) -> _Scan:
     """Bring a volume to the working grid; a blank slice is replaced by the nearest sound one."""
     step_z = max(1, round(GRID_Z_MM / spacing_mm[0]))
     step_y, step_x = (max(1, round(GRID_MM / mm)) for mm in spacing_mm[1:])
@@ -216,7 +228,9 @@ def _scan(hu: NDArray[Any], sound: NDArray[np.intp], spacing_mm: tuple[float, fl
     averages = _shrink(hu, wanted, step_y, step_x)
     samples = _samples(hu, wanted, averages.shape, step_y, step_x)
     outside, unmeasured = find_outside(averages, samples, (z, y, x))
-    return _Scan(hu=averages, outside=outside, unmeasured=unmeasured, steps=steps, grid_mm=(z, y, x))
+    return _Scan(
+        hu=averages, outside=outside, unmeasured=unmeasured, steps=steps, grid_mm=(z, y, x)
+    )
 
 
 def _nearest(sound: NDArray[np.intp], wanted: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -235,12 +249,18 @@ def _adult_spacing(hu: NDArray[Any], sound: NDArray[np.intp]) -> tuple[float, fl
     body = np.count_nonzero(~outside, axis=(1, 2))
     pixel_mm = float(np.sqrt(100.0 * ADULT_BODY_CM2 / max(1.0, np.percentile(body, 90)))) / step
     aerated = np.count_nonzero((averages < AERATED_HU) & ~outside, axis=(1, 2))
-    num_lung = np.count_nonzero(aerated > LUNG_SHARE_OF_BODY * np.maximum(body, 1)) * len(sound) / len(wanted)
+    num_lung = (
+        np.count_nonzero(aerated > LUNG_SHARE_OF_BODY * np.maximum(body, 1))
+        * len(sound)
+        / len(wanted)
+    )
     slice_mm = float(np.clip(ADULT_LUNG_HEIGHT_MM / max(1.0, num_lung), THINNEST_MM, THICKEST_MM))
     return slice_mm, pixel_mm, pixel_mm
 
 
-def _shrink(hu: NDArray[Any], wanted: NDArray[np.intp], step_y: int, step_x: int) -> NDArray[np.float32]:
+def _shrink(
+    hu: NDArray[Any], wanted: NDArray[np.intp], step_y: int, step_x: int
+) -> NDArray[np.float32]:
     """Average blocks of wanted slices; the margin that does not fill a block repeats the edge."""
     height, width = hu.shape[1:]
     rows, columns = -(-height // step_y), -(-width // step_x)
@@ -321,7 +341,10 @@ def _is_in_body(piece: Mask, scan: _Scan) -> bool:
     shown = np.flatnonzero(piece.any(axis=(1, 2)))
     checked = shown[np.unique(np.linspace(0, len(shown) - 1, BODY_CHECK_SLICES).astype(int))]
     inside = inside_body(scan.hu[checked], scan.unmeasured[checked], scan.grid_mm, SHELL_MM)
-    return bool(np.count_nonzero(piece[checked] & inside) >= IN_BODY_SHARE * np.count_nonzero(piece[checked]))
+    return bool(
+        np.count_nonzero(piece[checked] & inside)
+        >= IN_BODY_SHARE * np.count_nonzero(piece[checked])
+    )
 
 
 def _halves(both: Mask) -> list[Mask]:
@@ -332,7 +355,9 @@ def _halves(both: Mask) -> list[Mask]:
     return [both & is_right, both & ~is_right]
 
 
-def _check_lung_area(lungs: list[Mask], scan: _Scan, enlarged: float, has_known_spacing: bool) -> None:
+def _check_lung_area(
+    lungs: list[Mask], scan: _Scan, enlarged: float, has_known_spacing: bool
+) -> None:
     areas = np.zeros(1) if not lungs else np.count_nonzero(lungs[0] | lungs[1], axis=(1, 2))
     largest_cm2 = float(areas.max()) * scan.pixel_cm2
     if largest_cm2 >= MIN_LUNG_CM2:
@@ -340,10 +365,13 @@ def _check_lung_area(lungs: list[Mask], scan: _Scan, enlarged: float, has_known_
     if not has_known_spacing:
         shown, expected = (100.0 * cm2 / ADULT_BODY_CM2 for cm2 in (largest_cm2, MIN_LUNG_CM2))
         raise StudyError(
-            "no_lung", f"no slice shows more lung than {shown:.1f} % of the body, expected {expected:.0f} %"
+            Reason.NO_LUNG,
+            f"no slice shows more lung than {shown:.1f} % of the body, expected {expected:.0f} %",
         )
     shown, expected = (cm2 / enlarged**2 for cm2 in (largest_cm2, MIN_LUNG_CM2))
-    raise StudyError("no_lung", f"no slice shows more than {shown:.0f} cm2 of lung, expected {expected:.0f}")
+    raise StudyError(
+        Reason.NO_LUNG, f"no slice shows more than {shown:.0f} cm2 of lung, expected {expected:.0f}"
+    )
 
 
 def _close(lung: Mask, grid_mm: tuple[float, float, float]) -> Mask:
@@ -375,7 +403,9 @@ def _cavity(closed: Mask, scan: _Scan) -> Mask:
     inside = (target >= 0) & (target < closed.shape[2])
     mirrored[:, :, np.flatnonzero(inside)] = closed[:, :, target[inside]]
     reach = max(1, round(CAVITY_MARGIN_MM * 2 / scan.grid_mm[0]))
-    spread = ndimage.maximum_filter1d((closed | mirrored).view(np.uint8), 2 * reach + 1, axis=0).astype(bool)
+    spread = ndimage.maximum_filter1d(
+        (closed | mirrored).view(np.uint8), 2 * reach + 1, axis=0
+    ).astype(bool)
     hull = np.stack([convex_hull(mask) for mask in spread])
     hull = _dilate(hull, CAVITY_MARGIN_MM, scan)
     hull &= ~_dilate(scan.outside, CHEST_WALL_MM, scan)
@@ -466,7 +496,10 @@ def _nearest_voxels(
     grid: tuple[int, ...], shape: tuple[int, ...], steps: tuple[int, int, int]
 ) -> list[NDArray[np.intp]]:
     """Return the index on the working grid of each index of the source, by axis."""
-    return [np.minimum(np.arange(n) // step, m - 1) for n, step, m in zip(shape, steps, grid, strict=True)]
+    return [
+        np.minimum(np.arange(n) // step, m - 1)
+        for n, step, m in zip(shape, steps, grid, strict=True)
+    ]
 
 
 def _span(is_shown: Mask) -> slice:

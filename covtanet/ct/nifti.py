@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from covtanet.ct.fill import on_scale, replace_fill
 from covtanet.ct.volume import LPS_TO_RAS, SourceGrid, Volume, canonical_volume, check_spacing
-from covtanet.errors import StudyError
+from covtanet.errors import QcFlag, Reason, StudyError
 
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WBITS = 31
@@ -62,16 +62,21 @@ def read(data: bytes) -> Volume:
     array, header = _stored_array(data)
     del data  # neither the file nor what it stores is needed beside the HU: each may be 1 GiB
     if _is_label_map(array, *(_slope_and_intercept(header) or (1.0, 0.0))):
-        raise StudyError("label_map", f"at most {MAX_LABELS} different values, none below 0: a label map, expected HU")
+        raise StudyError(
+            Reason.LABEL_MAP,
+            f"at most {MAX_LABELS} different values, none below 0: a label map, expected HU",
+        )
     affine, flags = _affine(header)
     volume = canonical_volume(_to_hu(array, header), affine)
     del array
     hu, is_padded = replace_fill(volume.hu)
-    flags = (*volume.qc_flags, *flags, *(("padding",) if is_padded else ()))
+    flags = (*volume.qc_flags, *flags, *((QcFlag.PADDING,) if is_padded else ()))
     volume = replace(volume, hu=hu, qc_flags=flags, has_known_spacing=_has_known_spacing(header))
     check_hu(volume.hu)
     if len(volume.hu) < MIN_SLICES:
-        raise StudyError("too_few_slices", f"{len(volume.hu)} axial slices, expected at least {MIN_SLICES}")
+        raise StudyError(
+            Reason.TOO_FEW_SLICES, f"{len(volume.hu)} axial slices, expected at least {MIN_SLICES}"
+        )
     return volume
 
 
@@ -91,21 +96,29 @@ def read_grey8(data: bytes) -> Volume:
     values = _to_hu(array, header)
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255 and high > 1):
-        raise StudyError("not_grey8", f"values {low:.0f}..{high:.0f}, expected grey values 0..255")
+        raise StudyError(
+            Reason.NOT_GREY8, f"values {low:.0f}..{high:.0f}, expected grey values 0..255"
+        )
     volume = canonical_volume(values, _affine(header)[0])
     return replace(volume, has_known_spacing=_has_known_spacing(header))
 
 
 def has_spacing(data: bytes) -> bool:
     """Whether the header knows its voxel size; 1 x 1 x 1 without a unit is nominal."""
-    head = _inflate(data, HEADER_BYTES, to_end=False) if data[:2] == GZIP_MAGIC else data[:HEADER_BYTES]
+    head = (
+        _inflate(data, HEADER_BYTES, to_end=False)
+        if data[:2] == GZIP_MAGIC
+        else data[:HEADER_BYTES]
+    )
     return _has_known_spacing(_header(head))
 
 
 def write(array: NDArray[Any], grid: SourceGrid) -> bytes:
     """Return a (z, y, x) mask or volume as .nii.gz in the grid of its source, axis order included."""
     stored = grid.from_canonical(array)
-    image = nib.Nifti1Image(stored.view(np.uint8) if stored.dtype == bool else stored, LPS_TO_RAS @ grid.affine)
+    image = nib.Nifti1Image(
+        stored.view(np.uint8) if stored.dtype == bool else stored, LPS_TO_RAS @ grid.affine
+    )
     image.header.set_xyzt_units("mm")
     return isal_gzip(image.to_bytes())
 
@@ -124,30 +137,47 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
-        raise StudyError("not_ct", f"{len(shape)} dimensions, expected 3")
+        raise StudyError(Reason.NOT_CT, f"{len(shape)} dimensions, expected 3")
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise StudyError("not_ct", "voxels are colours or complex numbers, expected one real number each")
+        raise StudyError(
+            Reason.NOT_CT, "voxels are colours or complex numbers, expected one real number each"
+        )
     if min(shape) < 1:
-        raise StudyError("truncated", f"the header says {shape} voxels, expected at least one along each axis")
+        raise StudyError(
+            Reason.TRUNCATED,
+            f"the header says {shape} voxels, expected at least one along each axis",
+        )
     try:
         start = int(header.get_data_offset())
     except (ValueError, OverflowError) as error:
-        raise StudyError("unreadable", "the header's offset of the voxels is no number") from error
+        raise StudyError(
+            Reason.UNREADABLE, "the header's offset of the voxels is no number"
+        ) from error
     if 0 <= start < header.template_dtype.itemsize + EXTENSION_BYTES:
-        raise StudyError("unreadable", f"the voxels begin at byte {start}, within the header")
+        raise StudyError(Reason.UNREADABLE, f"the voxels begin at byte {start}, within the header")
     num_voxels = shape[0] * shape[1] * shape[2]
     if num_voxels > MAX_VOXELS or start > MAX_VOXELS or start < 0:
-        raise StudyError("too_large", f"{num_voxels} voxels from byte {start}, expected at most {MAX_VOXELS}")
+        raise StudyError(
+            Reason.TOO_LARGE,
+            f"{num_voxels} voxels from byte {start}, expected at most {MAX_VOXELS}",
+        )
     num_bytes = num_voxels * dtype.itemsize
     _check_bytes(num_voxels, dtype)
     if is_gzip and start + num_bytes > MAX_INFLATION * len(data):
-        raise StudyError("truncated", f"{len(data)} compressed bytes, the header asks for {start + num_bytes}")
+        raise StudyError(
+            Reason.TRUNCATED,
+            f"{len(data)} compressed bytes, the header asks for {start + num_bytes}",
+        )
     if max(shape) > MAX_SLICES:
-        raise StudyError("too_large", f"{max(shape)} voxels along an axis, expected at most {MAX_SLICES}")
+        raise StudyError(
+            Reason.TOO_LARGE, f"{max(shape)} voxels along an axis, expected at most {MAX_SLICES}"
+        )
     plain = _inflate(data, start + num_bytes, to_end=True) if is_gzip else data
     if len(plain) < start + num_bytes:
-        raise StudyError("truncated", f"{len(plain)} bytes, the header asks for {start + num_bytes}")
+        raise StudyError(
+            Reason.TRUNCATED, f"{len(plain)} bytes, the header asks for {start + num_bytes}"
+        )
     array = np.frombuffer(plain, dtype, num_voxels, start).reshape(shape, order="F")
     return array, header
 
@@ -155,7 +185,10 @@ def _stored_array(data: bytes) -> tuple[NDArray[Any], nib.Nifti1Header]:
 def _check_bytes(num_voxels: int, dtype: np.dtype[Any]) -> None:
     limit = MAX_BYTES // dtype.itemsize
     if num_voxels > limit:
-        raise StudyError("too_large", f"{num_voxels} voxels of {dtype.itemsize} bytes, expected at most {limit}")
+        raise StudyError(
+            Reason.TOO_LARGE,
+            f"{num_voxels} voxels of {dtype.itemsize} bytes, expected at most {limit}",
+        )
 
 
 def _header(head: bytes | bytearray) -> Any:
@@ -165,15 +198,23 @@ def _header(head: bytes | bytearray) -> Any:
             try:
                 header = kind(head[:size], check=False)
                 start = header["vox_offset"].copy()
-                header["vox_offset"] = 0  # passes: multiples of 16 are a wish of SPM's, the rest is checked where used
-                header.check_fix(logger=SILENT, error_level=REPAIRED_LEVEL)  # what would be repaired is refused
+                header["vox_offset"] = (
+                    0  # passes: multiples of 16 are a wish of SPM's, the rest is checked where used
+                )
+                header.check_fix(
+                    logger=SILENT, error_level=REPAIRED_LEVEL
+                )  # what would be repaired is refused
                 header["vox_offset"] = start
                 if header["magic"].item() not in SINGLE_FILE_MAGIC:
-                    raise StudyError("unreadable", "the header of a pair of files, expected a single file")
+                    raise StudyError(
+                        Reason.UNREADABLE, "the header of a pair of files, expected a single file"
+                    )
                 return header
             except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
-                raise StudyError("unreadable", "the NIfTI header contradicts itself") from error
-    raise StudyError("unreadable", "the file does not begin with a NIfTI header")
+                raise StudyError(
+                    Reason.UNREADABLE, "the NIfTI header contradicts itself"
+                ) from error
+    raise StudyError(Reason.UNREADABLE, "the file does not begin with a NIfTI header")
 
 
 def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytearray:
@@ -199,13 +240,18 @@ def _inflate(data: bytes, num_bytes: int, *, to_end: bool) -> bytearray:
             kept += more[:room]
             surplus += max(0, len(more) - room)
             if to_end and surplus > num_bytes:
-                raise StudyError("too_large", "the stream goes on for more than the volume again after its end")
+                raise StudyError(
+                    Reason.TOO_LARGE,
+                    "the stream goes on for more than the volume again after its end",
+                )
             if not more and not pending and not stream.eof:
                 if not to_end:
                     break
-                raise StudyError("truncated", "the gzip stream ends before its checksum")
+                raise StudyError(Reason.TRUNCATED, "the gzip stream ends before its checksum")
     except IsalError as error:  # type: ignore[misc]
-        raise StudyError("undecodable", "the gzip stream is damaged: bad data or checksum") from error
+        raise StudyError(
+            Reason.UNDECODABLE, "the gzip stream is damaged: bad data or checksum"
+        ) from error
     return kept
 
 
@@ -220,16 +266,20 @@ def _affine(header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
             or other lengths.
     """
     if not int(header["sform_code"]) and not int(header["qform_code"]):
-        raise StudyError("missing_position", "neither sform nor qform is set, expected an orientation")
+        raise StudyError(
+            Reason.MISSING_POSITION, "neither sform nor qform is set, expected an orientation"
+        )
     is_unit = _has_unit_quaternion(header)
     if not is_unit and not int(header["sform_code"]):
-        raise StudyError("missing_position", "the qform is not a unit quaternion")
+        raise StudyError(Reason.MISSING_POSITION, "the qform is not a unit quaternion")
     affine = np.asarray(header.get_best_affine(), np.float64)
     unit = _length_unit(header)
     if unit not in ("mm", "unknown"):
-        raise StudyError("missing_position", f"lengths are in {unit}, expected mm")
+        raise StudyError(Reason.MISSING_POSITION, f"lengths are in {unit}, expected mm")
     if not _spans_space(affine):
-        raise StudyError("missing_position", "the affine does not span a space, expected three axes in mm")
+        raise StudyError(
+            Reason.MISSING_POSITION, "the affine does not span a space, expected three axes in mm"
+        )
     _check_voxel_size(affine)
     return LPS_TO_RAS @ affine, _compare_forms(header, affine, is_unit=is_unit)
 
@@ -274,7 +324,9 @@ def _length_unit(header: Any) -> str:
     try:
         return str(header.get_xyzt_units()[0])
     except KeyError as error:
-        raise StudyError("missing_position", "the unit of lengths is none that there is") from error
+        raise StudyError(
+            Reason.MISSING_POSITION, "the unit of lengths is none that there is"
+        ) from error
 
 
 def _compare_forms(header: Any, affine: NDArray[np.float64], *, is_unit: bool) -> tuple[str, ...]:
@@ -282,22 +334,34 @@ def _compare_forms(header: Any, affine: NDArray[np.float64], *, is_unit: bool) -
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     nominal = np.abs(np.asarray(header["pixdim"][1:4], float))
     if not np.allclose(lengths, nominal, rtol=SPACING_RTOL):
-        raise StudyError("orientation_conflict", "the voxel size and the orientation of the header differ in length")
+        raise StudyError(
+            Reason.ORIENTATION_CONFLICT,
+            "the voxel size and the orientation of the header differ in length",
+        )
     if not (int(header["sform_code"]) and int(header["qform_code"])):
         return ()
     if not is_unit:
-        raise StudyError("orientation_conflict", "the qform beside the sform is not a unit quaternion")
+        raise StudyError(
+            Reason.ORIENTATION_CONFLICT, "the qform beside the sform is not a unit quaternion"
+        )
     other = np.asarray(header.get_qform(), np.float64)
     if (io_orientation(other) != io_orientation(affine)).any():
-        raise StudyError("orientation_conflict", "sform and qform name different axes of the patient")
-    turned = np.abs(other[:3, :3] / np.linalg.norm(other[:3, :3], axis=0) - affine[:3, :3] / lengths).max() > AXIS_TOL
-    return ("two_orientations",) if turned else ()
+        raise StudyError(
+            Reason.ORIENTATION_CONFLICT, "sform and qform name different axes of the patient"
+        )
+    turned = (
+        np.abs(
+            other[:3, :3] / np.linalg.norm(other[:3, :3], axis=0) - affine[:3, :3] / lengths
+        ).max()
+        > AXIS_TOL
+    )
+    return (QcFlag.TWO_ORIENTATIONS,) if turned else ()
 
 
 def _to_hu(array: NDArray[Any], header: Any) -> NDArray[Any]:
     slope_and_intercept = _slope_and_intercept(header)
     if slope_and_intercept is None:
-        raise StudyError("missing_rescale", "slope or intercept is no number")
+        raise StudyError(Reason.MISSING_RESCALE, "slope or intercept is no number")
     dtype = _hu_dtype(array, *slope_and_intercept)
     _check_bytes(array.size, dtype)
     if array.dtype == dtype and slope_and_intercept == (1.0, 0.0):
@@ -326,19 +390,26 @@ def rescale(array: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]
 
 def _hu_dtype(array: NDArray[Any], slope: float, intercept: float) -> np.dtype[Any]:
     if array.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
-        low, high = (int(array.min()) * int(slope) + int(intercept), int(array.max()) * int(slope) + int(intercept))
+        low, high = (
+            int(array.min()) * int(slope) + int(intercept),
+            int(array.max()) * int(slope) + int(intercept),
+        )
         if min(low, high) >= -32768 and max(low, high) <= 32767:
             return np.dtype(np.int16)
     return np.dtype(np.float32)
 
 
-def _rescaled(array: NDArray[Any], slope: float, intercept: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _rescaled(
+    array: NDArray[Any], slope: float, intercept: float, dtype: np.dtype[Any]
+) -> NDArray[Any]:
     if dtype == np.int16:
         if array.dtype == np.int16 and slope == 1 and intercept == 0:
             return array
         wide = array.astype(np.int16 if array.dtype.itemsize == 1 else np.int32, copy=False)
         return (wide * int(slope) + int(intercept)).astype(np.int16, copy=False)
-    with np.errstate(over="ignore"):  # fill values of float64 become infinite, which is off the scale as well
+    with np.errstate(
+        over="ignore"
+    ):  # fill values of float64 become infinite, which is off the scale as well
         return array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
@@ -362,7 +433,9 @@ def _num_different(whole: NDArray[Any]) -> int:
     low, high = int(whole.min()), int(whole.max())
     if high - low > MAX_COUNTED:
         return len(np.unique(whole))
-    return int(np.count_nonzero(np.bincount((whole - whole.min()).astype(np.uint16).ravel(order="K"))))
+    return int(
+        np.count_nonzero(np.bincount((whole - whole.min()).astype(np.uint16).ravel(order="K")))
+    )
 
 
 def check_hu(hu: NDArray[Any]) -> None:
@@ -373,7 +446,7 @@ def check_hu(hu: NDArray[Any]) -> None:
     """
     sample = hu[:: max(1, len(hu) // 32)]
     if hu.dtype.kind == "f" and not all(np.isfinite(slice_hu).all() for slice_hu in hu):
-        raise StudyError("not_hu", "some voxels are not numbers")
+        raise StudyError(Reason.NOT_HU, "some voxels are not numbers")
     low, high = float(sample.min()), float(sample.max())
     num_air = num_tissue = 0
     for slice_hu in sample:
@@ -382,6 +455,6 @@ def check_hu(hu: NDArray[Any]) -> None:
     air, tissue = num_air / sample.size, num_tissue / sample.size
     if low < LOWEST_HU or high > HIGHEST_HU or air < MIN_AIR_SHARE or tissue < MIN_AIR_SHARE:
         raise StudyError(
-            "not_hu",
+            Reason.NOT_HU,
             f"values {low:.0f}..{high:.0f}, {air:.1%} air and {tissue:.1%} soft tissue; expected HU with 1 % of each",
         )

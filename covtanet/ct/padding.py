@@ -81,7 +81,9 @@ def _undeclared(
         return None
     bits = 8 * stored.dtype.itemsize
     bits_stored = int(header.get("BitsStored") or bits)
-    if bits_stored < bits:  # the bits above carry a sign if they are all set; others are an old overlay's
+    if (
+        bits_stored < bits
+    ):  # the bits above carry a sign if they are all set; others are an old overlay's
         is_off_scale = value >= -(1 << bits_stored)
     else:
         is_off_scale = not is_unsigned or int(pixels.max()) * slope + intercept > HIGHEST_HU
@@ -94,7 +96,10 @@ def _undeclared(
 def _rescale(header: Dataset) -> tuple[float, float] | None:
     """Slope and intercept; None if they are missing, which is judged later."""
     values = [header.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
-    if any(value is None for value in values) or not np.isfinite([float(value) for value in values]).all():
+    if (
+        any(value is None for value in values)
+        or not np.isfinite([float(value) for value in values]).all()
+    ):
         return None
     return float(values[0]), float(values[1])
 

@@ -28,7 +28,7 @@ from pydicom.uid import (
 from covtanet.ct import nifti
 from covtanet.ct.frames import PLAIN_SYNTAXES, Frame
 from covtanet.ct.padding import AIR_PADDING_HU, find_padding
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     JPEGLossless: imagecodecs.jpegsof3_decode,
@@ -61,13 +61,15 @@ def check_complete(frames: Sequence[Frame]) -> None:
     for frame in frames:
         for name in ("Rows", "Columns", "BitsAllocated"):
             if not frame.dataset.get(name):
-                raise StudyError("truncated", f"an object ends before its {name}")
+                raise StudyError(Reason.TRUNCATED, f"an object ends before its {name}")
         if not frame.source.get("PixelData"):
-            raise StudyError("truncated", "an object ends before its PixelData")
+            raise StudyError(Reason.TRUNCATED, "an object ends before its PixelData")
         expected, present = frame.num_bytes * frame.count, len(frame.source.PixelData)
         is_plain = frame.syntax in PLAIN_SYNTAXES and frame.dataset.BitsAllocated in BITS_ALLOCATED
         if is_plain and present < expected:
-            raise StudyError("truncated", f"{present} bytes of pixels in an object, expected {expected}")
+            raise StudyError(
+                Reason.TRUNCATED, f"{present} bytes of pixels in an object, expected {expected}"
+            )
     for frame in frames:
         _check_bits(frame)
         _check_surplus(frame)
@@ -76,13 +78,16 @@ def check_complete(frames: Sequence[Frame]) -> None:
 def _check_bits(frame: Frame) -> None:
     allocated = int(frame.dataset.BitsAllocated)
     if allocated not in BITS_ALLOCATED:
-        raise StudyError("undecodable", f"{allocated} bits per pixel, expected 8, 16 or 32")
+        raise StudyError(Reason.UNDECODABLE, f"{allocated} bits per pixel, expected 8, 16 or 32")
     stored = _bits_stored(frame)
     if not 0 < stored <= allocated:
-        raise StudyError("undecodable", f"{stored} of {allocated} bits are stored")
+        raise StudyError(Reason.UNDECODABLE, f"{stored} of {allocated} bits are stored")
     shift = _num_bits_below(frame)
     if shift and not 0 < shift <= allocated - stored:
-        raise StudyError("undecodable", f"{stored} of {allocated} bits, the highest of them {stored + shift - 1}")
+        raise StudyError(
+            Reason.UNDECODABLE,
+            f"{stored} of {allocated} bits, the highest of them {stored + shift - 1}",
+        )
 
 
 def _check_surplus(frame: Frame) -> None:
@@ -90,11 +95,17 @@ def _check_surplus(frame: Frame) -> None:
     if frame.syntax not in PLAIN_SYNTAXES or frame.index:
         return
     expected, present = frame.num_bytes * frame.count, len(frame.source.PixelData)
-    line_bytes = min(int(frame.dataset.Rows), int(frame.dataset.Columns)) * int(frame.dataset.BitsAllocated) // 8
+    line_bytes = (
+        min(int(frame.dataset.Rows), int(frame.dataset.Columns))
+        * int(frame.dataset.BitsAllocated)
+        // 8
+    )
     if present - expected < max(2, line_bytes):  # less than a line of the image
         return
     if memoryview(frame.source.PixelData)[expected:].tobytes().strip(b"\0"):
-        raise StudyError("undecodable", f"{present} bytes of pixels in an object, expected {expected}")
+        raise StudyError(
+            Reason.UNDECODABLE, f"{present} bytes of pixels in an object, expected {expected}"
+        )
 
 
 def _bits_stored(frame: Frame) -> int:
@@ -123,7 +134,9 @@ def decode(frame: Frame) -> Pixels:
     if shift:
         stored = _shift_down(stored, shift)
     values, unused = stored, bits - _bits_stored(frame)
-    if unused > 0:  # the bits above BitsStored mean nothing: drop them, and carry the sign over them
+    if (
+        unused > 0
+    ):  # the bits above BitsStored mean nothing: drop them, and carry the sign over them
         values = (stored << unused) >> unused
     return Pixels(values, find_padding(stored, values, dataset))
 
@@ -144,11 +157,20 @@ def _samples(frame: Frame, dtype: np.dtype[Any]) -> NDArray[Any]:
         except MemoryError:
             raise
         except Exception as error:  # each codec has its own errors
-            raise StudyError("undecodable", f"a slice's {UID(syntax).name} stream is damaged") from error
+            raise StudyError(
+                Reason.UNDECODABLE, f"a slice's {UID(syntax).name} stream is damaged"
+            ) from error
     if pixels.shape != (rows, columns):
-        raise StudyError("undecodable", f"a slice decodes to {pixels.shape} pixels, expected {(rows, columns)}")
+        raise StudyError(
+            Reason.UNDECODABLE,
+            f"a slice decodes to {pixels.shape} pixels, expected {(rows, columns)}",
+        )
     # A codec gives the bits as it finds them, often unsigned: the header says what they mean.
-    pixels = pixels.view(dtype) if pixels.dtype.itemsize == dtype.itemsize and pixels.dtype.isnative else pixels
+    pixels = (
+        pixels.view(dtype)
+        if pixels.dtype.itemsize == dtype.itemsize and pixels.dtype.isnative
+        else pixels
+    )
     return pixels.astype(dtype, copy=False)
 
 
@@ -156,7 +178,10 @@ def _shift_down(stored: NDArray[Any], shift: int) -> NDArray[Any]:
     """Samples from the upper bits. With something below them it is the header that may be wrong."""
     bits = stored.view(f"u{stored.dtype.itemsize}")
     if (bits & ((1 << shift) - 1)).any():
-        raise StudyError("undecodable", f"bits below the lowest of the sample, {shift}, are set: HighBit is wrong")
+        raise StudyError(
+            Reason.UNDECODABLE,
+            f"bits below the lowest of the sample, {shift}, are set: HighBit is wrong",
+        )
     return (bits >> shift).view(stored.dtype)
 
 
@@ -169,7 +194,11 @@ def decode_rle(frame: bytes, dtype: np.dtype[Any]) -> bytes:
     header = np.frombuffer(frame, "<u4", RLE_HEADER_BYTES // 4)
     count, offsets = int(header[0]), header[1:].astype(np.int64)
     used = offsets[: min(count, MAX_RLE_SEGMENTS)]
-    if count != dtype.itemsize or used[0] != RLE_HEADER_BYTES or (np.diff([*used, len(frame)]) <= 0).any():
+    if (
+        count != dtype.itemsize
+        or used[0] != RLE_HEADER_BYTES
+        or (np.diff([*used, len(frame)]) <= 0).any()
+    ):
         raise ValueError("the RLE header contradicts itself")
     return bytes(_decode_rle(frame, dtype))
 

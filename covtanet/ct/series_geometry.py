@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from covtanet.ct.volume import MAX_SHEAR, check_spacing
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 # How far a slice may lie off its place, along each axis of the grid: a tenth of the voxel leaves
 # room for a table that wavers by 0.5 mm under slices of 5 mm. Positions of one decimal are up to
@@ -74,7 +74,9 @@ class _Slices:
         """Least squares. A sideways step that takes no slice off the normal by more than the limit is rounding."""
         centred = places - places.mean()
         step_mm = centred @ (self.positions - self.positions.mean(axis=0)) / (centred @ centred)
-        for axis, voxel_mm in zip(self.orientation.reshape(2, 3)[::-1], self.pixel_spacing, strict=True):
+        for axis, voxel_mm in zip(
+            self.orientation.reshape(2, 3)[::-1], self.pixel_spacing, strict=True
+        ):
             if abs(step_mm @ axis) * np.ptp(places) <= off_grid_limit_mm(float(voxel_mm)):
                 step_mm = step_mm - (step_mm @ axis) * axis
         return _Grid(self.positions.mean(axis=0) - places.mean() * step_mm, step_mm)
@@ -101,16 +103,27 @@ def check_positions(headers: Sequence[Dataset]) -> None:
         StudyError: ``missing_position`` or ``implausible_spacing``.
     """
     for header in headers:
-        for name, length in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
+        for name, length in (
+            ("ImagePositionPatient", 3),
+            ("ImageOrientationPatient", 6),
+            ("PixelSpacing", 2),
+        ):
             values = header.get(name)
-            if values is None or len(values) != length or not np.isfinite(np.asarray(values, float)).all():
-                raise StudyError("missing_position", f"a slice has no {name}")
+            if (
+                values is None
+                or len(values) != length
+                or not np.isfinite(np.asarray(values, float)).all()
+            ):
+                raise StudyError(Reason.MISSING_POSITION, f"a slice has no {name}")
         if min(float(mm) for mm in header.PixelSpacing) <= 0:
-            raise StudyError("missing_position", "a slice's PixelSpacing is not above 0")
+            raise StudyError(Reason.MISSING_POSITION, "a slice's PixelSpacing is not above 0")
     cosines = _orientations(headers).reshape(-1, 2, 3)
     is_unit = np.abs(np.linalg.norm(cosines, axis=2) - 1).max() <= UNIT_ATOL
     if not is_unit or np.abs((cosines[:, 0] * cosines[:, 1]).sum(axis=1)).max() > UNIT_ATOL:
-        raise StudyError("missing_position", "ImageOrientationPatient is not two unit vectors at a right angle")
+        raise StudyError(
+            Reason.MISSING_POSITION,
+            "ImageOrientationPatient is not two unit vectors at a right angle",
+        )
     for header in headers:
         check_spacing([float(mm) for mm in header.PixelSpacing], TYPICAL_STEP_MM)
     gaps = np.diff(np.sort(depths(headers)))
@@ -139,16 +152,23 @@ def fit_stack(headers: Sequence[Dataset]) -> Stack:
     pixel_spacings = np.array([header.PixelSpacing for header in headers], float)
     num_shapes = len({(int(header.Rows), int(header.Columns)) for header in headers})
     if num_shapes > 1 or np.ptp(pixel_spacings, axis=0).max() > PIXEL_SPACING_ATOL_MM:
-        raise StudyError("mixed_orientation", "slices differ in size or pixel spacing, expected one grid")
+        raise StudyError(
+            Reason.MIXED_ORIENTATION, "slices differ in size or pixel spacing, expected one grid"
+        )
     if not have_one_direction(headers):
-        raise StudyError("mixed_orientation", "slices differ in orientation, expected one direction")
+        raise StudyError(
+            Reason.MIXED_ORIENTATION, "slices differ in orientation, expected one direction"
+        )
     orientation = _orthonormal(np.median(_orientations(headers), axis=0))
     positions, pixel_spacing = _positions(headers), np.median(pixel_spacings, axis=0)
     order = np.argsort(_depths(positions, orientation), kind="stable")
     grid = _fit_grid(_Slices(positions[order], orientation, pixel_spacing))
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 3] = grid.step_mm, grid.origin
-    affine[:3, 1], affine[:3, 2] = orientation[3:] * pixel_spacing[0], orientation[:3] * pixel_spacing[1]
+    affine[:3, 1], affine[:3, 2] = (
+        orientation[3:] * pixel_spacing[0],
+        orientation[:3] * pixel_spacing[1],
+    )
     return Stack([int(index) for index in order], affine)
 
 
@@ -171,7 +191,8 @@ def _fit_grid(slices: _Slices) -> _Grid:
     _refuse_gaps(slices)
     limit_mm = off_grid_limit_mm(step_mm)
     raise StudyError(
-        "irregular_spacing", f"slices lie more than {limit_mm:.2f} mm off a grid of {step_mm:.2f} mm, expected on it"
+        Reason.IRREGULAR_SPACING,
+        f"slices lie more than {limit_mm:.2f} mm off a grid of {step_mm:.2f} mm, expected on it",
     )
 
 
@@ -179,9 +200,14 @@ def _refuse_tilt(slices: _Slices) -> None:
     stack = slices.positions[-1] - slices.positions[0]
     along_mm = float(stack @ slices.normal)
     sideways_mm = float(np.linalg.norm(stack - along_mm * slices.normal))
-    if along_mm > DUPLICATE_MM and sideways_mm > max(MIN_OFF_GRID_MM, MAX_SHEAR * float(np.linalg.norm(stack))):
+    if along_mm > DUPLICATE_MM and sideways_mm > max(
+        MIN_OFF_GRID_MM, MAX_SHEAR * float(np.linalg.norm(stack))
+    ):
         angle = float(np.degrees(np.arctan2(sideways_mm, along_mm)))
-        raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
+        raise StudyError(
+            Reason.GANTRY_TILT,
+            f"slices are stacked {angle:.1f} degrees off their normal, expected 0",
+        )
 
 
 def _refuse_gaps(slices: _Slices) -> None:
@@ -189,13 +215,18 @@ def _refuse_gaps(slices: _Slices) -> None:
     gaps = np.diff(slices.depths)
     are_shared = gaps < max(DUPLICATE_MM, DUPLICATE_SHARE * float(gaps.mean()))
     if are_shared.any():
-        raise StudyError("duplicate_slice", f"{int(are_shared.sum())} slices share a position with another")
+        raise StudyError(
+            Reason.DUPLICATE_SLICE, f"{int(are_shared.sum())} slices share a position with another"
+        )
     for step_mm in (float(np.median(gaps)), float(gaps.min())):
         places = np.concatenate([[0], np.rint(gaps / step_mm).cumsum()]).astype(np.int64)
         if step_mm < SMALLEST_STEP_SHARE * np.median(gaps) or np.diff(places).min() < 1:
             continue
         if places[-1] >= len(places) and slices.are_on(slices.fit(places), places):
-            raise StudyError("missing_slices", f"a gap of {gaps.max():.2f} mm, expected {step_mm:.2f} mm throughout")
+            raise StudyError(
+                Reason.MISSING_SLICES,
+                f"a gap of {gaps.max():.2f} mm, expected {step_mm:.2f} mm throughout",
+            )
 
 
 def _positions(headers: Sequence[Dataset]) -> NDArray[np.float64]:
@@ -206,7 +237,9 @@ def _orientations(headers: Sequence[Dataset]) -> NDArray[np.float64]:
     return np.array([header.ImageOrientationPatient for header in headers], float)
 
 
-def _depths(positions: NDArray[np.float64], orientation: NDArray[np.float64]) -> NDArray[np.float64]:
+def _depths(
+    positions: NDArray[np.float64], orientation: NDArray[np.float64]
+) -> NDArray[np.float64]:
     depth: NDArray[np.float64] = positions @ _normal(orientation)
     return depth
 

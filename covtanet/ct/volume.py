@@ -12,7 +12,7 @@ import nibabel.orientations as orientations
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.errors import StudyError
+from covtanet.errors import QcFlag, Reason, StudyError
 
 CANONICAL_AXES = ("S", "P", "L")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -84,7 +84,10 @@ def check_spacing(in_plane_mm: Iterable[float], between_mm: float) -> None:
     ):
         for mm in lengths:
             if not low * (1 - SPACING_LIMIT_RTOL) <= mm <= high * (1 + SPACING_LIMIT_RTOL):
-                raise StudyError("implausible_spacing", f"{mm:.4g} mm {name}, expected {low:g} to {high:g} mm")
+                raise StudyError(
+                    Reason.IMPLAUSIBLE_SPACING,
+                    f"{mm:.4g} mm {name}, expected {low:g} to {high:g} mm",
+                )
 
 
 def canonical_volume(
@@ -104,9 +107,12 @@ def canonical_volume(
     shear = float(np.abs(columns.T @ columns - np.eye(3)).max())
     if shear > MAX_SHEAR:
         angle = np.degrees(np.arcsin(min(shear, 1.0)))
-        raise StudyError("gantry_tilt", f"slices are stacked {angle:.1f} degrees off their normal, expected 0")
+        raise StudyError(
+            Reason.GANTRY_TILT,
+            f"slices are stacked {angle:.1f} degrees off their normal, expected 0",
+        )
     if np.abs(columns).max(axis=0).min() < 1 - MAX_SHEAR:
-        qc_flags = ("oblique",)
+        qc_flags = (QcFlag.OBLIQUE,)
     shape = (int(array.shape[0]), int(array.shape[1]), int(array.shape[2]))
     grid = SourceGrid(shape=shape, affine=affine)
     ornt = grid.to_canonical()

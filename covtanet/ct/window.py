@@ -25,7 +25,9 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         if self.low_hu >= self.high_hu:
-            raise ValueError(f"window {self.low_hu:g}..{self.high_hu:g} HU is empty, low_hu must be below high_hu")
+            raise ValueError(
+                f"window {self.low_hu:g}..{self.high_hu:g} HU is empty, low_hu must be below high_hu"
+            )
         if self.size_px < 32 or self.size_px % 16:
             raise ValueError(f"size_px is {self.size_px}, expected a multiple of 16, at least 32")
 
@@ -73,7 +75,9 @@ def _frame(shape: tuple[int, int], size_px: int, aspect: float) -> _Frame:
     return _centred(size_px, max(1, round(height * aspect * scale)), max(1, round(width * scale)))
 
 
-def to_input(slices_hu: NDArray[Any], window: WindowConfig, aspect: float = 1.0) -> NDArray[np.uint16]:
+def to_input(
+    slices_hu: NDArray[Any], window: WindowConfig, aspect: float = 1.0
+) -> NDArray[np.uint16]:
     """Window, pad to a square in millimetres and resize slices.
 
     slices_hu: (S, y, x) in HU. aspect: ``pixel_aspect`` of the series, so that the network sees
@@ -85,7 +89,9 @@ def to_input(slices_hu: NDArray[Any], window: WindowConfig, aspect: float = 1.0)
     square = np.full((frame.side, frame.side), _to_levels(np.float32(AIR_HU), window), np.float32)
     for index, slice_hu in enumerate(slices_hu):
         level = _to_levels(slice_hu.astype(np.float32), window)
-        square[frame.inner] = level if aspect == 1 else _resize_axes(level, frame.height, frame.width)
+        square[frame.inner] = (
+            level if aspect == 1 else _resize_axes(level, frame.height, frame.width)
+        )
         level = square
         if frame.side != window.size_px:
             level = _resize(square, window.size_px, window.size_px)
@@ -99,7 +105,9 @@ def _to_levels(hu: Any, window: WindowConfig) -> Any:
     return (np.clip(hu, window.low_hu, window.high_hu) - np.float32(window.low_hu)) * scale
 
 
-def mask_to_input(slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0) -> NDArray[np.uint8]:
+def mask_to_input(
+    slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0
+) -> NDArray[np.uint8]:
     """Resize masks as ``to_input`` resizes slices.
 
     A pixel belongs to the mask if at least half of it does.
@@ -108,12 +116,16 @@ def mask_to_input(slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: 
     out = np.empty((len(slices_mask), window.size_px, window.size_px), np.uint8)
     for index, slice_mask in enumerate(slices_mask):
         square = np.zeros((frame.side, frame.side), np.float32)
-        square[frame.inner] = slice_mask if aspect == 1 else _resize(slice_mask, frame.height, frame.width)
+        square[frame.inner] = (
+            slice_mask if aspect == 1 else _resize(slice_mask, frame.height, frame.width)
+        )
         out[index] = _resize(square, window.size_px, window.size_px) >= 0.5
     return out
 
 
-def from_input(probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0) -> NDArray[np.float32]:
+def from_input(
+    probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0
+) -> NDArray[np.float32]:
     """Bring one slice of the network's output back to the source's in-plane shape (y, x).
 
     The inverse of ``to_input``.
@@ -139,9 +151,14 @@ def _resize_axes(level: NDArray[np.float32], height: int, width: int) -> NDArray
     once more: of a phantom's sagittal reformat, 5.6 mm thick, the network then finds a fifth less lesion.
     """
     image = Image.fromarray(level)
-    for size, factor in (((width, image.height), width / image.width), ((width, height), height / image.height)):
+    for size, factor in (
+        ((width, image.height), width / image.width),
+        ((width, height), height / image.height),
+    ):
         enlarges = factor > 1
-        image = image.resize(size, Image.Resampling.BICUBIC if enlarges else Image.Resampling.BILINEAR)
+        image = image.resize(
+            size, Image.Resampling.BICUBIC if enlarges else Image.Resampling.BILINEAR
+        )
     return np.asarray(image)
 
 

@@ -33,7 +33,9 @@ def read(uri: str) -> list[LabelledVolume]:
     for path in sorted(paths):
         if not (match := VOLUME.fullmatch(path)):
             continue
-        masks = {folder: path.replace(match["folder"], f"{folder}/", 1) for folder in (LUNG, LESION)}
+        masks = {
+            folder: path.replace(match["folder"], f"{folder}/", 1) for folder in (LUNG, LESION)
+        }
         for folder, mask in masks.items():
             if mask not in paths:
                 raise ConfigError(f"{match['name']} has no mask in {folder}")
@@ -49,5 +51,7 @@ def read(uri: str) -> list[LabelledVolume]:
             )
         )
     if not volumes:
-        raise ConfigError("no COVID-19-CT-Seg_20cases/*.nii.gz below the data's place, expected the Zenodo layout")
+        raise ConfigError(
+            "no COVID-19-CT-Seg_20cases/*.nii.gz below the data's place, expected the Zenodo layout"
+        )
     return volumes

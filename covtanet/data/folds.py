@@ -44,11 +44,15 @@ def assign_folds(cases: Sequence[Case], num_folds: int, seed: int) -> dict[str, 
     folds: dict[str, int] = {}
     for stratum in sorted(strata):
         for patient in sorted(strata[stratum], key=lambda patient: _rank(patient, f"fold {seed}")):
-            folds[patient] = len(folds) % num_folds  # going on where the last stratum ended keeps folds level
+            folds[patient] = (
+                len(folds) % num_folds
+            )  # going on where the last stratum ended keeps folds level
     return folds
 
 
-def split(cases: Sequence[Case], folds: dict[str, int], fold: int, validation_share: float, seed: int) -> Split:
+def split(
+    cases: Sequence[Case], folds: dict[str, int], fold: int, validation_share: float, seed: int
+) -> Split:
     """Test on one fold; of the others' patients hold a share back for validation, stratified as the folds are.
 
     Choice: the paper names no validation part; stopping on the test fold would be optimistic. Every stratum of at
@@ -58,7 +62,11 @@ def split(cases: Sequence[Case], folds: dict[str, int], fold: int, validation_sh
     held: set[str] = set()
     for patients in _strata(rest).values():
         ranked = sorted(patients, key=lambda patient: _rank(patient, f"validation {seed} {fold}"))
-        wanted = max(1, round(validation_share * len(ranked))) if validation_share and len(ranked) > 1 else 0
+        wanted = (
+            max(1, round(validation_share * len(ranked)))
+            if validation_share and len(ranked) > 1
+            else 0
+        )
         held.update(ranked[:wanted])
     return Split(
         train=_keys(case for case in rest if case.patient not in held),

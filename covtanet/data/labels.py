@@ -28,7 +28,13 @@ LABELS_SCHEMA = pa.schema([
 ])  # fmt: skip
 REQUIRED = ("volume_path", "patient")
 GRADES = ("normal", "mild", "severe")
-LABELS = ((None, None), ("normal", None), ("infected", None), ("infected", "mild"), ("infected", "severe"))
+LABELS = (
+    (None, None),
+    ("normal", None),
+    ("infected", None),
+    ("infected", "mild"),
+    ("infected", "severe"),
+)
 INTENSITIES = ("hu", "grey8", "auto")
 SEVERE_INVOLVEMENT = 0.25
 
@@ -62,7 +68,9 @@ class LabelledVolume:
             raise ConfigError(f"intensity {self.intensity}, expected {' or '.join(INTENSITIES)}")
         for values in (self.lesion_labels, self.lung_labels):
             if not all(value.isdecimal() for value in values.split()):
-                raise ConfigError(f"mask labels {values}, expected whole numbers with spaces between them")
+                raise ConfigError(
+                    f"mask labels {values}, expected whole numbers with spaces between them"
+                )
 
 
 def label_values(labels: str) -> tuple[int, ...]:
@@ -99,7 +107,9 @@ def read_labels(uri: str) -> list[LabelledVolume]:
     try:
         if uri.lower().endswith(".csv"):
             options = pacsv.ConvertOptions(
-                column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
+                column_types={name: pa.string() for name in names},
+                strings_can_be_null=True,
+                null_values=[""],
             )
             table = pacsv.read_csv(data, convert_options=options)
         else:
@@ -112,10 +122,17 @@ def read_labels(uri: str) -> list[LabelledVolume]:
                 f"the manifest has no column {name}, expected {', '.join(REQUIRED)} and any of {names[2:]}"
             )
     if unknown := set(table.column_names) - set(names):
-        raise ConfigError(f"the manifest has a column {sorted(unknown)[0]}, expected {', '.join(names)}")
-    defaults = {field.name: field.default for field in fields(LabelledVolume) if field.name not in REQUIRED}
+        raise ConfigError(
+            f"the manifest has a column {sorted(unknown)[0]}, expected {', '.join(names)}"
+        )
+    defaults = {
+        field.name: field.default for field in fields(LabelledVolume) if field.name not in REQUIRED
+    }
     table = table.cast(pa.schema([pa.field(name, pa.string()) for name in table.column_names]))
-    rows = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    rows = [
+        {name: value for name, value in row.items() if value is not None}
+        for row in table.to_pylist()
+    ]
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in REQUIRED if name not in row]:
             raise ConfigError(f"row {number} of the manifest has no {missing[0]}")

@@ -30,7 +30,9 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as found:
             return np.asarray(found.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{path.name} is no picture that can be read, expected PNG or JPEG") from error
+        raise ConfigError(
+            f"{path.name} is no picture that can be read, expected PNG or JPEG"
+        ) from error
 
 
 def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDArray[np.uint8]:
@@ -43,7 +45,9 @@ def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDAr
     return np.asarray(Image.fromarray(square).resize((side_px, side_px), Image.Resampling.BOX))
 
 
-def join(images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0) -> tuple[NDArray[np.uint8], ...]:
+def join(
+    images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0
+) -> tuple[NDArray[np.uint8], ...]:
     """The slices that have a mask, by name: grey values and lesion (0, 1), each (S, H, W).
 
     Raises:
@@ -51,14 +55,22 @@ def join(images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0) 
             lesion, as where masks hold labels rather than black and white.
     """
     by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and path.stem in by_name)
+    paths = sorted(
+        path
+        for path in images.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.stem in by_name
+    )
     if not paths:
-        raise ConfigError(f"no slice has a mask of its name; expected {' or '.join(SUFFIXES)} in both folders")
+        raise ConfigError(
+            f"no slice has a mask of its name; expected {' or '.join(SUFFIXES)} in both folders"
+        )
     slices, lesions = [], []
     for path in paths:
         grey, mask = read_grey(path), read_grey(by_name[path.stem])
         if grey.shape != mask.shape:
-            raise ConfigError(f"the mask of {path.name} has {mask.shape} pixels, expected {grey.shape}")
+            raise ConfigError(
+                f"the mask of {path.name} has {mask.shape} pixels, expected {grey.shape}"
+            )
         slices.append(to_square(grey, side_px, quarter_turns))
         lesions.append(to_square(mask, side_px, quarter_turns) > HALF)
     if not np.any(lesions):
@@ -77,13 +89,19 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m covtanet.data.pictures", description=__doc__)
     options.add_argument("--images", type=Path, required=True)
     options.add_argument("--masks", type=Path, required=True)
-    options.add_argument("--out", type=Path, required=True, help="a data set of stacks, new or with others in it")
+    options.add_argument(
+        "--out", type=Path, required=True, help="a data set of stacks, new or with others in it"
+    )
     options.add_argument("--name", default="slices")
     options.add_argument("--size-px", type=int, default=256)
-    options.add_argument("--quarter-turns", type=int, default=0, help="counterclockwise; COVID-SemiSeg wants 1")
+    options.add_argument(
+        "--quarter-turns", type=int, default=0, help="counterclockwise; COVID-SemiSeg wants 1"
+    )
     arguments = options.parse_args()
     try:
-        grey, lesion = join(arguments.images, arguments.masks, arguments.size_px, arguments.quarter_turns)
+        grey, lesion = join(
+            arguments.images, arguments.masks, arguments.size_px, arguments.quarter_turns
+        )
     except (ConfigError, OSError) as error:
         print(f"cannot join: {error}", file=sys.stderr)
         return 2

@@ -19,10 +19,17 @@ from numpy.typing import NDArray
 from covtanet.ct import nifti
 from covtanet.ct.lung import find_lungs, measure_involvement
 from covtanet.ct.volume import Volume
-from covtanet.ct.window import WindowConfig, mask_to_input, pixel_aspect, spread_slices, thin_slices, to_input
+from covtanet.ct.window import (
+    WindowConfig,
+    mask_to_input,
+    pixel_aspect,
+    spread_slices,
+    thin_slices,
+    to_input,
+)
 from covtanet.data.folds import Case
 from covtanet.data.labels import LabelledVolume, grade_of, label_values, severity_of
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 FORMAT_VERSION = 2
 KEY_DIGITS = 16
@@ -80,7 +87,12 @@ class PreparedVolume:
     @property
     def case(self) -> Case:
         """What the split needs to know."""
-        return Case(key=self.key, patient=self.patient, grade=self.grade, has_lesion_mask=self.lesion_px is not None)
+        return Case(
+            key=self.key,
+            patient=self.patient,
+            grade=self.grade,
+            has_lesion_mask=self.lesion_px is not None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +103,26 @@ class Samples:
     lesion: NDArray[np.uint8] | None
 
 
-def volume_key(volume: LabelledVolume, versions: Sequence[str], window: WindowConfig, slice_step_mm: float) -> str:
+def volume_key(
+    volume: LabelledVolume, versions: Sequence[str], window: WindowConfig, slice_step_mm: float
+) -> str:
     """Digest of labels, source versions and preprocessing: what changes it makes another prepared volume."""
-    parts = [FORMAT_VERSION, sorted(vars(volume).items()), list(versions), asdict(window), slice_step_mm]
+    parts = [
+        FORMAT_VERSION,
+        sorted(vars(volume).items()),
+        list(versions),
+        asdict(window),
+        slice_step_mm,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def prepare(
-    volume: LabelledVolume, key: str, contents: dict[str, bytes], window: WindowConfig, slice_step_mm: float
+    volume: LabelledVolume,
+    key: str,
+    contents: dict[str, bytes],
+    window: WindowConfig,
+    slice_step_mm: float,
 ) -> tuple[PreparedVolume, Samples | None]:
     """Read a volume and its masks and make the network's input; a refused one comes back with its reason.
 
@@ -120,7 +144,9 @@ def prepare(
         return replace(found, reason=error.reason, reason_detail=str(error)), None
 
 
-def refused(volume: LabelledVolume, key: str, window: WindowConfig, reason: str, detail: str) -> PreparedVolume:
+def refused(
+    volume: LabelledVolume, key: str, window: WindowConfig, reason: str, detail: str
+) -> PreparedVolume:
     """The report row of a volume that could not be read at all; nothing is kept of it."""
     return PreparedVolume(
         key=key,
@@ -180,15 +206,20 @@ def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
         return "hu", nifti.read(data)
 
 
-def _mask(path: str | None, labels: str, contents: dict[str, bytes], ct: Volume) -> NDArray[np.bool_] | None:
+def _mask(
+    path: str | None, labels: str, contents: dict[str, bytes], ct: Volume
+) -> NDArray[np.bool_] | None:
     if path is None:
         return None
     try:
         values = nifti.read_labels(contents[path])
     except StudyError as error:
-        raise StudyError("mask_unreadable", f"the mask: {error}") from error
+        raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
     if values.shape != ct.hu.shape:
-        raise StudyError("mask_mismatch", f"the mask has {values.shape} voxels (z, y, x), expected {ct.hu.shape}")
+        raise StudyError(
+            Reason.MASK_MISMATCH,
+            f"the mask has {values.shape} voxels (z, y, x), expected {ct.hu.shape}",
+        )
     wanted = label_values(labels)
     return np.isin(values, wanted) if wanted else values > 0
 
@@ -203,8 +234,10 @@ def _lung_slices(
     if lung is not None:
         whole = lung if lesion is None else lung | lesion
         if not whole.any():
-            raise StudyError("empty_lung_mask", "the lung mask is empty")
-        share = None if lesion is None else float(np.count_nonzero(lesion) / np.count_nonzero(whole))
+            raise StudyError(Reason.EMPTY_LUNG_MASK, "the lung mask is empty")
+        share = (
+            None if lesion is None else float(np.count_nonzero(lesion) / np.count_nonzero(whole))
+        )
         return np.flatnonzero(whole.any(axis=(1, 2))), share
     if intensity == "grey8":
         return np.arange(len(ct.hu)), None
@@ -224,7 +257,9 @@ def _label(
     if diagnosis == "infected" and severity is None and involvement is not None:
         severity = severity_of(involvement)
     if diagnosis is None and lesion is None:
-        raise StudyError("unlabelled", "neither a diagnosis nor a lesion mask, expected one of them")
+        raise StudyError(
+            Reason.UNLABELLED, "neither a diagnosis nor a lesion mask, expected one of them"
+        )
     return diagnosis, severity
 
 
@@ -237,8 +272,12 @@ def to_parquet(found: PreparedVolume, samples: Samples | None) -> bytes:
             "volume": [found.key] * len(samples.levels),
             "slice": list(found.slices),
             "levels": [level.tobytes() for level in samples.levels],
-            "lesion": [None] * len(samples.levels) if masks is None else [np.packbits(m).tobytes() for m in masks],
-            "lesion_px": [None] * len(samples.levels) if found.lesion_px is None else list(found.lesion_px),
+            "lesion": [None] * len(samples.levels)
+            if masks is None
+            else [np.packbits(m).tobytes() for m in masks],
+            "lesion_px": [None] * len(samples.levels)
+            if found.lesion_px is None
+            else list(found.lesion_px),
         }
         table = pa.Table.from_pydict(rows, schema=SLICE_SCHEMA)
     buffer = BytesIO()

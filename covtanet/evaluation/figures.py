@@ -37,7 +37,9 @@ def segmentation(rows: Sequence[Row]) -> Figures:
     prediction). per_volume: pixels summed within a volume,
     mean over volumes. pooled: all pixels summed.
     """
-    volumes = [np.array([row[name] for name in COUNTS], np.int64) for row in rows if row["tp"] is not None]
+    volumes = [
+        np.array([row[name] for name in COUNTS], np.int64) for row in rows if row["tp"] is not None
+    ]
     if not volumes:
         return {"num_volumes": 0}
     slices = np.concatenate(volumes, axis=1)
@@ -49,7 +51,9 @@ def segmentation(rows: Sequence[Row]) -> Figures:
         "per_volume": _mean_overlap(by_volume),
         "pooled": _mean_overlap(slices.sum(axis=1, keepdims=True)),
         "dice_by_lesion_size": _by_size(slices),
-        "volume_dice": {row["volume"]: _ratio(2 * c[0], 2 * c[0] + c[1] + c[2]) for row, c in _totals(rows)},
+        "volume_dice": {
+            row["volume"]: _ratio(2 * c[0], 2 * c[0] + c[1] + c[2]) for row, c in _totals(rows)
+        },
     }
 
 
@@ -100,7 +104,10 @@ def classification(rows: Sequence[Row], threshold: float = 0.5) -> Figures:
     infected = [row for row in graded if row["grade"] != "normal"]
     return {
         "num_volumes": len(graded),
-        "num_by_grade": {grade: sum(row["grade"] == grade for row in graded) for grade in ("normal", "mild", "severe")},
+        "num_by_grade": {
+            grade: sum(row["grade"] == grade for row in graded)
+            for grade in ("normal", "mild", "severe")
+        },
         **{name: pair(graded, *which, threshold) for name, which in PAIRS.items()},
         "diagnosis_calibration": calibration(
             np.array([row["grade"] != "normal" for row in graded]), _column(graded, "p_infected")
@@ -115,7 +122,9 @@ def _column(rows: Sequence[Row], name: str) -> NDArray[np.float64]:
     return np.array([row[name] for row in rows], np.float64)
 
 
-def pair(rows: Sequence[Row], negative: str, positive: str, column: str, threshold: float) -> Figures:
+def pair(
+    rows: Sequence[Row], negative: str, positive: str, column: str, threshold: float
+) -> Figures:
     """One pair of grades: sensitivity and specificity, accuracy, three kinds of F1, AUC with its interval."""
     chosen = [row for row in rows if row["grade"] in (negative, positive)]
     truth = np.array([row["grade"] == positive for row in chosen], bool)
@@ -123,10 +132,18 @@ def pair(rows: Sequence[Row], negative: str, positive: str, column: str, thresho
     predicted = p >= threshold
     if not len(truth):
         return {"num_volumes": 0}
-    tn, fp, fn, tp = (int(each) for each in confusion_matrix(truth, predicted, labels=[False, True]).ravel())
+    tn, fp, fn, tp = (
+        int(each) for each in confusion_matrix(truth, predicted, labels=[False, True]).ravel()
+    )
     scores = {
-        f"f1_{kind}": float(f1_score(truth, predicted, average=kind, labels=labels, zero_division=np.nan))
-        for kind, labels in (("binary", None), ("macro", [False, True]), ("weighted", [False, True]))
+        f"f1_{kind}": float(
+            f1_score(truth, predicted, average=kind, labels=labels, zero_division=np.nan)
+        )
+        for kind, labels in (
+            ("binary", None),
+            ("macro", [False, True]),
+            ("weighted", [False, True]),
+        )
     }
     found: Figures = {
         "num_volumes": len(truth),
@@ -149,7 +166,10 @@ def _interval(truth: NDArray[np.bool_], p: NDArray[np.float64]) -> tuple[float, 
     positive, negative = p[truth], p[~truth]
     # The AUC is the share of pairs in the right order; a resample only weighs the pairs anew.
     right = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-    weights = [rng.multinomial(len(own), [1 / len(own)] * len(own), NUM_BOOTSTRAPS) for own in (positive, negative)]
+    weights = [
+        rng.multinomial(len(own), [1 / len(own)] * len(own), NUM_BOOTSTRAPS)
+        for own in (positive, negative)
+    ]
     found = np.einsum("bi,bi->b", weights[0] @ right, weights[1]) / (len(positive) * len(negative))
     low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
@@ -161,7 +181,10 @@ def calibration(truth: NDArray[np.bool_], p: NDArray[np.float64]) -> Figures:
         return {"num_volumes": len(truth)}
     observed, predicted = calibration_curve(truth, p, n_bins=NUM_CALIBRATION_BINS)
     bins = np.minimum((p * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
-    gaps = [(bins == each).sum() * abs(truth[bins == each].mean() - p[bins == each].mean()) for each in np.unique(bins)]
+    gaps = [
+        (bins == each).sum() * abs(truth[bins == each].mean() - p[bins == each].mean())
+        for each in np.unique(bins)
+    ]
     return {
         "num_volumes": len(truth),
         "brier": float(brier_score_loss(truth, p)),
@@ -203,7 +226,11 @@ def summarise(rows: Sequence[Row]) -> Figures:
             "folds": {
                 str(fold): figures
                 for fold, figures in by_fold(
-                    own, lambda part: {"segmentation": segmentation(part), "classification": classification(part)}
+                    own,
+                    lambda part: {
+                        "segmentation": segmentation(part),
+                        "classification": classification(part),
+                    },
                 ).items()
             },
         }

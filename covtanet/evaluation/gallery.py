@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from covtanet import drawing as overlay
 from covtanet import storage
 from covtanet.data import prepared
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
+from covtanet.inference.predictor import Part, Predictor
 from covtanet.model.checkpoint import MODEL_FILES, load_model
-from covtanet.report import overlay
-from covtanet.screening.predictor import Part, Predictor
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about a network.
@@ -42,10 +42,16 @@ def choose(rows: Sequence[Row]) -> dict[str, Shown]:
             dice = 2 * tp[position] / (2 * tp[position] + fp[position] + fn[position])
             ranked.append(Shown(row["volume"], row["fold"], int(position), float(dice)))
     ranked.sort(key=lambda shown: (shown.dice, shown.volume, shown.position))
-    return {name: ranked[round(share * (len(ranked) - 1))] for name, share in RANKS.items()} if ranked else {}
+    return (
+        {name: ranked[round(share * (len(ranked) - 1))] for name, share in RANKS.items()}
+        if ranked
+        else {}
+    )
 
 
-def side_by_side(rows: Sequence[Row], leader: str, models: Mapping[tuple[str, int], str], prepared_uri: str) -> bytes:
+def side_by_side(
+    rows: Sequence[Row], leader: str, models: Mapping[tuple[str, int], str], prepared_uri: str
+) -> bytes:
     """A picture, a line per chosen slice and a column per network; no bytes where there is nothing to show.
 
     leader: the network whose Dice ranks the slices, of the folds that all networks have, if there are such. models: URI
@@ -53,7 +59,9 @@ def side_by_side(rows: Sequence[Row], leader: str, models: Mapping[tuple[str, in
     """
     names = [leader, *sorted({row["network"] for row in rows if row["tp"] is not None} - {leader})]
     own = [row for row in rows if row["network"] == leader]
-    chosen = choose([row for row in own if all((name, row["fold"]) in models for name in names)]) or choose(own)
+    chosen = choose(
+        [row for row in own if all((name, row["fold"]) in models for name in names)]
+    ) or choose(own)
     by_fold: dict[int, list[str]] = defaultdict(list)
     for rank, shown in chosen.items():
         by_fold[shown.fold].append(rank)
@@ -78,7 +86,9 @@ def side_by_side(rows: Sequence[Row], leader: str, models: Mapping[tuple[str, in
 
 
 def _read(prepared_uri: str, shown: Shown) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    samples = prepared.read_samples(storage.read_bytes(storage.join(prepared_uri, f"{shown.volume}.parquet")))
+    samples = prepared.read_samples(
+        storage.read_bytes(storage.join(prepared_uri, f"{shown.volume}.parquet"))
+    )
     assert samples.lesion is not None
     return samples.levels[shown.position], samples.lesion[shown.position] > 0
 

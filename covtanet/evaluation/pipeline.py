@@ -10,15 +10,14 @@ import numpy as np
 import ray
 import ray.data
 
+from covtanet import drawing as overlay
 from covtanet import ray_data, storage
 from covtanet.data import prepared
 from covtanet.data.prepared import PreparedVolume
-from covtanet.errors import TrainingError
+from covtanet.errors import TrainingError, error_location
 from covtanet.evaluation.rows import EVALUATION_SCHEMA, answer
+from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import SavedModel
-from covtanet.report import overlay
-from covtanet.screening.decode import place_of
-from covtanet.screening.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,9 @@ def evaluate(task: Task, volumes: Sequence[PreparedVolume]) -> list[Row]:
     found = evaluate_each(task, volumes)
     if found.failures:
         key, failure = min(found.failures.items())
-        raise TrainingError(f"{len(found.failures)} volumes could not be evaluated, the first {key}: {failure}")
+        raise TrainingError(
+            f"{len(found.failures)} volumes could not be evaluated, the first {key}: {failure}"
+        )
     return found.rows
 
 
@@ -85,8 +86,14 @@ def evaluate_each(task: Task, volumes: Sequence[PreparedVolume]) -> Evaluated:
 
 def _plain(row: Row) -> Row:
     """Arrays back to lists, and what Ray Data made of nulls back to nulls."""
-    out = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in out.items()}
+    out = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in row.items()
+    }
+    return {
+        name: None if isinstance(value, float) and np.isnan(value) else value
+        for name, value in out.items()
+    }
 
 
 class _Evaluator:
@@ -102,13 +109,23 @@ class _Evaluator:
     def answer(self, volume: PreparedVolume) -> Row:
         """A volume's row; its picture is written."""
         task = self.task
-        samples = prepared.read_samples(storage.read_bytes(storage.join(task.prepared_uri, f"{volume.key}.parquet")))
+        samples = prepared.read_samples(
+            storage.read_bytes(storage.join(task.prepared_uri, f"{volume.key}.parquet"))
+        )
         found = answer(
-            self.predictor, volume, samples, task.network, task.fold, diagnoses=task.diagnoses, segments=task.segments
+            self.predictor,
+            volume,
+            samples,
+            task.network,
+            task.fold,
+            diagnoses=task.diagnoses,
+            segments=task.segments,
         )
         if samples.lesion is not None and task.segments and task.pictures_uri:
             picture = overlay.errors(samples.levels, found.lesion_mask, samples.lesion > 0)
-            storage.write_bytes(storage.join(task.pictures_uri, f"{volume.key}.png"), overlay.png(picture))
+            storage.write_bytes(
+                storage.join(task.pictures_uri, f"{volume.key}.png"), overlay.png(picture)
+            )
         return found.row
 
 
@@ -125,5 +142,5 @@ def guarded(volume: PreparedVolume, answer: Callable[[PreparedVolume], Row]) -> 
     except OSError as error:
         failure = f"storage: {type(error).__name__}"
     except Exception as error:  # ours
-        failure = f"internal error, {place_of(error)}"
+        failure = f"internal error, {error_location(error)}"
     return {**dict.fromkeys(EVALUATION_SCHEMA.names), "volume": volume.key, "failure": failure}

@@ -35,10 +35,17 @@ class Comparison:
         return self.challenger is not None and self.challenger >= self.champion - self.margin
 
 
-def compare(challenger: Mapping[str, float], champion: Mapping[str, float], margins: Margins) -> list[Comparison]:
+def compare(
+    challenger: Mapping[str, float], champion: Mapping[str, float], margins: Margins
+) -> list[Comparison]:
     """Figure by figure, in the names of ``figures.headline``."""
     names = list(dict.fromkeys([*champion, *challenger]))
     return [
-        Comparison(figure=name, challenger=challenger.get(name), champion=champion.get(name), margin=margins.of(name))
+        Comparison(
+            figure=name,
+            challenger=challenger.get(name),
+            champion=champion.get(name),
+            margin=margins.of(name),
+        )
         for name in names
     ]

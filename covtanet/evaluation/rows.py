@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from covtanet.data.prepared import PreparedVolume, Samples
-from covtanet.screening.predictor import Predictor
-from covtanet.screening.records import PROBABILITY_STEPS
+from covtanet.inference.predictor import Predictor
+from covtanet.inference.quantization import PROBABILITY_STEPS
 
 THRESHOLD = PROBABILITY_STEPS // 2
 
@@ -68,8 +68,15 @@ def answer(
     }
     if samples.lesion is not None and segments:
         truth = samples.lesion > 0
-        pairs = (lesion_mask & truth, lesion_mask & ~truth, ~lesion_mask & truth, ~lesion_mask & ~truth)
-        row.update({name: pair.sum(axis=(1, 2)).tolist() for name, pair in zip(COUNTS, pairs, strict=True)})
+        pairs = (
+            lesion_mask & truth,
+            lesion_mask & ~truth,
+            ~lesion_mask & truth,
+            ~lesion_mask & ~truth,
+        )
+        row.update(
+            {name: pair.sum(axis=(1, 2)).tolist() for name, pair in zip(COUNTS, pairs, strict=True)}
+        )
     return Answer(row=row, lesion_mask=lesion_mask)
 
 

@@ -21,7 +21,9 @@ def module_of(name: str, size: str, side_px: int) -> tuple[nn.Module, torch.Tens
     with torch.device("meta"):
         if config.backbone:
             return JointClassifier(config), torch.zeros(1, config.num_slices, 1, side_px, side_px)
-        return build_segmenter(config.segnet), torch.zeros(1, config.segnet.in_channels, side_px, side_px)
+        return build_segmenter(config.segnet), torch.zeros(
+            1, config.segnet.in_channels, side_px, side_px
+        )
 
 
 def cost(name: str, size: str = "paper") -> tuple[float, list[float]]:

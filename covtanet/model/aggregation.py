@@ -16,16 +16,24 @@ class VolumePath(nn.Module):
     size), since the paper gives none of them.
     """
 
-    def __init__(self, regional_channels: int, num_slices: int, channels: int, dropout: float) -> None:
+    def __init__(
+        self, regional_channels: int, num_slices: int, channels: int, dropout: float
+    ) -> None:
         super().__init__()
         self.tau = TriLevelAttention(regional_channels)
-        self.depth_reduction = nn.Sequential(nn.Conv2d(regional_channels * num_slices, channels, 1), nn.ReLU())
+        self.depth_reduction = nn.Sequential(
+            nn.Conv2d(regional_channels * num_slices, channels, 1), nn.ReLU()
+        )
         self.dilated = nn.ModuleList(
-            nn.Conv2d(channels, channels // len(DILATIONS), 3, padding=rate, dilation=rate) for rate in DILATIONS
+            nn.Conv2d(channels, channels // len(DILATIONS), 3, padding=rate, dilation=rate)
+            for rate in DILATIONS
         )
         self.fuse = conv_block(channels // len(DILATIONS) * len(DILATIONS), channels)
         self.head = nn.Sequential(
-            nn.Linear(channels, channels // 2), nn.ReLU(), nn.Dropout(dropout), nn.Linear(channels // 2, 1)
+            nn.Linear(channels, channels // 2),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(channels // 2, 1),
         )
 
     def forward(self, regional: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ SPATIAL_EXPAND = 8
 
 def _bottleneck(channels: int, inner: int) -> nn.Sequential:
     """Project to ``inner`` channels and back by 1x1 convolutions; on a 1x1 map these are fully connected layers."""
-    return nn.Sequential(nn.Conv2d(channels, inner, 1), nn.ReLU(), nn.Conv2d(inner, channels, 1), nn.Sigmoid())
+    return nn.Sequential(
+        nn.Conv2d(channels, inner, 1), nn.ReLU(), nn.Conv2d(inner, channels, 1), nn.Sigmoid()
+    )
 
 
 class ChannelAttention(nn.Module):

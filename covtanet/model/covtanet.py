@@ -60,10 +60,14 @@ SIZES: dict[str, CovTANetConfig] = {
 INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 
 
-def architecture(name: str, size: CovTANetConfig, input_px: int, encoder: str = V8_ENCODER) -> CovTANetConfig:
+def architecture(
+    name: str, size: CovTANetConfig, input_px: int, encoder: str = V8_ENCODER
+) -> CovTANetConfig:
     """The network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
     if name in CLASSIFIERS:  # reads the slices themselves
-        return replace(size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px)
+        return replace(
+            size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px
+        )
     if name in SEGMENTERS:
         return replace(size, segnet=replace(size.segnet, network=name))
     return replace(size, segnet=size.segnet.row_of_table_i(name, encoder))
@@ -82,7 +86,9 @@ class JointClassifier(nn.Module):
             else RegionalFeatures(channels, config.regional_widths)
         )
         self.diagnosis, self.severity = (
-            VolumePath(config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout)
+            VolumePath(
+                config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout
+            )
             for _ in range(2)
         )
 
@@ -112,5 +118,7 @@ class CovTANet(nn.Module):
     def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
         """Volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
         _, pooled = self.segment(volumes.flatten(0, 1))
-        logits: tuple[Tensor, Tensor] = self.classifier(pooled.reshape(*volumes.shape[:2], *pooled.shape[1:]))
+        logits: tuple[Tensor, Tensor] = self.classifier(
+            pooled.reshape(*volumes.shape[:2], *pooled.shape[1:])
+        )
         return logits

@@ -24,7 +24,11 @@ def conv_block(channels_in: int, channels: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with batch norm and ReLU. Choice: the usual U-Net block."""
     layers: list[nn.Module] = []
     for inner in (channels_in, channels):
-        layers += [nn.Conv2d(inner, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inner, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -92,7 +96,9 @@ class EfficientNetEncoder(nn.Module):
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
         self.net = feature_extractor(name, in_channels)
-        for statistic, value in grey_statistics(name).items():  # kept with the weights that expect them
+        for statistic, value in grey_statistics(
+            name
+        ).items():  # kept with the weights that expect them
             self.register_buffer(statistic, torch.tensor(value))
 
     def forward(self, slices: Tensor) -> list[Tensor]:
@@ -109,15 +115,21 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
     Raises:
         ConfigError: where there is neither file nor internet; says how to get them.
     """
-    source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
+    source: dict[str, Any] = (
+        {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
+    )
     if weights is not None:
         _check_weights(name, in_channels, weights)
     elif packaged := packaged_state(name):
         source = {"pretrained_cfg_overlay": {"state_dict": packaged}}
     try:
-        net = timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=True, **source)
+        net = timm().create_model(
+            name, features_only=True, in_chans=in_channels, pretrained=True, **source
+        )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}") from error
+        raise ConfigError(
+            f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}"
+        ) from error
     statistics = {key: torch.tensor(value) for key, value in grey_statistics(name).items()}
     return statistics | {f"net.{key}": value for key, value in net.state_dict().items()}
 
@@ -130,10 +142,16 @@ def packaged_state(name: str) -> dict[str, Tensor] | None:
     if (package := PACKAGES.get(name)) is None or find_spec(package) is None:
         return None
     path = next(Path(str(resources.files(package))).glob("models/*.pth"))
-    tensors = timm().models.load_state_dict(str(path), use_ema=False, weights_only=True)  # tensors, no objects
+    tensors = timm().models.load_state_dict(
+        str(path), use_ema=False, weights_only=True
+    )  # tensors, no objects
     wanted = timm().create_model(name, pretrained=False).state_dict()
-    if [tuple(each.shape) for each in tensors.values()] != [tuple(each.shape) for each in wanted.values()]:
-        raise ConfigError(f"the package {package} holds other layers than {name}; {HOW_TO_GET_WEIGHTS}")
+    if [tuple(each.shape) for each in tensors.values()] != [
+        tuple(each.shape) for each in wanted.values()
+    ]:
+        raise ConfigError(
+            f"the package {package} holds other layers than {name}; {HOW_TO_GET_WEIGHTS}"
+        )
     return dict(zip(wanted, tensors.values(), strict=True))
 
 
@@ -143,9 +161,15 @@ def _check_weights(name: str, in_channels: int, weights: Path) -> None:
         with safe_open(weights, framework="pt") as file:
             found = set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}") from error
+        raise ConfigError(
+            f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}"
+        ) from error
     wanted = set(EfficientNetEncoder(name, in_channels).net.state_dict())
     if foreign := {each for each in found - wanted if not each.startswith(HEAD)}:
-        raise ConfigError(f"the file has {len(foreign)} tensors that {name} has not; {HOW_TO_GET_WEIGHTS}")
+        raise ConfigError(
+            f"the file has {len(foreign)} tensors that {name} has not; {HOW_TO_GET_WEIGHTS}"
+        )
     if missing := {each for each in wanted - found if not each.endswith("num_batches_tracked")}:
-        raise ConfigError(f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}")
+        raise ConfigError(
+            f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}"
+        )

@@ -33,7 +33,9 @@ def timm() -> Any:
         import timm as found
     except ModuleNotFoundError as error:
         raise ConfigError(HOW_TO_INSTALL) from error
-    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every head that a backbone leaves out
+    logging.getLogger("timm").setLevel(
+        logging.ERROR
+    )  # it warns of every head that a backbone leaves out
     return found
 
 
@@ -44,13 +46,18 @@ _DECLARED: list[Any] = []  # a library lives as long as it is referenced
 def feature_extractor(name: str, in_channels: int, levels: tuple[int, ...] | None = None) -> Any:
     """A backbone of timm that returns its levels' maps, with random weights."""
     chosen = {} if levels is None else {"out_indices": levels}
-    return timm().create_model(name, features_only=True, in_chans=in_channels, pretrained=False, **chosen)
+    return timm().create_model(
+        name, features_only=True, in_chans=in_channels, pretrained=False, **chosen
+    )
 
 
 def grey_statistics(name: str) -> dict[str, float]:
     """Mean and standard deviation that a backbone's published weights expect of grey values in [0, 1]."""
     wanted = timm().get_pretrained_cfg(name)
-    return {"mean": sum(wanted.mean) / len(wanted.mean), "deviation": sum(wanted.std) / len(wanted.std)}
+    return {
+        "mean": sum(wanted.mean) / len(wanted.mean),
+        "deviation": sum(wanted.std) / len(wanted.std),
+    }
 
 
 def pooled_extractor(name: str, in_channels: int) -> tuple[Any, int]:

@@ -76,7 +76,9 @@ def focal_tversky(sums: Tensor, config: FocalTverskyConfig | None = None) -> Ten
     return (1 - index).clamp(min=1e-6) ** config.exponent
 
 
-def focal_tversky_loss(logits: Tensor, lesion_mask: Tensor, config: FocalTverskyConfig | None = None) -> Tensor:
+def focal_tversky_loss(
+    logits: Tensor, lesion_mask: Tensor, config: FocalTverskyConfig | None = None
+) -> Tensor:
     """Focal Tversky loss of one batch, a scalar. logits, lesion_mask: (B, 1, H, W)."""
     return focal_tversky(overlap_sums(logits, lesion_mask), config)
 
@@ -135,7 +137,14 @@ def joint_sums(
     infected, severe = is_infected.float(), is_severe.float()
     diagnosis = _cross_entropy(infected_logits, infected, config.infected_weight)
     severity = _cross_entropy(severe_logits, severe, config.severe_weight)
-    return torch.stack([diagnosis.sum(), torch.ones_like(diagnosis).sum(), (infected * severity).sum(), infected.sum()])
+    return torch.stack(
+        [
+            diagnosis.sum(),
+            torch.ones_like(diagnosis).sum(),
+            (infected * severity).sum(),
+            infected.sum(),
+        ]
+    )
 
 
 def joint(sums: Tensor) -> Tensor:
@@ -147,11 +156,15 @@ def joint(sums: Tensor) -> Tensor:
     return diagnosis_sum / num_volumes + severity_sum / num_infected.clamp(min=1)
 
 
-def joint_loss(infected_logits: Tensor, severe_logits: Tensor, is_infected: Tensor, is_severe: Tensor) -> Tensor:
+def joint_loss(
+    infected_logits: Tensor, severe_logits: Tensor, is_infected: Tensor, is_severe: Tensor
+) -> Tensor:
     """The joint loss of one batch, a scalar. All inputs: (B,)."""
     return joint(joint_sums(infected_logits, severe_logits, is_infected, is_severe))
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor, positive_weight: float) -> Tensor:
     weight = torch.full_like(truth, positive_weight)
-    return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none", pos_weight=weight)
+    return F.binary_cross_entropy_with_logits(
+        logits.float(), truth, reduction="none", pos_weight=weight
+    )

@@ -32,7 +32,9 @@ def _vnet(config: SegNetConfig) -> nn.Module:
     from monai.networks.nets import VNet
 
     net: nn.Module = VNet(spatial_dims=2, in_channels=config.in_channels, out_channels=1)
-    for module in list(net.modules()):  # MONAI's are for volumes: on slices they would drop a whole sample's features
+    for module in list(
+        net.modules()
+    ):  # MONAI's are for volumes: on slices they would drop a whole sample's features
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout3d):
                 setattr(module, name, nn.Dropout2d(child.p))
@@ -93,13 +95,17 @@ def _gated(config: SegNetConfig) -> nn.Module:
 SEGMENTERS = {
     "FCN": Segmenter(source="Long 2015, FCN-8s on VGG-16", build=_fcn, multiple=32),
     "Vnet": Segmenter(source="Milletari 2016, MONAI's VNet in 2D", build=_vnet, multiple=16),
-    "Unet++": Segmenter(source="Zhou 2018, MONAI's BasicUNetPlusPlus", build=_unet_plus_plus, multiple=16),
+    "Unet++": Segmenter(
+        source="Zhou 2018, MONAI's BasicUNetPlusPlus", build=_unet_plus_plus, multiple=16
+    ),
     "CPF-Net": Segmenter(source="Feng 2020, on ResNet-34", build=_cpf, multiple=32),
     "COPLE-Net": Segmenter(source="Wang 2020", build=_cople, multiple=16),
     "Mini-SegNet": Segmenter(source="Qiu 2021, MiniSeg", build=_miniseg, multiple=16),
     "Inf-Net": Segmenter(source="Fan 2020, on Res2Net-50", build=_inf, multiple=32),
     "MultiResUnet": Segmenter(source="Ibtehaz 2020", build=_multires, multiple=16),
-    "Attention-Unet": Segmenter(source="Oktay 2018, MONAI's AttentionUnet", build=_attention_unet, multiple=16),
+    "Attention-Unet": Segmenter(
+        source="Oktay 2018, MONAI's AttentionUnet", build=_attention_unet, multiple=16
+    ),
     "Gated-Unet": Segmenter(source="Schlemper 2019", build=_gated, multiple=16),
 }
 # Names of timm.
@@ -117,7 +123,10 @@ SOURCES = {
     "V7": "TA-SegNet",
     "V8": "TA-SegNet with timm's efficientnet_b0 as encoder",
     **{name: each.source for name, each in SEGMENTERS.items()},
-    **{name: f"timm's {each}, then CovTANet's aggregation and heads" for name, each in CLASSIFIERS.items()},
+    **{
+        name: f"timm's {each}, then CovTANet's aggregation and heads"
+        for name, each in CLASSIFIERS.items()
+    },
 }
 
 
@@ -165,5 +174,7 @@ def build_segmenter(config: SegNetConfig) -> Any:
     if config.network == SLICES:
         return NoSegmenter()
     if config.network not in SEGMENTERS:
-        raise ValueError(f"network {config.network}, expected one of {', '.join((OWN, *SEGMENTERS))}")
+        raise ValueError(
+            f"network {config.network}, expected one of {', '.join((OWN, *SEGMENTERS))}"
+        )
     return Baseline(config.network, config)

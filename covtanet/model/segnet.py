@@ -11,7 +11,14 @@ from torch.jit._trace import is_tracing
 from torch.nn import functional as F
 
 from covtanet.model.attention import TriLevelAttention
-from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER, EfficientNetEncoder, FullSizeStem, PlainEncoder, conv_block
+from covtanet.model.encoder import (
+    EFFICIENTNETS,
+    V8_ENCODER,
+    EfficientNetEncoder,
+    FullSizeStem,
+    PlainEncoder,
+    conv_block,
+)
 
 OWN, SLICES = "TA-SegNet", "slices"
 
@@ -43,7 +50,9 @@ class SegNetConfig:
         if len(self.widths) < 2:
             raise ValueError(f"widths has {len(self.widths)} level, expected at least 2")
         if self.encoder != "plain" and EFFICIENTNETS.get(self.encoder) != self.widths:
-            raise ValueError(f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}")
+            raise ValueError(
+                f"encoder {self.encoder} with widths {self.widths}, expected one of {EFFICIENTNETS}"
+            )
         if self.stem_channels < 0 or (self.stem_channels and self.encoder == "plain"):
             raise ValueError(
                 f"stem_channels is {self.stem_channels} with encoder {self.encoder}, expected 0: "
@@ -80,7 +89,9 @@ class SegNetConfig:
         """Channels of the fusion vector F_fus, or of what stands for one."""
         if self.network != OWN:
             return self.in_channels if self.network == SLICES else 1
-        return self.fusion_channels * len(self._fused_levels) if self.has_fusion else self.level_widths[0]
+        if not self.has_fusion:
+            return self.level_widths[0]
+        return self.fusion_channels * len(self._fused_levels)
 
     @property
     def _fused_levels(self) -> range:
@@ -89,15 +100,55 @@ class SegNetConfig:
 
 
 TABLE_I: dict[str, dict[str, Any]] = {
-    "V1": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
-    "V2": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": True},
+    "V1": {
+        "encoder_tau": False,
+        "decoder_tau": False,
+        "encoder_in_fusion": False,
+        "decoder_in_fusion": False,
+    },
+    "V2": {
+        "encoder_tau": False,
+        "decoder_tau": False,
+        "encoder_in_fusion": False,
+        "decoder_in_fusion": True,
+    },
     # Choice: the printed row of V3 repeats V4's ticks; the text calls V3 the fusion of encoder and decoder.
-    "V3": {"encoder_tau": False, "decoder_tau": False, "encoder_in_fusion": True, "decoder_in_fusion": True},
-    "V4": {"encoder_tau": True, "decoder_tau": False, "encoder_in_fusion": False, "decoder_in_fusion": False},
-    "V5": {"encoder_tau": False, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
-    "V6": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": False, "decoder_in_fusion": False},
-    "V7": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": True, "decoder_in_fusion": True},
-    "V8": {"encoder_tau": True, "decoder_tau": True, "encoder_in_fusion": True, "decoder_in_fusion": True},
+    "V3": {
+        "encoder_tau": False,
+        "decoder_tau": False,
+        "encoder_in_fusion": True,
+        "decoder_in_fusion": True,
+    },
+    "V4": {
+        "encoder_tau": True,
+        "decoder_tau": False,
+        "encoder_in_fusion": False,
+        "decoder_in_fusion": False,
+    },
+    "V5": {
+        "encoder_tau": False,
+        "decoder_tau": True,
+        "encoder_in_fusion": False,
+        "decoder_in_fusion": False,
+    },
+    "V6": {
+        "encoder_tau": True,
+        "decoder_tau": True,
+        "encoder_in_fusion": False,
+        "decoder_in_fusion": False,
+    },
+    "V7": {
+        "encoder_tau": True,
+        "decoder_tau": True,
+        "encoder_in_fusion": True,
+        "decoder_in_fusion": True,
+    },
+    "V8": {
+        "encoder_tau": True,
+        "decoder_tau": True,
+        "encoder_in_fusion": True,
+        "decoder_in_fusion": True,
+    },
 }
 
 
@@ -117,17 +168,21 @@ class TASegNet(nn.Module):
             if config.encoder == "plain"
             else EfficientNetEncoder(config.encoder, config.in_channels)
         )
-        # Beside the encoder, whose published weights it is no part of.
-        self.stem = FullSizeStem(config.in_channels, config.stem_channels) if config.stem_channels else None
+        # Outside the encoder: its published weights have no such level.
+        self.stem: FullSizeStem | None = None
+        if config.stem_channels:
+            self.stem = FullSizeStem(config.in_channels, config.stem_channels)
         self.encoder_taus = _units(widths, config.encoder_tau)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(deep, width, 2, stride=2) for width, deep in itertools.pairwise(widths)
+            nn.ConvTranspose2d(deep, width, 2, stride=2)
+            for width, deep in itertools.pairwise(widths)
         )
         self.decoder = nn.ModuleList(conv_block(2 * width, width) for width in widths[:-1])
         self.decoder_taus = _units(widths[:-1], config.decoder_tau)
         if config.has_fusion:
             self.reduce = nn.ModuleList(
-                nn.Conv2d(self._level_channels(level), config.fusion_channels, 1) for level in config._fused_levels
+                nn.Conv2d(self._level_channels(level), config.fusion_channels, 1)
+                for level in config._fused_levels
             )
             self.filter = nn.Sequential(
                 nn.Conv2d(config.fused_channels, config.fusion_channels, 3, padding=1, bias=False),
@@ -141,7 +196,10 @@ class TASegNet(nn.Module):
     def _level_channels(self, level: int) -> int:
         widths = self.config.level_widths
         width, is_bottom = widths[level], level == len(widths) - 1
-        return width * (int(self.config.encoder_in_fusion) + int(self.config.decoder_in_fusion and not is_bottom))
+        return width * (
+            int(self.config.encoder_in_fusion)
+            + int(self.config.decoder_in_fusion and not is_bottom)
+        )
 
     def forward(self, slices: Tensor) -> Tensor:
         """Map slices (B, C, H, W) to lesion logits (B, 1, H, W); H and W multiples of ``config.multiple``."""
@@ -153,7 +211,9 @@ class TASegNet(nn.Module):
         if not is_tracing() and (  # type: ignore[no-untyped-call]
             slices.shape[2] % multiple or slices.shape[3] % multiple
         ):
-            raise ValueError(f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}")
+            raise ValueError(
+                f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}"
+            )
         levels = self.encoder(slices)
         if self.stem is not None:
             levels = [self.stem(slices), *levels]
@@ -162,7 +222,9 @@ class TASegNet(nn.Module):
         fused = self._fuse(encoded, decoded)
         logits: Tensor = self.filter(fused)
         if self.config.stride > 1:
-            logits = F.interpolate(logits, size=slices.shape[2:], mode="bilinear", align_corners=False)
+            logits = F.interpolate(
+                logits, size=slices.shape[2:], mode="bilinear", align_corners=False
+            )
         return logits, fused
 
     def _decode(self, encoded: list[Tensor]) -> list[Tensor]:
@@ -189,5 +251,9 @@ class TASegNet(nn.Module):
             if self.config.decoder_in_fusion and level < len(decoded):
                 maps.append(decoded[level])
             reduced = reduce(torch.cat(maps, 1))
-            fused.append(F.interpolate(reduced, size=size, mode="bilinear", align_corners=False) if level else reduced)
+            fused.append(
+                F.interpolate(reduced, size=size, mode="bilinear", align_corners=False)
+                if level
+                else reduced
+            )
         return torch.cat(fused, 1)

@@ -69,7 +69,12 @@ class Comparison:
         ]
         for name, values in (("p_infected", self.p_shift), ("involvement", self.involvement_shift)):
             if values:
-                found.append((f"{name} shifts, mean (largest)", f"{np.mean(values):+.3f} ({_largest(values):+.3f})"))
+                found.append(
+                    (
+                        f"{name} shifts, mean (largest)",
+                        f"{np.mean(values):+.3f} ({_largest(values):+.3f})",
+                    )
+                )
         return found
 
     def as_table(self, title: str) -> str:
@@ -78,7 +83,10 @@ class Comparison:
 
     def as_html(self, title: str) -> str:
         """One page, with the series that change their grade."""
-        lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
+        lines = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in self.rows()
+        )
         flips = "".join(
             f"<tr><td><code>{escape(key)}</code></td><td>{escape(before)}</td><td>{escape(after)}</td></tr>"
             for key, before, after in self.flips[:MAX_LISTED]
@@ -100,7 +108,9 @@ def _largest(values: list[float]) -> float:
 def compare(before: pa.Table, after: pa.Table) -> Comparison:
     """Compare two ledgers by series key."""
     one, other = ({row["series_key"]: row for row in each.to_pylist()} for each in (before, after))
-    found = Comparison(only_before=len(one.keys() - other.keys()), only_after=len(other.keys() - one.keys()))
+    found = Comparison(
+        only_before=len(one.keys() - other.keys()), only_after=len(other.keys() - one.keys())
+    )
     flips: list[tuple[float, str, str, str]] = []
     for key in sorted(one.keys() & other.keys()):
         try:
@@ -109,7 +119,9 @@ def compare(before: pa.Table, after: pa.Table) -> Comparison:
             found.failures[key] = error
         else:
             _add(found, flips, key, pair)
-    found.flips = [(key, left, right) for _, key, left, right in sorted(flips, key=lambda flip: -flip[0])]
+    found.flips = [
+        (key, left, right) for _, key, left, right in sorted(flips, key=lambda flip: -flip[0])
+    ]
     return found
 
 
@@ -129,10 +141,14 @@ class _Pair:
             return cls(statuses)
         before, after = _grade(left), _grade(right)
         grades = (before, after) if before is not None and after is not None else None
-        return cls(statuses, grades, _shift(left, right, "p_infected"), _shift(left, right, "involvement"))
+        return cls(
+            statuses, grades, _shift(left, right, "p_infected"), _shift(left, right, "involvement")
+        )
 
 
-def _add(found: Comparison, flips: list[tuple[float, str, str, str]], key: str, pair: _Pair) -> None:
+def _add(
+    found: Comparison, flips: list[tuple[float, str, str, str]], key: str, pair: _Pair
+) -> None:
     found.statuses[pair.statuses] += 1
     if pair.p_shift is not None:
         found.p_shift.append(pair.p_shift)

@@ -34,7 +34,9 @@ REPORT_SCHEMA = pa.schema([
 def as_parquet(volumes: Sequence[PreparedVolume]) -> bytes:
     """One row per volume, refused ones with their reason. Holds paths and patients: it stays with the data."""
     buffer = BytesIO()
-    pq.write_table(pa.Table.from_pylist([_row(volume) for volume in volumes], schema=REPORT_SCHEMA), buffer)
+    pq.write_table(
+        pa.Table.from_pylist([_row(volume) for volume in volumes], schema=REPORT_SCHEMA), buffer
+    )
     return buffer.getvalue()
 
 
@@ -44,7 +46,9 @@ def _row(volume: PreparedVolume) -> dict[str, Any]:
     return {
         **kept,
         "num_prepared_slices": len(volume.slices),
-        "num_lesion_slices": None if volume.lesion_px is None else sum(pixels > 0 for pixels in volume.lesion_px),
+        "num_lesion_slices": None
+        if volume.lesion_px is None
+        else sum(pixels > 0 for pixels in volume.lesion_px),
         "spacing_z_mm": z,
         "spacing_y_mm": y,
         "spacing_x_mm": x,
@@ -58,11 +62,23 @@ def as_text(volumes: Sequence[PreparedVolume], notes: Sequence[str]) -> str:
     lines = [
         ("volumes", f"{len(volumes)} of {len({volume.patient for volume in volumes})} patients"),
         ("refused", str(len(volumes) - len(sound))),
-        *[(f"  {reason}", str(count)) for reason, count in Counter(v.reason for v in volumes if v.reason).items()],
-        *[(f"grade {grade or 'unknown'}", str(count)) for grade, count in _sorted(v.grade for v in sound)],
+        *[
+            (f"  {reason}", str(count))
+            for reason, count in Counter(v.reason for v in volumes if v.reason).items()
+        ],
+        *[
+            (f"grade {grade or 'unknown'}", str(count))
+            for grade, count in _sorted(v.grade for v in sound)
+        ],
         ("with lesion masks", str(len(masked))),
-        *[(f"  grade {grade or 'unknown'}", str(count)) for grade, count in _sorted(v.grade for v in masked)],
-        ("slices with lesion", f"{sum(p > 0 for v in masked for p in v.lesion_px or ())} of {_slices(masked)}"),
+        *[
+            (f"  grade {grade or 'unknown'}", str(count))
+            for grade, count in _sorted(v.grade for v in masked)
+        ],
+        (
+            "slices with lesion",
+            f"{sum(p > 0 for v in masked for p in v.lesion_px or ())} of {_slices(masked)}",
+        ),
         *[(f"intensity {kind}", str(count)) for kind, count in _sorted(v.intensity for v in sound)],
         ("spacing z, y, x", _spacing(sound)),
     ]

@@ -29,7 +29,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
 from covtanet.ct.series_geometry import off_grid_limit_mm
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 from covtanet.report.dicom_source import completed, quiet
 
 MAKER, DEVICE = "CovTANet on Ray", "covtanet"
@@ -80,7 +80,9 @@ def frames_of(
     frames = []
     for header in headers:
         corner = np.array([*header.ImagePositionPatient, 1.0], float)
-        across, down = (np.array([*header.ImageOrientationPatient[k : k + 3], 0.0], float) for k in (0, 3))
+        across, down = (
+            np.array([*header.ImageOrientationPatient[k : k + 3], 0.0], float) for k in (0, 3)
+        )
         down_mm, across_mm = (float(value) for value in header.PixelSpacing)
         exact = [to_index @ corner, to_index @ (down * down_mm), to_index @ (across * across_mm)]
         start, by_row, by_column = (np.rint(each[:3]).astype(int) for each in exact)
@@ -88,15 +90,22 @@ def frames_of(
         is_on_grid = (off_corner * voxel_mm <= limits).all() and np.max(off_steps) < MAX_OFF_STEP
         rows, columns = np.arange(header.Rows)[:, None], np.arange(header.Columns)[None, :]
         index = [start[k] + by_row[k] * rows + by_column[k] * columns for k in range(3)]
-        if not is_on_grid or any(each.min() < 0 or each.max() >= mask.shape[k] for k, each in enumerate(index)):
-            raise StudyError("missing_position", "a slice does not lie on the grid of its mask")
+        if not is_on_grid or any(
+            each.min() < 0 or each.max() >= mask.shape[k] for k, each in enumerate(index)
+        ):
+            raise StudyError(
+                Reason.MISSING_POSITION, "a slice does not lie on the grid of its mask"
+            )
         frames.append(mask[index[0], index[1], index[2]])
     return np.stack(frames)
 
 
 @quiet()
 def segmentation(
-    headers: Sequence[pydicom.Dataset], lesion: NDArray[np.bool_], lung: NDArray[np.bool_], finding: Finding
+    headers: Sequence[pydicom.Dataset],
+    lesion: NDArray[np.bool_],
+    lung: NDArray[np.bool_],
+    finding: Finding,
 ) -> hd.seg.Segmentation:
     """A DICOM SEG with the segments lesion (1) and lung (2), whose frames are those of ``frames_of``.
 
@@ -123,7 +132,9 @@ def segmentation(
         pixel_array=np.stack([lesion, lung], axis=-1).astype(np.uint8),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
-            describe(LESION, "lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion),
+            describe(
+                LESION, "lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion
+            ),
             describe(LUNG, "lung", codes.SCT.AnatomicalStructure, codes.SCT.Lung),
         ],
         series_instance_uid=finding.uid("segmentation series"),
@@ -147,7 +158,10 @@ def structured_report(
     observer = ObserverContext(
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=DeviceObserverIdentifyingAttributes(
-            uid=finding.uid("device"), name=DEVICE, manufacturer_name=MAKER, model_name=finding.model
+            uid=finding.uid("device"),
+            name=DEVICE,
+            manufacturer_name=MAKER,
+            model_name=finding.model,
         ),
     )
     involvement = Code("INVOLVEMENT", SCHEME, "Share of the lung that is lesion")
@@ -162,7 +176,9 @@ def structured_report(
     present = {int(each.SegmentNumber) for each in seg.SegmentSequence}
     groups = [
         VolumetricROIMeasurementsAndQualitativeEvaluations(
-            tracking_identifier=TrackingIdentifier(uid=finding.uid(f"tracking {label}"), identifier=label),
+            tracking_identifier=TrackingIdentifier(
+                uid=finding.uid(f"tracking {label}"), identifier=label
+            ),
             referenced_segment=ReferencedSegment(
                 sop_class_uid=seg.SOPClassUID,
                 sop_instance_uid=seg.SOPInstanceUID,

@@ -86,9 +86,14 @@ def _common(headers: Sequence[Dataset]) -> Dataset:
         stable = generate_uid(entropy_srcs=[series_uid, name])
         setattr(common, name, _first_text(headers, name) or stable)
     common.Rows, common.Columns = int(first.Rows), int(first.Columns)
-    common.ImageOrientationPatient, common.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
+    common.ImageOrientationPatient, common.PixelSpacing = (
+        first.ImageOrientationPatient,
+        first.PixelSpacing,
+    )
     is_known = _is_length(first.get("SliceThickness"))
-    common.SliceThickness = first.SliceThickness if is_known else f"{slice_distance_mm(headers):.6g}"
+    common.SliceThickness = (
+        first.SliceThickness if is_known else f"{slice_distance_mm(headers):.6g}"
+    )
     if _is_length(first.get("SpacingBetweenSlices")):
         common.SpacingBetweenSlices = first.SpacingBetweenSlices
     return common
@@ -104,7 +109,9 @@ def _described(headers: Sequence[Dataset]) -> Dataset:
     for name in TYPE_2:
         if name not in found or not _fits(name, found[name].value):
             others = (_value(header, name) for header in headers)
-            setattr(found, name, next((value for value in others if value and _fits(name, value)), ""))
+            setattr(
+                found, name, next((value for value in others if value and _fits(name, value)), "")
+            )
     if isinstance(found.PatientName, MultiValue):
         found.PatientName = found.PatientName[0]
     if found.get("LossyImageCompression") != "01":
@@ -144,7 +151,11 @@ def _element(header: Dataset, tag: BaseTag) -> DataElement | None:
 
 def _value(header: Dataset, name: str) -> Any:
     """Return an attribute's value, None if it is missing or cannot be read."""
-    element = _element(header, BaseTag(pydicom.datadict.tag_for_keyword(name) or 0)) if name in header else None
+    element = (
+        _element(header, BaseTag(pydicom.datadict.tag_for_keyword(name) or 0))
+        if name in header
+        else None
+    )
     return None if element is None else element.value
 
 
@@ -169,7 +180,9 @@ def _character_set(header: Dataset) -> str | list[str] | None:
     if len(values) == 1:
         is_defined = values[0] in known and not has_extensions[0]
     else:
-        is_defined = set(values) <= known and all(has_extensions) and values[0] not in MULTI_BYTE_SETS
+        is_defined = (
+            set(values) <= known and all(has_extensions) and values[0] not in MULTI_BYTE_SETS
+        )
     if not is_defined:
         return UTF_8
     return values[0] if len(values) == 1 else values

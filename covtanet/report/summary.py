@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from covtanet.screening.ledger import Accounting, Run
-    from covtanet.screening.pipeline import Plan
+    from covtanet.ledger.accounting import Accounting
+    from covtanet.ledger.run import Run
+    from covtanet.screening.plan import Plan
 
 
 def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
     """Two aligned columns under a title."""
     lines = [(name, str(value)) for name, value in rows]
     width = max(len(name) for name, _ in lines)
-    return "\n".join(["", title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in lines)])
+    return "\n".join(
+        ["", title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in lines)]
+    )
 
 
 def screening_table(run: "Run", counts: "Accounting", elapsed_s: float) -> str:
@@ -28,7 +31,9 @@ def screening_table(run: "Run", counts: "Accounting", elapsed_s: float) -> str:
     rows.append(("failed", counts.failed))
     rows += [(f"  {reason}", count) for reason, count in counts.failures.most_common()]
     rows += findings(counts)
-    rows.append(("studies per minute", f"{counts.series / elapsed_s * 60:.1f}" if elapsed_s else "-"))
+    rows.append(
+        ("studies per minute", f"{counts.series / elapsed_s * 60:.1f}" if elapsed_s else "-")
+    )
     rows.append(("ledger", run.committed_uri))
     return table(f"Screening {run.run_date} (research use only)", rows)
 
@@ -50,7 +55,9 @@ def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) 
             refused[row["reason"]] += 1
     rows: list[tuple[str, object]] = [("series (expected rows)", planned.num_series)]
     rows += [(f"  {name}", count) for name, count in sorted(formats.items())]
-    rows += [(f"  refused by listing: {reason}", count) for reason, count in sorted(refused.items())]
+    rows += [
+        (f"  refused by listing: {reason}", count) for reason, count in sorted(refused.items())
+    ]
     rows += [
         ("already finished", planned.num_finished),
         ("bytes", f"{planned.num_bytes / 1e6:.1f} MB"),

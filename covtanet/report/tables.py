@@ -86,12 +86,19 @@ class Table:
     measured: Mapping[str, str] = field(default_factory=dict)
 
     def _ours(self, name: str, whose: str) -> str:
-        return f"ours, {self.measured[name]}" if whose == "ours" and name in self.measured else whose
+        return (
+            f"ours, {self.measured[name]}" if whose == "ours" and name in self.measured else whose
+        )
 
     def as_markdown(self) -> str:
         """The table for people."""
         columns = (*self.about, *self.columns)
-        lines = [f"### {self.title}", "", f"| Network | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+        lines = [
+            f"### {self.title}",
+            "",
+            f"| Network | | {' | '.join(columns)} |",
+            "|---|---|" + "---|" * len(columns),
+        ]
         for name, whose, cells in self.rows:
             if any(cells):  # a network that we have not trained has a line of the paper's alone
                 texts = (*self.details.get(name, ()), *(_text(cell) for cell in cells))
@@ -102,12 +109,16 @@ class Table:
         """The table for programs: one line per figure, null as an empty field."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["table", "network", "whose", "column", "mean_percent", "sd_percent", "measured_on"])
+        writer.writerow(
+            ["table", "network", "whose", "column", "mean_percent", "sd_percent", "measured_on"]
+        )
         for name, whose, cells in self.rows:
             for column, cell in zip(self.columns, cells, strict=True):
                 mean, sd = cell or ("", "")
                 measured = self.measured.get(name, "") if whose == "ours" else ""
-                writer.writerow([self.title, name, whose, column, mean, "" if sd is None else sd, measured])
+                writer.writerow(
+                    [self.title, name, whose, column, mean, "" if sd is None else sd, measured]
+                )
         return out.getvalue()
 
 
@@ -154,7 +165,11 @@ def paper_tables(summary: Figures, measured_on: str, *, is_second_data_set: bool
         note=f"{note} F1 is weighted by class; metrics.json holds the positive class's and the macro one too.",
         measured={name: _measured(network, "classification") for name, network in names.items()},
     )
-    return [table_i, _overlap("Table II, lesion segmentation", TABLE_II_COLUMNS, TABLE_II, names, note), table_iv]
+    return [
+        table_i,
+        _overlap("Table II, lesion segmentation", TABLE_II_COLUMNS, TABLE_II, names, note),
+        table_iv,
+    ]
 
 
 def ours_by_name(summary: Figures) -> dict[str, Any]:
@@ -182,7 +197,9 @@ def _overlap(
         ours = tuple(_over_folds(names.get(name), OVERLAP_COLUMNS[column]) for column in columns)
         rows += [(name, "paper", cells), (name, "ours", ours)]
     measured = {name: _measured(network) for name, network in names.items()}
-    return Table(title=title, columns=tuple(columns), rows=tuple(rows), note=note, measured=measured)
+    return Table(
+        title=title, columns=tuple(columns), rows=tuple(rows), note=note, measured=measured
+    )
 
 
 def _measured(network: Any, part: str = "segmentation") -> str:

@@ -21,7 +21,9 @@ def summary(table: pa.Table) -> dict[str, Any]:
     screened = table.filter(pc.equal(table["status"], "screened"))
     involvement = screened["involvement"].drop_null().to_numpy()
     minutes = None
-    if table.num_rows >= MIN_SERIES_FOR_RATE:  # of fewer, the span between the first and the last says little
+    if (
+        table.num_rows >= MIN_SERIES_FOR_RATE
+    ):  # of fewer, the span between the first and the last says little
         first, last = (pc.min_max(table["screened_at"])[name].as_py() for name in ("min", "max"))
         minutes = (last - first).total_seconds() / 60
     return {
@@ -37,7 +39,9 @@ def summary(table: pa.Table) -> dict[str, Any]:
             "counts": np.histogram(involvement, INVOLVEMENT_EDGES)[0].tolist(),
         },
         "studies_per_minute": (table.num_rows - 1) / minutes if minutes else None,
-        "models": sorted({f"{n} {v}" for n, v in zip(*(table[k].to_pylist() for k in MODEL), strict=True)}),
+        "models": sorted(
+            {f"{n} {v}" for n, v in zip(*(table[k].to_pylist() for k in MODEL), strict=True)}
+        ),
         "run_date": str(table["run_date"][0].as_py()) if table.num_rows else None,
     }
 
@@ -60,7 +64,9 @@ def order(table: pa.Table, sort: str) -> pa.Table:
     is_screened = pc.equal(table["status"], "screened")
     rank = pc.invert(is_screened) if sort != "refused" else is_screened
     distance = pc.abs(pc.subtract(table["p_infected"], 0.5))
-    keyed = table.append_column("_rank", pc.cast(rank, pa.int8())).append_column("_distance", distance)
+    keyed = table.append_column("_rank", pc.cast(rank, pa.int8())).append_column(
+        "_distance", distance
+    )
     keys = {
         "worst": [("involvement", "descending"), ("p_infected", "descending")],
         "uncertain": [("_distance", "ascending")],
@@ -99,7 +105,10 @@ def page(
     chosen = select(table, status, grade, text)
     rows = order(chosen, sort).slice(offset, min(limit, MAX_ROWS)).to_pylist()
     for row in rows:
-        row["screened_at"], row["run_date"] = row["screened_at"].isoformat(), row["run_date"].isoformat()
+        row["screened_at"], row["run_date"] = (
+            row["screened_at"].isoformat(),
+            row["run_date"].isoformat(),
+        )
     return {"summary": summary(table), "total": chosen.num_rows, "offset": offset, "rows": rows}
 
 
@@ -110,7 +119,8 @@ def report(table: pa.Table, pictures: dict[str, bytes]) -> str:
     """
     data = page(table)
     data["pictures"] = {
-        key: f"data:image/png;base64,{base64.b64encode(png).decode()}" for key, png in sorted(pictures.items())
+        key: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        for key, png in sorted(pictures.items())
     }
     text = (PAGE / "index.html").read_text()
     # Within a script element only "<" could end it or open another.

@@ -1,6 +1,7 @@
-"""MLflow's pyfunc flavour of a registered model, for those who trust their registry; our own jobs never load it.
+"""MLflow's pyfunc flavour of a registered model, for sites that trust their registry.
 
-MLflow stores this file with the model and runs it on ``mlflow.pyfunc.load_model``. It is no module to import.
+MLflow stores this file with the model and runs it on ``mlflow.pyfunc.load_model``. It is not a
+module to import, and no command of this package loads it.
 """
 
 import os
@@ -10,18 +11,18 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from covtanet.inference.predictor import Predictor, refuse_without_segmentation
+from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.model.checkpoint import load_model
-from covtanet.screening.predictor import Predictor, refuse_without_segmentation
-from covtanet.screening.records import LEDGER_SCHEMA
-from covtanet.screening.single import Screener
-from covtanet.screening.stages import ScreeningConfig, for_model
+from covtanet.screening.config import ScreeningConfig, for_model
+from covtanet.screening.study import Screener
 
 
 class LedgerModel(PythonModel):  # type: ignore[misc]
-    """Paths or URIs of studies to the ledger's columns, one row per series."""
+    """Turns paths or URIs of studies into the ledger's columns, one row per series."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model once, its digest checked against its own description."""
+        """Load the model once; its digest is checked against its own description."""
         model = load_model(Path(context.artifacts["model"]))
         refuse_without_segmentation(model)
         predictor = Predictor(model, num_threads=len(os.sched_getaffinity(0)))
@@ -29,15 +30,16 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
         self.screener = Screener(predictor, predictor.window, config, model.digest)
 
     def predict(self, model_input: list[str]) -> pd.DataFrame:
-        """Screen NIfTI files and DICOM folders. Columns that belong to a run of the job are null."""
+        """Screen NIfTI files and DICOM folders; columns of a run of the job are null."""
         try:
-            found = [row for place in model_input for row in self.screener(place)]
+            rows = [row for uri in model_input for row in self.screener(uri)]
         finally:
             self.screener.close()
-        # As objects, so that what is null stays null.
-        return pd.DataFrame(
-            {name: pd.Series([row[name] for row in found], dtype=object) for name in LEDGER_SCHEMA.names}
-        )
+        columns = {}
+        for name in LEDGER_SCHEMA.names:
+            # As objects, so that a null stays null.
+            columns[name] = pd.Series([row[name] for row in rows], dtype=object)
+        return pd.DataFrame(columns)
 
 
 mlflow.models.set_model(LedgerModel())

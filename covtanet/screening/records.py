@@ -1,90 +1,89 @@
-"""The ledger's schema, statuses and reason codes: the promise to everyone who reads a ledger. No logic."""
+"""A series between the stages of screening.
 
-import pyarrow as pa
+``to_row`` and ``from_row`` turn it into the columns in which Ray Data moves it between workers and
+back. The raw volume is never part of them.
+"""
 
-SCHEMA_VERSION = 1
+from dataclasses import dataclass
+from typing import Any
 
-SCREENED, REJECTED, FAILED = "screened", "rejected", "failed"
-STATUSES = (SCREENED, REJECTED, FAILED)
+import numpy as np
+from numpy.typing import NDArray
 
-# Why a series is rejected, by its own fault. The first that holds is given. Codes are added, never renamed.
-REASONS = (
-    "unreadable",
-    "container",
-    "label_map",
-    "not_ct",
-    "projection",
-    "unsupported_syntax",
-    "truncated",
-    "undecodable",
-    "decode_crash",
-    "mixed_patients",
-    "mixed_acquisitions",
-    "missing_position",
-    "implausible_spacing",
-    "missing_rescale",
-    "orientation_conflict",
-    "mixed_orientation",
-    "gantry_tilt",
-    "duplicate_slice",
-    "missing_slices",
-    "irregular_spacing",
-    "not_hu",
-    "too_few_slices",
-    "too_large",
-    "no_lung",
-)
-# Why a series failed through no fault of its own.
-FAILURES = ("storage", "vanished", "changed", "timeout", "worker_died", "internal_error")
+from covtanet.ct.lung import Involvement
+from covtanet.decoding.prepare import StoredMasks
+from covtanet.ledger.record import ScreeningRecord
 
-QC_FLAGS = (
-    "partial_lungs", "series_uid_repeated", "oblique", "two_orientations", "contrast", "padding", "no_diagnosis",
-    "reformatted", "implausible_lungs", "unknown_spacing", "blank_slices", "localizer_dropped", "duplicate_objects",
-)  # fmt: skip
 
-# Lesion probability travels as uint8 in these steps, so that 127 is one half.
-PROBABILITY_STEPS = 254
+@dataclass(frozen=True, kw_only=True)
+class PreparedSeries:
+    """A decoded series as the network reads it; without slices if it has ended already."""
 
-LEDGER_SCHEMA = pa.schema(
-    [
-        pa.field("schema_version", pa.int16(), nullable=False),
-        pa.field("run_id", pa.string(), nullable=False),
-        pa.field("run_date", pa.date32(), nullable=False),
-        pa.field("screened_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("series_key", pa.string(), nullable=False),
-        pa.field("source_uri", pa.string(), nullable=False),
-        pa.field("source_format", pa.string(), nullable=False),
-        pa.field("source_version", pa.string(), nullable=False),
-        pa.field("source_digest", pa.string()),
-        pa.field("num_objects", pa.int32(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("study_uid", pa.string()),
-        pa.field("series_uid", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("reason_detail", pa.string()),
-        pa.field("qc_flags", pa.list_(pa.string()), nullable=False),
-        pa.field("num_slices", pa.int32()),
-        pa.field("num_slices_segmented", pa.int32()),
-        pa.field("spacing_z_mm", pa.float64()),
-        pa.field("spacing_y_mm", pa.float64()),
-        pa.field("spacing_x_mm", pa.float64()),
-        pa.field("p_infected", pa.float32()),
-        pa.field("diagnosis", pa.string()),
-        pa.field("p_severe", pa.float32()),
-        pa.field("severity", pa.string()),
-        pa.field("severity_by_involvement", pa.string()),
-        pa.field("lesion_volume_ml", pa.float64()),
-        pa.field("lung_volume_ml", pa.float64()),
-        pa.field("involvement", pa.float64()),
-        pa.field("lesion_slices", pa.int32()),
-        pa.field("model_name", pa.string(), nullable=False),
-        pa.field("model_version", pa.string(), nullable=False),
-        pa.field("model_digest", pa.string(), nullable=False),
-        pa.field("config_digest", pa.string(), nullable=False),
-        pa.field("software_version", pa.string(), nullable=False),
-        pa.field("decode_s", pa.float64()),
-        pa.field("predict_s", pa.float64()),
-    ],
-    metadata={"covtanet.schema_version": str(SCHEMA_VERSION)},
-)
+    record: ScreeningRecord
+    slices: NDArray[np.uint16]
+    """Intensity of the segmented slices, (S, size, size)."""
+    chosen: NDArray[np.int64]
+    """Their indices along z in the volume, (S,)."""
+    masks: bytes
+    """Lung and chest cavity in the source's grid, ``StoredMasks`` packed."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the series as columns."""
+        return {
+            **self.record.to_columns(),
+            "slices": self.slices,
+            "chosen": self.chosen,
+            "masks": self.masks,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "PreparedSeries":
+        """Return the series of ``to_row``."""
+        return cls(
+            record=ScreeningRecord.from_columns(row),
+            slices=row["slices"],
+            chosen=row["chosen"],
+            masks=row["masks"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedSeries:
+    """A prepared series with the network's lesion map; without a map if it has ended already."""
+
+    record: ScreeningRecord
+    slices: NDArray[np.uint16]
+    chosen: NDArray[np.int64]
+    masks: bytes
+    lesion_levels: NDArray[np.uint8]
+    """Lesion probability of the segmented slices in steps of 1/254, (S, size, size)."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the series as columns."""
+        return {
+            **self.record.to_columns(),
+            "slices": self.slices,
+            "chosen": self.chosen,
+            "masks": self.masks,
+            "lesion_levels": self.lesion_levels,
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "PredictedSeries":
+        """Return the series of ``to_row``."""
+        return cls(
+            record=ScreeningRecord.from_columns(row),
+            slices=row["slices"],
+            chosen=row["chosen"],
+            masks=row["masks"],
+            lesion_levels=row["lesion_levels"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSeries:
+    """A finished series, with its masks if it was screened."""
+
+    record: ScreeningRecord
+    masks: StoredMasks | None = None
+    involvement: Involvement | None = None

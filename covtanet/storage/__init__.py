@@ -60,7 +60,9 @@ def open_store(uri: str) -> Store:
     return OBJECT_STORE if is_s3(uri) else LOCAL
 
 
-def walk(root: str, *, max_objects: int | None = None, leaves_root: bool = False) -> Iterator[Folder]:
+def walk(
+    root: str, *, max_objects: int | None = None, leaves_root: bool = False
+) -> Iterator[Folder]:
     """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
 
     Holds the objects of one folder and of those above it, never the whole tree.

@@ -10,7 +10,9 @@ def version_digest(objects: list[ObjectInfo]) -> str:
     """Return SHA-256 over path, size and version of each object, by path; it changes when the listing does."""
     digest = hashlib.sha256()
     for item in sorted(objects, key=lambda item: item.path):
-        digest.update(f"{item.path}\0{item.num_bytes}\0{item.version}\n".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{item.path}\0{item.num_bytes}\0{item.version}\n".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 

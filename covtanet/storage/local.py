@@ -34,13 +34,19 @@ class LocalStore:
             raise FileNotFoundError("there is no such folder")
         num_objects = 0
         visited: set[tuple[int, int]] = set()
-        for folder, subfolders, names in os.walk(top, onerror=_raise_listing_error, followlinks=True):
+        for folder, subfolders, names in os.walk(
+            top, onerror=_raise_listing_error, followlinks=True
+        ):
             status = Path(folder).stat()
             if (status.st_dev, status.st_ino) in visited:  # a link back into the tree
                 subfolders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
-            outside = set() if leaves_root else _names_leading_out(Path(folder), [*subfolders, *names], top)
+            outside = (
+                set()
+                if leaves_root
+                else _names_leading_out(Path(folder), [*subfolders, *names], top)
+            )
             subfolders[:] = sorted(set(subfolders) - outside)
             prefix = _prefix_of(Path(folder), top)
             objects = _list_files(Path(folder), prefix, sorted({*names, *outside}), outside)
@@ -83,11 +89,15 @@ class LocalStore:
             with os.fdopen(descriptor, "wb") as out:
                 shutil.copyfileobj(file, out)
                 out.flush()
-                os.fsync(out.fileno())  # before the rename: a crash must not leave an empty file under the name
+                os.fsync(
+                    out.fileno()
+                )  # before the rename: a crash must not leave an empty file under the name
             Path(partial).chmod(0o644)
             if only_new:
                 with suppress(FileExistsError):
-                    os.link(partial, target)  # fails if the target exists, which a rename would replace
+                    os.link(
+                        partial, target
+                    )  # fails if the target exists, which a rename would replace
                     return True
                 return False
             Path(partial).replace(target)
@@ -148,7 +158,9 @@ def _file_info(path: Path, listed_path: str) -> ObjectInfo | None:
 def _listed_name(name: str) -> str:
     """Return a name from the disk as valid Unicode."""
     low, high = SURROGATE_AT + FIRST_ODD_BYTE, SURROGATE_AT + LAST_ODD_BYTE
-    return "".join(chr(ord(c) - SURROGATE_AT + ODD_BYTE_AT) if low <= ord(c) <= high else c for c in name)
+    return "".join(
+        chr(ord(c) - SURROGATE_AT + ODD_BYTE_AT) if low <= ord(c) <= high else c for c in name
+    )
 
 
 def _path_on_disk(path: str) -> Path:
@@ -156,7 +168,11 @@ def _path_on_disk(path: str) -> Path:
     low, high = ODD_BYTE_AT + FIRST_ODD_BYTE, ODD_BYTE_AT + LAST_ODD_BYTE
     if not any(low <= ord(c) <= high for c in path) or Path(path).exists():
         return Path(path)
-    return Path("".join(chr(ord(c) - ODD_BYTE_AT + SURROGATE_AT) if low <= ord(c) <= high else c for c in path))
+    return Path(
+        "".join(
+            chr(ord(c) - ODD_BYTE_AT + SURROGATE_AT) if low <= ord(c) <= high else c for c in path
+        )
+    )
 
 
 def _raise_listing_error(error: OSError) -> None:

@@ -10,7 +10,12 @@ import boto3
 import pyarrow.fs as pafs
 import s3fs
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+)
 from urllib3.exceptions import HTTPError
 
 from covtanet.errors import AccessError, ObjectChangedError
@@ -22,7 +27,13 @@ READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 5
 MAX_CONNECTIONS = 32
 # Codes that say that the credentials are refused, so that no other object can be read either.
-NO_ACCESS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired"}
+NO_ACCESS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 
 
 class S3Store:
@@ -52,7 +63,11 @@ class S3Store:
         bucket, prefix = split_s3(folder.rstrip("/") + "/")
         names: set[str] = set()
         with errors_as_os_error():
-            pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+            pages = (
+                client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+            )
             for page in pages:
                 keys = [item["Key"] for item in page.get("Contents", ())]
                 keys += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
@@ -79,7 +94,9 @@ class S3Store:
             try:
                 return bytes(client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read())
             except ClientError as error:
-                if _status(error) == 416:  # range not satisfiable: an empty object has no first byte
+                if (
+                    _status(error) == 416
+                ):  # range not satisfiable: an empty object has no first byte
                     return b""
                 raise
 
@@ -88,7 +105,9 @@ class S3Store:
         bucket, key = split_s3(uri)
         if expected is None:
             with errors_as_os_error():
-                yield from client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+                yield from (
+                    client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+                )
             return
         num_read = 0
         for attempt in range(MAX_ATTEMPTS):
@@ -112,7 +131,10 @@ class S3Store:
             try:
                 client().put_object(Bucket=bucket, Key=key, Body=file, **condition)
             except ClientError as error:
-                if only_new and _status(error) in (409, 412):  # another PUT at the same time, or before
+                if only_new and _status(error) in (
+                    409,
+                    412,
+                ):  # another PUT at the same time, or before
                     return False
                 raise
         return True
@@ -131,14 +153,20 @@ class S3Store:
         """
         bucket, prefix = split_s3(uri.rstrip("/") + "/")
         with errors_as_os_error():
-            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for page in (
+                client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            ):
                 keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
                 if not keys:
                     continue
-                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+                answer = client().delete_objects(
+                    Bucket=bucket, Delete={"Objects": keys, "Quiet": True}
+                )
                 if errors := answer.get("Errors"):  # the call as a whole is answered with 200
                     code = errors[0].get("Code", "")
-                    raise OSError(f"{len(errors)} of {len(keys)} objects could not be deleted: {code}")
+                    raise OSError(
+                        f"{len(errors)} of {len(keys)} objects could not be deleted: {code}"
+                    )
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
         """Return s3fs as a pyarrow file system: pyarrow's own client writes folder markers that some servers keep."""
@@ -180,7 +208,9 @@ def errors_as_os_error() -> Iterator[None]:
 def _list_objects(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     """Yield the entries of a flat listing, without the markers that stand for folders."""
     with errors_as_os_error():
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for page in (
+            client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        ):
             for item in page.get("Contents", ()):
                 if not str(item["Key"]).endswith("/"):
                     yield item

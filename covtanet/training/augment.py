@@ -27,7 +27,9 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         flips = (self.flip_probability, self.flip_vertical_probability)
         if min(flips) < 0 or max(flips) > 1 or not 0 <= self.scale < 1 or not 0 <= self.gamma < 1:
-            raise ValueError("probabilities of flips must be in 0..1, scale and gamma in 0..1 without 1")
+            raise ValueError(
+                "probabilities of flips must be in 0..1, scale and gamma in 0..1 without 1"
+            )
         if self.noise < 0:
             raise ValueError("noise must be at least 0")
 
@@ -64,7 +66,8 @@ class Augmenter:
         """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: alike, of 0 and 1."""
         self.transforms.set_random_state(seed=seed)
         changed = [
-            self.transforms({"slice": one, "lesion": mask}) for one, mask in zip(slices, lesion_mask, strict=True)
+            self.transforms({"slice": one, "lesion": mask})
+            for one, mask in zip(slices, lesion_mask, strict=True)
         ]
         images = torch.stack([torch.as_tensor(each["slice"]) for each in changed]).clamp(0, 1)
         masks = torch.stack([torch.as_tensor(each["lesion"]) for each in changed])

@@ -66,22 +66,44 @@ class TrainingConfig:
         _one_of("network", self.network, NAMES)
         _one_of("encoder", self.encoder, EFFICIENTNETS)
         if self.size_px < 0 or self.size_px % 32:
-            raise ValueError(f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of {self.size}")
-        if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(range(self.num_folds)):
-            raise ValueError(f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}")
-        possible = ((2,),) if self.network in CLASSIFIERS else ((1,),) if self.network in SEGMENTERS else ((1,), (1, 2))
+            raise ValueError(
+                f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of {self.size}"
+            )
+        if (
+            self.num_folds < 2
+            or not self.folds
+            or not set(self.folds) <= set(range(self.num_folds))
+        ):
+            raise ValueError(
+                f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}"
+            )
+        possible = (
+            ((2,),)
+            if self.network in CLASSIFIERS
+            else ((1,),)
+            if self.network in SEGMENTERS
+            else ((1,), (1, 2))
+        )
         if self.phases not in possible:
             raise ValueError(
                 f"phases of {self.network} are {list(self.phases)}, "
                 f"expected {' or '.join(str(list(each)) for each in possible)}"
             )
         if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
-            raise ValueError(f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per volume")
-        for name, low, high in (("validation_share", 0, 0.9), ("lesion_free_share", 0, 1), ("slice_step_mm", 0, 100)):
+            raise ValueError(
+                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per volume"
+            )
+        for name, low, high in (
+            ("validation_share", 0, 0.9),
+            ("lesion_free_share", 0, 1),
+            ("slice_step_mm", 0, 100),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
         if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
-            raise ValueError("seed, max_failures, cache_bytes and slices_per_volume must be at least 0")
+            raise ValueError(
+                "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
+            )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
             if self.num_workers < 1 or micro_batches % self.num_workers:
@@ -89,7 +111,9 @@ class TrainingConfig:
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of {self.num_workers} workers"
                 )
 
-        WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)  # refuses an empty window
+        WindowConfig(
+            low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px
+        )  # refuses an empty window
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """How an epoch of a phase draws its samples."""
@@ -121,7 +145,9 @@ class TrainingConfig:
 
     def key(self, data: Sequence[str]) -> str:
         """The experiment's identity, twelve hex digits. data: keys of all its volumes."""
-        return hashlib.sha256(json.dumps([self.identity, sorted(data)], sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(
+            json.dumps([self.identity, sorted(data)], sort_keys=True).encode()
+        ).hexdigest()[:12]
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

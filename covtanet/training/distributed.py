@@ -71,13 +71,17 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
     def __init__(self, run: tracking.RunAddress, label: str) -> None:
         self.run, self.label, self.silent_until = run, label, 0.0
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         """Log the checkpoint's history, which is reduced over ranks. Nothing that goes wrong here ends a training."""
         with tracking.tolerated("an epoch's metrics"):
             with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
                 history = json.loads(file.read())["history"]
             shown = ", ".join(
-                f"{name} {value:.4g}" for name, value in history[-1].items() if name.startswith(("train_", "val_"))
+                f"{name} {value:.4g}"
+                for name, value in history[-1].items()
+                if name.startswith(("train_", "val_"))
             )
             print(f"{self.label} epoch {len(history)}: {shown}", flush=True)  # noqa: T201 - the controller's log
             if time.monotonic() < self.silent_until:
@@ -106,8 +110,12 @@ def prepare_volumes(
     done = set(storage.list_names(prepared_uri))
     pairs = list(zip(keys, volumes, strict=True))
     known = [key for key in keys if f"{key}.json" in done]
-    with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:  # a restart reads what is known, not the pixels
-        texts = pool.map(lambda key: storage.read_bytes(storage.join(prepared_uri, f"{key}.json")), known)
+    with ThreadPoolExecutor(
+        NUM_FETCH_THREADS
+    ) as pool:  # a restart reads what is known, not the pixels
+        texts = pool.map(
+            lambda key: storage.read_bytes(storage.join(prepared_uri, f"{key}.json")), known
+        )
         found = [prepared.from_json(text) for text in texts]
     rows = [{"key": key, **vars(volume)} for key, volume in pairs if f"{key}.json" not in done]
     logger.info("preparing %d volumes, %d are done already", len(rows), len(known))
@@ -156,11 +164,20 @@ def _folder(path: str, data_uri: str) -> str:
 
 
 def _paths(volume: LabelledVolume) -> list[str]:
-    return [path for path in (volume.volume_path, volume.lesion_mask_path, volume.lung_mask_path) if path]
+    return [
+        path
+        for path in (volume.volume_path, volume.lesion_mask_path, volume.lung_mask_path)
+        if path
+    ]
 
 
 def _prepare_row(
-    row: Row, data_uri: str, prepared_uri: str, window: WindowConfig, slice_step_mm: float, refuses_unread: bool
+    row: Row,
+    data_uri: str,
+    prepared_uri: str,
+    window: WindowConfig,
+    slice_step_mm: float,
+    refuses_unread: bool,
 ) -> Row:
     """Prepare one volume. Whatever its bytes do to us, it becomes a row, and no text of theirs an error's.
 
@@ -171,10 +188,14 @@ def _prepare_row(
     key, target = row["key"], prepared_uri_of(prepared_uri, row["key"])
     volume = LabelledVolume(**{name: row[name] for name in LabelledVolume.__dataclass_fields__})
     try:
-        contents = {path: storage.read_bytes(storage.resolve(data_uri, path)) for path in _paths(volume)}
+        contents = {
+            path: storage.read_bytes(storage.resolve(data_uri, path)) for path in _paths(volume)
+        }
         found, samples = prepared.prepare(volume, key, contents, window, slice_step_mm)
         storage.write_bytes(target, prepared.to_parquet(found, samples))
-        storage.write_bytes(storage.join(prepared_uri, f"{key}.json"), prepared.to_json(found).encode())
+        storage.write_bytes(
+            storage.join(prepared_uri, f"{key}.json"), prepared.to_json(found).encode()
+        )
     except FileNotFoundError:
         found = prepared.refused(volume, key, window, "missing", "not where the data set says")
     except storage.AccessError:
@@ -211,21 +232,29 @@ def train_phase1(
     specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
     filesystem, _ = storage.filesystem(prepared_uri)
     for part, keys in (("train", split.train), ("validation", split.validation)):
-        masked = {key: len(volumes[key].slices) for key in keys if volumes[key].lesion_px is not None}
+        masked = {
+            key: len(volumes[key].slices) for key in keys if volumes[key].lesion_px is not None
+        }
         for number, lane in enumerate(assign_lanes(masked, config.phase1.micro_batches)):
             samples = [
                 (slice_name(key, index), pixels > 0)
                 for key in lane
-                for index, pixels in zip(volumes[key].slices, volumes[key].lesion_px or (), strict=True)
+                for index, pixels in zip(
+                    volumes[key].slices, volumes[key].lesion_px or (), strict=True
+                )
             ]
             uris = tuple(prepared_uri_of(prepared_uri, key) for key in lane)
-            specs[part].append(_spec(f"{part}-{number}", samples, 3 * config.window.size_px**2, uris))
+            specs[part].append(
+                _spec(f"{part}-{number}", samples, 3 * config.window.size_px**2, uris)
+            )
     if not worker.fit_in_memory(config, [*specs["train"], *specs["validation"]]):
         for spec in (*specs["train"], *specs["validation"]):
             if spec.uris:
                 paths = [storage.filesystem(uri)[1] for uri in spec.uris]
                 datasets[spec.shard] = ray.data.read_parquet(paths, filesystem=filesystem)
-    _refuse_small(specs["train"], "phase 1", "volumes with lesion masks", config.sampling(config.phase1))
+    _refuse_small(
+        specs["train"], "phase 1", "volumes with lesion masks", config.sampling(config.phase1)
+    )
     segnet = config.architecture.segnet
     encoder = None
     if segnet.encoder != "plain":
@@ -245,7 +274,8 @@ def train_phase2(
     network = config.architecture
     pixels = network.num_slices * (
         network.segnet.fused_channels * network.pooled_px**2
-        if config.cache_features and not network.backbone  # what a backbone reads are the slices themselves
+        if config.cache_features
+        and not network.backbone  # what a backbone reads are the slices themselves
         else config.window.size_px**2
     )
     specs: dict[str, list[LaneSpec]] = {"train": [], "validation": []}
@@ -269,13 +299,17 @@ def train_phase2(
                 num_cpus=1,
                 num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
             )
-        dataset = dataset.materialize()  # Ray keeps it in its object store and spills what does not fit
+        dataset = (
+            dataset.materialize()
+        )  # Ray keeps it in its object store and spills what does not fit
         parts = dataset.split_at_indices([end for end in ends.values() if 0 < end < len(rows)])
         datasets = dict(zip(_distinct(ends), parts, strict=True))
         return _run(config, 2, specs, datasets, place, segnet_state if network.backbone else None)
     starts = dict(zip(ends, [0, *ends.values()], strict=False))
     datasets = {
-        shard: _items(rows[starts[shard] : end]).map(partial(_load_volume, num_slices=network.num_slices), num_cpus=1)
+        shard: _items(rows[starts[shard] : end]).map(
+            partial(_load_volume, num_slices=network.num_slices), num_cpus=1
+        )
         for shard, end in ends.items()
         if end > starts[shard]
     }
@@ -325,15 +359,23 @@ def _items(rows: list[Row]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
 
 
-def _spec(shard: str, samples: list[tuple[str, bool]], num_bytes: int, uris: tuple[str, ...] = ()) -> LaneSpec:
-    names, has_lesion = (tuple(column) for column in zip(*samples, strict=True)) if samples else ((), ())
-    return LaneSpec(shard=shard, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes, uris=uris)
+def _spec(
+    shard: str, samples: list[tuple[str, bool]], num_bytes: int, uris: tuple[str, ...] = ()
+) -> LaneSpec:
+    names, has_lesion = (
+        (tuple(column) for column in zip(*samples, strict=True)) if samples else ((), ())
+    )
+    return LaneSpec(
+        shard=shard, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes, uris=uris
+    )
 
 
 def _refuse_small(lanes: Sequence[LaneSpec], phase: str, wanted: str, sampling: Sampling) -> None:
     """Refuse lanes without one whole micro-batch, before any worker is started."""
     if not all(lane.names for lane in lanes):
-        raise ConfigError(f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}")
+        raise ConfigError(
+            f"{phase} has fewer {wanted} to train on than micro_batches, {len(lanes)}"
+        )
     for lane in lanes:
         if (drawn := len(sampling.drawn(lane.names, lane.has_lesion, 0))) < sampling.batch_size:
             raise ConfigError(
@@ -400,7 +442,10 @@ def _run(
 
 def _num_threads(num_workers: int) -> int:
     """Threads of a worker where so many share the cluster, as far as this node tells."""
-    nodes, cores = len([node for node in ray.nodes() if node["Alive"]]), len(os.sched_getaffinity(0))
+    nodes, cores = (
+        len([node for node in ray.nodes() if node["Alive"]]),
+        len(os.sched_getaffinity(0)),
+    )
     return max(1, min(cores, nodes * cores // num_workers))
 
 
@@ -428,4 +473,6 @@ def _fit(trainer: ray.train.torch.TorchTrainer, place: Place) -> ray.train.Resul
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"{place.run.name} failed too often; its last checkpoint is kept") from error
+        raise TrainingError(
+            f"{place.run.name} failed too often; its last checkpoint is kept"
+        ) from error

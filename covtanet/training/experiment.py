@@ -31,6 +31,7 @@ from covtanet.evaluation import figures, gallery, rows
 from covtanet.evaluation.pipeline import Task, evaluate
 from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.covtanet import CovTANet
+from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.report import data_report, plots
 from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
@@ -40,7 +41,12 @@ from covtanet.training.loop import Progress, State
 logger = logging.getLogger(__name__)
 
 WEIGHTS, OUTCOME = "weights.safetensors", "phase.json"
-CONFIG, FOLDS, REPORT, EVALUATION = "experiment.json", "folds.json", "data_report.parquet", "evaluation.parquet"
+CONFIG, FOLDS, REPORT, EVALUATION = (
+    "experiment.json",
+    "folds.json",
+    "data_report.parquet",
+    "evaluation.parquet",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,9 @@ class Outcome:
     phase1_digest: str | None = None
 
 
-def open_experiment(config: TrainingConfig, data_uri: str, storage_uri: str, run: tracking.RunAddress) -> Experiment:
+def open_experiment(
+    config: TrainingConfig, data_uri: str, storage_uri: str, run: tracking.RunAddress
+) -> Experiment:
     """Prepare the data, write its report, and split it, or find all that where it was done before.
 
     Raises:
@@ -91,7 +99,9 @@ def open_experiment(config: TrainingConfig, data_uri: str, storage_uri: str, run
     """
     labelled = read_volumes(config.dataset, data_uri)
     prepared_uri, root = storage.join(storage_uri, "prepared"), root_of(data_uri)
-    found = distributed.prepare_volumes(labelled, root, prepared_uri, config.window, config.slice_step_mm)
+    found = distributed.prepare_volumes(
+        labelled, root, prepared_uri, config.window, config.slice_step_mm
+    )
     data_digest = hashlib.sha256("\n".join(volume.key for volume in found).encode()).hexdigest()
     key = config.key([volume.key for volume in found])
     uri = storage.join(storage_uri, f"{run.experiment}-{key}")
@@ -106,12 +116,16 @@ def open_experiment(config: TrainingConfig, data_uri: str, storage_uri: str, run
             "them by exclude_rejected = true"
         )
     volumes = {volume.key: volume for volume in found if not volume.reason}
-    by_patient = assign_folds([volume.case for volume in volumes.values()], config.num_folds, config.seed)
+    by_patient = assign_folds(
+        [volume.case for volume in volumes.values()], config.num_folds, config.seed
+    )
     folds = {each: by_patient[volume.patient] for each, volume in volumes.items()}
     _write_json(storage.join(uri, FOLDS), folds)
     described = {"name": run.experiment, "key": key, "data": data_uri, "data_digest": data_digest}
     _write_json(storage.join(uri, CONFIG), {**described, "config": asdict(config)})
-    logger.info("experiment %s, %d volumes in %d folds: %s", key, len(volumes), config.num_folds, uri)
+    logger.info(
+        "experiment %s, %d volumes in %d folds: %s", key, len(volumes), config.num_folds, uri
+    )
     return Experiment(
         config=config,
         uri=uri,
@@ -141,13 +155,22 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
     classifier = read_outcome(experiment, fold, 2) if 2 in config.phases else None
     frozen = segnet.digest if segnet else None
     if classifier is not None and classifier.phase1_digest != frozen:
-        logger.warning("%s fold %d: phase 2 was trained on another phase 1, and is trained again", config.network, fold)
+        logger.warning(
+            "%s fold %d: phase 2 was trained on another phase 1, and is trained again",
+            config.network,
+            fold,
+        )
         storage.delete(_evaluation_uri(experiment, fold))
         classifier = None
     if classifier is None and 2 in config.phases:
         place = _place(experiment, fold, 2)
         progress = distributed.train_phase2(
-            config, experiment.volumes, part, experiment.prepared_uri, place, segnet.weights if segnet else {}
+            config,
+            experiment.volumes,
+            part,
+            experiment.prepared_uri,
+            place,
+            segnet.weights if segnet else {},
         )
         classifier = _keep_outcome(experiment, fold, 2, progress, frozen)
     if not storage.exists(_evaluation_uri(experiment, fold)):
@@ -157,11 +180,20 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
 def _place(experiment: Experiment, fold: int, phase: int) -> Place:
     name = f"{experiment.key}-{experiment.config.network}-fold{fold}-phase{phase}"
     uri = storage.join(experiment.fold_uri(fold), "checkpoints")
-    return Place(storage_uri=uri, name=name, run=experiment.child(fold, phase), num_at_once=experiment.num_at_once)
+    return Place(
+        storage_uri=uri,
+        name=name,
+        run=experiment.child(fold, phase),
+        num_at_once=experiment.num_at_once,
+    )
 
 
 def _keep_outcome(
-    experiment: Experiment, fold: int, phase: int, progress: Progress, segnet_digest: str | None = None
+    experiment: Experiment,
+    fold: int,
+    phase: int,
+    progress: Progress,
+    segnet_digest: str | None = None,
 ) -> Outcome:
     """Write a finished phase, its weights first and then what says that it is finished; checkpoints go."""
     uri = storage.join(experiment.fold_uri(fold), f"phase{phase}")
@@ -174,7 +206,9 @@ def _keep_outcome(
     _write_json(storage.join(uri, OUTCOME), described)
     place = _place(experiment, fold, phase)
     storage.delete_folder(storage.join(place.storage_uri, place.name))
-    return Outcome(weights=progress.best, history=progress.history, digest=digest, phase1_digest=segnet_digest)
+    return Outcome(
+        weights=progress.best, history=progress.history, digest=digest, phase1_digest=segnet_digest
+    )
 
 
 def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | None:
@@ -188,7 +222,9 @@ def read_outcome(experiment: Experiment, fold: int, phase: int) -> Outcome | Non
     uri = storage.join(experiment.fold_uri(fold), f"phase{phase}")
     data = storage.read_bytes(storage.join(uri, WEIGHTS))
     if hashlib.sha256(data).hexdigest() != described["sha256"]:
-        raise CheckpointError(f"the weights of phase {phase} differ from their digest; delete {uri} to train it again")
+        raise CheckpointError(
+            f"the weights of phase {phase} differ from their digest; delete {uri} to train it again"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / WEIGHTS
         path.write_bytes(data)
@@ -207,7 +243,9 @@ def _described(experiment: Experiment, fold: int, phase: int) -> dict[str, Any] 
     return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
 
 
-def _model(experiment: Experiment, fold: int, segnet: Outcome | None, classifier: Outcome | None) -> SavedModel:
+def _model(
+    experiment: Experiment, fold: int, segnet: Outcome | None, classifier: Outcome | None
+) -> SavedModel:
     config, part = experiment.config, experiment.split(fold)
     network = CovTANet(config.architecture)
     if segnet is not None:
@@ -217,11 +255,12 @@ def _model(experiment: Experiment, fold: int, segnet: Outcome | None, classifier
     trained = [experiment.volumes[key] for key in (*part.train, *part.validation)]
     return SavedModel(
         network=network.eval().requires_grad_(False),
-        preprocessing={
-            "window": asdict(config.window),
-            "slice_step_mm": config.slice_step_mm,
-            "intensities": sorted({volume.intensity for volume in trained}),
-        },
+        preprocessing=Preprocessing(
+            **asdict(config.window),
+            slice_step_mm=config.slice_step_mm,
+            intensities=tuple(sorted({volume.intensity for volume in trained})),
+        ),
+        capabilities=Capabilities(segments=segnet is not None, diagnoses=classifier is not None),
         provenance={
             "experiment": experiment.key,
             "network": config.network,
@@ -231,8 +270,6 @@ def _model(experiment: Experiment, fold: int, segnet: Outcome | None, classifier
             "recipe": asdict(config),
             "software_version": tracking.software_version(),
             "num_volumes": len(trained),
-            "has_diagnosis": classifier is not None,
-            "has_segmentation": segnet is not None,
             # So that an evaluation can tell what the model has seen.
             "seen_sources": sorted(str(volume.source_digest)[:16] for volume in trained),
         },
@@ -249,8 +286,12 @@ def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None
     uri, diagnoses = experiment.fold_uri(fold), 2 in experiment.config.phases
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model", model)
-        for path in sorted((Path(folder) / "model").iterdir(), reverse=True):  # the description, which counts, last
-            storage.upload(path, storage.join(uri, "model" if diagnoses else "phase1-model", path.name))
+        for path in sorted(
+            (Path(folder) / "model").iterdir(), reverse=True
+        ):  # the description, which counts, last
+            storage.upload(
+                path, storage.join(uri, "model" if diagnoses else "phase1-model", path.name)
+            )
     task = Task(
         model=model,
         network=experiment.config.network,
@@ -261,7 +302,9 @@ def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None
         segments=1 in experiment.config.phases,
     )
     test = [experiment.volumes[key] for key in experiment.split(fold).test]
-    found = evaluate(task, test if diagnoses else [volume for volume in test if volume.lesion_px is not None])
+    found = evaluate(
+        task, test if diagnoses else [volume for volume in test if volume.lesion_px is not None]
+    )
     storage.write_bytes(_evaluation_uri(experiment, fold), rows.to_parquet(found))
 
 
@@ -281,13 +324,17 @@ def evaluation_rows(experiment_uri: str) -> list[dict[str, Any]]:
 def side_by_side(experiment_uri: str, found: Sequence[dict[str, Any]]) -> bytes:
     """A training's networks on the same slices of its test parts, see ``gallery``. found: ``evaluation_rows``."""
     models = {}
-    for network, fold in sorted({(row["network"], row["fold"]) for row in found if row["tp"] is not None}):
+    for network, fold in sorted(
+        {(row["network"], row["fold"]) for row in found if row["tp"] is not None}
+    ):
         uri = storage.join(experiment_uri, network, f"fold{fold}")
         has_both = storage.exists(storage.join(uri, EVALUATION))  # whose rows these then are
         models[network, fold] = storage.join(uri, "model" if has_both else "phase1-model")
     trained = {network for network, _ in models}
     leader = next((name for name in ("V8", "V7", *sorted(trained)) if name in trained), "")
-    return gallery.side_by_side(found, leader, models, storage.join(experiment_uri.rpartition("/")[0], "prepared"))
+    return gallery.side_by_side(
+        found, leader, models, storage.join(experiment_uri.rpartition("/")[0], "prepared")
+    )
 
 
 def publish(experiment: Experiment) -> None:
@@ -310,11 +357,15 @@ def publish(experiment: Experiment) -> None:
             if described is not None:
                 _publish_phase(experiment, fold, phase, described)
     found = [row for row in evaluation_rows(experiment.uri) if row["network"] == config.network]
-    files = {f"{config.network}/{name}": data for name, data in _pictures(found, config.network).items()}
+    files = {
+        f"{config.network}/{name}": data for name, data in _pictures(found, config.network).items()
+    }
     tracking.describe_run(experiment.run, files=files, is_finished=True)
 
 
-def _publish_phase(experiment: Experiment, fold: int, phase: int, described: dict[str, Any]) -> None:
+def _publish_phase(
+    experiment: Experiment, fold: int, phase: int, described: dict[str, Any]
+) -> None:
     address = experiment.child(fold, phase)
     tracking.log_history(tracking.open_run(address), described["history"], address.uri)
     files = {"curves.png": plots.curves(address.name, described["history"])}
@@ -359,7 +410,9 @@ def _pictures(found: Sequence[dict[str, Any]], title: str) -> dict[str, bytes]:
     }
 
 
-def _best_and_worst(experiment: Experiment, fold: int, found: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+def _best_and_worst(
+    experiment: Experiment, fold: int, found: Sequence[dict[str, Any]]
+) -> dict[str, bytes]:
     """Pictures of the volumes with the highest and the lowest Dice."""
     dice = figures.segmentation(found).get("volume_dice", {})
     ranked = sorted((value, key) for key, value in dice.items() if value is not None)
@@ -379,10 +432,14 @@ def register(experiment: Experiment) -> tuple[str, str]:
     unseen, on whom one can be compared with the other; the best fold's model would be the luckiest split's.
     """
     config = experiment.config
-    fold = next(each for each in range(config.num_folds) if _described(experiment, each, 2) is not None)
+    fold = next(
+        each for each in range(config.num_folds) if _described(experiment, each, 2) is not None
+    )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model"
-        storage.download_files(storage.join(experiment.fold_uri(fold), "model"), MODEL_FILES, target)
+        storage.download_files(
+            storage.join(experiment.fold_uri(fold), "model"), MODEL_FILES, target
+        )
         digest = load_model(target).digest
         test = rows.from_parquet(storage.read_bytes(_evaluation_uri(experiment, fold)))
         tags = {
@@ -390,7 +447,9 @@ def register(experiment: Experiment) -> tuple[str, str]:
             "covtanet.experiment": experiment.key,
             "covtanet.network": experiment.config.network,
             "covtanet.fold": str(fold),
-            **{f"covtanet.{name}": f"{value:.4f}" for name, value in figures.headline(test).items()},
+            **{
+                f"covtanet.{name}": f"{value:.4f}" for name, value in figures.headline(test).items()
+            },
         }
         return tracking.register_model(experiment.run, target, tags, alias="challenger"), digest
 

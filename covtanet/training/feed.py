@@ -55,7 +55,9 @@ class Sampling:
             lot = int.from_bytes(digest, "big") / 2**32
             if is_marked:
                 by_volume[series_of(name)].append((lot, name))
-            elif lot < self.lesion_free_share:  # and then as likely as a marked one to be among the first
+            elif (
+                lot < self.lesion_free_share
+            ):  # and then as likely as a marked one to be among the first
                 by_volume[series_of(name)].append((lot / self.lesion_free_share, name))
         most = self.slices_per_volume or None
         return {name for lots in by_volume.values() for _, name in sorted(lots)[:most]}
@@ -79,7 +81,11 @@ class MemoryLane:
 
     def __init__(self, rows: Rows, sampling: Sampling, lane: int) -> None:
         order = np.argsort(rows["name"], kind="stable")  # whatever order they arrived in
-        self.rows, self.sampling, self.lane = {name: values[order] for name, values in rows.items()}, sampling, lane
+        self.rows, self.sampling, self.lane = (
+            {name: values[order] for name, values in rows.items()},
+            sampling,
+            lane,
+        )
 
     def _drawn(self, epoch: int) -> NDArray[np.intp]:
         names = self.rows["name"].tolist()

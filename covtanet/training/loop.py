@@ -97,7 +97,11 @@ def fit(
             phase.module.load_state_dict(weights)
         best = progress.history[progress.best_epoch] if progress.history else None
         # Without any number to compare, as where nothing is held back to validate, the last epoch counts.
-        is_better = best is None or math.isnan(phase.score(best)) or phase.score(metrics) > phase.score(best)
+        is_better = (
+            best is None
+            or math.isnan(phase.score(best))
+            or phase.score(metrics) > phase.score(best)
+        )
         metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
         moments = _optimizer_state(optimizer, named)
         progress = Progress(
@@ -131,7 +135,9 @@ def _train_epoch(
     started, waited, losses = time.perf_counter(), 0.0, []
     num_steps = statistics.ranks.lowest(min(lane.num_batches(epoch) for lane in lanes.values()))
     if not num_steps:
-        raise ValueError("a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches")
+        raise ValueError(
+            "a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches"
+        )
     feed = steps(list(lanes.values()), epoch, num_steps)
     for number in range(num_steps):
         set_rate(optimizer, config.rate(epoch + number / num_steps))
@@ -180,11 +186,15 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Param
     return _copy({f"{name}/{entry}": value for name, items in entries for entry, value in items})
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State) -> None:
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State
+) -> None:
     for key, value in state.items():
         if key.startswith(AVERAGE):
             continue
         name, _, entry = key.rpartition("/")
         parameter = named[name]
         # Adam keeps its count of steps on the CPU.
-        optimizer.state[parameter][entry] = value.clone() if entry == "step" else value.to(parameter.device)
+        optimizer.state[parameter][entry] = (
+            value.clone() if entry == "step" else value.to(parameter.device)
+        )

@@ -38,7 +38,11 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
     mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
     layout = torch.channels_last
-    return SliceBatch(slices.to(device, memory_format=layout), mask.to(device, memory_format=layout), volumes_of(rows))
+    return SliceBatch(
+        slices.to(device, memory_format=layout),
+        mask.to(device, memory_format=layout),
+        volumes_of(rows),
+    )
 
 
 def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None) -> Tensor:

@@ -43,8 +43,12 @@ def frozen_features(
         pooled = []
         with torch.no_grad(), config.autocast(device):
             for start in range(0, len(flat), SLICES_AT_ONCE):
-                slices = torch.from_numpy(flat[start : start + SLICES_AT_ONCE].astype(np.float32) / scale)
-                pooled.append(segment(slices.to(device, memory_format=torch.channels_last))[1].half())
+                slices = torch.from_numpy(
+                    flat[start : start + SLICES_AT_ONCE].astype(np.float32) / scale
+                )
+                pooled.append(
+                    segment(slices.to(device, memory_format=torch.channels_last))[1].half()
+                )
         joined = torch.cat(pooled)
         return joined.reshape(*levels.shape[:2], *joined.shape[1:])
 
@@ -55,7 +59,8 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
     """Rows to a micro-batch on the device; ``features`` where the rows hold slices rather than pooled features."""
     pooled = torch.from_numpy(rows["pooled"]) if features is None else features(rows["levels"])
     is_infected, is_severe = (
-        torch.from_numpy(rows[name].astype(np.float32)).to(device) for name in ("is_infected", "is_severe")
+        torch.from_numpy(rows[name].astype(np.float32)).to(device)
+        for name in ("is_infected", "is_severe")
     )
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
 
@@ -78,7 +83,9 @@ def phase2(
     def sums_of(batch: VolumeBatch) -> Tensor:
         with config.autocast(device):
             infected_logits, severe_logits = model(batch.pooled)
-        return joint_sums(infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config)
+        return joint_sums(
+            infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
+        )
 
     def validate() -> dict[str, float]:
         classifier.eval()
@@ -89,7 +96,9 @@ def phase2(
                 infected, severe = batch.is_infected > 0, batch.is_severe > 0
                 found[0] += count(infected_logits > 0, infected).cpu()
                 found[1] += count(severe_logits > 0, severe, where=infected).cpu()
-                sums = joint_sums(infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config)
+                sums = joint_sums(
+                    infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
+                )
                 losses += sums.double().cpu()
         diagnosis, severity = (counts_of(each) for each in ranks.sum(found))
         return {

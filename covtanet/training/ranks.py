@@ -48,10 +48,16 @@ class LaneStatistics:
 
     def __init__(self, module: nn.Module, num_lanes: int, ranks: Ranks) -> None:
         self.buffers = [
-            buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))
+            buffer
+            for name, buffer in module.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
         ]
         self.ranks, self.num_lanes = ranks, num_lanes
-        self.lanes = [[buffer.clone() for buffer in self.buffers] for _ in range(num_lanes)] if num_lanes > 1 else []
+        self.lanes = (
+            [[buffer.clone() for buffer in self.buffers] for _ in range(num_lanes)]
+            if num_lanes > 1
+            else []
+        )
 
     def enter(self, lane: int) -> None:
         """Put a lane's statistics into the module."""
@@ -67,7 +73,11 @@ class LaneStatistics:
         """Give the module, and every lane, the mean over all lanes of all ranks."""
         with torch.no_grad():
             for position, buffer in enumerate(self.buffers):
-                own = torch.stack([lane[position] for lane in self.lanes]).sum(0) if self.lanes else buffer
+                own = (
+                    torch.stack([lane[position] for lane in self.lanes]).sum(0)
+                    if self.lanes
+                    else buffer
+                )
                 buffer.copy_(self.ranks.sum(own) / (self.num_lanes * self.ranks.count))
             for lane in self.lanes:
                 _copy(self.buffers, lane)

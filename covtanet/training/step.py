@@ -55,7 +55,11 @@ def backward(
         is_last = lane == len(micro_batches) - 1
         is_distributed = isinstance(model, DistributedDataParallel)
         with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
-            part = own[0] if len(micro_batches) == 1 else _forward(sums, batch, lane, statistics, seeds[lane])
+            part = (
+                own[0]
+                if len(micro_batches) == 1
+                else _forward(sums, batch, lane, statistics, seeds[lane])
+            )
             found = loss(total - part.detach() + part)
             (found * ranks.count).backward()  # type: ignore[no-untyped-call]
         statistics.leave(lane)
@@ -63,13 +67,17 @@ def backward(
     return value
 
 
-def _forward(sums: Callable[[B], Tensor], batch: B, lane: int, statistics: LaneStatistics, seed: int) -> Tensor:
+def _forward(
+    sums: Callable[[B], Tensor], batch: B, lane: int, statistics: LaneStatistics, seed: int
+) -> Tensor:
     statistics.enter(lane)
     torch.manual_seed(seed)
     return sums(batch)
 
 
-def _check_finite(total: Tensor, own: Sequence[Tensor], micro_batches: Sequence[Named], ranks: Ranks) -> None:
+def _check_finite(
+    total: Tensor, own: Sequence[Tensor], micro_batches: Sequence[Named], ranks: Ranks
+) -> None:
     if torch.isfinite(total).all():
         return
     at_fault = [
@@ -78,7 +86,9 @@ def _check_finite(total: Tensor, own: Sequence[Tensor], micro_batches: Sequence[
         if not torch.isfinite(found).all()
         for name in batch.names
     ]
-    raise FloatingPointError(f"the loss is no number; the batch holds {', '.join(ranks.gather(at_fault))}")
+    raise FloatingPointError(
+        f"the loss is no number; the batch holds {', '.join(ranks.gather(at_fault))}"
+    )
 
 
 def check_gradients(model: nn.Module, micro_batches: Sequence[Named], ranks: Ranks) -> None:

@@ -88,23 +88,37 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     told: Assignment = loop_config["assignment"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would repeat every report
     torch.set_num_threads(told.num_threads)
-    torch.manual_seed(seed_of(told.config.seed, told.phase))  # the same initial weights on every rank
+    torch.manual_seed(
+        seed_of(told.config.seed, told.phase)
+    )  # the same initial weights on every rank
     context = ray.train.get_context()
     device = torch.device(ray.train.torch.get_device())
     ranks = Ranks(index=context.get_world_rank(), count=context.get_world_size(), device=device)
     lanes = {number: _lane(told, number, told.train) for number in _own(told.train, ranks)}
     validation = [_lane(told, number, told.validation) for number in _own(told.validation, ranks)]
     network = told.config.architecture
-    module: nn.Module = build_segmenter(network.segnet) if told.phase == 1 else JointClassifier(network)
+    module: nn.Module = (
+        build_segmenter(network.segnet) if told.phase == 1 else JointClassifier(network)
+    )
     if told.encoder_state is not None and isinstance(module, TASegNet):
         module.encoder.load_state_dict(told.encoder_state)
     if told.phase == 1:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"forward_sync_buffers": False})
+    model = ray.train.torch.prepare_model(
+        module, parallel_strategy_kwargs={"forward_sync_buffers": False}
+    )
     phase = _phase(told, module, model, validation, ranks)
     settings, seed = told.phase_config, told.config.seed
     try:
-        fit(settings, phase, lanes, ranks, seed, _resume(told, ranks), lambda progress: _report(progress, ranks))
+        fit(
+            settings,
+            phase,
+            lanes,
+            ranks,
+            seed,
+            _resume(told, ranks),
+            lambda progress: _report(progress, ranks),
+        )
     except FloatingPointError as error:
         logger.error("phase %d stops: %s", told.phase, error)
         return {"not_finite": str(error)}
@@ -115,7 +129,9 @@ def _own(lanes: tuple[LaneSpec, ...], ranks: Ranks) -> range:
     return range(ranks.index, len(lanes), ranks.count)
 
 
-def _phase(told: Assignment, module: nn.Module, model: nn.Module, validation: list[Lane], ranks: Ranks) -> Phase[Any]:
+def _phase(
+    told: Assignment, module: nn.Module, model: nn.Module, validation: list[Lane], ranks: Ranks
+) -> Phase[Any]:
     config = told.config
     if told.phase == 1:
         augmenter = Augmenter(config.augment) if config.augment.is_on else None
@@ -137,7 +153,11 @@ def _lane(told: Assignment, number: int, specs: tuple[LaneSpec, ...]) -> Lane:
     if not fit_in_memory(config, (*told.train, *told.validation)):
         return StreamLane(spec, sampling, number, config.window.size_px)
     # Prepared slices that fit are read once, without a plan of Ray Data whose start costs more than the reading.
-    rows = _fetch(spec, config.window.size_px) if told.phase == 1 else _load(spec, config.window.size_px)
+    rows = (
+        _fetch(spec, config.window.size_px)
+        if told.phase == 1
+        else _load(spec, config.window.size_px)
+    )
     return MemoryLane(rows, sampling, number)
 
 
@@ -213,7 +233,9 @@ class StreamLane:
         """The epoch's micro-batches in the buffer's order."""
         seed = seed_of(self.sampling.seed, epoch, self.lane)
         buffer = max(1, min(SHUFFLE_ROWS, SHUFFLE_BYTES // self.spec.bytes_per_sample))
-        rows = _read(self.spec, self.size_px, local_shuffle_buffer_size=buffer, local_shuffle_seed=seed)
+        rows = _read(
+            self.spec, self.size_px, local_shuffle_buffer_size=buffer, local_shuffle_seed=seed
+        )
         drawn = self._names(epoch)
         yield from regroup((_those(part, drawn) for part in rows), self.sampling.batch_size)
 
@@ -224,7 +246,10 @@ class StreamLane:
         """All samples in the files' order."""
         for rows in _read(self.spec, self.size_px):
             for start in range(0, len(rows["name"]), self.sampling.batch_size):
-                yield {name: values[start : start + self.sampling.batch_size] for name, values in rows.items()}
+                yield {
+                    name: values[start : start + self.sampling.batch_size]
+                    for name, values in rows.items()
+                }
 
 
 def _those(rows: Rows, names: set[str]) -> Rows:
@@ -236,7 +261,11 @@ def regroup(parts: Iterator[Rows], batch_size: int) -> Iterator[Rows]:
     """Cut a stream of rows into whole batches; the rest is dropped."""
     pending: Rows = {}
     for part in parts:
-        pending = {name: np.concatenate([pending[name], values]) for name, values in part.items()} if pending else part
+        pending = (
+            {name: np.concatenate([pending[name], values]) for name, values in part.items()}
+            if pending
+            else part
+        )
         while len(pending["name"]) >= batch_size:
             yield {name: values[:batch_size] for name, values in pending.items()}
             pending = {name: values[batch_size:] for name, values in pending.items()}
@@ -251,11 +280,15 @@ def _resume(told: Assignment, ranks: Ranks) -> Progress:
         OSError: where storage does not answer; Ray then starts the workers again.
     """
     progress = Progress()
-    names = [name for name in storage.list_names(told.checkpoints_uri) if CHECKPOINT.fullmatch(name)]
+    names = [
+        name for name in storage.list_names(told.checkpoints_uri) if CHECKPOINT.fullmatch(name)
+    ]
     for name in reversed(names):  # they are named by time
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.suppress(FileNotFoundError):  # one that was being deleted
-                storage.download_files(storage.join(told.checkpoints_uri, name), FILES, Path(folder))
+                storage.download_files(
+                    storage.join(told.checkpoints_uri, name), FILES, Path(folder)
+                )
             try:
                 progress = load_progress(Path(folder))
             except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Write infra/image/requirements.txt: what the image installs, by version and by the hashes of its wheels.
+"""Write infra/image/requirements.txt: the image's packages by version and by hashes of wheels.
 
 make lock     after every change of constraints.txt or of the dependencies in pyproject.toml
 
@@ -29,7 +29,12 @@ OTHER_INDEX = {"torch", "torchvision"}
 PYTHON = (3, 11)
 MACHINES = ("x86_64", "aarch64")
 # Wheels for any glibc of 2.x: the base image decides which of them pip takes.
-PLATFORMS = ["manylinux2014", "manylinux2010", "manylinux1", *(f"manylinux_2_{minor}" for minor in range(5, 60))]
+PLATFORMS = [
+    "manylinux2014",
+    "manylinux2010",
+    "manylinux1",
+    *(f"manylinux_2_{minor}" for minor in range(5, 60)),
+]
 HEADER = """\
 # Made by `make lock` from constraints.txt, not by hand. Hashes are those of every wheel for CPython 3.11 on Linux,
 # x86_64 and aarch64. torch and torchvision come from an index of their own, see infra/Containerfile.
@@ -38,15 +43,21 @@ HEADER = """\
 
 def main() -> int:
     """Write the file."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--uv", type=Path, required=True, help="the uv program")
     arguments = options.parse_args()
     if sys.version_info[:2] != PYTHON:
-        raise SystemExit(f"this is Python {sys.version.split()[0]}, expected that of the image, 3.11")
+        raise SystemExit(
+            f"this is Python {sys.version.split()[0]}, expected that of the image, 3.11"
+        )
     pins = read_pins()
     missing = sorted(name for name in closure() - pins.keys())
     if missing:
-        raise SystemExit(f"constraints.txt has no version of {', '.join(missing)}, which the image needs")
+        raise SystemExit(
+            f"constraints.txt has no version of {', '.join(missing)}, which the image needs"
+        )
     requirements = [f"{name}=={pins[name]}" for name in sorted(closure() - OTHER_INDEX)]
     entries = [entry(package) for package in ask_uv(arguments.uv, requirements)]
     REQUIREMENTS.write_text(HEADER + "".join(sorted(entries)))
@@ -74,12 +85,12 @@ def closure() -> set[str]:
 
 def direct(name: str, extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
     """Distributions that one names, with the extras that it asks of them."""
-    found = set()
+    named: set[tuple[str, frozenset[str]]] = set()
     for line in metadata.requires(name) or ():
         requirement = Requirement(line)
         if applies(requirement, extras):
-            found.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return found
+            named.add((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return named
 
 
 def applies(requirement: Requirement, extras: frozenset[str]) -> bool:
@@ -87,7 +98,9 @@ def applies(requirement: Requirement, extras: frozenset[str]) -> bool:
     if requirement.marker is None:
         return True
     return any(
-        requirement.marker.evaluate({"extra": extra, "platform_machine": machine, "sys_platform": "linux"})
+        requirement.marker.evaluate(
+            {"extra": extra, "platform_machine": machine, "sys_platform": "linux"}
+        )
         for extra in extras | {""}
         for machine in MACHINES
     )
@@ -98,8 +111,24 @@ def ask_uv(uv: Path, requirements: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         given, lock = Path(folder) / "requirements.in", Path(folder) / "pylock.toml"
         given.write_text("\n".join(requirements) + "\n")
-        command = [uv.absolute(), "pip", "compile", "--quiet", "--no-config", "--no-deps", "--universal"]
-        command += ["--format", "pylock.toml", "--python-version", "3.11", "--output-file", lock, given]
+        command = [
+            str(uv.absolute()),
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-config",
+            "--no-deps",
+            "--universal",
+        ]
+        command += [
+            "--format",
+            "pylock.toml",
+            "--python-version",
+            "3.11",
+            "--output-file",
+            str(lock),
+            str(given),
+        ]
         subprocess.run(command, check=True, cwd=folder)
         packages: list[dict[str, Any]] = tomllib.loads(lock.read_text())["packages"]
     return packages
@@ -114,15 +143,25 @@ def entry(package: dict[str, Any]) -> str:
         if parse_wheel_filename(file_name)[3] & tags:
             hashes.add(wheel["hashes"]["sha256"])
     if not hashes:
-        raise SystemExit(f"{package['name']} {package['version']} has no wheel for CPython 3.11 on Linux")
-    lines = [f"{package['name']}=={package['version']}", *(f"    --hash=sha256:{each}" for each in sorted(hashes))]
+        raise SystemExit(
+            f"{package['name']} {package['version']} has no wheel for CPython 3.11 on Linux"
+        )
+    lines = [
+        f"{package['name']}=={package['version']}",
+        *(f"    --hash=sha256:{digest}" for digest in sorted(hashes)),
+    ]
     return " \\\n".join(lines) + "\n"
 
 
 def supported_tags() -> set[Tag]:
     """Tags of wheels that CPython 3.11 installs on Linux."""
-    platforms = [f"{platform}_{machine}" for platform in [*PLATFORMS, "linux"] for machine in MACHINES]
-    return {*cpython_tags(PYTHON, ["cp311"], platforms), *compatible_tags(PYTHON, "cp311", platforms)}
+    platforms = [
+        f"{platform}_{machine}" for platform in [*PLATFORMS, "linux"] for machine in MACHINES
+    ]
+    return {
+        *cpython_tags(PYTHON, ["cp311"], platforms),
+        *compatible_tags(PYTHON, "cp311", platforms),
+    }
 
 
 if __name__ == "__main__":

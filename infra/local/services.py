@@ -1,6 +1,7 @@
-"""Services for the demo and the tests: an S3 server, a Ray head, MLflow; on free ports, stopped as groups.
+"""Services for the demo and the tests: an S3 server, a Ray head, MLflow.
 
-They listen on loopback. On another address none of them starts without authentication.
+Each runs on a free port as a process group and is stopped as one. They listen on loopback; on
+another address a service without authentication does not start.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,30 +23,30 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_SECRET = "covtanet-on-loopback"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 5
-# More logical CPUs than a small machine has cores: two training workers, ingest and prediction each hold one; the
-# endpoint and the driver of a batch hold two, and leave the three that a screening needs.
+# More logical CPUs than a small machine has cores: two training workers, ingest and prediction each
+# hold one; the endpoint and the driver of a batch hold two, and leave three that a screening needs.
 NUM_LOGICAL_CPUS = 5
 OBJECT_STORE_BYTES = 1 << 30
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0"}
-# A proxy that a hospital sets for the world outside is none for loopback.
+# A hospital's HTTP proxy leads to hosts outside; requests to loopback must not go through it.
 NO_PROXY = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 
 
 @dataclass
 class Service:
-    """A running process group and what others need in their environment to use it."""
+    """A running process group, and the environment variables that its clients need."""
 
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
     log: Path = field(default=Path())
 
     def stop(self) -> None:
-        """End the whole process group: ask, wait, insist."""
+        """End the whole process group: SIGTERM, wait, SIGKILL."""
         stop_group(self.process)
 
 
 def stop_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
-    """End a process and all it started in its group; survivors are killed."""
+    """End a process and its group: SIGTERM, then SIGKILL for those that survive it."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -67,50 +67,60 @@ def _is_alive(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> bool:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody else can read."""
+    """Write a file that other users cannot read."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
 
 
-def check_door(what: str, host: str, *, is_authenticated: bool) -> None:
-    """Refuse to listen beyond loopback where anybody would be answered.
+def check_address(service: str, host: str, *, is_authenticated: bool) -> None:
+    """Refuse to listen beyond loopback without authentication.
 
     Raises:
-        PermissionError: which names the service and the address.
+        PermissionError: names the service and the address.
     """
     if not ipaddress.ip_address(host).is_loopback and not is_authenticated:
-        raise PermissionError(f"{what} would answer anybody on {host}, expected loopback or authentication of its own")
+        raise PermissionError(
+            f"{service} would answer anybody on {host}, expected loopback or authentication"
+        )
 
 
 def check_token(token: Path) -> None:
     """Refuse a token file that others can read.
 
     Raises:
-        PermissionError: with the mode found.
+        PermissionError: names the file's mode.
     """
     mode = token.stat().st_mode & 0o777
     if mode & 0o077 or not token.read_text().strip():
-        raise PermissionError(f"the token file has mode {mode:04o}, expected 0600 and a token in it")
+        raise PermissionError(
+            f"the token file has mode {mode:04o}, expected 0600 and a token in it"
+        )
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports that nothing listens on now."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        # All are bound at once: a port that is closed again may be given out a second time.
+        for _ in range(count):
+            listener = stack.enter_context(socket.socket())
+            listener.bind((LOOPBACK, 0))
+            ports.append(int(listener.getsockname()[1]))
+        return ports
 
 
 def start_s3(
-    folder: Path, log: Path, key: str = "covtanet", secret: str = LOOPBACK_SECRET, port: int = 0, host: str = LOOPBACK
+    folder: Path,
+    log: Path,
+    key: str = "covtanet",
+    secret: str = LOOPBACK_SECRET,
+    port: int = 0,
+    host: str = LOOPBACK,
 ) -> Service:
     """Serve a folder as S3: its subfolders are buckets. port: 0 takes a free one."""
-    check_door("S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET))  # that one is known to all
+    # LOOPBACK_SECRET stands in this file, so it authenticates nobody.
+    check_address("S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET))
     port = port or free_ports(1)[0]
     binary = Path(sys.executable).with_name("rclone")
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +130,8 @@ def start_s3(
             stdout=out,
             stderr=out,
             start_new_session=True,
-            # Arguments can be read by everyone on the machine. A list in CSV, of one pair with a comma in it.
+            # By environment: every user can read a process' arguments. The value is a CSV list of
+            # one pair, which holds a comma itself.
             env={**os.environ, "RCLONE_CONFIG": os.devnull, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
         )
     service = Service(
@@ -141,17 +152,21 @@ def start_s3(
 
 
 def start_ray(
-    log: Path, environment: dict[str, str], token: Path, temp_folder: Path, num_cpus: int = NUM_LOGICAL_CPUS
+    log: Path,
+    environment: dict[str, str],
+    token: Path,
+    temp_folder: Path,
+    num_cpus: int = NUM_LOGICAL_CPUS,
 ) -> Service:
     """Start a Ray head on loopback with token authentication.
 
-    environment: what workers see, since they get none from the driver. token: a file with mode 0600.
-    temp_folder: a short path, since Ray keeps sockets below it.
+    environment: variables of the workers, which get none from the driver. token: a file with mode
+    0600. temp_folder: a short path, because Ray keeps sockets below it.
     """
     check_token(token)
     port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
     command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_folder}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -160,106 +175,42 @@ def start_ray(
         f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
         f"--object-manager-port={manager}", f"--node-manager-port={raylet}",
     ]  # fmt: skip
-    own = {**environment, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    variables = {
+        **environment,
+        **QUIET,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **own})
-    own["RAY_ADDRESS"] = f"{LOOPBACK}:{port}"
-    own["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard}"
-    service = Service(process, own, log)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **variables}
+        )
+    variables["RAY_ADDRESS"] = f"{LOOPBACK}:{port}"
+    variables["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{dashboard}"
+    service = Service(process, variables, log)
     wait_for(service, lambda: _jobs_ready(dashboard, token))
     return service
 
 
-@dataclass
-class Job:
-    """A job of this project as its own process group, its output read as it comes."""
-
-    process: subprocess.Popen[str]
-    lines: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as output:
-            for line in output:
-                self.lines.append(line)
-
-    @property
-    def output(self) -> str:
-        """What it has printed so far."""
-        return "".join(self.lines)
-
-    def wait_for(self, is_there: Callable[[], bool], timeout_s: float = 240) -> None:
-        """Wait until something is so while the job runs.
-
-        Raises:
-            RuntimeError: where the job ends, or the time, before that.
-        """
-        deadline = time.monotonic() + timeout_s
-        while not is_there():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise RuntimeError(f"the job did not come this far:\n{self.output[-4000:]}")
-            time.sleep(0.1)
-
-    def says(self, text: str, timeout_s: float = 240) -> None:
-        """Wait until it prints something."""
-        self.wait_for(lambda: text in self.output, timeout_s)
-
-    def kill(self) -> None:
-        """Kill it as a crash would, without warning."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join(10)
-
-    def finish(self, timeout_s: float = 500) -> int:
-        """Wait for its end; returns the exit code."""
-        try:
-            code = self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-        self._reader.join(10)
-        return code
-
-
-def start_job(environment: dict[str, str], script: str, *arguments: str) -> Job:
-    """Start a job of ``jobs/`` on the cluster that the environment names."""
-    command = [sys.executable, str(ROOT / "jobs" / script), *arguments]
-    return Job(
-        subprocess.Popen(
-            command,
-            env=environment,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    )
-
-
 def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
-    """An MLflow server with its database and artifacts in a folder; it asks nobody who they are."""
-    check_door("MLflow", host, is_authenticated=False)
+    """Start an MLflow server without authentication; database and artifacts lie in a folder."""
+    check_address("MLflow", host, is_authenticated=False)
     log = folder / "mlflow.log"
     command = [
-        Path(sys.executable).with_name("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1",
+        str(Path(sys.executable).with_name("mlflow")), "server", "--host", host, "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
     with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env={**os.environ})
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ}
+        )
     service = Service(process, {"MLFLOW_TRACKING_URI": f"http://{host}:{port}"}, log)
     wait_for(service, lambda: is_healthy(f"http://{host}:{port}/health"))
     return service
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a GET is answered with 200."""
+    """Whether a GET returns 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
@@ -268,10 +219,10 @@ def is_healthy(url: str) -> bool:
 
 
 def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
-    """Wait until a service answers; one that does not is stopped.
+    """Wait until a service answers; stop it if it does not.
 
     Raises:
-        RuntimeError: with the end of its log.
+        RuntimeError: quotes the end of its log.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
@@ -279,12 +230,12 @@ def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
             if is_ready():
                 return
             time.sleep(0.2)
-    except BaseException:  # interrupted before the caller has it to stop
+    except BaseException:  # interrupted before the caller could stop the service
         service.stop()
         raise
     service.stop()
     tail = service.log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"{Path(str(service.process.args[0])).name} did not start; its log ends:\n{tail}")
+    raise RuntimeError(f"the service did not start; {service.log} ends:\n{tail}")
 
 
 def _answers(port: int) -> bool:
@@ -297,7 +248,8 @@ def _answers(port: int) -> bool:
 
 def _jobs_ready(port: int, token: Path) -> bool:
     request = urllib.request.Request(
-        f"http://{LOOPBACK}:{port}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text().strip()}"}
+        f"http://{LOOPBACK}:{port}/api/jobs/",
+        headers={"Authorization": f"Bearer {token.read_text().strip()}"},
     )
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import S3
-from services import LOOPBACK, free_ports
+from running import S3
 
 from covtanet import storage, tracking
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import MODEL_FILES, model_digest
 from covtanet.storage import s3 as s3_store
+from infra.local.services import LOOPBACK, free_ports
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def strict(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     (port,) = free_ports(1)
     url = f"http://{LOOPBACK}:{port}"
     with (tmp_path / "moto.log").open("wb") as out:
-        command = [Path(sys.executable).with_name("moto_server"), "-H", LOOPBACK, "-p", str(port)]
+        moto = Path(sys.executable).with_name("moto_server")
+        command = [str(moto), "-H", LOOPBACK, "-p", str(port)]
         server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     try:
@@ -47,7 +48,7 @@ def strict(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         server.wait()
 
 
-def test_of_many_drivers_one_publishes_and_all_know(strict: str, tmp_path: Path) -> None:
+def test_create_lets_one_of_many_drivers_publish(strict: str, tmp_path: Path) -> None:
     assert storage.honours_create(f"{strict}/ledger")
     assert list(storage.list_names(f"{strict}/ledger")) == [], "the probe is left behind"
     uri, files = f"{strict}/ledger/date=2026-11-23/run.parquet", []
@@ -60,7 +61,7 @@ def test_of_many_drivers_one_publishes_and_all_know(strict: str, tmp_path: Path)
     assert storage.read_bytes(uri) == files[published.index(True)].read_bytes()
 
 
-def test_root_of_a_bucket_is_no_object_and_is_listed_to_the_limit(strict: str) -> None:
+def test_bucket_root_is_listed_up_to_max_objects(strict: str) -> None:
     for index in range(3):
         storage.write_bytes(f"{strict}/x/{index}", b"x")
     assert storage.describe(strict) is None
@@ -69,24 +70,35 @@ def test_root_of_a_bucket_is_no_object_and_is_listed_to_the_limit(strict: str) -
         list(storage.walk(strict, max_objects=2))
 
 
-def test_a_store_that_lets_a_put_replace_a_file_is_found_out(s3: S3) -> None:
+def test_store_without_conditional_put_is_detected(s3: S3) -> None:
     assert not storage.honours_create(f"{s3.uri}/probe")  # rclone ignores the condition
 
 
-def test_model_download_writes_its_two_files_and_nothing_else(strict: str, model_folder: Path, tmp_path: Path) -> None:
+def test_model_download_writes_two_files_only(
+    strict: str, model_folder: Path, tmp_path: Path
+) -> None:
     """Whatever keys lie under the model's prefix: '..', an absolute path, a million others."""
     client, outside = boto3.client("s3"), tmp_path / "outside"
     outside.mkdir()
     for path in model_folder.iterdir():
         client.put_object(Bucket="bucket", Key=f"m/{path.name}", Body=path.read_bytes())
     up = "../" * len(tmp_path.parts)
-    for key in (f"m/{up}{str(outside)[1:]}/dotted", f"m/{outside}/absolute", *(f"m/more/{n}" for n in range(20))):
+    for key in (
+        f"m/{up}{str(outside)[1:]}/dotted",
+        f"m/{outside}/absolute",
+        *(f"m/more/{n}" for n in range(20)),
+    ):
         client.put_object(Bucket="bucket", Key=key, Body=b"x")
     listed: list[str] = []
-    s3_store.client().meta.events.register("before-call.s3.ListObjectsV2", lambda **_: listed.append("listed"))
+    s3_store.client().meta.events.register(
+        "before-call.s3.ListObjectsV2", lambda **_: listed.append("listed")
+    )
     found = tracking.resolve_model(f"{strict}/m", tmp_path / "model")
     assert found.digest == model_digest(model_folder)
-    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == ["model.json", "weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == [
+        "model.json",
+        "weights.safetensors",
+    ]
     assert list(outside.iterdir()) == []
     assert listed == []
 
@@ -96,12 +108,16 @@ def test_model_without_description_or_too_large_is_refused(strict: str, tmp_path
     client.put_object(Bucket="bucket", Key="none/weights.safetensors", Body=b"x")
     with pytest.raises(CheckpointError, match=r"no model\.json"):
         tracking.resolve_model(f"{strict}/none", tmp_path / "none")
-    client.put_object(Bucket="bucket", Key="large/model.json", Body=bytes(MODEL_FILES["model.json"] + 1))
+    client.put_object(
+        Bucket="bucket", Key="large/model.json", Body=bytes(MODEL_FILES["model.json"] + 1)
+    )
     with pytest.raises(CheckpointError, match=r"model\.json has more than \d+ bytes"):
         tracking.resolve_model(f"{strict}/large", tmp_path / "large")
 
 
-def test_objects_that_cannot_be_deleted_are_told(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_deletes_raise_with_their_count(
+    strict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of objects under a lock: the answer to the whole call is 200, and names them."""
     client = boto3.client("s3")
     client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
@@ -110,7 +126,10 @@ def test_objects_that_cannot_be_deleted_are_told(strict: str, monkeypatch: pytes
     real = s3_store.client()
 
     def with_version(**arguments: object) -> object:
-        arguments["Delete"] = {"Objects": [{"Key": "work/rows/1", "VersionId": version}], "Quiet": True}
+        arguments["Delete"] = {
+            "Objects": [{"Key": "work/rows/1", "VersionId": version}],
+            "Quiet": True,
+        }
         return client.delete_objects(**arguments)
 
     monkeypatch.setattr(real, "delete_objects", with_version)

@@ -14,30 +14,33 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import faults_screening
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pydicom
 import pytest
-from conftest import ROOT, S3, Cluster
-from faults_screening import Screening, start_killer
 from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+from repository import ROOT
+from running import S3, Cluster
+from screening_runs import CONFIG, DeadlySeries, Screening
 
 from covtanet import storage
-from covtanet.screening import view
+from covtanet.ledger.diff import differences
+from covtanet.ledger.read import newest_rows, read_run
 
 
-def test_a_series_that_kills_its_worker_costs_a_row(screening: Screening) -> None:
+def test_series_that_kills_its_worker_fails_as_worker_died(screening: Screening) -> None:
     """One series' worker is killed every time. All others are as ever."""
-    job, key, killed = start_killer(screening, "hostile")
+    deadly = DeadlySeries(screening, "hostile")
+    job, key = deadly.screen(), deadly.key
     assert job.finish() == 0, job.output[-2000:]  # one of 25 is less than 5 %
     assert "exit code 0:" in "".join(job.lines[-5:])
     rows = {row["series_key"]: row for row in screening.table("hostile").to_pylist()}
     expected = {row["series_key"]: row for row in screening.clean.to_pylist()}
     assert rows.keys() == expected.keys()
     assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died")
-    assert killed >= 3
+    assert len(deadly.killed) >= 3
     others = screening.table("hostile").filter(pc.field("series_key") != key)
-    assert view.differences(screening.clean.filter(pc.field("series_key") != key), others) == []
+    assert differences(screening.clean.filter(pc.field("series_key") != key), others) == []
 
 
 def write(prefix: str, name: str, objects: dict[str, bytes]) -> None:
@@ -83,7 +86,7 @@ def listener() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         server.server_close()
 
 
-def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
+def test_nightly_screens_new_and_changed_series_and_alerts(
     screening: Screening, cluster: Cluster
 ) -> None:
     """New, changed and failed series are screened; a night without any commits no row; the view has all, once."""
@@ -102,8 +105,11 @@ def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
             expect=expect,
         )  # fmt: skip
         (path,) = ledger.glob(f"date={date}/*.parquet")
-        rows = view.read(str(path)).to_pylist()
-        found = [(row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"]) for row in rows]
+        rows = read_run(str(path)).to_pylist()
+        found = [
+            (row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"])
+            for row in rows
+        ]
         return sorted(found), output
 
     with listener() as (url, heard):
@@ -121,14 +127,16 @@ def test_each_night_reads_what_is_new_or_changed_and_alerts_where_it_should(
         assert night("2026-11-23")[0] == []
         before = {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()}
         assert "the night of 2026-11-23 is done; nothing to do" in night("2026-11-23")[1]
-        assert {path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.stat().st_mtime_ns for path in ledger.rglob("*") if path.is_file()
+        } == before
     assert [(each["alert"], each["night"]) for each in heard] == [
         ("too_many_refused", "2026-11-20"), ("missing_run", "2026-11-22")
     ]  # fmt: skip
     assert heard[0]["reasons"] == {"vanished": 1}
     assert "nightly" not in str(heard), "an alert names a place"
     assert len(list((ledger / "_reports").glob("*.html"))) == 3
-    rows = view.newest_rows(str(ledger)).to_pylist()
+    rows = newest_rows(str(ledger)).to_pylist()
     assert len(rows) == 5
     assert Counter(row["status"] for row in rows) == {"screened": 4, "rejected": 1}
     shown = subprocess.run(
@@ -159,7 +167,7 @@ def with_canaries() -> list[bytes]:
     return out
 
 
-def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
+def test_deidentify_hides_identities_and_malformed_input_is_refused(
     screening: Screening, cluster: Cluster, s3: S3
 ) -> None:
     objects = with_canaries()
@@ -176,7 +184,9 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
     for name, build in CONTROLS.items():
         write(everything, f"good {name}", build())
 
-    output = screening.run("canary-open", "--results", "s3://bucket/canary-results", archive=everything)
+    output = screening.run(
+        "canary-open", "--results", "s3://bucket/canary-results", archive=everything
+    )
     table = screening.table("canary-open")
     check_malformed(table.to_pylist(), everything)
     hidden_columns = [name for name in table.column_names if name != "source_uri"]
@@ -191,7 +201,7 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
     key.write_bytes(b"a secret of this hospital")
     key.chmod(0o600)
     config = screening.folder / "hidden.toml"
-    config.write_text(faults_screening.CONFIG + "deidentify = true\n")
+    config.write_text(CONFIG + "deidentify = true\n")
     output = screening.run(
         "canary-hidden", "--config", str(config), "--site-key", str(key), "--linkage", "s3://bucket/linkage",
         "--results", "s3://bucket/canary-hidden-results", archive=archive,
@@ -204,27 +214,43 @@ def test_malformed_input_is_refused_and_no_identity_leaves_but_in_its_column(
     hidden, shown = screening.table("canary-hidden").to_pylist(), table.to_pylist()
     assert CANARY not in str(hidden)
     assert not {row["series_key"] for row in hidden} & {row["series_key"] for row in shown}
-    assert not {row["study_uid"] for row in hidden if row["study_uid"]} & {row["study_uid"] for row in shown}
+    assert not {row["study_uid"] for row in hidden if row["study_uid"]} & {
+        row["study_uid"] for row in shown
+    }
     of_canaries = [row for row in shown if CANARY in row["source_uri"].removeprefix(everything)]
     assert Counter(row["reason"] for row in hidden) == Counter(row["reason"] for row in of_canaries)
     (linked,) = (s3.folder / "linkage").glob("date=*/*.parquet")
-    assert CANARY in str(faults_screening.pq.ParquetFile(linked).read().to_pylist())
+    assert CANARY in str(pq.ParquetFile(linked).read().to_pylist())
 
-    logs = [path for path in Path(cluster.environment["RAY_TMP"]).rglob("*") if path.is_file() and "logs" in path.parts]
+    logs = [
+        path
+        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
+        if path.is_file() and "logs" in path.parts
+    ]
     assert logs
     texts = {path.name: path.read_bytes() for path in logs}
-    assert not [name for name, text in texts.items() if f"{CANARY}-study".encode() in text or b"CANARY^" in text]
+    assert not [
+        name
+        for name, text in texts.items()
+        if f"{CANARY}-study".encode() in text or b"CANARY^" in text
+    ]
 
 
-@pytest.mark.parametrize(("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)])
-def test_ray_answers_nobody_without_its_token(cluster: Cluster, header: dict[str, str], status: int) -> None:
-    request = urllib.request.Request(f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header)
+@pytest.mark.parametrize(
+    ("header", "status"), [({}, 401), ({"Authorization": "Bearer wrong"}, 403)]
+)
+def test_ray_without_token_returns_401_or_403(
+    cluster: Cluster, header: dict[str, str], status: int
+) -> None:
+    request = urllib.request.Request(
+        f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header
+    )
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=10)
     assert error.value.code == status
 
 
-def test_a_pickle_is_no_model(screening: Screening) -> None:
+def test_pickle_as_model_is_refused_with_3(screening: Screening) -> None:
     import torch
 
     folder = screening.folder / "pickle"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from services import free_ports, start_mlflow
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.model import checkpoint
+from infra.local.services import free_ports, start_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     service.stop()
 
 
-def test_model_comes_through_the_server_by_its_two_files(
+def test_mlflow_server_returns_both_model_files(
     server: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = tracking.RunAddress(uri=server, experiment="models", name="one", key="one")
@@ -40,16 +40,18 @@ def test_model_comes_through_the_server_by_its_two_files(
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "other")
 
 
-def test_version_whose_files_are_gone_or_too_large_is_refused(
+def test_version_with_missing_or_large_files_is_refused(
     server: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = tracking.RunAddress(uri=server, experiment="models", name="two", key="two")
     version = tracking.register_model(address, model_folder, {})
     client = mlflow.MlflowClient()
     known = client.get_model_version("covtanet", version)
-    monkeypatch.setitem(tracking.MODEL_FILES, "weights.safetensors", 100)
+    monkeypatch.setitem(checkpoint.MODEL_FILES, "weights.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors has more than 100 bytes"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "large")
-    gone = client.create_model_version("covtanet", f"{known.source}/nothing", known.run_id, tags=known.tags)
+    gone = client.create_model_version(
+        "covtanet", f"{known.source}/nothing", known.run_id, tags=known.tags
+    )
     with pytest.raises(CheckpointError, match=r"no model\.json or weights"):
         tracking.resolve_model(f"models:/covtanet/{gone.version}", tmp_path / "gone")

@@ -7,22 +7,22 @@ import time
 from pathlib import Path
 
 import duckdb
-import faults_screening
 import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pydicom
-from conftest import ROOT, Cluster
-from faults_screening import Screening
+from repository import ROOT
+from running import Cluster
+from screening_runs import Screening
 
 from covtanet import storage
-from covtanet.screening import view
+from covtanet.ledger.diff import differences
 
 ARCHIVE = "s3://bucket/archive"
 
 
-def test_one_row_per_series_with_the_right_reasons(screening: Screening) -> None:
+def test_every_series_has_a_row_with_its_reason(screening: Screening) -> None:
     rows = {row["source_uri"]: row for row in screening.clean.to_pylist()}
     assert len(rows) == screening.clean.num_rows == len(screening.truth)
     for expected in screening.truth:
@@ -32,18 +32,22 @@ def test_one_row_per_series_with_the_right_reasons(screening: Screening) -> None
     assert len({row["reason"] for row in rows.values() if row["reason"]}) == 17
 
 
-def test_ledger_reads_as_it_lies(screening: Screening) -> None:
+def test_ledger_folder_is_read_by_pyarrow_and_duckdb(screening: Screening) -> None:
     folder = screening.bucket / "clean"
     assert pq.read_table(folder).num_rows == screening.clean.num_rows
-    counted = duckdb.sql(f"select count(*) from read_parquet('{folder}/**/date=*/*.parquet')").fetchall()
-    assert counted == [(screening.clean.num_rows,)]
+    counted = duckdb.sql(f"select count(*) from read_parquet('{folder}/**/date=*/*.parquet')")
+    assert counted is not None
+    assert counted.fetchall() == [(screening.clean.num_rows,)]
 
 
-def test_a_committed_run_says_so_and_changes_nothing(screening: Screening) -> None:
-    assert faults_screening.again(screening)
+def test_committed_run_started_again_changes_nothing(screening: Screening) -> None:
+    (path,) = (screening.bucket / "clean").glob("date=*/*.parquet")
+    before = path.read_bytes()
+    assert "nothing to do" in screening.run("clean")
+    assert path.read_bytes() == before
 
 
-def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
+def test_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
     """Killed half-way; make faults does it at 10, 50 and 90 %."""
     name = "killed"
     job = screening.start(name)
@@ -53,25 +57,39 @@ def test_a_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None
     time.sleep(2)  # whatever a worker still had in hand is stored by now
     stored = (screening.bucket / name).glob("_work/*/rows/*.parquet")
     before = {
-        row["series_key"]: row["screened_at"] for path in stored for row in pq.ParquetFile(path).read().to_pylist()
+        row["series_key"]: row["screened_at"]
+        for path in stored
+        for row in pq.ParquetFile(path).read().to_pylist()
     }
     output = screening.run(name)
     assert f"continuing: {len(before)} of {len(screening.truth)} series are finished" in output
     assert len(list((screening.bucket / name / "_work").iterdir())) == 1
     table = screening.table(name)
-    assert view.differences(screening.clean, table) == []
+    assert differences(screening.clean, table) == []
     # The rows that the dead run left stand in the ledger as they were: no finished series was screened again.
     after = {row["series_key"]: row["screened_at"] for row in table.to_pylist()}
     assert {key: after[key] for key in before} == before
 
 
-def test_plan_tells_what_would_be_done(screening: Screening) -> None:
-    """That it freezes the manifest and screens nothing is seen where it is made."""
-    assert re.search(r"^series \(expected rows\) +25$", screening.planned, re.MULTILINE)
-    assert "CPUs, 0 GPUs: fits" in screening.planned
+def test_plan_prints_series_and_freezes_the_manifest(screening: Screening) -> None:
+    planned = screening.planned
+    assert re.search(r"^series \(expected rows\) +25$", planned.output, re.MULTILINE)
+    assert "CPUs, 0 GPUs: fits" in planned.output
+    assert planned.has_manifest
 
 
-def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Cluster, model_folder: Path) -> None:
+def test_plan_screens_nothing(screening: Screening) -> None:
+    assert screening.planned.num_rows == 0
+    assert not screening.planned.is_committed
+
+
+def test_run_names_ignored_objects_and_a_store_without_create(screening: Screening) -> None:
+    assert "ignored, no series: 1 .txt" in screening.clean_output
+    # rclone's S3 server ignores If-None-Match.
+    assert "this store lets a PUT replace a file" in screening.clean_output
+
+
+def test_submitted_job_refuses_relative_paths(cluster: Cluster, model_folder: Path) -> None:
     process = subprocess.run(
         [
             Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", ROOT, "--",
@@ -85,14 +103,18 @@ def test_submitted_job_refuses_relative_places_with_the_form_to_use(cluster: Clu
     assert "give the absolute path, /.../my/archive" in output
 
 
-def test_what_cannot_work_is_refused_before_anything_is_read(cluster: Cluster, model_folder: Path) -> None:
+def test_wrong_arguments_return_3_before_reading(cluster: Cluster, model_folder: Path) -> None:
     jobs = []
     for changed, message in (
         ({"--model": "models:/nobody@champion"}, "is not in the registry"),
         ({"--model": "/nowhere"}, "expected a saved model"),
         ({"--archive": "s3://bucket/ledger/x", "--ledger": "s3://bucket/ledger"}, "must be apart"),
     ):
-        usual = {"--archive": "s3://bucket/archive", "--ledger": "s3://bucket/no", "--model": str(model_folder)}
+        usual = {
+            "--archive": "s3://bucket/archive",
+            "--ledger": "s3://bucket/no",
+            "--model": str(model_folder),
+        }
         arguments = [part for pair in {**usual, **changed}.items() for part in pair]
         jobs.append((cluster.start_job("screen.py", *arguments), message))
     for job, message in jobs:
@@ -101,30 +123,41 @@ def test_what_cannot_work_is_refused_before_anything_is_read(cluster: Cluster, m
         assert "Traceback" not in job.output
 
 
-def test_identifiers_stay_out_of_the_log(screening: Screening, cluster: Cluster) -> None:
+def test_series_uids_are_in_no_log(screening: Screening, cluster: Cluster) -> None:
     uids = [row["series_uid"] for row in screening.clean.to_pylist() if row["series_uid"]]
     assert uids
-    logs = [path for path in Path(cluster.environment["RAY_TMP"]).rglob("*") if path.is_file() and "logs" in path.parts]
+    logs = [
+        path
+        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
+        if path.is_file() and "logs" in path.parts
+    ]
     assert logs
     text = b"".join(path.read_bytes() for path in logs if path.suffix in {".log", ".out", ".err"})
     assert not [uid for uid in uids if uid.encode() in text]
 
 
-def test_results_are_written_as_dicom_that_refers_to_its_source(screening: Screening, cluster: Cluster) -> None:
+def test_export_writes_seg_and_sr_of_every_series(screening: Screening, cluster: Cluster) -> None:
     output = cluster.run_job(
         "export.py", "--ledger", "s3://bucket/clean", "--results", "s3://bucket/clean-results"
     )  # fmt: skip
     rows = [
-        row for row in screening.clean.to_pylist() if row["status"] == "screened" and row["source_format"] == "dicom"
+        row
+        for row in screening.clean.to_pylist()
+        if row["status"] == "screened" and row["source_format"] == "dicom"
     ]
     assert f"{len(rows)} written" in output
     for row in rows:
         folder = screening.bucket / "clean-results" / row["run_id"] / row["series_key"]
-        seg, report = (pydicom.dcmread(folder / name) for name in ("lesion.seg.dcm", "measurements.sr.dcm"))
+        seg, report = (
+            pydicom.dcmread(folder / name) for name in ("lesion.seg.dcm", "measurements.sr.dcm")
+        )
         assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == row["series_uid"]
         assert (seg.Modality, report.Modality) == ("SEG", "SR")
         lesion = np.asarray(nib.load(folder / "lesion_mask.nii.gz").dataobj) > 0
         read = hd.seg.Segmentation.from_dataset(seg)
-        uids = [each.ReferencedSOPInstanceUID for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence]
+        uids = [
+            each.ReferencedSOPInstanceUID
+            for each in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        ]
         pixels = read.get_pixels_by_source_instance(uids, [1], assert_missing_frames_are_empty=True)
         assert int(pixels.sum()) == int(lesion.sum())

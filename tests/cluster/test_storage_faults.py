@@ -1,6 +1,5 @@
 """Storage faults on a real S3 server: broken streams, changed objects, expired credentials."""
 
-import json
 import os
 import re
 import secrets
@@ -16,17 +15,18 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from conftest import S3
 from hostile import named, plain_nifti, slices
-from services import LOOPBACK, LOOPBACK_SECRET, start_job, start_s3
+from running import S3
 
 from covtanet import storage
+from covtanet.archive import manifest
 from covtanet.ct import dicom_head
 from covtanet.ct.window import WindowConfig
-from covtanet.data import manifest
 from covtanet.screening import stages
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig
 from covtanet.storage import s3 as s3_store
+from infra.local.jobs import start_job
+from infra.local.services import LOOPBACK, LOOPBACK_SECRET, start_s3
 
 CONFIG, WINDOW = ScreeningConfig(engine="eager"), WindowConfig(size_px=128)
 OBJECT_BYTES = 3 << 20
@@ -189,7 +189,7 @@ def test_broken_stream_is_resumed_by_range(
 
 
 @pytest.mark.parametrize("num_bytes", [OBJECT_BYTES, OBJECT_BYTES + 1])
-def test_object_overwritten_while_its_stream_was_broken_is_changed(
+def test_object_overwritten_during_broken_stream_fails_as_changed(
     num_bytes: int,
     s3: S3,
     stored: tuple[str, bytes, storage.ObjectInfo],
@@ -209,7 +209,7 @@ def test_object_overwritten_while_its_stream_was_broken_is_changed(
     assert len(proxy.ranges) == 2
 
 
-def test_stream_that_breaks_every_time_is_a_storage_failure(
+def test_stream_that_always_breaks_fails_as_storage(
     s3: S3,
     stored: tuple[str, bytes, storage.ObjectInfo],
     through: Callable[[CuttingProxy], Any],
@@ -237,14 +237,14 @@ def rows_of(archive: str) -> list[dict[str, Any]]:
 
 def prepare_from(archive: str, row: dict[str, Any]) -> dict[str, Any]:
     decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.decode_and_prepare(
+    prepared = stages.prepare_series(
         row,
         archive=archive,
         window=WINDOW,
         config=CONFIG,
         decoder=decoder,
     )
-    return dict(json.loads(prepared["record"]))
+    return dict(prepared.record.to_columns())
 
 
 @pytest.mark.parametrize("num_more", [0, 100])
@@ -286,7 +286,7 @@ def expiring(
         second.stop()
 
 
-def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(
+def test_refused_credentials_raise_access_error(
     expiring: Callable[[], None],
 ) -> None:
     """Listed with good keys, read with keys that the server takes no longer."""
@@ -302,7 +302,7 @@ def test_store_that_refuses_the_credentials_is_no_matter_of_one_series(
 
 
 @pytest.mark.slow  # a Ray of its own; at the level of one series the tests above hold it
-def test_job_whose_credentials_expire_ends_with_code_1_and_commits_nothing(
+def test_expired_credentials_return_1_and_commit_nothing(
     expiring: Callable[[], None],
     model_folder: Path,
     tmp_path: Path,

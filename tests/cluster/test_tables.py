@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import S3, Cluster
-from faults import Setting
+from running import S3, Cluster
+from training_runs import TrainingSetup
 
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
 
@@ -33,14 +33,16 @@ LIMIT_S = 1500
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
-@pytest.mark.parametrize("asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_one_command_trains_networks_and_fills_their_rows(
-    setting: Setting, cluster: Cluster, s3: S3, tmp_path: Path, asked: tuple[str, ...]
+@pytest.mark.parametrize(
+    "asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_train_fills_the_rows_of_several_networks(
+    training_setup: TrainingSetup, cluster: Cluster, s3: S3, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     recipe, name = tmp_path / "recipe.toml", f"tables-{len(asked)}"
     recipe.write_text(RECIPE)
     arguments = [
-        "--config", str(recipe), "--data", setting.data, "--storage", f"s3://bucket/{name}", "--experiment", name,
+        "--config", str(recipe), "--data", training_setup.data, "--storage", f"s3://bucket/{name}", "--experiment", name,
         "--artifacts", str(tmp_path / "artifacts"), *(word for each in asked for word in ("--network", each)),
     ]  # fmt: skip
     job = cluster.start_job("train.py", *arguments)
@@ -48,7 +50,9 @@ def test_one_command_trains_networks_and_fills_their_rows(
     assert "trainings, 2 at a time" in job.output
     (trained,) = (s3.folder / name).glob(f"{name}-*")
     out = tmp_path / "out"
-    output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/{name}/{trained.name}", "--out", str(out))
+    output = cluster.run_job(
+        "evaluate.py", "--model", f"s3://bucket/{name}/{trained.name}", "--out", str(out)
+    )
     segmenters, classifiers = {*SEGMENTERS, "V7", "V1"}, {*CLASSIFIERS}
     if asked == SOME:
         segmenters, classifiers = {"V1"}, {"ResNet-50"}

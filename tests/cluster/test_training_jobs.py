@@ -10,20 +10,22 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, S3, Cluster
-from faults import EPOCHS, Training
 from mlflow.tracking import MlflowClient
+from repository import ROOT
+from running import S3, Cluster
+from training_runs import EPOCHS, TrainingRun
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
-from covtanet.data.phantom import make_phantom
-from covtanet.data.phantom_archive import configs, dicom_objects, nifti_grid, write_mosmed
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import load_model, save_model
+from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid, write_mosmed
+from covtanet.phantoms.phantom import make_phantom
 
 
 @pytest.fixture(scope="module")
-def registered(trained: Training) -> list[str]:
+def registered(trained: TrainingRun) -> list[str]:
     """The registry holds a trained model; returns the arguments of the command that trained it."""
     return trained.arguments
 
@@ -40,13 +42,18 @@ def runs() -> dict[str, Any]:
 
 
 def artifacts(run: Any, path: str = "") -> list[str]:
-    found = []
+    found: list[str] = []
     for item in MlflowClient().list_artifacts(run.info.run_id, path):
         found += artifacts(run, item.path) if item.is_dir else [item.path]
     return found
 
 
-def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> None:
+def test_training_registers_its_model_as_challenger(trained: TrainingRun) -> None:
+    assert "registered covtanet version 1 as challenger" in trained.output
+    assert "every lesion mask is of grade CT-1" in trained.output
+
+
+def test_tracker_has_every_epoch_of_every_phase_once() -> None:
     client, found = MlflowClient(), runs()
     children = {name: run for name, run in found.items() if "phase" in name}
     (parent,) = [run for name, run in found.items() if "phase" not in name]
@@ -64,37 +71,44 @@ def test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once() -> 
     assert "data_digest" in parent.data.params
 
 
-def test_artifacts_hold_configuration_folds_and_pictures() -> None:
+def test_run_artifacts_hold_configuration_folds_and_pictures() -> None:
     found = runs()
     (parent,) = [run for name, run in found.items() if "phase" not in name]
     assert "folds.json" in artifacts(parent)
-    assert {f"V7/{name}" for name in ("config.json", "roc.png", "confusion.png", "reliability.png")} <= set(
-        artifacts(parent)
-    )
+    assert {
+        f"V7/{name}" for name in ("config.json", "roc.png", "confusion.png", "reliability.png")
+    } <= set(artifacts(parent))
     first = artifacts(found["V7 fold 0 phase 1"])
     assert "curves.png" in first
     assert sum(path.startswith("overlays/") for path in first) == 2
 
 
-def test_folds_split_by_patient_and_stand_with_the_run(s3: S3) -> None:
+def test_folds_are_stored_with_the_training(s3: S3) -> None:
     (path,) = (s3.folder / "training").glob("covtanet-*/folds.json")
     folds = json.loads(path.read_text())
     assert sorted(folds.values()) == sorted([0, 1, 2] * 5)
 
 
-def test_the_same_command_finds_all_done_and_registers_nothing_twice(registered: list[str], cluster: Cluster) -> None:
+def test_train_again_registers_no_second_version(registered: list[str], cluster: Cluster) -> None:
     output = cluster.run_job("train.py", *registered)
     assert "phase 1 epoch" not in output
     assert "registered covtanet version 1 as challenger" in output
-    test_one_parent_and_one_child_per_fold_and_phase_with_every_epoch_once()
+    test_tracker_has_every_epoch_of_every_phase_once()
 
 
-def test_registered_version_holds_weights_network_and_preprocessing(registered: list[str], tmp_path: Path) -> None:
+def test_registered_version_holds_weights_and_preprocessing(
+    registered: list[str], tmp_path: Path
+) -> None:
     resolved = tracking.resolve_model("models:/covtanet@challenger", tmp_path)
-    assert sorted(path.name for path in resolved.folder.iterdir()) == ["model.json", "weights.safetensors"]
+    assert sorted(path.name for path in resolved.folder.iterdir()) == [
+        "model.json",
+        "weights.safetensors",
+    ]
     model = load_model(resolved.folder, resolved.digest)
-    assert model.preprocessing["window"] == {"low_hu": -1000.0, "high_hu": 400.0, "size_px": 128}
-    assert model.preprocessing["slice_step_mm"] == 2.5
+    assert model.preprocessing == Preprocessing(
+        low_hu=-1000.0, high_hu=400.0, size_px=128, slice_step_mm=2.5, intensities=("hu",)
+    )
+    assert model.capabilities == Capabilities(segments=True, diagnoses=True)
     assert model.provenance["recipe"]["phase2"]["num_epochs"] == EPOCHS[1]
     assert len(model.provenance["seen_sources"]) == model.provenance["num_volumes"] == 10
     tags = MlflowClient().get_model_version("covtanet", "1").tags
@@ -102,7 +116,9 @@ def test_registered_version_holds_weights_network_and_preprocessing(registered: 
     assert "covtanet.normal_vs_severe_auc" in tags
 
 
-def test_changed_artifact_is_refused(registered: list[str], tmp_path: Path) -> None:
+def test_artifact_changed_after_registration_is_refused(
+    registered: list[str], tmp_path: Path
+) -> None:
     source = Path(MlflowClient().get_model_version("covtanet", "1").source.removeprefix("file://"))
     (description,) = source.rglob("model.json")
     original = description.read_text()
@@ -115,29 +131,56 @@ def test_changed_artifact_is_refused(registered: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.slow  # one more training of two rows
-def test_ablation_rows_share_the_folds_and_fill_table_i(
+def test_ablation_shares_folds_and_fills_table_i(
     registered: list[str], s3: S3, cluster: Cluster, tmp_path: Path
 ) -> None:
     output = cluster.run_job("train.py", *registered, "--ablation", "V1", "--fold", "1")
     (trained,) = (s3.folder / "training").glob("covtanet-*")
     assert f"s3://bucket/training/{trained.name}" in output
-    output = cluster.run_job("evaluate.py", "--model", f"s3://bucket/training/{trained.name}", "--out", str(tmp_path))
-    for row in ("V1 | ours, fold 1", "V7 | ours, fold 0", "Unet | ours, fold 1", "TA-SegNet | ours", "CovTANet | ours"):
+    output = cluster.run_job(
+        "evaluate.py", "--model", f"s3://bucket/training/{trained.name}", "--out", str(tmp_path)
+    )
+    for row in (
+        "V1 | ours, fold 1",
+        "V7 | ours, fold 0",
+        "Unet | ours, fold 1",
+        "TA-SegNet | ours",
+        "CovTANet | ours",
+    ):
         assert f"| {row}" in output, row
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["networks"]["V7"]["folds"]) == {"0"}
     assert set(metrics["networks"]["V1"]["folds"]) == {"1"}
     assert metrics["networks"]["V1"]["classification"] == {"num_volumes": 0}
-    assert {"table-i.csv", "table-ii.png", "table-iv.csv", "V7-roc.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"table-i.csv", "table-ii.png", "table-iv.csv", "V7-roc.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
-def screened(registered: list[str], cluster: Cluster, s3: S3) -> list[dict[str, Any]]:
-    """The first champion, made by force, screens a phantom as a NIfTI file and as a DICOM folder by its alias."""
-    output = cluster.run_job("promote.py", "--dataset", "mosmed", "--data", "s3://bucket/mosmed", expect=3)
-    assert "there is no champion to compare with" in output
-    output = cluster.run_job("promote.py", "--force", "the first one")
-    assert "champion is version 1, was none" in output
+def promotions(registered: list[str], cluster: Cluster) -> list[tuple[int, str]]:
+    """Exit code and output of the first promotion, without a champion, and of one by force."""
+    outcomes = []
+    for arguments in (
+        ("--dataset", "mosmed", "--data", "s3://bucket/mosmed"),
+        ("--force", "the first one"),
+    ):
+        job = cluster.start_job("promote.py", *arguments)
+        outcomes.append((job.finish(), job.output))
+    return outcomes
+
+
+def test_first_promotion_without_champion_needs_force(promotions: list[tuple[int, str]]) -> None:
+    (refused_code, refused), (forced_code, forced) = promotions
+    assert refused_code == 3, refused
+    assert "there is no champion to compare with" in refused
+    assert forced_code == 0, forced
+    assert "champion is version 1, was none" in forced
+
+
+@pytest.fixture(scope="module")
+def screened(promotions: list[tuple[int, str]], cluster: Cluster, s3: S3) -> list[dict[str, Any]]:
+    """Rows of a phantom as a NIfTI file and as a DICOM folder, by the champion's alias."""
     (config,) = configs(1, 63, size_px=96, num_slices=20)
     phantom = make_phantom(config)
     storage.write_bytes("s3://bucket/both/a.nii.gz", nifti.write(phantom.hu, nifti_grid(phantom)))
@@ -151,13 +194,22 @@ def screened(registered: list[str], cluster: Cluster, s3: S3) -> list[dict[str, 
     return rows
 
 
-def test_champion_screens_by_its_alias(screened: list[dict[str, Any]], s3: S3) -> None:
-    assert MlflowClient().get_model_version("covtanet", "1").tags["covtanet.promoted_by_force"] == "the first one"
+def test_screening_by_champion_alias_names_its_version(
+    screened: list[dict[str, Any]], s3: S3
+) -> None:
+    assert (
+        MlflowClient().get_model_version("covtanet", "1").tags["covtanet.promoted_by_force"]
+        == "the first one"
+    )
     assert [(row["status"], row["model_name"], row["model_version"]) for row in screened] == [
         ("screened", "covtanet", "1")
     ] * 2
-    kept = sorted(path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file())
-    assert kept == sorted(["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2)
+    kept = sorted(
+        path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file()
+    )
+    assert kept == sorted(
+        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2
+    )
 
 
 VALUES = (
@@ -167,7 +219,7 @@ VALUES = (
 )  # fmt: skip
 
 
-def test_pyfunc_gives_the_jobs_values_on_a_file_and_on_a_folder(screened: list[dict[str, Any]], s3: S3) -> None:
+def test_pyfunc_returns_the_values_of_the_job(screened: list[dict[str, Any]], s3: S3) -> None:
     """The flavour for those who trust their registry, loaded as they would."""
     expected = {row["source_format"]: row for row in screened}
     loaded = mlflow.pyfunc.load_model("models:/covtanet@champion")
@@ -196,13 +248,20 @@ def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
     return tracking.register_model(address, folder / f"model{bias}", {})
 
 
-def test_promotion_refuses_a_worse_challenger_and_takes_a_better_one(
+def test_promotion_takes_only_a_better_challenger(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
     """One that calls every pixel a lesion has some Dice, one that calls none has none; all else of them is equal."""
     everything, nothing = (register_with_bias(bias, cluster, tmp_path) for bias in (100.0, -100.0))
     write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=14), 2)
-    data = ("--dataset", "mosmed", "--data", str(tmp_path / "others"), "--storage", str(tmp_path / "storage"))
+    data = (
+        "--dataset",
+        "mosmed",
+        "--data",
+        str(tmp_path / "others"),
+        "--storage",
+        str(tmp_path / "storage"),
+    )
     tracking.promote(everything, {})
     output = cluster.run_job("promote.py", "--version", nothing, *data, expect=4)
     assert f"version {nothing} is worse in dice; champion stays {everything}" in output
@@ -213,7 +272,7 @@ def test_promotion_refuses_a_worse_challenger_and_takes_a_better_one(
     assert tracking.version_of("champion") == everything
 
 
-def test_stacks_are_evaluated_on_their_own_and_say_what_is_unknown(
+def test_evaluate_reads_images_and_masks_of_stacks(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
     """--images and --masks: a grey stack with lung and lesion labels, and one with a lesion mask alone."""
@@ -226,7 +285,9 @@ def test_stacks_are_evaluated_on_their_own_and_say_what_is_unknown(
     masks.mkdir()
     for name, mask in (("a", labels), ("b", phantom.lesion_mask)):
         (images / f"{name}.nii.gz").write_bytes(nifti.write(grey, grid))
-        (masks / f"{name}{'_lung-infection' if name == 'a' else '_mask'}.nii.gz").write_bytes(nifti.write(mask, grid))
+        (masks / f"{name}{'_lung-infection' if name == 'a' else '_mask'}.nii.gz").write_bytes(
+            nifti.write(mask, grid)
+        )
     output = cluster.run_job(
         "evaluate.py", "--model", "models:/covtanet/1", "--out", str(tmp_path / "out"),
         "--images", str(images), "--masks", str(masks),
@@ -239,11 +300,13 @@ def test_stacks_are_evaluated_on_their_own_and_say_what_is_unknown(
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 2
 
 
-def test_recipes_are_read_and_the_papers_is_the_papers() -> None:
+def test_recipe_of_the_paper_has_its_values() -> None:
     """Section III-B: five folds, Adam at 1e-5, times 0.99 every 10 epochs."""
     from covtanet.config import load_config
 
-    recipes = {path.stem: load_config(path).training for path in sorted((ROOT / "recipes").glob("*.toml"))}
+    recipes = {
+        path.stem: load_config(path).training for path in sorted((ROOT / "recipes").glob("*.toml"))
+    }
     paper = recipes["mosmed"]
     assert paper.folds == (0, 1, 2, 3, 4)
     for phase in (paper.phase1, paper.phase2):

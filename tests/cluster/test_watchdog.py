@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 # A worker's stage, called as Ray calls it, on an object, a prediction or masks that never come.
 STAGE = """
@@ -19,9 +19,12 @@ from datetime import date
 import numpy as np
 
 from covtanet.ct.window import WindowConfig
-from covtanet.data.manifest import Series
-from covtanet.screening import ledger, pipeline
-from covtanet.screening.stages import ScreeningConfig
+from covtanet.archive.manifest import Series
+from covtanet.ledger.record import ScreeningRecord
+from covtanet.ledger.run import Run
+from covtanet.screening import workers
+from covtanet.screening.records import PredictedSeries, PreparedSeries
+from covtanet.screening.config import ScreeningConfig
 from covtanet.storage import ObjectInfo
 
 class Hanging:
@@ -32,34 +35,36 @@ class Hanging:
         threading.Event().wait()
 
 stage, folder = sys.argv[1:]
-run = ledger.Run(
+run = Run(
     archive=folder, ledger=f"{folder}/ledger", run_date=date(2026, 11, 23), model_name="m",
     model_version="1", model_digest="d", config_digest="c", software_version="0",
 )
 config, window = ScreeningConfig(worker_timeout_s=1), WindowConfig(size_px=128)
 slices = np.zeros((1, 32, 32))
-row = {
-    "series_key": "k", "record": json.dumps({"series_key": "k", "qc_flags": []}),
-    "chosen": np.array([0]), "slices": slices, "lesion_levels": slices, "masks": Hanging(),
-}
+record = ScreeningRecord(
+    series_key="k", source_uri="/a", source_format="nifti", source_version="v", num_objects=1,
+    num_bytes=1, started_at=0.0,
+)
+common = {"record": record, "slices": slices, "chosen": np.array([0]), "masks": Hanging()}
 if stage == "decode":
     objects = (ObjectInfo("pipe.nii", 1, "0"),)
     series = Series(source_path="pipe.nii", source_format="nifti", objects=objects)
-    pipeline._DecoderActor(run, window, config)(series.to_row())
+    workers.Decoder(run, window, config)(series.to_row())
 elif stage == "predict":
-    actor = pipeline._PredictorActor.__new__(pipeline._PredictorActor)
+    actor = workers.PredictorWorker.__new__(workers.PredictorWorker)
     actor.run, actor.config, actor.predictor = run, config, Hanging()
-    actor(row)
+    actor(PreparedSeries(**common).to_row())
 else:
-    pipeline._measure_and_store(row, run=run, config=config, window=window, results="")
+    row = PredictedSeries(**common, lesion_levels=slices).to_row()
+    workers.measure_and_store(row, run=run, config=config, window=window, results="")
 """
 
 
 @pytest.mark.parametrize(
     ("stage", "line"),
-    [("decode", "decode_and_prepare"), ("predict", "predict"), ("measure", "measure")],
+    [("decode", "prepare_series"), ("predict", "predict_series"), ("measure", "measure_series")],
 )
-def test_worker_of_a_stage_that_hangs_is_ended(stage: str, line: str, tmp_path: Path) -> None:
+def test_watchdog_ends_hanging_worker(stage: str, line: str, tmp_path: Path) -> None:
     """Its log says in which function it hung; to open a pipe without a writer takes for ever."""
     os.mkfifo(tmp_path / "pipe.nii")
     done = subprocess.run(

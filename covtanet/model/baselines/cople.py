@@ -23,7 +23,10 @@ class GatedBlock(nn.Module):
             conv_bn(channels, channels, act=nn.LeakyReLU),
         )
         self.gate = nn.Sequential(
-            nn.Conv2d(channels, channels // 2, 1), nn.LeakyReLU(), nn.Conv2d(channels // 2, channels, 1), nn.ReLU()
+            nn.Conv2d(channels, channels // 2, 1),
+            nn.LeakyReLU(),
+            nn.Conv2d(channels // 2, channels, 1),
+            nn.ReLU(),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -41,18 +44,24 @@ class COPLENet(nn.Module):
         widths = doubling(base)
         self.first = GatedBlock(in_channels, base, DROPOUTS[0])
         self.downs = nn.ModuleList(
-            GatedBlock(width, width, dropout) for width, dropout in zip(widths[1:], DROPOUTS[1:], strict=True)
+            GatedBlock(width, width, dropout)
+            for width, dropout in zip(widths[1:], DROPOUTS[1:], strict=True)
         )
-        self.bridges = nn.ModuleList(conv_bn(width, width // 2, 1, act=nn.LeakyReLU) for width in widths[:-1])
+        self.bridges = nn.ModuleList(
+            conv_bn(width, width // 2, 1, act=nn.LeakyReLU) for width in widths[:-1]
+        )
         bottom = widths[-1]
         self.pyramid = nn.ModuleList(
             nn.Conv2d(bottom, bottom // 4, kernel, padding=rate * (kernel - 1) // 2, dilation=rate)
             for kernel, rate in ASPP
         )
         self.merge = conv_bn(bottom, bottom, 1, act=nn.LeakyReLU)
-        self.narrows = nn.ModuleList(nn.Conv2d(deep, width // 2, 1) for width, deep in itertools.pairwise(widths))
+        self.narrows = nn.ModuleList(
+            nn.Conv2d(deep, width // 2, 1) for width, deep in itertools.pairwise(widths)
+        )
         self.ups = nn.ModuleList(
-            GatedBlock(width, width, dropout) for width, dropout in zip(widths[:-1], DROPOUTS[:-1], strict=True)
+            GatedBlock(width, width, dropout)
+            for width, dropout in zip(widths[:-1], DROPOUTS[:-1], strict=True)
         )
         self.head = nn.Conv2d(base, 1, 3, padding=1)
 

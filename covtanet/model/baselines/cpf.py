@@ -20,7 +20,10 @@ class PyramidGuidance(nn.Module):
         total = width * len(deeper)
         self.narrow = nn.ModuleList(conv_bn(channels, width) for channels in deeper)
         self.dilated = nn.ModuleList(
-            nn.Sequential(conv_bn(total, total, dilation=2**power, groups=total, act=None), conv_bn(total, width, 1))
+            nn.Sequential(
+                conv_bn(total, total, dilation=2**power, groups=total, act=None),
+                conv_bn(total, width, 1),
+            )
             for power in range(len(deeper))
         )
         self.merge = conv_bn(total, width, 1, act=None)
@@ -28,7 +31,9 @@ class PyramidGuidance(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Map a level's features and all deeper ones to (B, width, H, W) at that level's size."""
         narrowed = [narrow(each) for narrow, each in zip(self.narrow, features, strict=True)]
-        joined = torch.cat([narrowed[0], *(resize_like(each, narrowed[0]) for each in narrowed[1:])], 1)
+        joined = torch.cat(
+            [narrowed[0], *(resize_like(each, narrowed[0]) for each in narrowed[1:])], 1
+        )
         merged: Tensor = self.merge(torch.cat([branch(joined) for branch in self.dilated], 1))
         return merged
 
@@ -72,12 +77,17 @@ class CPFNet(nn.Module):
         super().__init__()
         self.backbone = feature_extractor("resnet34", in_channels)
         widths = self.backbone.feature_info.channels()  # of 1/2 .. 1/32
-        self.guidance = nn.ModuleList(PyramidGuidance(widths[level:], widths[level]) for level in (1, 2, 3))
+        self.guidance = nn.ModuleList(
+            PyramidGuidance(widths[level:], widths[level]) for level in (1, 2, 3)
+        )
         self.fusion = ScaleAwareFusion(widths[4])
         self.filter = nn.ModuleList(
-            nn.Identity() if level == 4 else conv_bn(widths[level], widths[level]) for level in (1, 2, 3, 4)
+            nn.Identity() if level == 4 else conv_bn(widths[level], widths[level])
+            for level in (1, 2, 3, 4)
         )
-        self.narrow = nn.ModuleList(conv_bn(widths[level], widths[level - 1], 1) for level in (1, 2, 3, 4))
+        self.narrow = nn.ModuleList(
+            conv_bn(widths[level], widths[level - 1], 1) for level in (1, 2, 3, 4)
+        )
         self.head = nn.Sequential(
             conv_bn(widths[0], num_last, 1), conv_bn(num_last, num_last), nn.Conv2d(num_last, 1, 1)
         )
@@ -88,7 +98,9 @@ class CPFNet(nn.Module):
         features[4] = self.fusion(features[4])
         deep = features[4]
         for level in (4, 3, 2, 1):
-            deep = self.narrow[level - 1](resize_like(self.filter[level - 1](deep), features[level - 1]))
+            deep = self.narrow[level - 1](
+                resize_like(self.filter[level - 1](deep), features[level - 1])
+            )
             guided = features[0] if level == 1 else self.guidance[level - 2](features[level - 1 :])
             deep = F.relu(deep + guided) if level > 1 else deep + guided
         logits: Tensor = self.head(resize_like(deep, slices))

@@ -19,16 +19,23 @@ class FCN8s(nn.Module):
         widths = (base, 2 * base, 4 * base, 8 * base, 8 * base)
         self.stages = nn.ModuleList(
             _stage(before, width, count)
-            for before, width, count in zip((in_channels, *widths), widths, CONVS_PER_STAGE, strict=False)
+            for before, width, count in zip(
+                (in_channels, *widths), widths, CONVS_PER_STAGE, strict=False
+            )
         )
         wide = 64 * base
         self.head = nn.Sequential(
             nn.Conv2d(widths[-1], wide, 7, padding=3), nn.ReLU(), nn.Dropout2d(DROPOUT),
             nn.Conv2d(wide, wide, 1), nn.ReLU(), nn.Dropout2d(DROPOUT),
         )  # fmt: skip
-        self.scores = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in (widths[2], widths[3], wide))
+        self.scores = nn.ModuleList(
+            nn.Conv2d(width, 1, 1) for width in (widths[2], widths[3], wide)
+        )
         self.ups = nn.ModuleList(_bilinear(factor) for factor in (8, 2, 2))
-        for part in (*self.stages, self.head):  # without it 13 layers of ReLU would leave nothing of the slice
+        for part in (
+            *self.stages,
+            self.head,
+        ):  # without it 13 layers of ReLU would leave nothing of the slice
             for layer in part.modules():
                 if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

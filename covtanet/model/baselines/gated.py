@@ -38,7 +38,8 @@ class GatedUNet(nn.Module):
         self.gate = conv_bn(widths[-1], gate_channels, 1)
         self.gates = nn.ModuleList(AttentionGate(width, gate_channels) for width in widths[1:-1])
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(deep, width, 4, stride=2, padding=1) for width, deep in itertools.pairwise(widths)
+            nn.ConvTranspose2d(deep, width, 4, stride=2, padding=1)
+            for width, deep in itertools.pairwise(widths)
         )
         self.decoder = nn.ModuleList(conv_block(2 * width, width) for width in widths[:-1])
         self.says = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in widths[:-1])

@@ -10,7 +10,9 @@ from covtanet.model.libraries import feature_extractor
 WIDTH, EDGE_WIDTH, DEEP_WIDTH = 32, 64, 256
 
 
-def unit(channels_in: int, channels: int, kernel: int | tuple[int, int] = 3, dilation: int = 1) -> nn.Sequential:
+def unit(
+    channels_in: int, channels: int, kernel: int | tuple[int, int] = 3, dilation: int = 1
+) -> nn.Sequential:
     """Convolution and batch norm, without activation, as the public code has it."""
     return conv_bn(channels_in, channels, kernel, dilation=dilation, act=None)
 
@@ -50,7 +52,9 @@ class PartialDecoder(nn.Module):
     def forward(self, third: Tensor, fourth: Tensor, fifth: Tensor) -> Tensor:
         """Maps (B, 32, ..) at 1/8, 1/16 and 1/32 to logits (B, 1, ..) at 1/8."""
         gated4 = self.ups[0](resize_like(fifth, fourth)) * fourth
-        gated3 = self.ups[1](resize_like(fifth, third)) * self.ups[2](resize_like(fourth, third)) * third
+        gated3 = (
+            self.ups[1](resize_like(fifth, third)) * self.ups[2](resize_like(fourth, third)) * third
+        )
         joined4 = self.join4(torch.cat([gated4, self.ups[3](resize_like(fifth, fourth))], 1))
         joined3 = self.join3(torch.cat([gated3, self.up_joined(resize_like(joined4, third))], 1))
         logits: Tensor = self.last(joined3)
@@ -87,7 +91,9 @@ class InfNet(nn.Module):
             unit(second, EDGE_WIDTH, 1), unit(EDGE_WIDTH, EDGE_WIDTH), unit(EDGE_WIDTH, EDGE_WIDTH)
         )
         self.edge_head = unit(EDGE_WIDTH, 1)
-        self.fields = nn.ModuleList(ReceptiveFields(channels) for channels in (third, fourth, fifth))
+        self.fields = nn.ModuleList(
+            ReceptiveFields(channels) for channels in (third, fourth, fifth)
+        )
         self.decoder = PartialDecoder()
         self.refine5 = ReverseAttention(fifth, DEEP_WIDTH, 3, 5)
         self.refine4 = ReverseAttention(fourth, EDGE_WIDTH, 2, 3)
@@ -97,7 +103,9 @@ class InfNet(nn.Module):
         """Map slices (B, C, H, W) to logits (B, 1, H, W); in training with those of the coarser maps and the edge."""
         second, third, fourth, fifth = self.backbone(slices)
         edge = self.edge(second)
-        coarse = self.decoder(*(field(each) for field, each in zip(self.fields, (third, fourth, fifth), strict=True)))
+        coarse = self.decoder(
+            *(field(each) for field, each in zip(self.fields, (third, fourth, fifth), strict=True))
+        )
         fifth_map = self.refine5(fifth, coarse, edge)
         fourth_map = self.refine4(fourth, fifth_map, edge)
         third_map = self.refine3(third, fourth_map, edge)
@@ -105,4 +113,6 @@ class InfNet(nn.Module):
         if not self.training:
             return prediction
         others = [resize_like(each, slices) for each in (fourth_map, fifth_map, coarse)]
-        return Outputs(torch.cat([prediction, *others], 1), resize_like(self.edge_head(edge), slices))
+        return Outputs(
+            torch.cat([prediction, *others], 1), resize_like(self.edge_head(edge), slices)
+        )

@@ -19,12 +19,16 @@ class AttentivePyramid(nn.Module):
         narrow = channels // len(RATES)
         self.narrow = conv_bn(channels_in, narrow, 1, act=nn.PReLU)
         self.branches = nn.ModuleList(
-            nn.Conv2d(narrow, narrow, 3, stride, rate, rate, groups=narrow, bias=False) for rate in RATES
+            nn.Conv2d(narrow, narrow, 3, stride, rate, rate, groups=narrow, bias=False)
+            for rate in RATES
         )
         self.pool = nn.AvgPool2d(3, stride, 1)
-        self.attend = nn.Sequential(nn.Conv2d(channels, len(RATES), 1, groups=len(RATES)), nn.Sigmoid())
+        self.attend = nn.Sequential(
+            nn.Conv2d(channels, len(RATES), 1, groups=len(RATES)), nn.Sigmoid()
+        )
         self.fuse = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, groups=len(RATES), bias=False), nn.BatchNorm2d(channels)
+            nn.Conv2d(channels, channels, 1, groups=len(RATES), bias=False),
+            nn.BatchNorm2d(channels),
         )
         self.act = nn.PReLU()
         self.is_residual = stride == 1 and channels_in == channels
@@ -83,7 +87,9 @@ class Level(nn.Module):
 def _light(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
     """1x1, then depthwise 5x5."""
     point = nn.Conv2d(channels_in, channels, 1, bias=False)
-    return nn.Sequential(point, conv_bn(channels, channels, 5, stride=stride, groups=channels, act=nn.PReLU))
+    return nn.Sequential(
+        point, conv_bn(channels, channels, 5, stride=stride, groups=channels, act=nn.PReLU)
+    )
 
 
 class Decoder(nn.Module):
@@ -93,7 +99,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.narrow = nn.Conv2d(channels_in, channels, 1, bias=False)
         self.dilated = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False)
+            nn.Conv2d(
+                channels, channels, 3, padding=rate, dilation=rate, groups=channels, bias=False
+            )
             for rate in (1, 2)
         )
         self.norm = nn.BatchNorm2d(channels)
@@ -103,7 +111,9 @@ class Decoder(nn.Module):
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) and the skip of the level to (B, channels, H of the skip, W of the skip)."""
         narrowed = resize_like(self.narrow(deep), skip)
-        out: Tensor = self.act(self.norm(sum(conv(narrowed) for conv in self.dilated)) + self.skip(skip))
+        out: Tensor = self.act(
+            self.norm(sum(conv(narrowed) for conv in self.dilated)) + self.skip(skip)
+        )
         return out
 
 
@@ -112,11 +122,16 @@ class MiniSeg(nn.Module):
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(Level(level, before) for level, before in enumerate((in_channels, *WIDTHS[:-1])))
-        self.decoders = nn.ModuleList(
-            Decoder(WIDTHS[level + 1], WIDTHS[level], WIDTHS[level]) for level in range(len(WIDTHS) - 1)
+        self.levels = nn.ModuleList(
+            Level(level, before) for level, before in enumerate((in_channels, *WIDTHS[:-1]))
         )
-        self.heads = nn.ModuleList(nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(width, 1, 1)) for width in WIDTHS)
+        self.decoders = nn.ModuleList(
+            Decoder(WIDTHS[level + 1], WIDTHS[level], WIDTHS[level])
+            for level in range(len(WIDTHS) - 1)
+        )
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(width, 1, 1)) for width in WIDTHS
+        )
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
         """Map slices (B, C, H, W) to logits (B, 1, H, W); in training with those of the deeper levels."""
@@ -131,5 +146,8 @@ class MiniSeg(nn.Module):
         if not self.training:
             logits: Tensor = resize_like(self.heads[0](found[-1]), slices)
             return logits
-        masks = [resize_like(head(each), slices) for head, each in zip(self.heads, reversed(found), strict=True)]
+        masks = [
+            resize_like(head(each), slices)
+            for head, each in zip(self.heads, reversed(found), strict=True)
+        ]
         return Outputs(torch.cat(masks, 1))

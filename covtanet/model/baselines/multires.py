@@ -20,7 +20,8 @@ class MultiResBlock(nn.Module):
         widths = [int(ALPHA * filters * share) for share in SHARES]
         self.channels = sum(widths)
         self.convs = nn.ModuleList(
-            conv_bn(before, width) for before, width in zip((channels_in, *widths), widths, strict=False)
+            conv_bn(before, width)
+            for before, width in zip((channels_in, *widths), widths, strict=False)
         )
         self.norm = nn.BatchNorm2d(self.channels)
         self.identity = conv_bn(channels_in, self.channels, 1, act=None)
@@ -41,7 +42,9 @@ class ResPath(nn.Module):
         super().__init__()
         widths = [channels_in, *[channels] * length]
         self.wide = nn.ModuleList(conv_bn(a, b, act=None) for a, b in itertools.pairwise(widths))
-        self.narrow = nn.ModuleList(conv_bn(a, b, 1, act=None) for a, b in itertools.pairwise(widths))
+        self.narrow = nn.ModuleList(
+            conv_bn(a, b, 1, act=None) for a, b in itertools.pairwise(widths)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels, H, W)."""
@@ -62,12 +65,14 @@ class MultiResUNet(nn.Module):
         self.encoder = nn.ModuleList(encoder)
         num_skips = len(filters) - 1
         self.paths = nn.ModuleList(
-            ResPath(encoder[level].channels, filters[level], num_skips - level) for level in range(num_skips)
+            ResPath(encoder[level].channels, filters[level], num_skips - level)
+            for level in range(num_skips)
         )
         decoder = [MultiResBlock(2 * each, each) for each in filters[:-1]]
         deeper = [*(block.channels for block in decoder[1:]), encoder[-1].channels]
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(deep, each, 2, stride=2) for deep, each in zip(deeper, filters, strict=False)
+            nn.ConvTranspose2d(deep, each, 2, stride=2)
+            for deep, each in zip(deeper, filters, strict=False)
         )
         self.decoder = nn.ModuleList(decoder)
         self.head = nn.Conv2d(decoder[0].channels, 1, 1)

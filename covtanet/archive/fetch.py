@@ -1,0 +1,57 @@
+"""The bytes of a series' objects, read ahead and digested as they pass."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+from covtanet import storage
+from covtanet.archive.manifest import Series
+
+NUM_FETCH_THREADS = 8
+SMALL_OBJECT_BYTES = 8 << 20
+
+Pending = tuple[storage.ObjectInfo, Future[list[bytes]] | None]
+
+
+def fetch_series(
+    series: Series, archive: str, digest: storage.ContentDigest
+) -> Iterator[Iterator[bytes]]:
+    """Yield the objects of a series in order, each in chunks, and add them to the digest.
+
+    A few threads read small objects ahead; of a large object there is never more than a chunk in
+    memory.
+
+    Raises:
+        OSError: an object is missing, has changed since it was listed, or cannot be read.
+    """
+    folder = series.source_path[: series.source_path.rfind("/") + 1]
+    remaining = iter(series.objects)
+    ahead: deque[Pending] = deque()
+    with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
+        try:
+            while True:
+                for item in islice(remaining, NUM_FETCH_THREADS - len(ahead)):
+                    ahead.append((item, _read_ahead(pool, series, archive, item)))
+                if not ahead:
+                    return
+                item, future = ahead.popleft()
+                chunks = _chunks(archive, item) if future is None else iter(future.result())
+                yield digest.passing(item.path.removeprefix(folder), chunks)
+        finally:
+            for _, future in ahead:
+                if future is not None:
+                    future.cancel()
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, series: Series, archive: str, item: storage.ObjectInfo
+) -> Future[list[bytes]] | None:
+    """Start to read a small object; a large one, or the only one, is read when its turn comes."""
+    if item.num_bytes > SMALL_OBJECT_BYTES or len(series.objects) == 1:
+        return None
+    return pool.submit(lambda: list(_chunks(archive, item)))
+
+
+def _chunks(archive: str, item: storage.ObjectInfo) -> Iterator[bytes]:
+    return storage.read_chunks(storage.join(archive, item.path), item)

@@ -1,0 +1,1 @@
+"""From the bytes of a series to a prepared series, in a sandboxed child process."""

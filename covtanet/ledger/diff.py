@@ -1,0 +1,44 @@
+"""Comparison of two ledgers."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from covtanet.ledger.schema import LEDGER_SCHEMA
+
+NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")
+PROBABILITIES = ("p_infected", "p_severe")
+MEASUREMENTS = ("lesion_volume_ml", "lung_volume_ml", "involvement")
+# Another number of threads adds up in another order: probabilities move in the sixth digit, volumes
+# by a voxel.
+PROBABILITY_TOLERANCE = 1e-4
+MEASUREMENT_TOLERANCE = 1e-3
+
+
+def differences(left: pa.Table, right: pa.Table) -> list[str]:
+    """Return one line for each series and column that differ; an empty list for equal ledgers.
+
+    Probabilities may differ by 1e-4, volumes and involvement by 0.1 %; identity and times of a run
+    are not compared.
+    """
+    left_rows = {row["series_key"]: row for row in left.to_pylist()}
+    right_rows = {row["series_key"]: row for row in right.to_pylist()}
+    lines = [f"{key}: in one ledger only" for key in sorted(left_rows.keys() ^ right_rows.keys())]
+    if left.num_rows != len(left_rows) or right.num_rows != len(right_rows):
+        lines.append("a series has more than one row")
+    for key in sorted(left_rows.keys() & right_rows.keys()):
+        for name in LEDGER_SCHEMA.names:
+            left_value, right_value = left_rows[key][name], right_rows[key][name]
+            if name not in NOT_COMPARED and not _is_equal(name, left_value, right_value):
+                lines.append(f"{key}: {name} is {left_value} and {right_value}")
+    return lines
+
+
+def _is_equal(name: str, left: Any, right: Any) -> bool:
+    if left is None or right is None:
+        return left is right
+    if name in PROBABILITIES:
+        return bool(abs(left - right) <= PROBABILITY_TOLERANCE)
+    if name in MEASUREMENTS:
+        return bool(abs(left - right) <= MEASUREMENT_TOLERANCE * max(abs(left), abs(right)))
+    return bool(left == right)

@@ -1,0 +1,1 @@
+"""Synthetic chests with known lesions, archives of them, and damaged input."""

@@ -1,0 +1,81 @@
+"""Settings of a screening apart from the model."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from covtanet.ct.window import WindowConfig
+from covtanet.decoding.child_process import Limits
+from covtanet.model.description import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreeningConfig:
+    """Settings of a screening; part of the run's identity."""
+
+    group_by: str = "folder"
+    """``folder``: the DICOM objects of a folder with one series UID are a series. ``uid``: those of
+    the whole archive, for archives that spread a series over folders."""
+    slice_step_mm: float = 2.5
+    """Segmented slices lie at least this far apart in mm; a model that was trained with another
+    distance brings its own. 0 segments all."""
+    max_batch_slices: int = 16
+    """Slices that go to the network together; more need more memory and are not faster on CPUs."""
+    lesion_threshold: float = 0.5
+    """Probability from which a pixel is lesion."""
+    infected_threshold: float = 0.5
+    """``p_infected`` from which the diagnosis is infected."""
+    severe_threshold: float = 0.5
+    """``p_severe`` from which the severity is severe."""
+    severe_involvement: float = 0.25
+    """Involvement above which a series is severe by the paper's rule (Section III-A)."""
+    engine: str = "auto"
+    """``auto``, ``eager``, ``channels_last`` or ``openvino``; auto takes OpenVINO on a CPU."""
+    decode_memory_mib: int = 3072
+    """Memory of the decoder's process in MiB; 3 GiB hold the largest volume that is read."""
+    decode_timeout_s: float = 60.0
+    """Seconds for decoding a series, in addition to those that its size explains."""
+    max_series_mib: int = 1024
+    """A series of more MiB is rejected unread."""
+    worker_timeout_s: float = 1800.0
+    """Seconds after which a worker is ended that a series still holds."""
+    deidentify: bool = False
+    """Write keyed digests instead of names and UIDs."""
+    allow_weak_sandbox: bool = False
+    """Decode even if the kernel cannot confine the decoder. No part of the run's identity, since it
+    changes no number."""
+
+    @property
+    def decode_limits(self) -> Limits:
+        """Limits of the decoder's child process."""
+        return Limits(
+            memory_mib=self.decode_memory_mib,
+            timeout_s=self.decode_timeout_s,
+            allow_weak=self.allow_weak_sandbox,
+        )
+
+    def __post_init__(self) -> None:
+        if self.group_by not in ("folder", "uid"):
+            raise ValueError(f"group_by is {self.group_by}, expected folder or uid")
+        if self.slice_step_mm < 0 or self.max_batch_slices < 1:
+            raise ValueError("slice_step_mm must be at least 0 and max_batch_slices at least 1")
+        if self.worker_timeout_s <= 0:
+            raise ValueError("worker_timeout_s must be above 0")
+        if self.decode_memory_mib < 256 or self.decode_timeout_s <= 0 or self.max_series_mib < 1:
+            raise ValueError(
+                "decode_memory_mib must be at least 256, decode_timeout_s above 0, "
+                "max_series_mib above 0"
+            )
+
+
+def for_model(config: ScreeningConfig, preprocessing: Preprocessing) -> ScreeningConfig:
+    """Return the configuration with the distance of slices that the model was trained with."""
+    if preprocessing.slice_step_mm is None:
+        return config
+    return replace(config, slice_step_mm=preprocessing.slice_step_mm)
+
+
+def config_values(window: WindowConfig, config: ScreeningConfig) -> dict[str, Any]:
+    """Return every setting that can change a number, for the digest of the configuration."""
+    screening = asdict(config)
+    del screening["allow_weak_sandbox"]
+    return {"window": asdict(window), "screening": screening}

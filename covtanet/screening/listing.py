@@ -1,0 +1,118 @@
+"""Listing of an archive in local files: folders to read, then series and ignored objects.
+
+The files hold everything that grows with the archive, so that the driver's memory does not.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from covtanet import storage
+from covtanet.archive import manifest
+from covtanet.ledger.incremental import UNLISTED, PreviousRuns
+from covtanet.ledger.run import Run
+from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_GROUP, batched
+
+FOLDERS_PER_SCAN = 16
+LISTING_SCHEMA = pa.schema([
+    pa.field("folder", pa.string(), nullable=False),
+    pa.field("objects", pa.list_(manifest.OBJECT_TYPE), nullable=False),
+])  # fmt: skip
+SCAN_SCHEMA = manifest.MANIFEST_SCHEMA.append(pa.field("is_ignored", pa.bool_(), nullable=False))
+
+
+def list_folders(
+    run: Run, listing: Path, folders: Path, previous_runs: PreviousRuns
+) -> tuple[int, int]:
+    """Write the folders to read with their objects, and the version of every folder.
+
+    Returns the number of all folders, and of those to read.
+    """
+    num_folders = 0
+    num_to_read = 0
+    with (
+        pq.ParquetWriter(listing, LISTING_SCHEMA, compression="zstd") as to_read,
+        pq.ParquetWriter(folders, FOLDERS_SCHEMA, compression="zstd") as all_folders,
+    ):
+        for group in batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
+            rows = []
+            versions = []
+            for folder, objects in group:
+                version = storage.version_digest(objects)
+                versions.append({"folder": folder, "version": version, "series_keys": []})
+                if not previous_runs.settles_folder(folder, version, run.software_version):
+                    rows.append({"folder": folder, "objects": [_as_row(item) for item in objects]})
+            to_read.write_table(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
+            all_folders.write_table(pa.Table.from_pylist(versions, schema=FOLDERS_SCHEMA))
+            num_folders += len(group)
+            num_to_read += len(rows)
+    return num_folders, num_to_read
+
+
+def _as_row(item: storage.ObjectInfo) -> dict[str, Any]:
+    return {"path": item.path, "num_bytes": item.num_bytes, "version": item.version}
+
+
+def split_scan(
+    rows: Iterator[dict[str, Any]], series: Path, ignored: Path, limit: int
+) -> tuple[Counter[str], dict[str, list[str]]]:
+    """Write series and ignored objects of a scan to two files.
+
+    limit: stop after so many series; 0 reads all. Returns how often each series UID occurs, and the
+    series keys of each folder.
+    """
+    uid_counts: Counter[str] = Counter()
+    keys_by_folder: dict[str, list[str]] = {}
+    num_series = 0
+    with (
+        pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
+        pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+    ):
+        for group in batched(rows, SERIES_PER_GROUP):
+            series_rows = [row for row in group if not row["is_ignored"]]
+            ignored_rows = [_as_ignored(row) for row in group if row["is_ignored"]]
+            series_file.write_table(
+                pa.Table.from_pylist(series_rows, schema=manifest.MANIFEST_SCHEMA)
+            )
+            ignored_file.write_table(
+                pa.Table.from_pylist(ignored_rows, schema=manifest.IGNORED_SCHEMA)
+            )
+            for row in series_rows:
+                if row["series_uid"]:
+                    uid_counts[row["series_uid"]] += 1
+                folder = row["source_path"][: row["source_path"].rfind("/") + 1]
+                keys_by_folder.setdefault(folder, []).append(row["series_key"])
+            num_series += len(series_rows)
+            if limit and num_series >= limit:
+                break
+    return uid_counts, keys_by_folder
+
+
+def _as_ignored(row: dict[str, Any]) -> dict[str, Any]:
+    return {"path": row["source_path"], "num_bytes": row["num_bytes"]}
+
+
+def note_series_keys(
+    run: Run, folders: Path, keys_by_folder: dict[str, list[str]], previous_runs: PreviousRuns
+) -> None:
+    """Add to each folder the keys of its series: of this scan, or of the last run if skipped."""
+    table = pq.read_table(folders, schema=FOLDERS_SCHEMA)
+    keys = []
+    for folder in table["folder"].to_pylist():
+        if folder in keys_by_folder:
+            keys.append([run.pseudonym(key) for key in keys_by_folder[folder]])
+        else:
+            _, series_keys = previous_runs.folders.get(folder, UNLISTED)
+            keys.append(series_keys)
+    column = pa.array(keys, pa.list_(pa.string()))
+    pq.write_table(table.set_column(2, FOLDERS_SCHEMA.field(2), column), folders)
+
+
+def read_series(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a local file, row group by row group."""
+    for batch in pq.ParquetFile(path).iter_batches(SERIES_PER_GROUP):
+        yield from batch.to_pylist()

@@ -1,0 +1,205 @@
+"""The plan of a run: its frozen manifest, and the workers that the cluster has room for."""
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from covtanet import ray_data, storage
+from covtanet.archive import manifest
+from covtanet.decoding import headers
+from covtanet.decoding.child_process import Limits, header_reader, refuse_weak_sandbox
+from covtanet.errors import ConfigError
+from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
+from covtanet.ledger.run import Run
+from covtanet.ledger.work import finished_keys, read_manifest, write_manifest
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.listing import (
+    FOLDERS_PER_SCAN,
+    SCAN_SCHEMA,
+    list_folders,
+    note_series_keys,
+    read_series,
+    split_scan,
+)
+
+FREE_CPUS_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The work of a run and the workers for it."""
+
+    num_series: int
+    num_bytes: int
+    num_finished: int
+    num_cpus: int
+    num_gpus: int
+    num_decoders: int
+    num_predictors: int
+
+
+def make_manifest(run: Run, config: ScreeningConfig) -> None:
+    """List the archive, read the headers on the cluster and freeze the manifest, unless it exists.
+
+    Raises:
+        ConfigError: the archive is empty, or this machine cannot confine the sandbox.
+    """
+    refuse_weak_sandbox(config.decode_limits)
+    if storage.exists(run.work_uri("manifest.parquet")):
+        return
+    ray_data.configure(preserve_order=True)  # so that a limit means the same series each time
+    previous_runs = read_previous_runs(run) if run.since_last else PreviousRuns()
+    with tempfile.TemporaryDirectory() as folder:
+        _freeze(run, config, previous_runs, Path(folder))
+
+
+def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, folder: Path) -> None:
+    """Make the manifest in a local folder, then publish it."""
+    listing = folder / "listing.parquet"
+    folders = folder / "folders.parquet"
+    series = folder / "series.parquet"
+    ignored = folder / "ignored.parquet"
+    by_uid = config.group_by == "uid"
+    # A series that is spread over folders may have changed in any of them: none is skipped.
+    skipping = replace(previous_runs, folders={}) if by_uid else previous_runs
+    num_folders, num_to_read = list_folders(run, listing, folders, skipping)
+    if not num_folders:
+        raise ConfigError(
+            "nothing lies under the archive, expected a folder or prefix with objects"
+        )
+    listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
+    storage.upload(listing, listing_uri)
+    rows = _scan(run, config, listing_uri) if num_to_read else iter(())
+    limit = 0 if by_uid else run.limit
+    uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
+    uid_counts.update(
+        known.series_uid for known in previous_runs.series.values() if known.series_uid
+    )
+    arrange = manifest.join_by_uid if by_uid else manifest.flag_repeated
+    arranged = arrange(read_series(series), uid_counts)
+    remaining = _unsettled(arranged, run, previous_runs)
+    if run.limit:
+        remaining = islice(remaining, run.limit)
+    note_series_keys(run, folders, keys_by_folder, previous_runs)
+    # A run with a limit has not listed all: its folders settle nothing.
+    write_manifest(run, remaining, ignored, None if run.limit else folders)
+
+
+def _unsettled(
+    rows: Iterator[dict[str, Any]], run: Run, previous_runs: PreviousRuns
+) -> Iterator[dict[str, Any]]:
+    """Yield the series to screen, under their pseudonyms if identities are hidden."""
+    for row in rows:
+        row = {**row, "series_key": run.pseudonym(row["series_key"])}
+        if not previous_runs.settles(row, run):
+            yield row
+
+
+def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[str, Any]]:
+    """Yield series and ignored objects of the listing, in its order."""
+    filesystem, path = storage.filesystem(listing_uri)
+    listing = ray.data.read_parquet(path, filesystem=filesystem)
+    folders = listing.repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
+    scanned = folders.map_batches(
+        _scan_folders,
+        fn_kwargs={"archive": run.archive, "limits": config.decode_limits},
+        batch_format="pyarrow",
+        batch_size=None,
+    )
+    for batch in scanned.iter_batches(batch_format="pyarrow", batch_size=None):
+        yield from batch.to_pylist()
+
+
+def _scan_folders(batch: pa.Table, archive: str, limits: Limits) -> pa.Table:
+    """Read the headers of some folders in a sandbox, and sort their objects into series."""
+    rows = []
+    identify = partial(headers.read_identities, header_reader(limits))
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        return storage.read_bytes(storage.join(archive, path), num_bytes)
+
+    for folder in batch.to_pylist():
+        objects = [storage.ObjectInfo(**item) for item in folder["objects"]]
+        series, ignored = manifest.scan_folder(folder["folder"], objects, read_head, identify)
+        rows += [{**item.to_row(), "is_ignored": False} for item in series]
+        rows += [_ignored_row(item) for item in ignored]
+    return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
+
+
+def _ignored_row(item: storage.ObjectInfo) -> dict[str, Any]:
+    series = manifest.Series(source_path=item.path, source_format="other", objects=(item,))
+    return {**series.to_row(), "is_ignored": True}
+
+
+def make_plan(run: Run) -> Plan:
+    """Count what is to be done and choose the workers among the CPUs that are free.
+
+    One predictor per GPU, or one that uses all cores of its node; decoders on the other CPUs.
+
+    Raises:
+        ConfigError: the cluster has no CPU to spare for decoding.
+    """
+    finished = finished_keys(run)
+    num_series = 0
+    num_bytes = 0
+    num_finished = 0
+    for row in read_manifest(run, ["series_key", "num_bytes"]):
+        num_series += 1
+        num_bytes += row["num_bytes"]
+        num_finished += row["series_key"] in finished
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    num_predictors = num_gpus or max(1, _num_nodes())
+    num_needed = num_predictors + 2
+    num_cpus = _wait_for_cpus(num_needed)
+    if num_cpus < num_needed:
+        raise ConfigError(
+            f"the cluster has {num_cpus} of {ray.cluster_resources().get('CPU', 0):g} CPUs free, "
+            f"expected at least {num_needed}: {num_predictors} to predict, 1 to decode and 1 to "
+            "measure (ray start --num-cpus)"
+        )
+    return Plan(
+        num_series=num_series,
+        num_bytes=num_bytes,
+        num_finished=num_finished,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        num_decoders=max(1, min(num_cpus - num_predictors - 1, _num_cores())),
+        num_predictors=num_predictors,
+    )
+
+
+def _num_nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def _num_cores() -> int:
+    """Return the cores of the cluster, as if all nodes were like this one.
+
+    More logical CPUs than cores do not decode faster.
+    """
+    return _num_nodes() * len(os.sched_getaffinity(0))
+
+
+def _wait_for_cpus(num_needed: int) -> int:
+    """Return the number of idle CPUs; wait for those that a dead driver still holds.
+
+    A cluster with fewer CPUs in all is not worth waiting for.
+    """
+    deadline = time.monotonic() + FREE_CPUS_TIMEOUT_S
+    while True:
+        num_idle = int(ray.available_resources().get("CPU", 0))
+        is_hopeless = ray.cluster_resources().get("CPU", 0) < num_needed
+        if num_idle >= num_needed or is_hopeless or time.monotonic() > deadline:
+            return num_idle
+        time.sleep(1)

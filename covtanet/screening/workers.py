@@ -1,0 +1,160 @@
+"""The workers of a screening, one series at a time.
+
+Each counts an attempt before it touches a series and is ended by a watchdog if a series holds it
+too long: Ray then starts another worker with the same series, until the attempts are used up.
+"""
+
+import faulthandler
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from covtanet import drawing, storage
+from covtanet.archive.manifest import series_from_row
+from covtanet.ct.window import WindowConfig
+from covtanet.decoding.sandbox import Sandbox
+from covtanet.ledger.attempts import count_attempt
+from covtanet.ledger.record import ScreeningRecord
+from covtanet.ledger.run import Run
+from covtanet.ledger.work import store_row
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
+from covtanet.screening.stages import (
+    WORKER_DIED,
+    ended_before_prediction,
+    internal_error,
+    measure_series,
+    new_record,
+    predict_series,
+    prepare_series,
+    without_prediction,
+)
+
+Row = dict[str, Any]
+STDERR = 2
+
+
+class Decoder:
+    """Decodes series in a sandbox.
+
+    An actor of its own: few processes reach the memory that decoding takes at its peak.
+    """
+
+    def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
+        self.run = run
+        self.window = window
+        self.config = config
+        self.sandbox = Sandbox(window, config.slice_step_mm, config.decode_limits)
+
+    def __call__(self, row: Row) -> Row:
+        """Turn a row of the manifest into a prepared series."""
+        if not count_attempt(self.run, row["series_key"], "decode"):
+            record = new_record(series_from_row(row), row, self.run.archive)
+            return ended_before_prediction(record.refused(WORKER_DIED), self.window).to_row()
+        with worker_timeout(self.config.worker_timeout_s):
+            prepared = prepare_series(
+                row,
+                archive=self.run.archive,
+                window=self.window,
+                config=self.config,
+                decoder=self.sandbox,
+            )
+        return prepared.to_row()
+
+
+class PredictorWorker:
+    """Holds the model and predicts prepared series.
+
+    Only this worker imports torch; those that decode or measure start seconds sooner without it.
+    """
+
+    def __init__(self, run: Run, config: ScreeningConfig) -> None:
+        from covtanet.inference.predictor import Predictor
+        from covtanet.model import checkpoint
+
+        with tempfile.TemporaryDirectory() as folder:
+            storage.download_files(run.work_uri("model"), checkpoint.MODEL_FILES, Path(folder))
+            model = checkpoint.load_model(Path(folder), run.model_digest)
+        self.run = run
+        self.config = config
+        self.predictor = Predictor(
+            model,
+            engine=config.engine,
+            num_threads=len(os.sched_getaffinity(0)),
+            max_batch_slices=config.max_batch_slices,
+        )
+
+    def __call__(self, row: Row) -> Row:
+        """Turn a prepared series into a predicted one."""
+        series = PreparedSeries.from_row(row)
+        if not len(series.slices):  # it has ended, which is no attempt
+            return without_prediction(series).to_row()
+        if not count_attempt(self.run, series.record.series_key, "predict"):
+            record = series.record.refused(WORKER_DIED)
+            return without_prediction(replace(series, record=record)).to_row()
+        with worker_timeout(self.config.worker_timeout_s):
+            return predict_series(series, self.predictor).to_row()
+
+
+def measure_and_store(
+    row: Row, run: Run, window: WindowConfig, config: ScreeningConfig, results: str
+) -> tuple[ScreeningRecord, Row]:
+    """Measure a predicted series and store its row, with its pictures if results are kept.
+
+    Returns the record and the stored row.
+    """
+    series = PredictedSeries.from_row(row)
+    is_last = len(series.lesion_levels) and not count_attempt(
+        run, series.record.series_key, "measure"
+    )
+    with worker_timeout(config.worker_timeout_s):
+        if is_last:
+            measured = MeasuredSeries(record=series.record.refused(WORKER_DIED))
+        else:
+            measured = measure_series(series, config)
+        if results:
+            write_results(series, measured, window, storage.join(results, run.run_id))
+        return measured.record, store_record(run, measured.record)
+
+
+def write_results(
+    series: PredictedSeries, measured: MeasuredSeries, window: WindowConfig, folder: str
+) -> None:
+    """Write masks and previews of a screened series."""
+    if measured.masks is None or measured.involvement is None:
+        return
+    files = drawing.result_files(
+        series.slices, series.chosen, measured.masks, measured.involvement, window
+    )
+    for name, data in files:
+        storage.write_bytes(storage.join(folder, series.record.series_key, name), data)
+
+
+def store_record(run: Run, record: ScreeningRecord) -> Row:
+    """Store the row of a series.
+
+    A row that does not fit the ledger's schema ends as ``internal_error``; it does not end the run.
+    """
+    try:
+        return store_row(run, record)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        if isinstance(error, OSError):  # of the storage
+            raise
+        refusal = internal_error(record.series_key, error)
+        return store_row(run, record.identity().refused(refusal))
+
+
+@contextmanager
+def worker_timeout(timeout_s: float) -> Iterator[None]:
+    """End this process if the block takes longer; its log gets the line in which it hung."""
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,1 @@
+"""Everything that runs the project on machines: local services, images, Kubernetes."""

@@ -1,0 +1,1 @@
+"""Services on loopback, the demo, and a served endpoint, for one machine."""

@@ -1,0 +1,69 @@
+"""An endpoint on the cluster of all tests, and a batch that was submitted to it."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nights import NIGHT, NIGHT_HEADERS, SubmittedBatch
+from running import Cluster
+from screening_runs import Screening
+
+from infra.local.endpoint import Endpoint, start_endpoint, write_config
+from infra.local.services import free_ports
+
+# A screening of 25 series on five logical CPUs of a busy machine.
+BATCH_TIMEOUT_S = 400
+
+
+@pytest.fixture(scope="session")
+def endpoint(screening: Screening, cluster: Cluster) -> Iterator[Endpoint]:
+    """The endpoint; while it runs it holds a CPU that screenings would use."""
+    folder = Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent
+    token = secrets.token_urlsafe(32)
+    write_config(
+        folder / "serve.toml", token, model=str(screening.folder / "model"),
+        ledger="s3://bucket/served", places=("s3://bucket/archive",), max_waiting=2,
+        config=str(screening.folder / "screening.toml"), max_uploads_per_caller=4,
+    )  # fmt: skip
+    (port,) = free_ports(1)
+    started = start_endpoint(cluster.environment, port, folder / "serve.log", token)
+    yield started
+    started.service.stop()
+
+
+@pytest.fixture(scope="session")
+def submitted_batch(endpoint: Endpoint) -> SubmittedBatch:
+    """A batch of the archive, submitted over HTTP, followed until it ends."""
+
+    def post(request: dict[str, str]) -> tuple[int, Any]:
+        body = json.dumps(request).encode()
+        return endpoint.ask("POST", "/v1/batches", body, NIGHT_HEADERS)[:2]
+
+    submitted = post(NIGHT)
+    path = f"/v1/batches/{submitted[1]['batch_id']}"
+    return SubmittedBatch(
+        submitted=submitted,
+        repeated=post(NIGHT),
+        conflicting=post({"archive": "s3://bucket/archive/nifti"}),
+        early_ledger=endpoint.ask("GET", f"{path}/ledger")[:2],
+        state=_last_state(endpoint, path),
+    )
+
+
+def _last_state(endpoint: Endpoint, path: str) -> Any:
+    deadline = time.monotonic() + BATCH_TIMEOUT_S
+    while (state := endpoint.ask("GET", path)[1])["state"] in ("waiting", "running"):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the batch has not ended after {BATCH_TIMEOUT_S} s: {state}")
+        time.sleep(1)
+    return state
+
+
+@pytest.fixture(scope="session")
+def batch(submitted_batch: SubmittedBatch) -> str:
+    """The id of the submitted batch, which has ended."""
+    return str(submitted_batch.submitted[1]["batch_id"])

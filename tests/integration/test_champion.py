@@ -1,0 +1,235 @@
+"""What holds the model behind the endpoint: it follows the registry's alias, there and back, and answers meanwhile."""
+
+import asyncio
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from saved_models import small_model
+
+from covtanet import tracking
+from covtanet.errors import CheckpointError
+from covtanet.inference.engine import build_engine
+from covtanet.model.checkpoint import model_digest, save_model
+from covtanet.screening.config import ScreeningConfig
+from serve.deployments import Segmenter
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> str:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def register(registry: str, folder: Path, seed: int, run: str = "") -> str:
+    save_model(folder / f"model{seed}", small_model(seed))
+    key = run or str(seed)
+    address = tracking.RunAddress(
+        uri=registry,
+        experiment="champions",
+        name=f"model {key}",
+        key=key,
+        artifacts=str(folder / "artifacts"),
+    )
+    return tracking.register_model(address, folder / f"model{seed}", {})
+
+
+def test_a_champion_that_is_taken_back_answers_again(registry: str, tmp_path: Path) -> None:
+    first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
+    tracking.promote(first, {})
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
+        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
+    )
+    for version in (second, first, second):
+        tracking.promote(version, {})
+        asyncio.run(segmenter.check_health())
+        assert segmenter.describe()["version"] == version
+
+
+def test_versions_of_one_run_keep_their_own_files(registry: str, tmp_path: Path) -> None:
+    """As of two networks that were trained in one experiment."""
+    versions = [register(registry, tmp_path, seed, run="both") for seed in (0, 1)]
+    digests = [
+        tracking.resolve_model(f"models:/covtanet/{each}", tmp_path / each).digest
+        for each in versions
+    ]
+    assert digests == [model_digest(tmp_path / f"model{seed}") for seed in (0, 1)]
+
+
+def test_files_that_are_not_the_registered_ones_are_not_taken_up(
+    registry: str, tmp_path: Path
+) -> None:
+    first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
+    tracking.promote(first, {})
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
+        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
+    )
+    source = Path(
+        mlflow.MlflowClient().get_model_version("covtanet", second).source.removeprefix("file://")
+    )
+    (weights,) = source.rglob("weights.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    tracking.promote(second, {})
+    asyncio.run(segmenter.check_health())
+    assert segmenter.describe()["version"] == first
+
+
+@pytest.mark.parametrize("name", ["eager", "openvino"])
+def test_an_engine_answers_several_threads_at_once(name: str) -> None:
+    """The endpoint asks the model how it is while it works on studies."""
+    engine = build_engine(small_model().network, 128, name, 1)
+    slices = np.random.default_rng(0).random((8, 1, 128, 128), dtype=np.float32)
+    parts = [slices, slices[:1], slices[3:6]]
+    expected = [engine.segment(part)[0] for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for index, (found, _) in enumerate(pool.map(engine.segment, parts * 8)):
+            assert np.abs(found - expected[index % 3]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "error"),
+    [
+        ({}, "CheckpointError"),
+        ({"window": {"side": 1}}, "CheckpointError"),
+        ({"window": 7}, "CheckpointError"),
+    ],
+)
+def test_champion_without_window_leaves_the_old_model_answering(
+    registry: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    preprocessing: dict[str, Any],
+    error: str,
+) -> None:
+    first = register(registry, tmp_path, 0)
+    tracking.promote(first, {})
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
+        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
+    )
+    save_model(tmp_path / "model1", small_model(1))
+    description = json.loads((tmp_path / "model1" / "model.json").read_text())
+    description |= {"format_version": 1, "preprocessing": preprocessing}
+    (tmp_path / "model1" / "model.json").write_text(json.dumps(description))
+    address = tracking.RunAddress(uri=registry, experiment="champions", name="odd", key="odd")
+    tracking.promote(tracking.register_model(address, tmp_path / "model1", {}), {})
+    for _ in range(3):  # as many failed checks end a replica
+        asyncio.run(segmenter.check_health())
+    assert segmenter.describe()["version"] == first
+    told = [
+        record.getMessage() for record in caplog.records if "stays as it is" in record.getMessage()
+    ]
+    assert told == [f"the model stays as it is, another one cannot be loaded: {error}"] * 3
+
+
+def test_error_that_nobody_thought_of_leaves_the_old_model_answering(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking.promote(register(registry, tmp_path, 0), {})
+    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
+        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
+    )
+
+    def fail(ref: str) -> str:
+        raise KeyError("Doe^Jane")
+
+    monkeypatch.setattr(tracking, "digest_of", fail)
+    asyncio.run(segmenter.check_health())
+    assert "another one cannot be loaded: KeyError" in caplog.text
+    assert "Doe" not in caplog.text
+
+
+def moved(registry: str, folder: Path, source: str) -> str:
+    """A version of the registry whose files are said to lie elsewhere."""
+    version = register(registry, folder, 0)
+    known = mlflow.MlflowClient().get_model_version("covtanet", version)
+    tags = {tracking.DIGEST_TAG: known.tags[tracking.DIGEST_TAG]}
+    client = mlflow.MlflowClient()
+    return str(
+        client.create_model_version(
+            "covtanet", source or known.source, known.run_id, tags=tags
+        ).version
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://169.254.169.254/latest", "models are not fetched by http"),
+        ("https://models.example/x", "models are not fetched by https"),
+        ("file:///etc", "outside of its run's artifacts"),
+        ("/etc", "outside of its run's artifacts"),
+        ("s3://another/x", "outside of its run's artifacts"),
+        ("mlflow-artifacts://elsewhere:5000/1/a", "registry's own server"),
+    ],
+)
+def test_source_beyond_the_runs_artifacts_is_not_followed(
+    registry: str, tmp_path: Path, source: str, message: str
+) -> None:
+    version = moved(registry, tmp_path, source)
+    with pytest.raises(CheckpointError, match=message):
+        tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
+    assert not list(tmp_path.glob("found/*"))
+
+
+def test_source_through_a_link_out_of_the_runs_artifacts_is_not_followed(
+    registry: str, tmp_path: Path
+) -> None:
+    version = register(registry, tmp_path, 0)
+    source = Path(mlflow.MlflowClient().get_model_version("covtanet", version).source)
+    (source.parents[1] / "link").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match="outside of its run's artifacts"):
+        tracking.resolve_model(
+            f"models:/covtanet/{moved_to(version, source.parents[1] / 'link')}", tmp_path / "found"
+        )
+
+
+def moved_to(version: str, source: Path) -> str:
+    client = mlflow.MlflowClient()
+    known = client.get_model_version("covtanet", version)
+    return str(
+        client.create_model_version("covtanet", str(source), known.run_id, tags=known.tags).version
+    )
+
+
+def test_named_sources_replace_the_runs_artifacts(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = register(registry, tmp_path, 0)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(
+        Path(mlflow.MlflowClient().get_model_version("covtanet", version).source), elsewhere
+    )
+    copied = moved_to(version, elsewhere)
+    monkeypatch.setenv("COVTANET_MODEL_SOURCES", f"s3://models/x {elsewhere}")
+    assert (
+        tracking.resolve_model(f"models:/covtanet/{copied}", tmp_path / "found").version == copied
+    )
+    with pytest.raises(CheckpointError, match="outside of COVTANET_MODEL_SOURCES"):
+        tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "other")
+
+
+def test_disk_source_of_a_registry_behind_http_needs_a_setting(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = register(registry, tmp_path, 0)
+    monkeypatch.setattr(tracking, "tracking_uri", lambda: "https://mlflow.hospital")
+    with pytest.raises(CheckpointError, match="allow the folder by COVTANET_MODEL_SOURCES"):
+        tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
+
+
+@pytest.mark.parametrize(
+    "uri", ["mlflow-artifacts:/1/%2e%2e/x", "mlflow-artifacts:/1/../x", "file://host/x"]
+)
+def test_place_of_a_model_that_is_not_plain_is_refused(registry: str, uri: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"expected mlflow-artifacts|holds '\.\.'|another machine"
+    ):
+        tracking._place(uri, "models:/covtanet/1")

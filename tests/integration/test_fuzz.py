@@ -1,0 +1,26 @@
+"""Eight seconds of ``make fuzz`` for each reader: its corpus is replayed, then searched from."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import SUPPORT
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
+@pytest.mark.parametrize("reader", ["nifti", "dicom"])
+def test_fuzzing_finds_no_unhandled_bytes(reader: str, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [
+            sys.executable, SUPPORT / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,
+            "--seed", "1",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert not list(tmp_path.glob("crash-*"))
+    (tried,) = re.findall(r"stat::number_of_executed_units: (\d+)", found.stderr)
+    assert int(tried) > len(list((tmp_path / reader).iterdir())) > 5

@@ -1,0 +1,185 @@
+"""Screenings of phantoms in a real S3 server on a real Ray: started, watched, disturbed, compared."""
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from saved_models import small_model
+
+from covtanet.ledger.diff import differences
+from covtanet.model.checkpoint import save_model
+from covtanet.phantoms.archive import configs, write_archive
+from infra.local.jobs import Job, start_job
+
+DATE = "2026-11-23"
+NUM_SOUND = 8
+CONFIG = '[screening]\nengine = "eager"\ndecode_timeout_s = 6\n'
+# Texts in the command lines of a decoding worker, a predicting worker and a decoder's child.
+DECODER, PREDICTOR, CHILD = "_DecoderActor", "_PredictorActor", "sandbox_child"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Output of ``screen.py --plan``, and the state of its ledger right after it."""
+
+    output: str = ""
+    has_manifest: bool = False
+    num_rows: int = 0
+    is_committed: bool = False
+
+
+@dataclass
+class Screening:
+    """A Ray, an archive in S3, and the ledger of an undisturbed run of it.
+
+    bucket: the folder on this disk that holds the bucket's objects. truth: the rows that are right.
+    """
+
+    folder: Path
+    bucket: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    clean: pa.Table = field(default_factory=lambda: pa.table({}))
+    clean_output: str = ""
+    truth: list[dict[str, object]] = field(default_factory=list)
+    planned: Planned = field(default_factory=Planned)
+
+    def arguments(
+        self, name: str, archive: str = "s3://bucket/archive", ledger: str = ""
+    ) -> list[str]:
+        """Return the arguments of a run; its ledger is named after it unless ``ledger`` is given."""
+        return [
+            "--archive", archive, "--ledger", ledger or f"s3://bucket/{name}",
+            "--model", str(self.folder / "model"), "--config", str(self.folder / "screening.toml"),
+            "--run-date", DATE,
+        ]  # fmt: skip
+
+    def start(self, name: str, *more: str, **locations: str) -> Job:
+        """Start a run."""
+        arguments = self.arguments(name, **locations)
+        return start_job(self.environment, "screen.py", *arguments, *more)
+
+    def run(self, name: str, *more: str, expect: int = 0, **locations: str) -> str:
+        """Run to the end, check the exit code and return the output."""
+        job = self.start(name, *more, **locations)
+        code = job.finish()
+        assert code == expect, f"exit code {code}, expected {expect}:\n{job.output[-3000:]}"
+        assert f"exit code {code}:" in job.lines[-1], "the last line does not tell the exit code"
+        return job.output
+
+    def plan(self, name: str) -> Planned:
+        """Run with ``--plan`` and look at the ledger."""
+        output = self.run(name, "--plan")
+        manifests = (self.bucket / name).glob("_work/*/manifest.parquet")
+        return Planned(
+            output=output,
+            has_manifest=any(manifests),
+            num_rows=self.rows_done(name),
+            is_committed=self.is_committed(name),
+        )
+
+    def rows_done(self, name: str) -> int:
+        """Number of series that are finished in a run that goes on."""
+        return len(list((self.bucket / name).glob("_work/*/rows/*.parquet")))
+
+    def is_committed(self, name: str) -> bool:
+        """Whether the run's file is in the ledger."""
+        return any((self.bucket / name).glob("date=*/*.parquet"))
+
+    def table(self, name: str) -> pa.Table:
+        """Rows of the committed run."""
+        (path,) = (self.bucket / name).glob("date=*/*.parquet")
+        return pq.ParquetFile(path).read()
+
+    def check_equal(self, name: str, table: pa.Table | None = None) -> str:
+        """Check that a run has the rows of the undisturbed run; return a summary."""
+        table = self.table(name) if table is None else table
+        changed = differences(self.clean, table)
+        assert not changed, f"{len(changed)} differences, first {changed[0]}"
+        return f"{table.num_rows} rows, equal to the clean run's"
+
+
+def write_archive_and_model(screening: Screening) -> None:
+    """Write the archive with damaged series, a model, and the configuration of all runs."""
+    screening.bucket.mkdir(exist_ok=True)
+    save_model(screening.folder / "model", small_model())
+    (screening.folder / "screening.toml").write_text(CONFIG)
+    phantoms = list(configs(NUM_SOUND, 21, size_px=128, num_slices=20))
+    screening.truth = write_archive("s3://bucket/archive", "s3://bucket/truth", phantoms, 2)
+
+
+def ray_processes(environment: dict[str, str], text: str) -> Iterator[psutil.Process]:
+    """Processes of this environment's Ray whose command line holds a text."""
+    token = environment["RAY_AUTH_TOKEN_PATH"]
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if text not in " ".join(process.info["cmdline"] or ()):
+                continue
+            # A decoder's child has an empty environment, and only root may read that of its parent:
+            # Ray's own process above both tells which Ray they belong to.
+            family = (process, *process.parents())
+            if any(_token_of(member) == token for member in family):
+                yield process
+
+
+def _token_of(process: psutil.Process) -> str | None:
+    try:
+        environment: dict[str, str] = process.environ()
+        return environment.get("RAY_AUTH_TOKEN_PATH")
+    except psutil.Error:
+        return None
+
+
+def signal_one(
+    environment: dict[str, str], text: str, sent: signal.Signals = signal.SIGKILL
+) -> Callable[[], bool]:
+    """Return a condition that signals such a process, and holds once it has."""
+
+    def try_it() -> bool:
+        for process in ray_processes(environment, text):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(sent)
+                return True
+        return False
+
+    return try_it
+
+
+class DeadlySeries:
+    """Kills the worker that decodes one certain series, at each of its attempts."""
+
+    def __init__(self, screening: Screening, name: str) -> None:
+        rows = screening.clean.to_pylist()
+        self.screening = screening
+        self.name = name
+        self.key = next(row["series_key"] for row in rows if row["status"] == "screened")
+        self.killed: set[int] = set()
+        self._num_attempts = 0
+
+    def screen(self) -> Job:
+        """Start the run; return its job once the series has a row."""
+        job = self.screening.start(self.name)
+        job.wait_for(self._has_row)
+        return job
+
+    def _has_row(self) -> bool:
+        ledger = self.screening.bucket / self.name
+        for path in ledger.glob(f"_work/*/attempts/*/{self.key}.json"):
+            with contextlib.suppress(OSError, ValueError):
+                self._kill(json.loads(path.read_text()))
+        has_row = any(ledger.glob(f"_work/*/rows/{self.key}.parquet"))
+        return has_row or self.screening.is_committed(self.name)
+
+    def _kill(self, attempt: dict[str, int]) -> None:
+        if attempt.get("decode", 0) <= self._num_attempts:
+            return
+        self._num_attempts = attempt["decode"]
+        # This worker alone: the series of another worker would come to its third attempt as well.
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(attempt["pid"]).kill()
+            self.killed.add(attempt["pid"])

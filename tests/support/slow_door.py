@@ -1,0 +1,55 @@
+"""A TCP proxy that slows a server down, as a far or overloaded store does, or shuts it off."""
+
+import socket
+import threading
+import time
+from contextlib import suppress
+
+from infra.local.services import LOOPBACK, free_ports
+
+CHUNK_BYTES = 1 << 14
+
+
+class SlowDoor:
+    """Pass connections on to a port of loopback.
+
+    bytes_per_s: limit of one connection's answers; 0 for no limit. is_shut: accept no connection
+    and pass nothing on.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.server_port = port
+        (self.port,) = free_ports(1)
+        self.bytes_per_s = 0.0
+        self.is_shut = False
+        self._listener = socket.create_server((LOOPBACK, self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                client, _ = self._listener.accept()
+                if self.is_shut:
+                    client.close()
+                    continue
+                server = socket.create_connection((LOOPBACK, self.server_port))
+                for source, target, is_answer in ((client, server, False), (server, client, True)):
+                    arguments = (source, target, is_answer)
+                    threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(CHUNK_BYTES):
+                if self.is_shut:
+                    break
+                if is_answer and self.bytes_per_s:
+                    time.sleep(len(data) / self.bytes_per_s)
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

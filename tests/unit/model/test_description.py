@@ -1,0 +1,102 @@
+"""Descriptions of saved models: both format versions give the same typed parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from saved_models import small_model
+
+from covtanet.ct.window import WindowConfig
+from covtanet.errors import CheckpointError
+from covtanet.inference.predictor import Predictor, refuse_without_segmentation, window_of
+from covtanet.model.checkpoint import load_model, save_model
+from covtanet.model.description import Capabilities, Preprocessing
+
+
+def rewrite(folder: Path, **values: Any) -> None:
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({**description, **values}))
+
+
+def save_version_1(folder: Path, provenance: dict[str, Any], **preprocessing: Any) -> Path:
+    """Save a model as version 1 did: capabilities in the provenance, window as an object."""
+    save_model(folder, small_model())
+    description = json.loads((folder / "model.json").read_text())
+    del description["capabilities"]
+    description |= {"format_version": 1, "provenance": provenance}
+    description["preprocessing"] = preprocessing
+    (folder / "model.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_preprocessing_defaults_are_those_of_the_window() -> None:
+    window = WindowConfig()
+    defaults = Preprocessing()
+    assert (defaults.low_hu, defaults.high_hu, defaults.size_px) == (
+        window.low_hu,
+        window.high_hu,
+        window.size_px,
+    )
+
+
+def test_version_1_preprocessing_is_read(tmp_path: Path) -> None:
+    window = {"low_hu": -1200.0, "high_hu": 250.0, "size_px": 160}
+    folder = save_version_1(
+        tmp_path / "model", {}, window=window, slice_step_mm=2.0, intensities=["grey8"]
+    )
+    model = load_model(folder)
+    assert model.preprocessing == Preprocessing(
+        low_hu=-1200.0, high_hu=250.0, size_px=160, slice_step_mm=2.0, intensities=("grey8",)
+    )
+    assert window_of(model) == WindowConfig(low_hu=-1200.0, high_hu=250.0, size_px=160)
+
+
+def test_version_1_without_step_and_intensities_gets_null_and_hu(tmp_path: Path) -> None:
+    model = load_model(save_version_1(tmp_path / "model", {}, window={"size_px": 128}))
+    assert model.preprocessing == Preprocessing(
+        size_px=128, slice_step_mm=None, intensities=("hu",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("provenance", "segments", "diagnoses"),
+    [
+        ({}, True, True),
+        ({"has_diagnosis": False, "has_segmentation": True}, True, False),
+        ({"has_segmentation": False}, False, True),
+    ],
+)
+def test_version_1_capabilities_come_from_provenance(
+    tmp_path: Path, provenance: dict[str, Any], segments: bool, diagnoses: bool
+) -> None:
+    model = load_model(save_version_1(tmp_path / "model", provenance, window={"size_px": 128}))
+    assert model.capabilities == Capabilities(segments=segments, diagnoses=diagnoses)
+    assert Predictor(model, engine="eager").diagnoses is diagnoses
+
+
+def test_version_2_without_capabilities_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    rewrite(tmp_path / "model", capabilities={"segments": True})
+    with pytest.raises(CheckpointError, match="cannot be read: TypeError"):
+        load_model(tmp_path / "model")
+
+
+def test_unknown_format_version_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    rewrite(tmp_path / "model", format_version=3)
+    with pytest.raises(CheckpointError, match="model format 3, expected 1 or 2"):
+        load_model(tmp_path / "model")
+
+
+def test_empty_window_is_refused(tmp_path: Path) -> None:
+    folder = save_version_1(tmp_path / "model", {}, window={"low_hu": 400.0, "high_hu": -1000.0})
+    with pytest.raises(CheckpointError, match="invalid window of the model: ValueError"):
+        window_of(load_model(folder))
+
+
+def test_model_without_segmentation_may_not_screen(tmp_path: Path) -> None:
+    folder = save_version_1(tmp_path / "model", {"has_segmentation": False}, window={})
+    with pytest.raises(CheckpointError, match="marks no lesions"):
+        refuse_without_segmentation(load_model(folder))

@@ -1,0 +1,178 @@
+"""Records of batches: one caller's only, some at a time, whatever lies beside them."""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covtanet import storage
+from covtanet.ledger.batch import BatchRun
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.work import write_rows
+from serve.app import BATCH_PROBLEMS, api, build
+from serve.batches import Batches, JobsUnavailableError, ModelNotAllowedError
+from serve.schemas import BatchRequest
+from serve.settings import Caller, ServeConfig
+
+ANN, BOB = Caller(name="ann", token_sha256="a" * 64), Caller(name="bob", token_sha256="b" * 64)
+
+
+def settings(folder: Path, **more: Any) -> ServeConfig:
+    return ServeConfig(callers=(ANN, BOB), ledger=str(folder), **more)
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Batches:
+    return Batches(settings(tmp_path))
+
+
+def write(batches: Batches, caller: Caller, index: int) -> str:
+    """A batch that is committed, with a ledger of one row; returns its id."""
+    batch_id, today = f"{index:016x}", datetime.now(UTC).date()
+    asked = {"archive": "s3://hospital/ct", "run_date": today.isoformat()}
+    ended = {
+        "state": "committed",
+        "counts": {"screened": 1},
+        "series": 1,
+        "run_id": batch_id,
+        "exit_code": 0,
+    }
+    record = {
+        "batch_id": batch_id, "asked": asked, "jobs": ["one"], "submitted_at": f"{index:06}", "ended": ended,
+    }  # fmt: skip
+    batches._write(record, caller)
+    storage.write_bytes(batches._uri(caller, "newest", f"{20_000 - index}-{batch_id}"), b"")
+    return batch_id
+
+
+def commit(batches: Batches, batch_id: str) -> None:
+    run = BatchRun(run_id=batch_id, run_date=date(2026, 11, 26), begun_at=datetime.now(UTC))
+    named = {"run_id": batch_id, "run_date": "2026-11-26", "begun_at": run.begun_at.isoformat()}
+    storage.write_bytes(f"{batches.ledger}/_batches/{batch_id}.run", json.dumps(named).encode())
+    path = Path(run.committed_uri(batches.ledger))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, LEDGER_SCHEMA, [], 1)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What is asked of storage from here on, by function."""
+    seen: Counter[str] = Counter()
+
+    def spy(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(uri: str, *arguments: Any) -> Any:
+            seen[name] += 1
+            return real(uri, *arguments)
+
+        return asked
+
+    for name in ("read_bytes", "list_names", "exists"):
+        monkeypatch.setattr(storage, name, spy(name, getattr(storage, name)))
+    return seen
+
+
+def test_page_of_many_batches_reads_its_own_records_only(
+    batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(200):
+        write(batches, ANN, index)
+        write(batches, BOB, 5000 + index)
+    seen = counted(monkeypatch)
+    found = batches.page_of(ANN, 10, 50)
+    assert [each.batch_id for each in found] == [f"{index:016x}" for index in range(189, 139, -1)]
+    assert seen == {"list_names": 1, "read_bytes": 50}
+
+
+def test_record_that_is_not_json_hides_no_other(batches: Batches) -> None:
+    known = write(batches, ANN, 1)
+    broken = write(batches, ANN, 2)
+    storage.write_bytes(batches._uri(ANN, f"{broken}.json"), b"{")
+    assert [each.batch_id for each in batches.page_of(ANN, 0, 50)] == [known]
+    with pytest.raises(KeyError):
+        batches.find(broken, ANN)
+
+
+def test_batch_of_another_caller_is_not_there(batches: Batches) -> None:
+    with pytest.raises(KeyError):
+        batches.find(write(batches, ANN, 1), BOB)
+
+
+def test_ledgers_read_by_many_threads_are_all_read(batches: Batches) -> None:
+    """More ledgers than are kept: the one that a thread reads may be dropped by another."""
+    ids = [write(batches, ANN, index) for index in range(6)]
+    for batch_id in ids:
+        commit(batches, batch_id)
+    errors: list[BaseException] = []
+
+    def read(start: int) -> None:
+        try:
+            for index in range(300):
+                batches.rows(ids[(start + index) % len(ids)], ANN)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_model_that_the_configuration_does_not_name_is_refused(tmp_path: Path) -> None:
+    batches = Batches(settings(tmp_path, models=("models:/covtanet@challenger",)))
+    request = BatchRequest(archive="s3://hospital/ct", model="models:/covtanet/7")
+    with pytest.raises(ModelNotAllowedError, match="does not name this model"):
+        batches.submit(request, ANN, "")
+    allowed = request.model_copy(update={"model": "models:/covtanet@challenger"})
+    with pytest.raises(
+        JobsUnavailableError, match="job server does not answer"
+    ):  # so far it came; there is no Ray
+        batches.submit(allowed, ANN, "")
+
+
+def test_batch_writes_into_a_ledger_that_readers_of_the_nights_skip(tmp_path: Path) -> None:
+    batches = Batches(settings(tmp_path))
+    asked = {
+        "archive": "s3://hospital/ct",
+        "model": "",
+        "run_date": "2026-11-26",
+        "since": "last",
+        "group_by": "",
+    }
+    command = batches._command({"batch_id": "0" * 16, "asked": {**asked, "limit": 0}})
+    assert command[command.index("--ledger") + 1] == f"{tmp_path}/_batches/ledger"
+    assert command[command.index("--results") + 1] == f"{tmp_path}/_batches/ledger/_results"
+    assert command[:2] == ["timeout", "--foreground"]
+    assert command[3] == "86400"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (OSError("s3://hospital/Doe^Jane"), 503, "storage"),
+        (ConnectionError("Doe^Jane"), 503, "storage"),
+        (OSError(28, "Doe^Jane"), 503, "no_space"),
+        (JobsUnavailableError("Doe^Jane"), 503, "jobs_unavailable"),
+        (storage.AccessError("Doe^Jane"), 403, "storage_refuses"),
+    ],
+)
+def test_trouble_with_storage_and_ray_has_a_status_of_its_own(
+    error: OSError, status: int, reason: str
+) -> None:
+    handler: Any = api.exception_handlers[OSError]
+    answer = asyncio.run(handler(None, error))
+    assert (answer.status_code, json.loads(answer.body)["reason"]) == (status, reason)
+    assert b"Doe" not in answer.body
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert status in BATCH_PROBLEMS
+
+
+def test_replica_asks_ray_for_what_its_decoders_may_take(tmp_path: Path) -> None:
+    options = build(settings(tmp_path, num_decoders=3))._bound_deployment.ray_actor_options
+    assert (options["num_cpus"], options["memory"]) == (3, 3 * (3072 + 600) << 20)

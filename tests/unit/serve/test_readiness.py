@@ -1,0 +1,98 @@
+"""/readyz costs the model nothing, and an ended study nothing more."""
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from covtanet.errors import UnavailableError
+from covtanet.inference.predictor import Part
+from serve.deployments import Readiness, RemoteNetwork
+
+
+class Handle:
+    """A deployment's handle, as far as readiness asks it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.num_asked = seconds, 0
+
+    @property
+    def seconds_since_answer(self) -> "Handle":
+        return self
+
+    async def remote(self) -> float:
+        self.num_asked += 1
+        await asyncio.sleep(0)
+        return self.seconds
+
+
+@pytest.mark.parametrize(("seconds", "is_ready"), [(1.0, True), (300.0, False)])
+def test_two_hundred_readyz_ask_the_model_once(seconds: float, is_ready: bool) -> None:
+    async def scenario() -> list[bool]:
+        readiness = Readiness(handle, keep_s=60)
+        return list(await asyncio.gather(*(readiness.is_ready() for _ in range(200))))
+
+    handle = Handle(seconds)
+    assert asyncio.run(scenario()) == [is_ready] * 200
+    assert handle.num_asked == 1
+
+
+def test_cancelled_network_drops_what_it_asked_and_asks_no_more() -> None:
+    class Answer:
+        is_cancelled = False
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+    asked: list[Any] = []
+
+    class Method:
+        def remote(self, *arguments: object) -> Answer:
+            asked.append(Answer())
+            return asked[-1]  # type: ignore[no-any-return]
+
+    class Segmenter:
+        segment = diagnose = Method()
+
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
+    network._ask(network.segmenter.segment, None)
+    thread = threading.Thread(target=network.cancel)
+    thread.start()
+    thread.join()
+    assert [each.is_cancelled for each in asked] == [True]
+    with pytest.raises(UnavailableError, match="the request ended"):
+        network._ask(network.segmenter.segment, None)
+
+
+def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
+    """A study whose diagnosis failed leaves nothing behind for the study after it."""
+
+    class Answer:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+        def result(self, timeout_s: float) -> Any:
+            if isinstance(self.value, Exception):
+                raise self.value
+            return self.value
+
+        def cancel(self) -> None:
+            pass
+
+    class Method:
+        def __init__(self, *values: Any) -> None:
+            self.values = list(values)
+
+        def remote(self, *arguments: object) -> Answer:
+            return Answer(self.values.pop(0))
+
+    class Segmenter:
+        segment, diagnose = Method(("levels", "pooled")), Method(TimeoutError())
+
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
+    with pytest.raises(UnavailableError, match="TimeoutError"):
+        network.diagnose(np.zeros(1, np.float32))
+    segmented: list[Any] = list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])]))
+    assert segmented == [("levels", "pooled")]
