@@ -1,7 +1,7 @@
 """Square box around both lungs: crop slices to it for the network, bring its maps back.
 
-Training, screening and evaluation crop by these functions alone, so that a network meets lungs at
-one size. Coordinates are rows and columns of the source slice; a box may reach beyond it.
+Training, evaluation and later screening crop with these functions only, so that a network sees
+lungs at one size. Coordinates are rows and columns of the source slice; a box may reach beyond it.
 Not covered: boxes of single slices (one box serves a whole volume), rotation.
 """
 
@@ -15,10 +15,10 @@ from PIL import Image
 from covtanet.ct.window import AIR_HU, INTENSITY_STEPS, WindowConfig
 from covtanet.errors import StudyError
 
-# Choice: 8 % of the longer side, half of it on either side. The outline of the lung mask is about
-# 2 mm off, and a lesion below the pleura needs the chest wall beside it in view.
+# Choice: 8 % of the longer side, half of it at each end. The outline of the lung mask is about 2 mm
+# off, and a lesion below the pleura needs the adjacent chest wall in view.
 MARGIN = 0.08
-# Share of a box's pixel that must be lesion or lung. Half, so that areas stay what they are.
+# Share of an input pixel that must be in the mask. Half preserves areas on average.
 HALF = 0.5
 
 
@@ -74,8 +74,8 @@ def box_to_input(
 ) -> NDArray[np.uint16]:
     """Crop, window and resize slices to squares of ``window.size_px``, as ``window.to_input`` does.
 
-    slices_hu: (S, y, x) in HU. fill_hu: beyond the slice. Returns (S, size, size) uint16, intensity
-    0..1 in steps of 1/65535.
+    slices_hu: (S, y, x) in HU. fill_hu: value beyond the slice. The result is (S, size, size)
+    uint16, intensity 0..1 in steps of 1/65535.
     """
     scale = np.float32(INTENSITY_STEPS / (window.high_hu - window.low_hu))
     out = np.empty((len(slices_hu), window.size_px, window.size_px), np.uint16)
@@ -89,7 +89,7 @@ def box_to_input(
 def box_mask_to_input(
     slices_mask: NDArray[np.bool_], box: LungBox, size_px: int
 ) -> NDArray[np.uint8]:
-    """Crop and resize masks as ``box_to_input`` does slices; 1 if half of a pixel is in the mask."""
+    """Crop and resize masks like slices; a pixel is 1 if at least half of it is in the mask."""
     cropped = crop_to_box(slices_mask, box, False)
     return np.stack([_resize(mask, size_px) >= HALF for mask in cropped]).astype(np.uint8)
 
@@ -97,7 +97,7 @@ def box_mask_to_input(
 def box_from_input(
     probabilities: NDArray[np.float32], box: LungBox, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Bring one map (size, size) of the network back to a slice of ``shape``; 0 outside the box."""
+    """Resize one map (size, size) of the network to a slice of ``shape``; 0 outside the box."""
     image = Image.fromarray(np.ascontiguousarray(probabilities, np.float32))
     resized = image.resize((box.width, box.height), Image.Resampling.BILINEAR)
     out = np.zeros(shape, np.float32)
@@ -109,7 +109,7 @@ def box_from_input(
 def _overlap(
     box: LungBox, shape: tuple[int, ...]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return the part of a box that lies on a slice, as indices into the box and into the slice."""
+    """Return the overlap of box and slice, as indices into the box and into the slice."""
     inner: list[slice] = []
     source: list[slice] = []
     for start, length, size in zip(

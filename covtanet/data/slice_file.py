@@ -1,7 +1,8 @@
-"""Labelled slices of one series as one small .npz: 8 bits a pixel, cropped to the lungs.
+"""Labelled slices of one series as one small .npz: 8 bits per pixel, cropped to the lungs.
 
-For trainings that keep all of their slices in memory or on a GPU. A window of 1500 HU in steps of
-10 HU is as fine as the noise of a chest CT, 10 to 30 HU, and an eighth smaller than in 255 steps.
+For trainings that hold all slices in memory or on a GPU. Steps of 10 HU over a window of 1500 HU
+are as fine as the noise of a chest CT, 10 to 30 HU; the file is an eighth smaller than with 255
+steps.
 """
 
 import zipfile
@@ -20,20 +21,19 @@ GREY_STEPS = 150
 
 @dataclass(frozen=True, kw_only=True)
 class SliceFile:
-    """Slices of one series in a row, on the source's own pixels (z, y, x).
-
-    grey: (S, y, x) uint8, HU over the window in steps of 1/150. lesion: (S, y, x) bool.
-    inside: (S, y, x) bool, lungs and chest cavity, where screening keeps what a network marks.
-    has_lung: (S,) bool, slices that screening segments; the rest are neighbours of these.
-    is_continuous: whether slices in a row are neighbours in the patient.
-    """
+    """Successive slices of one series in the source's pixels (z, y, x)."""
 
     grey: NDArray[np.uint8]
+    """(S, y, x), HU over the window in ``GREY_STEPS`` steps."""
     lesion: NDArray[np.bool_]
+    """(S, y, x)."""
     inside: NDArray[np.bool_]
+    """(S, y, x), lungs and chest cavity; screening drops marked pixels outside."""
     has_lung: NDArray[np.bool_]
+    """(S,), slices that screening segments; the rest are neighbours of these."""
     box: LungBox
     is_continuous: bool = True
+    """Whether successive slices are neighbours in the patient."""
 
 
 def to_grey(slices_hu: NDArray[Any], window: WindowConfig) -> NDArray[np.uint8]:
@@ -45,16 +45,17 @@ def to_grey(slices_hu: NDArray[Any], window: WindowConfig) -> NDArray[np.uint8]:
 
 
 def save_slices(path: Path, slices: SliceFile, context_px: int) -> None:
-    """Write a file that keeps ``context_px`` around the box; the rest is filled when it is read."""
+    """Write the box and ``context_px`` around it; reading fills the rest."""
     height, width = slices.grey.shape[1:]
     box = slices.box
-    top, left = max(0, box.top - context_px), max(0, box.left - context_px)
+    top = max(0, box.top - context_px)
+    left = max(0, box.left - context_px)
     bottom = min(height, box.top + box.height + context_px)
     right = min(width, box.left + box.width + context_px)
     window = (slice(None), slice(top, bottom), slice(left, right))
     grey = slices.grey[window]
     arrays = {
-        # From slice to slice, modulo 256: a fifth smaller than the slices themselves.
+        # Differences between slices, modulo 256: a fifth smaller than the slices themselves.
         "grey": np.diff(grey, axis=0, prepend=np.zeros_like(grey[:1])),
         "lesion": np.packbits(slices.lesion[window]),
         "inside": np.packbits(slices.inside[window]),
@@ -63,7 +64,7 @@ def save_slices(path: Path, slices: SliceFile, context_px: int) -> None:
         "box": np.array([box.top, box.left, box.height, box.width]),
         "is_continuous": np.array(slices.is_continuous),
     }
-    # As np.savez_compressed, with LZMA for Deflate: a sixth smaller. np.load reads either.
+    # As np.savez_compressed, but LZMA instead of Deflate: a sixth smaller. np.load reads both.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -71,7 +72,7 @@ def save_slices(path: Path, slices: SliceFile, context_px: int) -> None:
 
 
 def load_slices(path: Path, fill: int) -> SliceFile:
-    """Read a file of ``save_slices``. fill: grey value of pixels that were not kept."""
+    """Read a file of ``save_slices``. fill: grey value of pixels that were not written."""
     with np.load(path, allow_pickle=False) as arrays:
         grey = np.add.accumulate(arrays["grey"], axis=0, dtype=np.uint8)
         has_lung = arrays["has_lung"]
@@ -82,17 +83,23 @@ def load_slices(path: Path, fill: int) -> SliceFile:
             for name in ("lesion", "inside")
         ]
         is_continuous = bool(arrays["is_continuous"])
-    place = (slice(None), slice(top, top + grey.shape[1]), slice(left, left + grey.shape[2]))
-    whole = []
-    for array, value in ((grey, fill), (masks[0], False), (masks[1], False)):
-        out = np.full((len(grey), height, width), value, array.dtype)
-        out[place] = array
-        whole.append(out)
+    corner = (top, left)
     return SliceFile(
-        grey=whole[0],
-        lesion=whole[1],
-        inside=whole[2],
+        grey=_paste(grey, corner, (height, width), fill),
+        lesion=_paste(masks[0], corner, (height, width), False),
+        inside=_paste(masks[1], corner, (height, width), False),
         has_lung=has_lung,
         box=LungBox(top=box_top, left=box_left, height=box_height, width=box_width),
         is_continuous=is_continuous,
     )
+
+
+def _paste(
+    slices: NDArray[Any], corner: tuple[int, int], shape: tuple[int, int], fill: int
+) -> NDArray[Any]:
+    """Put cropped slices at ``corner`` of whole ones of ``shape``."""
+    whole = np.full((len(slices), *shape), fill, slices.dtype)
+    rows = slice(corner[0], corner[0] + slices.shape[1])
+    columns = slice(corner[1], corner[1] + slices.shape[2])
+    whole[:, rows, columns] = slices
+    return whole

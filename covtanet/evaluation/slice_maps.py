@@ -1,4 +1,8 @@
-"""Lesion maps of the slices of a series at the source's resolution, and their counts; as screening makes them."""
+"""Lesion maps of a series at the source's resolution, and their counts against the truth.
+
+Cropped to the lung box, with neighbours in z, and with or without four flips. Not covered: the lung
+mask, which the caller applies.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,62 +17,66 @@ from covtanet.ct.window import INTENSITY_STEPS, WindowConfig
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
 
 BATCH_SIZE = 32
-# The axes that are flipped: none, left to right, top to bottom, both.
+# Flipped axes: no axis, left to right, top to bottom, both.
 FLIPS: tuple[tuple[int, ...], ...] = ((), (3,), (2,), (2, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceMaps:
-    """Probabilities of lesion (S, y, x) in [0, 1] on the slices with lung, without and with flips."""
+    """Probabilities of lesion in [0, 1] on the slices with lung, (S, y, x)."""
 
     single: NDArray[np.float32]
+    """Without flips."""
     flipped: NDArray[np.float32]
+    """Mean over the four flips."""
 
 
 def lung_slices_with_neighbours(
     slices: SliceFile, size_px: int, channels: int, fill: int
 ) -> NDArray[np.uint16]:
-    """Network input of the slices with lung, (S, channels, size, size) uint16.
+    """Return the network's input of the slices with lung, (S, channels, size, size) uint16.
 
-    The same crop and resize as in screening. At the ends of a series, and if slices in a row are not
-    neighbours, a slice repeats itself.
+    At the ends of a series, and if successive slices are not neighbours, a slice is repeated.
     """
     window = WindowConfig(low_hu=0.0, high_hu=float(GREY_STEPS), size_px=size_px)
     levels = box_to_input(slices.grey, slices.box, window, fill)
     shown = np.flatnonzero(slices.has_lung)
     reach = 1 if slices.is_continuous and channels > 1 else 0
-    steps = (-reach, 0, reach) if channels > 1 else (0,)
-    rows = np.stack([np.clip(shown + step, 0, len(levels) - 1) for step in steps], axis=1)
+    distances = (-reach, 0, reach) if channels > 1 else (0,)
+    rows = np.stack([np.clip(shown + step, 0, len(levels) - 1) for step in distances], axis=1)
     return levels[rows]
 
 
 def predict_maps(
     module: nn.Module, slices: SliceFile, size_px: int, channels: int, fill: int
 ) -> SliceMaps:
-    """Predict the slices with lung in float32. module: in eval mode."""
+    """Predict the slices with lung in float32.
+
+    module: in eval mode. fill: grey value beyond the slice.
+    """
     device = next(module.parameters()).device
     levels = lung_slices_with_neighbours(slices, size_px, channels, fill)
     shape = (slices.grey.shape[1], slices.grey.shape[2])
-    out = [np.empty((len(levels), *shape), np.float32) for _ in range(2)]
+    single = np.empty((len(levels), *shape), np.float32)
+    flipped = np.empty_like(single)
     for start in range(0, len(levels), BATCH_SIZE):
         batch = levels[start : start + BATCH_SIZE].astype(np.float32) / INTENSITY_STEPS
         maps = _probabilities(module, torch.from_numpy(batch).to(device))
-        for offset, pair in enumerate(maps.cpu().numpy()):
-            for variant in range(2):
-                out[variant][start + offset] = box_from_input(pair[variant], slices.box, shape)
-    return SliceMaps(single=out[0], flipped=out[1])
+        for index, pair in enumerate(maps.cpu().numpy(), start):
+            single[index] = box_from_input(pair[0], slices.box, shape)
+            flipped[index] = box_from_input(pair[1], slices.box, shape)
+    return SliceMaps(single=single, flipped=flipped)
 
 
 @torch.inference_mode()
 def _probabilities(module: nn.Module, batch: Tensor) -> Tensor:
-    """(B, 2, size, size): without flips, and the mean over four."""
+    """Return the map without flips and the mean over four, (B, 2, size, size)."""
     images = batch.contiguous(memory_format=torch.channels_last)
-    found = []
+    maps = []
     for axes in FLIPS:
-        logits = module(torch.flip(images, axes) if axes else images)
-        p = torch.sigmoid(logits.float())
-        found.append(torch.flip(p, axes) if axes else p)
-    return torch.cat([found[0], torch.stack(found).mean(0)], 1)
+        logits = module(torch.flip(images, axes))
+        maps.append(torch.flip(torch.sigmoid(logits.float()), axes))
+    return torch.cat([maps[0], torch.stack(maps).mean(0)], 1)
 
 
 def slice_counts(
@@ -76,7 +84,7 @@ def slice_counts(
 ) -> NDArray[np.int64]:
     """Count TP, FP and FN of each slice at each threshold, (thresholds, S, 3).
 
-    probabilities, truth (bool): (S, y, x) on one device.
+    probabilities: (S, y, x). truth: (S, y, x) bool, on the same device.
     """
     lesion = truth.sum((1, 2))
     rows = []

@@ -1,6 +1,7 @@
 """Optimizer with two learning rates, gradient clipping, and the moving average of the weights."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +18,34 @@ STATISTICS = ("running_mean", "running_var")
 def make_optimizer(
     config: PhaseConfig, module: nn.Module, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of a phase, with a group each for encoder or rest, decayed or not.
+    """Return the optimizer of a phase, with separate groups for the encoder and for weight decay.
 
     fused: one kernel for all weights, on a GPU.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            # Biases, norms and the attention units' alpha have one axis and are never decayed.
             key = (name.startswith(ENCODER), parameter.ndim >= 2)
             groups.setdefault(key, []).append(parameter)
-    described = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if is_decayed else 0.0,
-            "rate_share": config.encoder_rate_share if is_encoder else 1.0,
-        }
+    options = [
+        _group_options(config, parameters, is_encoder=is_encoder, is_decayed=is_decayed)
         for (is_encoder, is_decayed), parameters in groups.items()
     ]
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(described, lr=config.learning_rate, fused=fused or None)
+    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer_class(options, lr=config.learning_rate, fused=fused or None)
+
+
+def _group_options(
+    config: PhaseConfig, parameters: list[nn.Parameter], *, is_encoder: bool, is_decayed: bool
+) -> dict[str, Any]:
+    rate_share = config.encoder_rate_share if is_encoder else 1.0
+    weight_decay = config.weight_decay if is_decayed else 0.0
+    return {"params": parameters, "weight_decay": weight_decay, "rate_share": rate_share}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group from that of the rest."""
+    """Set the rate of every group. rate: of all weights outside the encoder."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_share"]
 
@@ -51,7 +57,7 @@ def clip_gradients(config: PhaseConfig, parameters: Iterable[nn.Parameter]) -> N
 
 
 def set_final_bias(config: PhaseConfig, module: nn.Module) -> None:
-    """Set the start of TA-SegNet's final bias; the compared networks keep their own."""
+    """Set the initial bias of TA-SegNet's last layer; other networks are left unchanged."""
     if config.final_bias is not None and isinstance(module, TASegNet):
         layer = module.filter[-1]
         assert isinstance(layer, nn.Conv2d)
@@ -62,38 +68,44 @@ def set_final_bias(config: PhaseConfig, module: nn.Module) -> None:
 class WeightAverage:
     """Exponential moving average of a module's weights and batch-norm statistics.
 
-    The start is corrected as Adam's moments are: the average of the first k states has the weights
-    decay^(k-1), .., decay, 1, normalised, so that the random initial weights never enter.
+    The start is corrected as Adam corrects its moments: the first k states have the weights
+    decay^(k-1), .., decay, 1, normalised, so the random initial weights have no share.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.num_updates = decay, 0
-        self.source = [value for value in module.state_dict().values() if value.is_floating_point()]
-        self.names = [n for n, value in module.state_dict().items() if value.is_floating_point()]
-        self.average = [value.detach().clone() for value in self.source]
+        self.decay = decay
+        self.num_updates = 0
+        # The module's own tensors, which the optimizer changes in place.
+        self.source = {
+            name: value for name, value in module.state_dict().items() if value.is_floating_point()
+        }
+        self.average = {name: value.detach().clone() for name, value in self.source.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the module's present state."""
+        """Add the module's present state to the average."""
         self.num_updates += 1
         share = (1 - self.decay) / (1 - self.decay**self.num_updates)
-        torch._foreach_lerp_(self.average, self.source, share)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the averaged weights without batch-norm statistics, which lanes keep themselves."""
-        return {n: value for n, value in self.state().items() if not n.endswith(STATISTICS)}
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Return what ``restore`` needs, under names that no weight has."""
-        state = {f"{AVERAGE}{name}": value.cpu().clone() for name, value in self.state().items()}
-        return state | {NUM_UPDATES: torch.tensor(self.num_updates)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
-        self.num_updates = int(state[NUM_UPDATES])
-        for name, value in self.state().items():
-            value.copy_(state[f"{AVERAGE}{name}"])
+        averages = list(self.average.values())
+        torch._foreach_lerp_(averages, list(self.source.values()), share)
 
     def state(self) -> dict[str, Tensor]:
         """Return the averaged tensors by name."""
-        return dict(zip(self.names, self.average, strict=True))
+        return dict(self.average)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the averaged weights only; lanes average batch-norm statistics themselves."""
+        return {
+            name: value for name, value in self.average.items() if not name.endswith(STATISTICS)
+        }
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return the state that ``restore`` reads, under names that no weight has."""
+        state = {f"{AVERAGE}{name}": value.cpu().clone() for name, value in self.average.items()}
+        return state | {NUM_UPDATES: torch.tensor(self.num_updates)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint."""
+        self.num_updates = int(state[NUM_UPDATES])
+        for name, value in self.average.items():
+            value.copy_(state[f"{AVERAGE}{name}"])

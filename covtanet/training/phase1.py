@@ -45,7 +45,9 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     )
 
 
-def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None) -> Tensor:
+def supervised_sums(
+    found: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None
+) -> Tensor:
     """The loss's sums of every map that a network gives in training, (K * num_sums,).
 
     Choice: the same loss on all of them, its mean over them, so that every network of a table is trained alike; an edge

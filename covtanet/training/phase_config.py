@@ -18,52 +18,45 @@ class PhaseConfig:
     """
 
     num_epochs: int = 100
-    """Passes over the training samples at most."""
+    """Largest number of passes over the training samples."""
     batch_size: int = 4
     """Samples of a micro-batch, over which batch norm takes its statistics."""
     micro_batches: int = 2
-    """Micro-batches of an optimizer step, dealt out over the workers; a worker with several
+    """Micro-batches of an optimizer step, shared out over the workers; a worker with several
     accumulates gradients."""
     optimizer: str = "adam"
     """``adam`` (the paper's) or ``adamw``, whose weight decay is decoupled from the gradient."""
     learning_rate: float = 1e-5
-    """Rate of all weights but a pretrained encoder's; the peak if there is a warm-up."""
+    """Rate of all weights outside the encoder; the peak if there is a warm-up."""
     encoder_rate_share: float = 1.0
-    """Rate of the encoder over ``learning_rate``. Below 1 a pretrained encoder is kept: at one rate of
-    5e-3 its convolutions moved by 58 % of their norm."""
+    """Rate of the encoder over ``learning_rate``. Below 1 it preserves a pretrained encoder: at a
+    rate of 5e-3 for all weights its convolutions moved by 58 % of their norm."""
     weight_decay: float = 0.0
-    """Of weights with two or more axes; biases, norms and the units' alpha are never decayed."""
+    """Decay of weights with two or more axes; biases, norms and the units' alpha have none."""
     schedule: str = "step"
     """``step`` (the paper's decay) or ``cosine`` to zero over all epochs."""
     decay: float = 0.99
-    """Factor of the rate after every ``decay_epochs``, schedule ``step`` alone."""
+    """Factor of the rate after every ``decay_epochs``; schedule ``step`` only."""
     decay_epochs: int = 10
-    """Epochs between two decays, schedule ``step`` alone."""
+    """Epochs between two decays; schedule ``step`` only."""
     warmup_share: float = 0.0
     """Share of all steps over which the rate rises linearly from zero."""
     clip_norm: float = 0.0
-    """Largest norm of a step's gradients; 0 clips nothing."""
+    """Largest norm of a step's gradients; 0 switches clipping off."""
     average_decay: float = 0.0
-    """Decay of the exponential moving average of the weights, which is then the result; 0 for none."""
+    """Decay of the exponential moving average of the weights, which is then validated and returned;
+    0 switches it off."""
     final_bias: float | None = None
-    """Bias of TA-SegNet's last layer at the start; null leaves the layer's own random one. -2 is 12 %
-    of lesion, which saves the first hundred steps of learning that most pixels have none."""
+    """Initial bias of TA-SegNet's last layer; null leaves it random. -2 is a probability of 12 %:
+    the first hundred steps need not learn that most pixels show no lesion."""
     stop_after_epochs: int = 20
     """Epochs without a better validation after which the phase ends."""
     precision: str = "auto"
-    """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU that has it."""
+    """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU that supports it."""
 
     def __post_init__(self) -> None:
         self._check_counts()
-        for name, names in (
-            ("precision", PRECISIONS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in names:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected one of {', '.join(names)}"
-                )
+        self._check_names()
         for name in ("warmup_share", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more and below 1")
@@ -71,6 +64,13 @@ class PhaseConfig:
             raise ValueError(
                 "weight_decay and clip_norm must be at least 0, encoder_rate_share above 0"
             )
+
+    def _check_names(self) -> None:
+        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for name, names in choices.items():
+            value = getattr(self, name)
+            if value not in names:
+                raise ValueError(f"{name} is {value}, expected one of {', '.join(names)}")
 
     def _check_counts(self) -> None:
         counts = (
@@ -87,7 +87,7 @@ class PhaseConfig:
             )
 
     def rate(self, epoch: float) -> float:
-        """Return the learning rate at an epoch; a fraction is the share of the epoch's steps done."""
+        """Return the learning rate; a fraction of an epoch is the share of its steps done."""
         done = epoch / self.num_epochs
         if self.schedule == "cosine":
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
