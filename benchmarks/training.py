@@ -26,18 +26,19 @@ from covtanet import tracking
 from covtanet.data.folds import Split
 from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
+from covtanet.data.prepared_file import file_uri
+from covtanet.experiments.preparation import prepare_volumes
 from covtanet.model.losses import FocalTverskyConfig
-from covtanet.model.segnet import TASegNet
+from covtanet.model.registry import build_segmenter
 from covtanet.phantoms.archive import configs, write_training_set
-from covtanet.training import distributed
 from covtanet.training.config import TrainingConfig
-from covtanet.training.distributed import Place
 from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
+from covtanet.training.lanes import slice_rows
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
-from covtanet.training.worker import slice_rows
+from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
 NUM_EPOCHS = 4  # the first is not counted
@@ -65,7 +66,7 @@ def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=count)
     torch.manual_seed(0)
-    segnet = TASegNet(CONFIG.architecture.segnet)
+    segnet = build_segmenter(CONFIG.architecture.segnet)
     segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(segnet, forward_sync_buffers=False)
     volumes = [slice_rows(pq.read_table(path), CONFIG.window.size_px) for path in lanes[index]]
@@ -108,28 +109,26 @@ class PreparedData:
         """The folder of the prepared volumes."""
         return str(self.folder / "prepared")
 
-    def checkpoints(self, name: str) -> Place:
+    def checkpoints(self, name: str) -> PhaseRun:
         """Return the location of a measured training's checkpoints."""
         run = tracking.RunAddress(
             uri=f"sqlite:///{self.folder}/mlflow.db", experiment="bench", name=name, key=name
         )
         storage_uri = str(self.folder / "checkpoints")
-        return Place(storage_uri=storage_uri, name=f"{name}-{time.time_ns()}", run=run)
+        return PhaseRun(storage_uri=storage_uri, name=f"{name}-{time.time_ns()}", run=run)
 
     def train_phase1(self, name: str, config: TrainingConfig) -> History:
         """Train phase 1 under Ray; return the history."""
         say(f"phase 1 under Ray, {name}")
         location = self.checkpoints(name)
-        return distributed.train_phase1(
-            config, self.volumes, self.split, self.uri, location
-        ).history
+        return train_phase1(config, self.volumes, self.split, self.uri, location).history
 
     def lanes(self) -> list[list[str]]:
         """Return the files of the prepared volumes, lane by lane."""
         num_slices = {key: len(self.volumes[key].slices) for key in self.split.train}
         lanes = []
         for keys in assign_lanes(num_slices, PHASE1.micro_batches):
-            lanes.append([distributed.prepared_uri_of(self.uri, key) for key in keys])
+            lanes.append([file_uri(self.uri, key) for key in keys])
         return lanes
 
 
@@ -153,7 +152,7 @@ def measure() -> list[Result]:
 
 
 def _prepare(folder: Path, labelled: list[LabelledVolume]) -> PreparedData:
-    prepared = distributed.prepare_volumes(
+    prepared = prepare_volumes(
         labelled,
         str(folder / "data"),
         str(folder / "prepared"),
@@ -197,13 +196,13 @@ def _measure_phase1(data: PreparedData) -> list[Result]:
 
 def _measure_phase2(data: PreparedData) -> list[Result]:
     torch.manual_seed(0)
-    segnet = TASegNet(CONFIG.architecture.segnet)
+    segnet = build_segmenter(CONFIG.architecture.segnet)
     state = {name: value.contiguous() for name, value in segnet.state_dict().items()}
     steps = {}
     for name, is_cached in (("cached", True), ("recomputed", False)):
         say(f"phase 2, features {name}")
         config = replace(CONFIG, cache_features=is_cached)
-        progress = distributed.train_phase2(
+        progress = train_phase2(
             config, data.volumes, data.split, data.uri, data.checkpoints(name), state
         )
         steps[name] = step_s(progress.history)
@@ -217,7 +216,7 @@ def measure_device() -> list[Result]:
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch.manual_seed(0)
     config = TrainingConfig()
-    segnet = TASegNet(config.architecture.segnet)
+    segnet = build_segmenter(config.architecture.segnet)
     segnet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = torch.rand(8, 1, config.window.size_px, config.window.size_px, device=device)
     optimizer = torch.optim.Adam(segnet.parameters())

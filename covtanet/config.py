@@ -1,4 +1,7 @@
-"""A run's TOML file to the dataclasses of those who own the settings. An unknown name is an error; no defaults here."""
+"""Reading a TOML file into the dataclasses of the settings.
+
+An unknown name is an error. Defaults stand in those dataclasses alone.
+"""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -16,15 +19,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where things are, as paths or s3:// URIs; flags of the jobs win. Empty for what the flags give."""
+    """Locations as paths or s3:// URIs; flags of the commands replace them."""
 
     data: str = ""
+    """Data set of a training; empty if the flag gives it."""
     storage: str = ""
+    """Folder for everything a training keeps; empty if the flag gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a job's TOML file may set, one table per part."""
+    """Everything that a TOML file may set, one table per field."""
 
     places: Places = field(default_factory=Places)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -32,31 +37,31 @@ class RunConfig:
 
 
 def load_config(path: Path | None) -> RunConfig:
-    """Read a TOML file; without one, the defaults of every part.
+    """Read a TOML file; without a file, return the defaults of every table.
 
     Raises:
-        ConfigError: no such file, no TOML, an unknown name or a value out of range.
+        ConfigError: missing file, not TOML, an unknown name or a value out of range.
     """
     return RunConfig() if path is None else read_toml(path, RunConfig)
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
-    """A TOML file to a dataclass, which may hold others.
+    """Read a TOML file into a dataclass, which may hold others.
 
     Raises:
-        ConfigError: no such file, no TOML, an unknown name or a value out of range.
+        ConfigError: missing file, not TOML, an unknown name or a value out of range.
     """
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path} cannot be read") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+        raise ConfigError(f"{path} is not TOML: {error}") from error
     # A configuration given for a list holds for the plain dataclasses in it, at every depth.
     adapter: TypeAdapter[list[T]] = TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
     try:
         return adapter.validate_python([values])[0]
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise ConfigError(f"{path}: {where}: {first['msg']}") from error
+        name = ".".join(str(part) for part in first["loc"][1:])
+        raise ConfigError(f"{path}: {name}: {first['msg']}") from error

@@ -1,4 +1,4 @@
-"""The data sets by name: where each keeps its volumes, and what to know before training on it."""
+"""Data sets by the name of their layout, with licences and known traps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,29 +8,32 @@ from covtanet.data import covid20, mosmed, stacks
 from covtanet.data.labels import LabelledVolume, read_labels
 from covtanet.errors import ConfigError
 
-MANIFESTS = ("labels.parquet", "labels.csv")
+INDEX_SUFFIXES = (".csv", ".parquet")
+INDEX_NAMES = ("labels.parquet", "labels.csv")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A reader of one layout, and its known traps."""
+    """A layout of labelled volumes."""
 
     read: Callable[[str], list[LabelledVolume]]
     notes: tuple[str, ...] = ()
+    """Licence and known traps, printed with the data report."""
 
 
-def read_manifest(uri: str) -> list[LabelledVolume]:
-    """Read one's own manifest: the file itself, or a folder with labels.parquet or labels.csv."""
-    if uri.lower().endswith((".csv", ".parquet")):
+def read_index(uri: str) -> list[LabelledVolume]:
+    """Read an index: the file itself, or labels.parquet or labels.csv of a folder."""
+    if uri.lower().endswith(INDEX_SUFFIXES):
         return read_labels(uri)
-    for name in MANIFESTS:
+    for name in INDEX_NAMES:
         if storage.exists(storage.join(uri, name)):
             return read_labels(storage.join(uri, name))
-    raise ConfigError(f"neither {' nor '.join(MANIFESTS)} in the data's place")
+    raise ConfigError(f"the data set has neither {' nor '.join(INDEX_NAMES)}")
 
 
+# The name manifest is that of earlier recipes; the file is an index.
 DATASETS = {
-    "manifest": Dataset(read=read_manifest),
+    "manifest": Dataset(read=read_index),
     "mosmed": Dataset(read=mosmed.read, notes=mosmed.NOTES),
     "covid20": Dataset(read=covid20.read, notes=covid20.NOTES),
     "stacks": Dataset(read=stacks.read, notes=stacks.NOTES),
@@ -38,18 +41,19 @@ DATASETS = {
 
 
 def root_of(uri: str) -> str:
-    """What relative paths of a data set are relative to: its folder, also where its manifest is named."""
-    return uri.rpartition("/")[0] if uri.lower().endswith((".csv", ".parquet")) else uri
+    """Return the folder that relative paths refer to, also if the index itself is named."""
+    return uri.rpartition("/")[0] if uri.lower().endswith(INDEX_SUFFIXES) else uri
 
 
 def read_volumes(dataset: str, uri: str) -> list[LabelledVolume]:
-    """The volumes of a data set, by path.
+    """Return the volumes of a data set in the order of their paths.
 
     Raises:
-        ConfigError: where the layout is another, or two rows name one volume.
+        ConfigError: another layout, or two rows that name one volume.
     """
     volumes = sorted(DATASETS[dataset].read(uri), key=lambda volume: volume.volume_path)
     paths = [volume.volume_path for volume in volumes]
-    if len(set(paths)) != len(paths):
-        raise ConfigError(f"{len(paths) - len(set(paths))} volumes stand in the data set twice")
+    num_duplicates = len(paths) - len(set(paths))
+    if num_duplicates:
+        raise ConfigError(f"{num_duplicates} volumes are in the data set twice")
     return volumes

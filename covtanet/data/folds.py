@@ -1,4 +1,7 @@
-"""Folds and the validation part by patient, stratified, the same for the same volumes in whatever order they come."""
+"""Folds and the validation part, by patient and stratified.
+
+The same volumes give the same folds, in whatever order they come.
+"""
 
 import hashlib
 from collections import defaultdict
@@ -11,17 +14,18 @@ from covtanet.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the split needs of a volume. grade: normal, mild, severe or null."""
+    """The values of a volume that the split reads."""
 
     key: str
     patient: str
     grade: str | None
+    """Normal, mild, severe or null."""
     has_lesion_mask: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Keys of one fold's volumes, each sorted."""
+    """Keys of one fold's volumes, sorted."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -29,13 +33,14 @@ class Split:
 
 
 def assign_folds(cases: Sequence[Case], num_folds: int, seed: int) -> dict[str, int]:
-    """Patient -> fold 0 .. num_folds - 1.
+    """Return the fold, 0 .. num_folds - 1, of every patient.
 
-    Patients are dealt out within strata of grade and of having a lesion mask, so that every fold has its share of each
-    grade and of what phase 1 can train on. A patient with several volumes counts as the worst of them.
+    Patients are dealt out within strata of grade and of having a lesion mask, so that every fold
+    has its share of each grade and of the volumes that phase 1 can train on. A patient with several
+    volumes counts as the worst of them.
 
     Raises:
-        ConfigError: for fewer patients than folds.
+        ConfigError: fewer patients than folds.
     """
     strata = _strata(cases)
     num_patients = sum(len(patients) for patients in strata.values())
@@ -44,30 +49,25 @@ def assign_folds(cases: Sequence[Case], num_folds: int, seed: int) -> dict[str, 
     folds: dict[str, int] = {}
     for stratum in sorted(strata):
         for patient in sorted(strata[stratum], key=lambda patient: _rank(patient, f"fold {seed}")):
-            folds[patient] = (
-                len(folds) % num_folds
-            )  # going on where the last stratum ended keeps folds level
+            # Goes on after the last fold of the stratum before, which keeps the folds level.
+            folds[patient] = len(folds) % num_folds
     return folds
 
 
 def split(
     cases: Sequence[Case], folds: dict[str, int], fold: int, validation_share: float, seed: int
 ) -> Split:
-    """Test on one fold; of the others' patients hold a share back for validation, stratified as the folds are.
+    """Test on one fold; hold back a share of the patients of the other folds for validation.
 
-    Choice: the paper names no validation part; stopping on the test fold would be optimistic. Every stratum of at
-    least two patients gives at least one to validation.
+    Choice: the paper names no validation part; stopping on the test fold would be optimistic. Every
+    stratum of at least two patients gives at least one to validation.
     """
     rest = [case for case in cases if folds[case.patient] != fold]
     held: set[str] = set()
     for patients in _strata(rest).values():
         ranked = sorted(patients, key=lambda patient: _rank(patient, f"validation {seed} {fold}"))
-        wanted = (
-            max(1, round(validation_share * len(ranked)))
-            if validation_share and len(ranked) > 1
-            else 0
-        )
-        held.update(ranked[:wanted])
+        if validation_share and len(ranked) > 1:
+            held.update(ranked[: max(1, round(validation_share * len(ranked)))])
     return Split(
         train=_keys(case for case in rest if case.patient not in held),
         validation=_keys(case for case in rest if case.patient in held),
@@ -84,9 +84,9 @@ def _strata(cases: Sequence[Case]) -> dict[tuple[int, bool], list[str]]:
     for case in cases:
         by_patient[case.patient].append(case)
     strata: dict[tuple[int, bool], list[str]] = defaultdict(list)
-    for patient, own in by_patient.items():
-        worst = max(GRADES.index(case.grade) if case.grade else -1 for case in own)
-        strata[worst, any(case.has_lesion_mask for case in own)].append(patient)
+    for patient, volumes in by_patient.items():
+        worst = max(GRADES.index(case.grade) if case.grade else -1 for case in volumes)
+        strata[worst, any(case.has_lesion_mask for case in volumes)].append(patient)
     return strata
 
 

@@ -1,12 +1,13 @@
-"""Labelled volumes for training: what a data set says of each, as a manifest in CSV or Parquet.
+"""Labelled volumes, and the index of a data set that lists them in CSV or Parquet.
 
-A manifest has one row per volume. Only ``volume_path`` and ``patient`` are needed; the other columns may be left out.
+An index has one row per volume. Only ``volume_path`` and ``patient`` are needed; the other columns
+may be left out.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -36,29 +37,30 @@ LABELS = (
     ("infected", "severe"),
 )
 INTENSITIES = ("hu", "grey8", "auto")
+# Section III-A: severe above a quarter of the lung.
 SEVERE_INVOLVEMENT = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledVolume:
-    """One NIfTI volume with its truth.
-
-    Paths are absolute, or relative to the data set. lesion_labels, lung_labels: the mask's values that count, as
-    ``2`` or ``1 2``; empty for every value above 0. diagnosis: ``normal``, ``infected``, or null where it follows from
-    the masks. severity: ``mild`` or ``severe`` of an infected one, else null. intensity: ``hu``, or ``grey8`` for
-    volumes that were windowed to 0..255 at their source, which no window can undo; ``auto`` takes values that all lie
-    in 0..255 for grey values, where HU would have air below 0.
-    """
+    """One NIfTI volume with its truth. Paths are absolute, or relative to the data set."""
 
     volume_path: str
     patient: str
     lesion_mask_path: str | None = None
     lung_mask_path: str | None = None
     lesion_labels: str = ""
+    """Values of the lesion mask that count, as ``2`` or ``1 2``; empty for all above 0."""
     lung_labels: str = ""
+    """Values of the lung mask that count; empty for all above 0."""
     diagnosis: str | None = None
+    """``normal`` or ``infected``; null if it follows from the masks."""
     severity: str | None = None
+    """``mild`` or ``severe`` of an infected volume, else null."""
     intensity: str = "hu"
+    """``hu``; ``grey8`` for volumes that were windowed to 0..255 at their source, which no window
+    can undo; ``auto`` takes values that all lie in 0..255 for grey values, as HU would have air
+    below 0."""
 
     def __post_init__(self) -> None:
         if (self.diagnosis, self.severity) not in LABELS:
@@ -74,22 +76,22 @@ class LabelledVolume:
 
 
 def label_values(labels: str) -> tuple[int, ...]:
-    """``1 2`` to (1, 2)."""
+    """Return ``1 2`` as (1, 2)."""
     return tuple(int(value) for value in labels.split())
 
 
 def grade_of(diagnosis: str | None, severity: str | None) -> str | None:
-    """``normal``, ``mild`` or ``severe``; null where it is not known."""
+    """Return ``normal``, ``mild`` or ``severe``; null if it is not known."""
     return "normal" if diagnosis == "normal" else severity
 
 
 def severity_of(involvement: float) -> str:
-    """The paper's rule (Section III-A): severe above a quarter of the lung."""
+    """Return the severity by the paper's rule (Section III-A)."""
     return "severe" if involvement > SEVERE_INVOLVEMENT else "mild"
 
 
 def write_labels(uri: str, volumes: Iterable[LabelledVolume]) -> None:
-    """Write a manifest as Parquet."""
+    """Write an index as Parquet."""
     table = pa.Table.from_pylist([vars(volume) for volume in volumes], schema=LABELS_SCHEMA)
     buffer = BytesIO()
     pq.write_table(table, buffer)
@@ -97,49 +99,52 @@ def write_labels(uri: str, volumes: Iterable[LabelledVolume]) -> None:
 
 
 def read_labels(uri: str) -> list[LabelledVolume]:
-    """Read a manifest, CSV or Parquet by its name.
+    """Read an index, CSV or Parquet by its name.
 
     Raises:
-        ConfigError: where a column is missing or unknown, or a label is none of ours.
+        ConfigError: a column is missing or unknown, a required value is missing, or a label is
+            unknown.
     """
-    data = BytesIO(storage.read_bytes(uri))
-    names = LABELS_SCHEMA.names
-    try:
-        if uri.lower().endswith(".csv"):
-            options = pacsv.ConvertOptions(
-                column_types={name: pa.string() for name in names},
-                strings_can_be_null=True,
-                null_values=[""],
-            )
-            table = pacsv.read_csv(data, convert_options=options)
-        else:
-            table = pq.read_table(data)
-    except pa.ArrowInvalid as error:
-        raise ConfigError("the manifest cannot be read, expected CSV or Parquet") from error
-    for name in REQUIRED:
-        if name not in table.column_names:
-            raise ConfigError(
-                f"the manifest has no column {name}, expected {', '.join(REQUIRED)} and any of {names[2:]}"
-            )
-    if unknown := set(table.column_names) - set(names):
-        raise ConfigError(
-            f"the manifest has a column {sorted(unknown)[0]}, expected {', '.join(names)}"
-        )
-    defaults = {
-        field.name: field.default for field in fields(LabelledVolume) if field.name not in REQUIRED
-    }
+    table = _read_table(uri)
+    _check_columns(table.column_names)
     table = table.cast(pa.schema([pa.field(name, pa.string()) for name in table.column_names]))
-    rows = [
-        {name: value for name, value in row.items() if value is not None}
-        for row in table.to_pylist()
-    ]
-    for number, row in enumerate(rows, start=1):
-        if missing := [name for name in REQUIRED if name not in row]:
-            raise ConfigError(f"row {number} of the manifest has no {missing[0]}")
-    return [LabelledVolume(**{**defaults, **row}) for row in rows]
+    return [_volume(number, row) for number, row in enumerate(table.to_pylist(), start=1)]
 
 
-def digest(volumes: Sequence[LabelledVolume]) -> str:
-    """SHA-256 over all labels, in whatever order they come."""
-    lines = sorted(repr(sorted(vars(volume).items())) for volume in volumes)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _read_table(uri: str) -> pa.Table:
+    data = BytesIO(storage.read_bytes(uri))
+    try:
+        if not uri.lower().endswith(".csv"):
+            return pq.read_table(data)
+        # Every column is text: pyarrow would guess numbers for patients and labels.
+        options = pacsv.ConvertOptions(
+            column_types={name: pa.string() for name in LABELS_SCHEMA.names},
+            strings_can_be_null=True,
+            null_values=[""],
+        )
+        return pacsv.read_csv(data, convert_options=options)
+    except pa.ArrowInvalid as error:
+        raise ConfigError("the index cannot be read, expected CSV or Parquet") from error
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    names = LABELS_SCHEMA.names
+    for name in REQUIRED:
+        if name not in columns:
+            optional = ", ".join(names[len(REQUIRED) :])
+            raise ConfigError(
+                f"the index has no column {name}, expected {', '.join(REQUIRED)} and any of "
+                f"{optional}"
+            )
+    unknown = sorted(set(columns) - set(names))
+    if unknown:
+        raise ConfigError(f"the index has a column {unknown[0]}, expected {', '.join(names)}")
+
+
+def _volume(number: int, row: dict[str, str | None]) -> LabelledVolume:
+    # An empty field is the column's default.
+    values: dict[str, Any] = {name: value for name, value in row.items() if value is not None}
+    for name in REQUIRED:
+        if name not in values:
+            raise ConfigError(f"row {number} of the index has no {name}")
+    return LabelledVolume(**values)

@@ -1,7 +1,8 @@
-"""MosMedData (Morozov et al. 2020) as it is distributed: ``studies/CT-0`` .. ``CT-4`` and ``masks``.
+"""MosMedData (Morozov et al. 2020) as distributed: ``studies/CT-0`` .. ``CT-4`` and ``masks``.
 
-1110 studies of as many people: 254 CT-0, 684 CT-1, 125 CT-2, 45 CT-3, 2 CT-4. The paper's classes are normal (CT-0),
-mild (CT-1, up to a quarter of the lung) and severe (CT-2 and above). Licence CC BY-NC-ND 3.0.
+1110 studies of as many people: 254 CT-0, 684 CT-1, 125 CT-2, 45 CT-3, 2 CT-4. The paper's classes
+are normal (CT-0), mild (CT-1, up to a quarter of the lung) and severe (CT-2 and above). Licence
+CC BY-NC-ND 3.0.
 """
 
 import re
@@ -16,8 +17,8 @@ LABELS = {0: ("normal", None), 1: ("infected", "mild")}
 SEVERE = ("infected", "severe")
 
 NOTES = (
-    "MosMedData: CC BY-NC-ND 3.0. Neither the data nor volumes made from it may be passed on; weights trained on it "
-    "are for non-commercial use.",
+    "MosMedData: CC BY-NC-ND 3.0. Neither the data nor volumes made from it may be passed on; "
+    "weights trained on it are for non-commercial use.",
     "MosMedData: every lesion mask is of grade CT-1, so the segmentation never sees a severe case.",
 )
 
@@ -26,7 +27,7 @@ def read(uri: str) -> list[LabelledVolume]:
     """Find the studies and their masks below a folder or s3:// prefix.
 
     Raises:
-        ConfigError: where there is no study in this layout.
+        ConfigError: no study in this layout.
     """
     paths = [item.path for _, objects in storage.walk(uri, leaves_root=True) for item in objects]
     masks = {match["name"]: path for path in paths if (match := MASK.fullmatch(path))}
@@ -45,6 +46,7 @@ def read(uri: str) -> list[LabelledVolume]:
             )
     if not volumes:
         raise ConfigError(
-            "no studies/CT-0 .. CT-4/study_NNNN.nii.gz below the data's place, expected MosMedData's layout"
+            "no studies/CT-0 .. CT-4/study_NNNN.nii.gz in the data set's folder, expected "
+            "MosMedData's layout"
         )
     return volumes

@@ -1,7 +1,8 @@
-"""python -m covtanet.data.pictures: a folder of 2D slices and one of their masks to a stack and its mask.
+"""python -m covtanet.data.pictures: join 2D slices and their masks into a stack and its mask.
 
-PNG or JPEG of grey values, as COVID-SemiSeg's 50 slices are; a mask is called as its slice is, and lesion is brighter
-than half. The stack is what ``stacks`` reads, and counts as one patient, whatever number of them it was joined from.
+PNG or JPEG of grey values, such as COVID-SemiSeg's 50 slices; a mask has its slice's name, and
+lesion is brighter than half. ``stacks`` reads the result, and counts it as one patient, whatever
+number of patients it was joined from.
 """
 
 import argparse
@@ -17,26 +18,26 @@ from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-HALF = 127
+HALF = 127  # of 255
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
-    """Grey values of a picture (H, W).
+    """Return the grey values of a picture (H, W).
 
     Raises:
-        ConfigError: where the file is no picture.
+        ConfigError: the file is not a picture.
     """
     try:
-        with Image.open(path) as found:
-            return np.asarray(found.convert("L"))
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(
-            f"{path.name} is no picture that can be read, expected PNG or JPEG"
+            f"{path.name} cannot be read as a picture, expected PNG or JPEG"
         ) from error
 
 
 def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDArray[np.uint8]:
-    """A picture (H, W) turned counterclockwise and padded by black, at side_px x side_px."""
+    """Return a picture (H, W) turned counterclockwise and padded by black to a square."""
     grey = np.rot90(grey, quarter_turns)
     height, width = grey.shape
     side = max(height, width)
@@ -48,11 +49,11 @@ def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDAr
 def join(
     images: Path, masks: Path, side_px: int = 256, quarter_turns: int = 0
 ) -> tuple[NDArray[np.uint8], ...]:
-    """The slices that have a mask, by name: grey values and lesion (0, 1), each (S, H, W).
+    """Return grey values and lesion masks (0, 1), (S, H, W), of the slices that have a mask.
 
     Raises:
-        ConfigError: where there is none, a file is no picture, a mask is not of its slice's size, or none marks a
-            lesion, as where masks hold labels rather than black and white.
+        ConfigError: no slice has a mask, a file is not a picture, a mask is not of its slice's
+            size, or no mask marks a lesion, such as masks of labels instead of black and white.
     """
     by_name = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
     paths = sorted(
@@ -79,7 +80,7 @@ def join(
 
 
 def write_stack(path: Path, slices: NDArray[np.uint8]) -> None:
-    """One NIfTI of slices (S, H, W): the spine at the bottom, and no unit for a spacing that is not known."""
+    """Write slices (S, H, W) as NIfTI: the spine at the bottom, the spacing without a unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.Nifti1Image(slices.transpose(2, 1, 0), LPS_TO_RAS).to_filename(path)
 

@@ -1,19 +1,16 @@
-"""Volumes as the networks read them, made once: folds, phases, ablations and restarts all train on the same files.
+"""Prepared volumes: labelled volumes as the networks read them, made once.
 
-A prepared volume is one Parquet file, a row per slice, named by a digest of everything that went into it; its metadata
-say what was found, or why the volume was refused. Pure functions of bytes; who calls them decides where and when.
+Folds, phases, ablations and restarts train on the same files. A prepared volume is named by a
+digest of everything that went into it; a refused one has its reason. Pure functions of bytes:
+reading and writing storage is left to the caller, the file's layout to ``prepared_file``.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from covtanet.ct import nifti
@@ -34,8 +31,7 @@ from covtanet.errors import Reason, StudyError
 FORMAT_VERSION = 2
 KEY_DIGITS = 16
 GREY8 = (0.0, 255.0)
-DESCRIPTION = b"covtanet.prepared"
-# Why a volume or its mask is refused, beside the reasons of screening.
+# Reasons to refuse a volume or its mask, in addition to those of screening.
 REASONS = (
     "missing",
     "storage",
@@ -47,46 +43,41 @@ REASONS = (
     "unlabelled",
 )
 
-SLICE_SCHEMA = pa.schema([
-    pa.field("volume", pa.string(), nullable=False),
-    pa.field("slice", pa.int32(), nullable=False),
-    pa.field("levels", pa.binary(), nullable=False),
-    pa.field("lesion", pa.binary()),
-    pa.field("lesion_px", pa.int32()),
-])  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedVolume:
-    """One row of the data report. lesion_px: lesion pixels of each prepared slice, null without a lesion mask.
-
-    involvement: of the lung by the masks, null where a mask is missing. spacing_mm: z, y, x; null where unknown.
-    """
+    """Description of a prepared or refused volume; one row of the data report."""
 
     key: str
     volume_path: str
     patient: str
     intensity: str
+    """``hu`` or ``grey8``; ``auto`` only of a volume that was refused before it was read."""
     diagnosis: str | None = None
     severity: str | None = None
     reason: str | None = None
+    """Code of the refusal; null of a prepared volume."""
     reason_detail: str | None = None
     num_slices: int | None = None
     spacing_mm: tuple[float, float, float] | None = None
+    """Spacing along z, y and x; null if the file does not say."""
     slices: tuple[int, ...] = ()
+    """Indices of the prepared slices in the volume."""
     lesion_px: tuple[int, ...] | None = None
+    """Lesion pixels of each prepared slice; null without a lesion mask."""
     involvement: float | None = None
+    """Involvement by the masks; null if a mask is missing."""
     source_digest: str | None = None
     size_px: int = 0
 
     @property
     def grade(self) -> str | None:
-        """Normal, mild or severe; null where neither label nor masks say."""
+        """Normal, mild or severe; null if neither label nor masks say."""
         return grade_of(self.diagnosis, self.severity)
 
     @property
     def case(self) -> Case:
-        """What the split needs to know."""
+        """The values that the split into folds reads."""
         return Case(
             key=self.key,
             patient=self.patient,
@@ -97,16 +88,18 @@ class PreparedVolume:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Slices of one volume. levels: (S, H, W) uint16; lesion: (S, H, W) uint8 of 0 and 1, or null without a mask."""
+    """Slices of one volume."""
 
     levels: NDArray[np.uint16]
+    """Intensities (S, H, W) in steps of 1/65535."""
     lesion: NDArray[np.uint8] | None
+    """Lesion masks (S, H, W) of 0 and 1; null without a mask."""
 
 
 def volume_key(
     volume: LabelledVolume, versions: Sequence[str], window: WindowConfig, slice_step_mm: float
 ) -> str:
-    """Digest of labels, source versions and preprocessing: what changes it makes another prepared volume."""
+    """Return a digest of labels, source versions and preprocessing."""
     parts = [
         FORMAT_VERSION,
         sorted(vars(volume).items()),
@@ -124,30 +117,27 @@ def prepare(
     window: WindowConfig,
     slice_step_mm: float,
 ) -> tuple[PreparedVolume, Samples | None]:
-    """Read a volume and its masks and make the network's input; a refused one comes back with its reason.
+    """Read a volume and its masks and make the network's input.
 
-    contents: bytes by path.
+    contents: bytes by path. A refused volume has a reason and no samples.
     """
-    found = PreparedVolume(
-        key=key,
-        volume_path=volume.volume_path,
-        patient=volume.patient,
-        intensity=volume.intensity,
-        diagnosis=volume.diagnosis,
-        severity=volume.severity,
-        source_digest=hashlib.sha256(contents[volume.volume_path]).hexdigest(),
-        size_px=window.size_px,
-    )
+    digest = hashlib.sha256(contents[volume.volume_path]).hexdigest()
+    description = replace(_unread(volume, key, window), source_digest=digest)
     try:
-        return _prepare(volume, found, contents, window, slice_step_mm)
+        return _prepare(volume, description, contents, window, slice_step_mm)
     except StudyError as error:
-        return replace(found, reason=error.reason, reason_detail=str(error)), None
+        return replace(description, reason=error.reason, reason_detail=str(error)), None
 
 
 def refused(
     volume: LabelledVolume, key: str, window: WindowConfig, reason: str, detail: str
 ) -> PreparedVolume:
-    """The report row of a volume that could not be read at all; nothing is kept of it."""
+    """Return the description of a volume that could not be read at all."""
+    return replace(_unread(volume, key, window), reason=reason, reason_detail=detail)
+
+
+def _unread(volume: LabelledVolume, key: str, window: WindowConfig) -> PreparedVolume:
+    """Return the data set's entries of a volume, before its bytes are read."""
     return PreparedVolume(
         key=key,
         volume_path=volume.volume_path,
@@ -155,15 +145,13 @@ def refused(
         intensity=volume.intensity,
         diagnosis=volume.diagnosis,
         severity=volume.severity,
-        reason=reason,
-        reason_detail=detail,
         size_px=window.size_px,
     )
 
 
 def _prepare(
     volume: LabelledVolume,
-    found: PreparedVolume,
+    description: PreparedVolume,
     contents: dict[str, bytes],
     window: WindowConfig,
     slice_step_mm: float,
@@ -172,27 +160,43 @@ def _prepare(
     intensity, ct = _read(data, volume.intensity)
     lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
     lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
-    shown, involvement = _lung_slices(ct, lesion, lung, intensity)
+    lung_slices, involvement = _lung_slices(ct, lesion, lung, intensity)
     has_spacing = nifti.has_spacing(data)
-    # Nominal millimetres are none to thin slices by.
-    chosen = thin_slices(shown, ct.spacing_mm[0], slice_step_mm if has_spacing else 0.0)[0]
+    # A spacing without a unit is no distance: then every slice is taken.
+    step_mm = slice_step_mm if has_spacing else 0.0
+    chosen = thin_slices(lung_slices, ct.spacing_mm[0], step_mm)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
-    low, high = GREY8 if intensity == "grey8" else (window.low_hu, window.high_hu)
-    aspect = pixel_aspect(ct.spacing_mm)
-    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high), aspect)
-    masks = None if lesion is None else mask_to_input(lesion[chosen], window, aspect)
-    found = replace(
-        found,
+    samples = _samples(ct, chosen, lesion, intensity, window)
+    lesion_px = None
+    if samples.lesion is not None:
+        lesion_px = tuple(int(mask.sum()) for mask in samples.lesion)
+    description = replace(
+        description,
         intensity=intensity,
         diagnosis=diagnosis,
         severity=severity,
         num_slices=len(ct.hu),
         spacing_mm=ct.spacing_mm if has_spacing else None,
         slices=tuple(int(index) for index in chosen),
-        lesion_px=None if masks is None else tuple(int(mask.sum()) for mask in masks),
+        lesion_px=lesion_px,
         involvement=involvement,
     )
-    return found, Samples(levels=levels, lesion=masks)
+    return description, samples
+
+
+def _samples(
+    ct: Volume,
+    chosen: NDArray[np.intp],
+    lesion: NDArray[np.bool_] | None,
+    intensity: str,
+    window: WindowConfig,
+) -> Samples:
+    low, high = GREY8 if intensity == "grey8" else (window.low_hu, window.high_hu)
+    aspect = pixel_aspect(ct.spacing_mm)
+    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high), aspect)
+    if lesion is None:
+        return Samples(levels=levels, lesion=None)
+    return Samples(levels=levels, lesion=mask_to_input(lesion[chosen], window, aspect))
 
 
 def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
@@ -220,37 +224,46 @@ def _mask(
             Reason.MASK_MISMATCH,
             f"the mask has {values.shape} voxels (z, y, x), expected {ct.hu.shape}",
         )
-    wanted = label_values(labels)
-    return np.isin(values, wanted) if wanted else values > 0
+    selected = label_values(labels)
+    return np.isin(values, selected) if selected else values > 0
 
 
 def _lung_slices(
     ct: Volume, lesion: NDArray[np.bool_] | None, lung: NDArray[np.bool_] | None, intensity: str
 ) -> tuple[NDArray[np.intp], float | None]:
-    """Slices that show lung, and involvement where both masks are known or can be found.
+    """Return the slices that show lung, and the involvement if a lesion mask is there.
 
     Choice: grey values without a lung mask are taken whole, since lungs are found by their HU.
     """
     if lung is not None:
-        whole = lung if lesion is None else lung | lesion
-        if not whole.any():
-            raise StudyError(Reason.EMPTY_LUNG_MASK, "the lung mask is empty")
-        share = (
-            None if lesion is None else float(np.count_nonzero(lesion) / np.count_nonzero(whole))
-        )
-        return np.flatnonzero(whole.any(axis=(1, 2))), share
+        return _slices_of_mask(lung, lesion)
     if intensity == "grey8":
         return np.arange(len(ct.hu)), None
     lungs = find_lungs(ct)
     voxel_ml = ct.voxel_ml if ct.has_known_spacing else None
-    share = None if lesion is None else measure_involvement(lungs, lesion, voxel_ml).involvement
-    return np.flatnonzero(lungs.lung_mask.any(axis=(1, 2))), share
+    involvement = None
+    if lesion is not None:
+        involvement = measure_involvement(lungs, lesion, voxel_ml).involvement
+    return np.flatnonzero(lungs.lung_mask.any(axis=(1, 2))), involvement
+
+
+def _slices_of_mask(
+    lung: NDArray[np.bool_], lesion: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.intp], float | None]:
+    # Some data sets leave lesions out of their lung masks.
+    whole = lung if lesion is None else lung | lesion
+    if not whole.any():
+        raise StudyError(Reason.EMPTY_LUNG_MASK, "the lung mask is empty")
+    involvement = None
+    if lesion is not None:
+        involvement = float(np.count_nonzero(lesion) / np.count_nonzero(whole))
+    return np.flatnonzero(whole.any(axis=(1, 2))), involvement
 
 
 def _label(
     volume: LabelledVolume, lesion: NDArray[np.bool_] | None, involvement: float | None
 ) -> tuple[str | None, str | None]:
-    """The data set's label; where it has none, what the masks say."""
+    """Return diagnosis and severity: the data set's labels, or those that the masks give."""
     diagnosis, severity = volume.diagnosis, volume.severity
     if diagnosis is None and lesion is not None:
         diagnosis = "infected" if lesion.any() else "normal"
@@ -263,68 +276,6 @@ def _label(
     return diagnosis, severity
 
 
-def to_parquet(found: PreparedVolume, samples: Samples | None) -> bytes:
-    """A prepared volume as one file; a refused one has no rows."""
-    table = SLICE_SCHEMA.empty_table()
-    if samples is not None:
-        masks = samples.lesion
-        rows: dict[str, list[Any]] = {
-            "volume": [found.key] * len(samples.levels),
-            "slice": list(found.slices),
-            "levels": [level.tobytes() for level in samples.levels],
-            "lesion": [None] * len(samples.levels)
-            if masks is None
-            else [np.packbits(m).tobytes() for m in masks],
-            "lesion_px": [None] * len(samples.levels)
-            if found.lesion_px is None
-            else list(found.lesion_px),
-        }
-        table = pa.Table.from_pydict(rows, schema=SLICE_SCHEMA)
-    buffer = BytesIO()
-    described = table.replace_schema_metadata({DESCRIPTION: to_json(found).encode()})
-    pq.write_table(described, buffer, compression="zstd", compression_level=1)
-    return buffer.getvalue()
-
-
-def describe(data: bytes) -> PreparedVolume:
-    """What a prepared file says of its volume."""
-    return from_json(pq.read_schema(BytesIO(data)).metadata[DESCRIPTION])
-
-
-def to_json(found: PreparedVolume) -> str:
-    """A report row as text."""
-    return json.dumps(asdict(found))
-
-
-def from_json(text: str | bytes) -> PreparedVolume:
-    """The inverse of ``to_json``."""
-    values = json.loads(text)
-    for name in ("slices", "lesion_px", "spacing_mm"):
-        values[name] = None if values[name] is None else tuple(values[name])
-    return PreparedVolume(**values)
-
-
-def read_samples(data: bytes) -> Samples:
-    """All slices of a prepared file."""
-    found = describe(data)
-    return samples_of(pq.read_table(BytesIO(data)), found.size_px)
-
-
-def samples_of(table: pa.Table, size_px: int) -> Samples:
-    """Rows of SLICE_SCHEMA to arrays; every row has a lesion mask, or none has."""
-    shape = (size_px, size_px)
-    levels = np.empty((table.num_rows, *shape), np.uint16)
-    for index, packed in enumerate(table["levels"]):
-        levels[index] = np.frombuffer(packed.as_buffer(), np.uint16).reshape(shape)
-    if table["lesion"].null_count:
-        return Samples(levels=levels, lesion=None)
-    lesion = np.empty((table.num_rows, *shape), np.uint8)
-    for index, packed in enumerate(table["lesion"]):
-        bits = np.frombuffer(packed.as_buffer(), np.uint8)
-        lesion[index] = np.unpackbits(bits, count=size_px * size_px).reshape(shape)
-    return Samples(levels=levels, lesion=lesion)
-
-
 def diagnosis_slices(samples: Samples, num_slices: int) -> NDArray[np.uint16]:
-    """(num_slices, H, W): the prepared slices spread evenly, as the diagnosis reads them in screening."""
+    """Return the prepared slices spread evenly, as screening diagnoses them: (num_slices, H, W)."""
     return samples.levels[spread_slices(len(samples.levels), num_slices)]

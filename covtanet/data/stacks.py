@@ -1,7 +1,8 @@
-"""Image-and-mask stacks: NIfTI images of grey values 0..255 and label stacks beside them.
+"""Image-and-mask stacks: NIfTI images of grey values 0..255 with stacks of labels.
 
-A mask is the image's name with ``_lung-infection`` or ``_mask``. Stacks hold labels 0 background, 1 lung, 2 lesion;
-``_mask`` files hold the lesion alone. One stack counts as one patient. Severity follows from the masks.
+A mask is the image's name with ``_lung-infection`` or ``_mask``. Stacks hold labels 0 background,
+1 lung, 2 lesion; ``_mask`` files hold the lesion alone. One stack counts as one patient. Severity
+follows from the masks.
 """
 
 import re
@@ -13,9 +14,12 @@ from covtanet.errors import ConfigError
 
 IMAGE = re.compile(r"(?P<name>[^/]+)\.nii(\.gz)?")
 NOTES = (
-    "Stacks: grey values 0..255, windowed at their source: a model trained on them has not seen HU.",
-    "Stacks: slices without a lesion may have been left out at the source, so involvement is that of the slices kept.",
-    "Stacks: one stack counts as one patient, whatever scans it was joined from; spacing may be unknown.",
+    "Stacks: grey values 0..255, windowed at their source: a model trained on them has not seen "
+    "HU.",
+    "Stacks: slices without a lesion may have been left out at the source, so involvement is that "
+    "of the slices in the stack.",
+    "Stacks: one stack counts as one patient, whatever scans it was joined from; spacing may be "
+    "unknown.",
 )
 
 
@@ -38,10 +42,10 @@ def _below(root: str, path: str | None) -> str | None:
 
 
 def pair(images: str, masks: str, intensity: str = "auto") -> list[LabelledVolume]:
-    """Images with a mask; those without are left out. Paths in the rows are absolute.
+    """Return the images that have a mask. Their paths are absolute.
 
     Raises:
-        ConfigError: where no image has a mask.
+        ConfigError: no image has a mask.
     """
     images, masks = storage.absolute(images), storage.absolute(masks)
     names = set(storage.list_names(masks))

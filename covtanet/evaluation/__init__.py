@@ -1,1 +1,1 @@
-"""How good a model is: predictions against truth, figures from them, and promotion of a challenger."""
+"""Evaluation of a model: predictions and truth, metrics, promotion of a challenger."""

@@ -1,4 +1,4 @@
-"""Best, median and worst slices of a training's test parts, all its networks side by side (in the manner of Fig. 8)."""
+"""Best, median and worst slices of a training's test parts, its networks side by side (Fig. 8)."""
 
 import tempfile
 from collections import defaultdict
@@ -9,63 +9,101 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet import drawing as overlay
-from covtanet import storage
-from covtanet.data import prepared
+from covtanet import drawing, storage
+from covtanet.data import prepared_file
+from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
 from covtanet.inference.predictor import Part, Predictor
 from covtanet.model.checkpoint import MODEL_FILES, load_model
 
 Row = dict[str, Any]
-# Smaller lesions are left out: a handful of pixels says more about the outline's width than about a network.
+# Smaller lesions are left out: a handful of pixels says more about the outline's width than about
+# a network.
 MIN_LESION_PX = 50
+# Quantiles of the ranked slices.
 RANKS = {"best": 1.0, "median": 0.5, "worst": 0.0}
 
 
-class Shown(NamedTuple):
-    """A slice of a test volume: its place among the prepared slices, and the Dice of the network it was ranked by."""
+class Example(NamedTuple):
+    """A slice of a test volume, and the Dice of the network it was ranked by."""
 
     volume: str
     fold: int
     position: int
+    """Among the prepared slices."""
     dice: float
 
 
-def choose(rows: Sequence[Row]) -> dict[str, Shown]:
-    """Best, median and worst slice of one network's rows, by Dice; empty where no lesion is large enough."""
+class LabelledSlice(NamedTuple):
+    """Intensities and lesion mask of one slice, (H, W)."""
+
+    levels: NDArray[np.uint16]
+    lesion_mask: NDArray[np.bool_]
+
+
+def choose(rows: Sequence[Row]) -> dict[str, Example]:
+    """Return the best, median and worst slice of one network's rows, by Dice.
+
+    Empty if no lesion is large enough.
+    """
     ranked = []
     for row in rows:
-        if row["tp"] is None:
-            continue
-        tp, fp, fn, _ = (np.array(row[name], np.int64) for name in COUNTS)
-        for position in np.flatnonzero(tp + fn >= MIN_LESION_PX):
-            dice = 2 * tp[position] / (2 * tp[position] + fp[position] + fn[position])
-            ranked.append(Shown(row["volume"], row["fold"], int(position), float(dice)))
-    ranked.sort(key=lambda shown: (shown.dice, shown.volume, shown.position))
-    return (
-        {name: ranked[round(share * (len(ranked) - 1))] for name, share in RANKS.items()}
-        if ranked
-        else {}
-    )
+        if row["tp"] is not None:
+            ranked += _examples(row)
+    if not ranked:
+        return {}
+    ranked.sort(key=lambda example: (example.dice, example.volume, example.position))
+    return {name: ranked[round(share * (len(ranked) - 1))] for name, share in RANKS.items()}
+
+
+def _examples(row: Row) -> list[Example]:
+    tp, fp, fn, tn = (np.array(row[name], np.float64) for name in COUNTS)
+    numerator, denominator = Counts(tp, fp, fn, tn).fractions()["dice"]
+    positions = np.flatnonzero(tp + fn >= MIN_LESION_PX)
+    dice = numerator[positions] / denominator[positions]
+    return [
+        Example(row["volume"], row["fold"], int(position), float(value))
+        for position, value in zip(positions, dice, strict=True)
+    ]
 
 
 def side_by_side(
     rows: Sequence[Row], leader: str, models: Mapping[tuple[str, int], str], prepared_uri: str
 ) -> bytes:
-    """A picture, a line per chosen slice and a column per network; no bytes where there is nothing to show.
+    """Return a picture, a line per chosen slice and a column per network; empty without slices.
 
-    leader: the network whose Dice ranks the slices, of the folds that all networks have, if there are such. models: URI
-    of the saved model of a network's fold.
+    leader: the network whose Dice ranks the slices, of the folds that all networks have, if there
+    are any. models: URI of the saved model of a network's fold.
     """
     names = [leader, *sorted({row["network"] for row in rows if row["tp"] is not None} - {leader})]
-    own = [row for row in rows if row["network"] == leader]
-    chosen = choose(
-        [row for row in own if all((name, row["fold"]) in models for name in names)]
-    ) or choose(own)
+    examples = _choose_shared([row for row in rows if row["network"] == leader], names, models)
+    slices = {rank: _read(prepared_uri, example) for rank, example in examples.items()}
+    tiles = _predicted_tiles(names, models, examples, slices)
+    if not tiles:
+        return b""
+    captions = {rank: f"{rank}, Dice {example.dice:.2f}" for rank, example in examples.items()}
+    for rank, (levels, truth) in slices.items():
+        tiles[rank, "truth"] = drawing.errors_of(levels, truth, truth)
+    return drawing.grid(captions, ["truth", *names], tiles)
+
+
+def _choose_shared(
+    rows: Sequence[Row], names: Sequence[str], models: Mapping[tuple[str, int], str]
+) -> dict[str, Example]:
+    shared = [row for row in rows if all((name, row["fold"]) in models for name in names)]
+    return choose(shared) or choose(rows)
+
+
+def _predicted_tiles(
+    names: Sequence[str],
+    models: Mapping[tuple[str, int], str],
+    examples: Mapping[str, Example],
+    slices: Mapping[str, LabelledSlice],
+) -> dict[tuple[str, str], NDArray[np.uint8]]:
+    """Return a tile by rank and network. Every model is loaded once."""
     by_fold: dict[int, list[str]] = defaultdict(list)
-    for rank, shown in chosen.items():
-        by_fold[shown.fold].append(rank)
-    slices = {rank: _read(prepared_uri, shown) for rank, shown in chosen.items()}
+    for rank, example in examples.items():
+        by_fold[example.fold].append(rank)
     tiles: dict[tuple[str, str], NDArray[np.uint8]] = {}
     for fold, ranks in by_fold.items():
         for name in names:
@@ -73,24 +111,19 @@ def side_by_side(
                 continue
             predictor = _load(models[name, fold])
             for rank in ranks:
-                level, truth = slices[rank]
-                (segmented,) = predictor.segment([Part(level[None], [])])
-                found = segmented.lesion_levels[0] >= THRESHOLD
-                tiles[rank, name] = overlay.errors_of(level, found, truth)
-    if not tiles:
-        return b""
-    captions = {rank: f"{rank}, Dice {shown.dice:.2f}" for rank, shown in chosen.items()}
-    for rank, (level, truth) in slices.items():
-        tiles[rank, "truth"] = overlay.errors_of(level, truth, truth)
-    return overlay.grid(captions, ["truth", *names], tiles)
+                levels, truth = slices[rank]
+                (segmented,) = predictor.segment([Part(levels[None], [])])
+                predicted = segmented.lesion_levels[0] >= THRESHOLD
+                tiles[rank, name] = drawing.errors_of(levels, predicted, truth)
+    return tiles
 
 
-def _read(prepared_uri: str, shown: Shown) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
-    samples = prepared.read_samples(
-        storage.read_bytes(storage.join(prepared_uri, f"{shown.volume}.parquet"))
-    )
+def _read(prepared_uri: str, example: Example) -> LabelledSlice:
+    data = storage.read_bytes(prepared_file.file_uri(prepared_uri, example.volume))
+    samples = prepared_file.read_samples(data)
     assert samples.lesion is not None
-    return samples.levels[shown.position], samples.lesion[shown.position] > 0
+    lesion_mask = samples.lesion[example.position] > 0
+    return LabelledSlice(samples.levels[example.position], lesion_mask)
 
 
 def _load(uri: str) -> Predictor:

@@ -1,4 +1,7 @@
-"""A model's answers on prepared volumes beside their truth: one row per volume, from which every figure follows."""
+"""Rows of an evaluation: a model's predictions of prepared volumes, with their truth.
+
+One row per volume, from which every metric follows.
+"""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,6 +16,7 @@ from covtanet.data.prepared import PreparedVolume, Samples
 from covtanet.inference.predictor import Predictor
 from covtanet.inference.quantization import PROBABILITY_STEPS
 
+# A probability of one half.
 THRESHOLD = PROBABILITY_STEPS // 2
 
 COUNTS = ("tp", "fp", "fn", "tn")
@@ -30,14 +34,15 @@ EVALUATION_SCHEMA = pa.schema([
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One volume's row, and its predicted lesion mask (S, H, W) bool."""
+class Evaluation:
+    """One volume's row, and its predicted lesion mask."""
 
     row: dict[str, Any]
     lesion_mask: NDArray[np.bool_]
+    """(S, H, W), at the network's input size."""
 
 
-def answer(
+def evaluate_volume(
     predictor: Predictor,
     volume: PreparedVolume,
     samples: Samples,
@@ -46,12 +51,11 @@ def answer(
     *,
     diagnoses: bool,
     segments: bool = True,
-) -> Answer:
-    """Predict one prepared volume. diagnoses: whether phase 2 was trained; else both probabilities are null.
+) -> Evaluation:
+    """Predict one prepared volume and count pixels per slice at the network's input size.
 
-    segments: whether the network marks lesions; else no pixels are counted.
-
-    Pixels are counted at the network's input size, per slice.
+    diagnoses: phase 2 was trained; else both probabilities are null. segments: the network marks
+    lesions; else no pixels are counted.
     """
     prediction = predictor.predict(samples.levels)
     lesion_mask = prediction.lesion_levels >= THRESHOLD
@@ -67,21 +71,19 @@ def answer(
         **dict.fromkeys(COUNTS),
     }
     if samples.lesion is not None and segments:
-        truth = samples.lesion > 0
-        pairs = (
-            lesion_mask & truth,
-            lesion_mask & ~truth,
-            ~lesion_mask & truth,
-            ~lesion_mask & ~truth,
-        )
-        row.update(
-            {name: pair.sum(axis=(1, 2)).tolist() for name, pair in zip(COUNTS, pairs, strict=True)}
-        )
-    return Answer(row=row, lesion_mask=lesion_mask)
+        row |= _count_pixels(lesion_mask, samples.lesion > 0)
+    return Evaluation(row=row, lesion_mask=lesion_mask)
+
+
+def _count_pixels(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dict[str, list[int]]:
+    """Return TP, FP, FN and TN of each slice. Both masks: (S, H, W)."""
+    pairs = (predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth)
+    sums = [pair.sum(axis=(1, 2)).tolist() for pair in pairs]
+    return dict(zip(COUNTS, sums, strict=True))
 
 
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as one file, by volume."""
+    """Return rows as one file, in the order of their volumes."""
     buffer = BytesIO()
     ordered = sorted(rows, key=lambda row: row["volume"])
     pq.write_table(pa.Table.from_pylist(ordered, schema=EVALUATION_SCHEMA), buffer)
@@ -89,6 +91,6 @@ def to_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 
 def from_parquet(data: bytes) -> list[dict[str, Any]]:
-    """The inverse of ``to_parquet``."""
+    """Return the rows that ``to_parquet`` wrote."""
     rows: list[dict[str, Any]] = pq.read_table(BytesIO(data)).to_pylist()
     return rows

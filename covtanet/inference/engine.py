@@ -1,8 +1,8 @@
-"""One call for every way to run TA-SegNet: eager, channels last, compiled by PyTorch, or OpenVINO.
+"""Engines that run TA-SegNet: eager PyTorch, channels last, compiled PyTorch, OpenVINO.
 
-All give the same answer within 1e-4 in probability. Measured at the paper's widths on two CPU
-cores, OpenVINO takes a third of eager PyTorch's time (``make bench``), so it is the default where
-there is no GPU.
+All give the same probability within 1e-4. Measured at the paper's widths on two CPU
+cores, OpenVINO takes a third of eager PyTorch's time (``make bench``), so it is the default without a
+GPU.
 """
 
 import logging
@@ -22,14 +22,13 @@ from covtanet.model.covtanet import CovTANet
 
 ENGINES = ("eager", "channels_last", "compiled", "openvino")
 
-# (B, 1, H, W) float32 intensity -> lesion probability (B, H, W) and pooled fusion vectors (B, C, P,
-# P), float32.
+# Intensity (B, 1, H, W) -> lesion probability (B, H, W), pooled fusion vectors (B, C, P, P); float32.
 Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A ready network and the name of what runs it."""
+    """A network that is ready to run, and the name of its engine."""
 
     name: str
     device: str
@@ -37,7 +36,7 @@ class Engine:
 
 
 class _Segmenter(nn.Module):
-    """TA-SegNet as it is exported: intensities to probability and pooled fusion vectors."""
+    """TA-SegNet as it is exported: intensity to probability and pooled fusion vectors."""
 
     def __init__(self, network: CovTANet) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class _Segmenter(nn.Module):
 
 
 def default_engine() -> str:
-    """The fastest engine of this machine."""
+    """Return the name of the fastest engine of this machine."""
     return "channels_last" if torch.cuda.is_available() else "openvino"
 
 
@@ -59,7 +58,7 @@ def build_engine(
     """Make a network ready to run, on the GPU if there is one. network: in eval mode, on the CPU.
 
     Raises:
-        ConfigError: for an unknown engine.
+        ConfigError: the engine is unknown.
     """
     name = default_engine() if name == "auto" else name
     if name not in ENGINES:
@@ -68,7 +67,7 @@ def build_engine(
     if name == "openvino":
         return Engine(name=name, device="cpu", segment=_openvino(segmenter, size_px, num_threads))
     torch.set_num_threads(num_threads)
-    torch.backends.cudnn.allow_tf32 = False  # its ten bits leave the tolerance
+    torch.backends.cudnn.allow_tf32 = False  # its ten bits of mantissa exceed the tolerance
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Engine(name=name, device=device, segment=_torch(segmenter, name, device))
 
@@ -101,10 +100,12 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
         "INFERENCE_NUM_THREADS": num_threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled, one_at_a_time = openvino.Core().compile_model(model, "CPU", options), threading.Lock()
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+    # A compiled model refuses a second thread while it works for the first.
+    one_at_a_time = threading.Lock()
 
     def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        with one_at_a_time:  # a compiled model refuses a second thread while it works for the first
+        with one_at_a_time:
             result = compiled(slices)
             return np.array(result[0]), np.array(result[1])
 
@@ -112,5 +113,5 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
 
 
 def to_intensity(levels: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Stored levels (B, H, W) to the network's input (B, 1, H, W) in [0, 1]."""
+    """Return the network's input (B, 1, H, W) in [0, 1] from stored intensity (B, H, W)."""
     return levels[:, None].astype(np.float32) / np.float32(INTENSITY_STEPS)

@@ -1,4 +1,4 @@
-"""python -m covtanet.model list: every network with its source, parameters and GFLOPs of a forward pass."""
+"""python -m covtanet.model list: every network with its source, parameters and GFLOPs."""
 
 import argparse
 import sys
@@ -16,7 +16,10 @@ SIDES_PX = (128, 512)
 
 
 def module_of(name: str, size: str, side_px: int) -> tuple[nn.Module, torch.Tensor]:
-    """The network that a row of the tables trains, without storage, and an input: a slice, or one volume's slices."""
+    """Return the network of a row of the tables, without storage, and an input for it.
+
+    The input is a slice (1, C, H, W), or for a classifier the slices of a volume (1, S, 1, H, W).
+    """
     config = architecture(name, SIZES[size], side_px)
     with torch.device("meta"):
         if config.backbone:
@@ -27,11 +30,15 @@ def module_of(name: str, size: str, side_px: int) -> tuple[nn.Module, torch.Tens
 
 
 def cost(name: str, size: str = "paper") -> tuple[float, list[float]]:
-    """Parameters in millions, and GFLOPs of one slice at each of SIDES_PX (2 x multiply-adds)."""
-    gflops, num_parameters = [], 0
+    """Return parameters in millions, and GFLOPs of one slice at each of SIDES_PX.
+
+    A multiply-add counts as two operations.
+    """
+    gflops = []
+    num_parameters = 0
     for side_px in SIDES_PX:
         module, example = module_of(name, size, side_px)
-        num_parameters = sum(each.numel() for each in module.parameters())
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module.eval()(example)
         num_slices = example.shape[1] if example.dim() == 5 else 1

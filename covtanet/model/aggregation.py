@@ -1,4 +1,4 @@
-"""Volumetric aggregation and fusion: the slices' regional features to one vector per volume (Fig. 7)."""
+"""Volumetric aggregation and fusion: regional features of slices to one vector (Fig. 7)."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ DILATIONS = (1, 2, 3, 4)
 
 
 class VolumePath(nn.Module):
-    """One path, for diagnosis or for severity: TAU per slice, aggregation, dilated fusion, fully connected head.
+    """One path, for diagnosis or for severity.
 
-    Choice: slices are concatenated along channels; rates 1, 2, 3, 4; 256 -> 128 -> 1 with dropout (at the paper's
-    size), since the paper gives none of them.
+    TAU per slice, aggregation, dilated fusion, fully connected head.
+    Choice: slices are concatenated along channels; rates 1, 2, 3, 4; 256 -> 128 -> 1 with dropout
+    (at the paper's size), since the paper does not give them.
     """
 
     def __init__(

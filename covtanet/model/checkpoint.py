@@ -24,7 +24,8 @@ from covtanet.model.description import (
     read_capabilities,
     read_preprocessing,
 )
-from covtanet.model.segnet import SegNetConfig
+from covtanet.model.registry import BaselineConfig, NoSegmenterConfig, SegmenterConfig
+from covtanet.model.segnet import TASegNetConfig
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "model.json"
@@ -32,8 +33,14 @@ DESCRIPTION = "model.json"
 # 86 MiB; a description a few kB, and some 80 kB with the digests of a thousand training volumes.
 MODEL_FILES = {DESCRIPTION: 4 << 20, WEIGHTS: 2 << 30}
 FORMAT_VERSION = 2
-# Version 1 kept capabilities in the provenance and the window in an object of its own.
+# Version 1 kept capabilities in the provenance, the window in an object of its own, and one type of
+# segmenter whose name could be a baseline's.
 READABLE_VERSIONS = (1, 2)
+SEGMENTER_TYPES: dict[str, type[SegmenterConfig]] = {
+    "ta-segnet": TASegNetConfig,
+    "baseline": BaselineConfig,
+    "none": NoSegmenterConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +108,7 @@ def _write_weights(path: Path, network: CovTANet) -> None:
 def _write_description(folder: Path, model: SavedModel) -> None:
     description = {
         "format_version": FORMAT_VERSION,
-        "network": asdict(model.network.config),
+        "network": network_values(model.network.config),
         "preprocessing": asdict(model.preprocessing),
         "capabilities": asdict(model.capabilities),
         "provenance": model.provenance,
@@ -147,7 +154,7 @@ def _load(folder: Path, digest: str) -> SavedModel:
         raise CheckpointError(f"model format {version}, expected {expected}")
     if _sha256(folder / WEIGHTS) != description["weights_sha256"]:
         raise CheckpointError("the weights differ from the digest in the model's description")
-    config = network_config(description["network"])
+    config = network_config(description["network"], version)
     state = load_file(folder / WEIGHTS)
     # Shapes are compared on the meta device first: a description may ask for a huge network.
     with torch.device("meta"):
@@ -171,9 +178,29 @@ def _check_sizes(folder: Path) -> None:
             )
 
 
-def network_config(values: dict[str, Any]) -> CovTANetConfig:
+def network_values(config: CovTANetConfig) -> dict[str, Any]:
+    """Return a configuration as plain values, its segmenter with its type."""
+    names = {kind: name for name, kind in SEGMENTER_TYPES.items()}
+    segnet = {"type": names[type(config.segnet)], **asdict(config.segnet)}
+    return {**asdict(config), "segnet": segnet}
+
+
+def network_config(values: dict[str, Any], format_version: int) -> CovTANetConfig:
     """Return the configuration that plain values describe; an unknown name is an error."""
-    return CovTANetConfig(**{**values, "segnet": SegNetConfig(**values["segnet"])})
+    segnet = dict(values["segnet"])
+    if format_version == 1:
+        return CovTANetConfig(**{**values, "segnet": _segmenter_of_version_1(segnet)})
+    kind = SEGMENTER_TYPES[segnet.pop("type")]
+    return CovTANetConfig(**{**values, "segnet": kind(**segnet)})
+
+
+def _segmenter_of_version_1(values: dict[str, Any]) -> SegmenterConfig:
+    name = values.pop("network", "TA-SegNet")
+    if name == "TA-SegNet":
+        return TASegNetConfig(**values)
+    if name == "slices":
+        return NoSegmenterConfig(in_channels=values["in_channels"])
+    return BaselineConfig(name=name, in_channels=values["in_channels"], widths=values["widths"])
 
 
 def _check_fits(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -9,26 +9,39 @@ from covtanet.model.aggregation import VolumePath
 from covtanet.model.baselines.classifiers import SliceBackbone
 from covtanet.model.encoder import V8_ENCODER
 from covtanet.model.regional import RegionalFeatures
-from covtanet.model.registry import CLASSIFIERS, SEGMENTERS, build_segmenter
-from covtanet.model.segnet import SLICES, SegNetConfig
+from covtanet.model.registry import (
+    CLASSIFIERS,
+    SEGMENTERS,
+    BaselineConfig,
+    NoSegmenterConfig,
+    SegmenterConfig,
+    build_segmenter,
+)
+from covtanet.model.segnet import TASegNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class CovTANetConfig:
     """The whole network.
 
-    backbone: a classifier of Table IV in place of the regional feature extractor, by its name; none by default.
-    num_slices: slices per volume that the diagnosis reads. pooled_px: side to which F_fus is averaged for them.
     Choice: 32 slices, 64 pixels (at 512 x 512 a volume's F_fus would take 6.7 GB).
     """
 
-    segnet: SegNetConfig = field(default_factory=SegNetConfig)
+    segnet: SegmenterConfig = field(default_factory=TASegNetConfig)
+    """The segmenter, whose features the diagnosis reads."""
     backbone: str = ""
+    """Name of a classifier of Table IV that replaces the regional feature extractor; empty for
+    the paper's extractor."""
     num_slices: int = 32
+    """Slices per volume that the diagnosis reads."""
     pooled_px: int = 64
+    """Side to which F_fus is averaged for the diagnosis."""
     regional_widths: tuple[int, ...] = (32, 64, 128, 256)
+    """Channels of the regional feature extractor's stages."""
     path_channels: int = 256
+    """Channels of a volumetric path after depth reduction."""
     dropout: float = 0.5
+    """Share of a path's head that is dropped in training."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regional_widths", tuple(self.regional_widths))
@@ -40,7 +53,7 @@ class CovTANetConfig:
 SIZES: dict[str, CovTANetConfig] = {
     "paper": CovTANetConfig(),
     "small": CovTANetConfig(
-        segnet=SegNetConfig(widths=(8, 16, 32, 48, 64), fusion_channels=8),
+        segnet=TASegNetConfig(widths=(8, 16, 32, 48, 64), fusion_channels=8),
         num_slices=16,
         pooled_px=32,
         regional_widths=(16, 24, 32, 48),
@@ -49,7 +62,7 @@ SIZES: dict[str, CovTANetConfig] = {
     ),
     # Every network of the paper's tables in seconds; no more than a proof that it runs.
     "tiny": CovTANetConfig(
-        segnet=SegNetConfig(widths=(4, 8, 16, 16, 16), fusion_channels=4),
+        segnet=TASegNetConfig(widths=(4, 8, 16, 16, 16), fusion_channels=4),
         num_slices=4,
         pooled_px=16,
         regional_widths=(8, 8, 8, 16),
@@ -63,37 +76,45 @@ INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 def architecture(
     name: str, size: CovTANetConfig, input_px: int, encoder: str = V8_ENCODER
 ) -> CovTANetConfig:
-    """The network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
-    if name in CLASSIFIERS:  # reads the slices themselves
-        return replace(
-            size, segnet=replace(size.segnet, network=SLICES), backbone=name, pooled_px=input_px
-        )
+    """Return the network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
+    ta_segnet = size.segnet
+    if not isinstance(ta_segnet, TASegNetConfig):
+        raise ValueError(f"size with {type(ta_segnet).__name__}, expected TA-SegNet's widths")
+    if name in CLASSIFIERS:
+        # It reads the slices themselves, at their full size.
+        none = NoSegmenterConfig(in_channels=ta_segnet.in_channels)
+        return replace(size, segnet=none, backbone=name, pooled_px=input_px)
     if name in SEGMENTERS:
-        return replace(size, segnet=replace(size.segnet, network=name))
-    return replace(size, segnet=size.segnet.row_of_table_i(name, encoder))
+        baseline = BaselineConfig(
+            name=name, in_channels=ta_segnet.in_channels, widths=ta_segnet.widths
+        )
+        return replace(size, segnet=baseline)
+    return replace(size, segnet=ta_segnet.row_of_table_i(name, encoder))
 
 
 class JointClassifier(nn.Module):
-    """The regional feature extractor and a volumetric path each for diagnosis and severity: what phase 2 optimizes."""
+    """Regional feature extractor and volumetric paths of diagnosis and severity; phase 2's part."""
 
     def __init__(self, config: CovTANetConfig) -> None:
         super().__init__()
         self.num_slices = config.num_slices
         channels = config.segnet.fused_channels
-        self.regional: nn.Module = (
-            SliceBackbone(CLASSIFIERS[config.backbone], channels, config.regional_widths[-1])
-            if config.backbone
-            else RegionalFeatures(channels, config.regional_widths)
-        )
-        self.diagnosis, self.severity = (
-            VolumePath(
-                config.regional_widths[-1], config.num_slices, config.path_channels, config.dropout
-            )
-            for _ in range(2)
-        )
+        width = config.regional_widths[-1]
+        self.regional: nn.Module
+        if config.backbone:
+            self.regional = SliceBackbone(CLASSIFIERS[config.backbone], channels, width)
+        else:
+            self.regional = RegionalFeatures(channels, config.regional_widths)
+        # Diagnosis comes first: the order decides the initial weights that a seed gives.
+        path = (width, config.num_slices, config.path_channels, config.dropout)
+        self.diagnosis = VolumePath(*path)
+        self.severity = VolumePath(*path)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled fusion vectors of whole volumes (B, S, C, P, P) to logits of infected and of severe, (B,) each."""
+        """Map pooled fusion vectors of whole volumes to logits of infected and of severe.
+
+        pooled: (B, S, C, P, P). Both logits: (B,).
+        """
         if pooled.shape[1] != self.num_slices:
             raise ValueError(f"{pooled.shape[1]} slices per volume, expected {self.num_slices}")
         regional = self.regional(pooled.flatten(0, 1))
@@ -111,12 +132,15 @@ class CovTANet(nn.Module):
         self.classifier = JointClassifier(config)
 
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
-        """Lesion logits (B, 1, H, W) and pooled fusion vectors (B, fused_channels, pooled_px, pooled_px)."""
+        """Return lesion logits and pooled fusion vectors.
+
+        Logits: (B, 1, H, W). Vectors: (B, fused_channels, pooled_px, pooled_px).
+        """
         logits, fused = self.segnet.segment(slices)
         return logits, F.adaptive_avg_pool2d(fused, self.config.pooled_px)
 
     def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
-        """Volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
+        """Map volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
         _, pooled = self.segment(volumes.flatten(0, 1))
         logits: tuple[Tensor, Tensor] = self.classifier(
             pooled.reshape(*volumes.shape[:2], *pooled.shape[1:])

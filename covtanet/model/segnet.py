@@ -2,8 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,16 @@ from covtanet.model.encoder import (
     PlainEncoder,
     conv_block,
 )
-
-OWN, SLICES = "TA-SegNet", "slices"
+from covtanet.model.table_i import PRETRAINED_ROW, SWITCHES
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegNetConfig:
+class TASegNetConfig:
     """Widths of the levels and Table I's switches; the default is V7.
 
-    network: another one of ``registry.SEGMENTERS`` may stand in its place, or SLICES for none; switches are not theirs.
     Choice: five levels of 32..512 channels, fusion at 32 channels a level.
     """
 
-    network: str = "TA-SegNet"
     in_channels: int = 1
     encoder: str = "plain"
     widths: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -41,9 +37,9 @@ class SegNetConfig:
     encoder_in_fusion: bool = True
     decoder_in_fusion: bool = True
     stem_channels: int = 0
-    """Channels of a level of the slice's full size above an EfficientNet's levels; 0 for none (the
-    paper's V8). Without it V8's logits have half the slice's size, which alone holds a perfect map of
-    small lesions to a Dice of 0.87."""
+    """Channels of a level of the slice's full size above an EfficientNet's levels; 0 leaves it out,
+    as in the paper's V8. Without it V8's logits have half the slice's size, at which even a perfect
+    map of small lesions has a Dice of 0.87."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
@@ -59,10 +55,15 @@ class SegNetConfig:
                 "only an EfficientNet lacks the level of the full size"
             )
 
-    def row_of_table_i(self, row: str, encoder: str = V8_ENCODER) -> "SegNetConfig":
-        """The same size with the switches of one row of Table I; V8's widths are its encoder's."""
-        name, widths = (encoder, EFFICIENTNETS[encoder]) if row == "V8" else ("plain", self.widths)
-        return replace(self, encoder=name, widths=widths, **TABLE_I[row])
+    def row_of_table_i(self, row: str, encoder: str = V8_ENCODER) -> "TASegNetConfig":
+        """Return the same size with the switches of one row of Table I.
+
+        encoder: V8's, whose widths replace those of the size.
+        """
+        switches = asdict(SWITCHES[row])
+        if row == PRETRAINED_ROW:
+            return replace(self, encoder=encoder, widths=EFFICIENTNETS[encoder], **switches)
+        return replace(self, encoder="plain", **switches)
 
     @property
     def stride(self) -> int:
@@ -71,12 +72,12 @@ class SegNetConfig:
 
     @property
     def level_widths(self) -> tuple[int, ...]:
-        """Channels of E_1 .. E_N, the stem's among them."""
+        """Channels of E_1 .. E_N, including the stem."""
         return (self.stem_channels, *self.widths) if self.stem_channels else self.widths
 
     @property
     def multiple(self) -> int:
-        """What a slice's sides must be a multiple of."""
+        """Number that a slice's sides must be a multiple of."""
         return int(self.stride * 2 ** (len(self.level_widths) - 1))
 
     @property
@@ -86,9 +87,7 @@ class SegNetConfig:
 
     @property
     def fused_channels(self) -> int:
-        """Channels of the fusion vector F_fus, or of what stands for one."""
-        if self.network != OWN:
-            return self.in_channels if self.network == SLICES else 1
+        """Channels of the fusion vector F_fus, or of the last decoder level without fusion."""
         if not self.has_fusion:
             return self.level_widths[0]
         return self.fusion_channels * len(self._fused_levels)
@@ -99,59 +98,6 @@ class SegNetConfig:
         return range(num_levels if self.encoder_in_fusion else num_levels - 1)
 
 
-TABLE_I: dict[str, dict[str, Any]] = {
-    "V1": {
-        "encoder_tau": False,
-        "decoder_tau": False,
-        "encoder_in_fusion": False,
-        "decoder_in_fusion": False,
-    },
-    "V2": {
-        "encoder_tau": False,
-        "decoder_tau": False,
-        "encoder_in_fusion": False,
-        "decoder_in_fusion": True,
-    },
-    # Choice: the printed row of V3 repeats V4's ticks; the text calls V3 the fusion of encoder and decoder.
-    "V3": {
-        "encoder_tau": False,
-        "decoder_tau": False,
-        "encoder_in_fusion": True,
-        "decoder_in_fusion": True,
-    },
-    "V4": {
-        "encoder_tau": True,
-        "decoder_tau": False,
-        "encoder_in_fusion": False,
-        "decoder_in_fusion": False,
-    },
-    "V5": {
-        "encoder_tau": False,
-        "decoder_tau": True,
-        "encoder_in_fusion": False,
-        "decoder_in_fusion": False,
-    },
-    "V6": {
-        "encoder_tau": True,
-        "decoder_tau": True,
-        "encoder_in_fusion": False,
-        "decoder_in_fusion": False,
-    },
-    "V7": {
-        "encoder_tau": True,
-        "decoder_tau": True,
-        "encoder_in_fusion": True,
-        "decoder_in_fusion": True,
-    },
-    "V8": {
-        "encoder_tau": True,
-        "decoder_tau": True,
-        "encoder_in_fusion": True,
-        "decoder_in_fusion": True,
-    },
-}
-
-
 def _units(widths: Sequence[int], enabled: bool) -> nn.ModuleList:
     return nn.ModuleList(TriLevelAttention(width) if enabled else nn.Identity() for width in widths)
 
@@ -159,7 +105,7 @@ def _units(widths: Sequence[int], enabled: bool) -> nn.ModuleList:
 class TASegNet(nn.Module):
     """Encoder and decoder joined by attention units, all levels fused into the mask."""
 
-    def __init__(self, config: SegNetConfig) -> None:
+    def __init__(self, config: TASegNetConfig) -> None:
         super().__init__()
         self.config = config
         widths = config.level_widths
@@ -202,11 +148,17 @@ class TASegNet(nn.Module):
         )
 
     def forward(self, slices: Tensor) -> Tensor:
-        """Map slices (B, C, H, W) to lesion logits (B, 1, H, W); H and W multiples of ``config.multiple``."""
+        """Map slices (B, C, H, W) to lesion logits (B, 1, H, W).
+
+        H and W are multiples of ``config.multiple``.
+        """
         return self.segment(slices)[0]
 
     def segment(self, slices: Tensor) -> tuple[Tensor, Tensor]:
-        """Lesion logits (B, 1, H, W) and the fusion vector F_fus (B, fused_channels, H / stride, W / stride)."""
+        """Return lesion logits and the fusion vector F_fus.
+
+        Logits: (B, 1, H, W). F_fus: (B, fused_channels, H / stride, W / stride).
+        """
         multiple = self.config.multiple
         if not is_tracing() and (  # type: ignore[no-untyped-call]
             slices.shape[2] % multiple or slices.shape[3] % multiple
@@ -228,7 +180,10 @@ class TASegNet(nn.Module):
         return logits, fused
 
     def _decode(self, encoded: list[Tensor]) -> list[Tensor]:
-        """T(D_1) .. T(D_N-1) from T(E_1) .. T(E_N). Choice: the refined map is what goes up."""
+        """Return T(D_1) .. T(D_N-1) from T(E_1) .. T(E_N).
+
+        Choice: the refined map goes up to the next level.
+        """
         decoded: list[Tensor] = []
         deep = encoded[-1]
         for level in range(len(self.decoder) - 1, -1, -1):
@@ -238,9 +193,10 @@ class TASegNet(nn.Module):
         return decoded
 
     def _fuse(self, encoded: list[Tensor], decoded: list[Tensor]) -> Tensor:
-        """F_fus (Eq. 7): per level concatenate, reduce channels and upsample to the first level; concatenate levels.
+        """Return F_fus (Eq. 7).
 
-        Choice: the bottom level, which has no decoder map, fuses T(E_N) alone.
+        Per level: concatenate, reduce channels, upsample to the first level. Then concatenate the
+        levels. Choice: the bottom level, which has no decoder map, fuses T(E_N) alone.
         """
         if not self.config.has_fusion:
             return decoded[0]

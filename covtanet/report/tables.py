@@ -6,10 +6,13 @@ All of the paper's figures are from its Tables I-IV, in percent, mean and standa
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
+
+from covtanet.model import table_i
+from covtanet.model.table_i import PRETRAINED_ROW
 
 Cell = tuple[float, float | None]
 Figures = Mapping[str, Any]
@@ -21,11 +24,7 @@ TABLE_I = {
     "V5": (53.4, 0.19), "V6": (57.1, 0.33), "V7": (60.2, 0.26), "V8": (62.3, 0.18),
 }  # fmt: skip
 SWITCHES = ("EfficientNet", "Encoder TAU", "Decoder TAU", "Encoder in fusion", "Decoder in fusion")
-# As the text has V3; its printed row repeats V4's.
-TICKS = {
-    "V1": (0, 0, 0, 0, 0), "V2": (0, 0, 0, 0, 1), "V3": (0, 0, 0, 1, 1), "V4": (0, 1, 0, 0, 0),
-    "V5": (0, 0, 1, 0, 0), "V6": (0, 1, 1, 0, 0), "V7": (0, 1, 1, 1, 1), "V8": (1, 1, 1, 1, 1),
-}  # fmt: skip
+TICKS = {name: (name == PRETRAINED_ROW, *astuple(row)) for name, row in table_i.SWITCHES.items()}
 TABLE_II_COLUMNS = ("Sensitivity", "Precision", "Dice", "IoU")
 TABLE_II = {
     "FCN": ((78.8, 0.23), (58.9, 0.16), (35.6, 0.36), (29.3, 0.45)),

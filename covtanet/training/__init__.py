@@ -1,1 +1,1 @@
-"""The paper's two phases: what an epoch does, the loop around it, and its distribution on Ray."""
+"""The paper's two phases: steps and epochs, the loop around them, their distribution on Ray."""

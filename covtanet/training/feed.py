@@ -1,8 +1,9 @@
 """Lanes: streams of samples that make the micro-batches of a step. numpy only.
 
-An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so the number of ranks
-changes who computes a micro-batch and never what is in it. Which samples an epoch uses, and in memory in what
-order, follows from seed, epoch and lane alone, so that a training that was interrupted goes on as if it had not been.
+An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so
+that the number of ranks changes which rank computes a micro-batch, and never its samples. The
+samples of an epoch, and in memory their order, follow from seed, epoch and lane alone: an
+interrupted training goes on as if it had not been interrupted.
 """
 
 import hashlib
@@ -18,74 +19,73 @@ Rows = dict[str, NDArray[Any]]
 
 
 class Lane(Protocol):
-    """One stream. Every micro-batch is a dict of columns, ``name`` among them."""
+    """One stream of samples. A micro-batch is a dict of columns, ``name`` among them."""
 
     def num_batches(self, epoch: int) -> int:
-        """Whole micro-batches that the epoch has."""
+        """Return the number of whole micro-batches of an epoch."""
         ...
 
     def batches(self, epoch: int) -> Iterator[Rows]:
-        """The epoch's micro-batches, shuffled."""
+        """Yield the epoch's micro-batches, shuffled."""
         ...
 
     def in_order(self) -> Iterator[Rows]:
-        """All samples in a fixed order, for validation; the last batch may be smaller."""
+        """Yield all samples in a fixed order, for validation; the last batch may be smaller."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an epoch draws from a lane.
+    """Sampling of an epoch from a lane.
 
-    lesion_free_share: the share of slices without lesion that an epoch uses, others every epoch. slices_per_volume: at
-    most so many of each volume, others every epoch, so that a long scan does not outweigh a short one; 0 for all.
-    Choice: all of them, since precision needs negatives; the paper names no sampling.
+    Choice: all samples, since precision needs negatives; the paper names no sampling.
     """
 
     batch_size: int
     seed: int = 0
     lesion_free_share: float = 1.0
+    """Share of the slices without lesion that an epoch uses; other slices every epoch."""
     slices_per_volume: int = 0
+    """Most slices of a volume that an epoch uses, other slices every epoch, so that a long scan
+    does not outweigh a short one; 0 for all."""
 
     def drawn(self, names: Sequence[str], has_lesion: Sequence[bool], epoch: int) -> set[str]:
-        """Which of a lane's samples an epoch uses. A name is SERIES or SERIES:SLICE."""
+        """Return the names of the samples that an epoch uses. A name is SERIES or SERIES:SLICE."""
         by_volume: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for name, is_marked in zip(names, has_lesion, strict=True):
             digest = hashlib.blake2b(f"{self.seed}:{epoch}:{name}".encode(), digest_size=4).digest()
             lot = int.from_bytes(digest, "big") / 2**32
             if is_marked:
                 by_volume[series_of(name)].append((lot, name))
-            elif (
-                lot < self.lesion_free_share
-            ):  # and then as likely as a marked one to be among the first
+            elif lot < self.lesion_free_share:
+                # Scaled to 0..1: as likely as a marked slice to be among the first of its volume.
                 by_volume[series_of(name)].append((lot / self.lesion_free_share, name))
-        most = self.slices_per_volume or None
-        return {name for lots in by_volume.values() for _, name in sorted(lots)[:most]}
+        limit = self.slices_per_volume or None
+        return {name for lots in by_volume.values() for _, name in sorted(lots)[:limit]}
 
 
 def series_of(name: str) -> str:
-    """The series of a sample's name."""
+    """Return the series of a sample's name."""
     return name.partition(":")[0]
 
 
 def volumes_of(rows: Rows) -> list[str]:
-    """Which series the rows come from."""
+    """Return the series that the rows come from, sorted."""
     return sorted({series_of(str(name)) for name in rows["name"]})
 
 
 class MemoryLane:
-    """A lane whose samples lie in memory: an exact permutation every epoch.
+    """A lane whose samples are in memory: an exact permutation every epoch.
 
     rows: columns of equal length, with ``name`` (text) and ``has_lesion`` (bool) among them.
     """
 
     def __init__(self, rows: Rows, sampling: Sampling, lane: int) -> None:
-        order = np.argsort(rows["name"], kind="stable")  # whatever order they arrived in
-        self.rows, self.sampling, self.lane = (
-            {name: values[order] for name, values in rows.items()},
-            sampling,
-            lane,
-        )
+        # Rows may arrive in any order.
+        order = np.argsort(rows["name"], kind="stable")
+        self.rows = {name: values[order] for name, values in rows.items()}
+        self.sampling = sampling
+        self.lane = lane
 
     def _drawn(self, epoch: int) -> NDArray[np.intp]:
         names = self.rows["name"].tolist()
@@ -93,11 +93,11 @@ class MemoryLane:
         return np.flatnonzero([name in drawn for name in names])
 
     def num_batches(self, epoch: int) -> int:
-        """Whole micro-batches that the epoch has."""
+        """Return the number of whole micro-batches of an epoch."""
         return len(self._drawn(epoch)) // self.sampling.batch_size
 
     def batches(self, epoch: int) -> Iterator[Rows]:
-        """The epoch's micro-batches, shuffled."""
+        """Yield the epoch's micro-batches, shuffled."""
         rng = np.random.default_rng([self.sampling.seed, epoch, self.lane])
         order = rng.permutation(self._drawn(epoch))
         size = self.sampling.batch_size
@@ -105,7 +105,7 @@ class MemoryLane:
             yield {name: values[order[start : start + size]] for name, values in self.rows.items()}
 
     def in_order(self) -> Iterator[Rows]:
-        """All samples by name."""
+        """Yield all samples in the order of their names."""
         size = self.sampling.batch_size
         for start in range(0, len(self.rows["name"]), size):
             yield {name: values[start : start + size] for name, values in self.rows.items()}
@@ -123,12 +123,12 @@ def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
 
 
 def steps(lanes: Sequence[Lane], epoch: int, num_steps: int) -> Iterator[list[Rows]]:
-    """The epoch's steps: one micro-batch of every lane each."""
+    """Yield the epoch's steps: one micro-batch of every lane."""
     streams = [lane.batches(epoch) for lane in lanes]
     for _ in range(num_steps):
         yield [next(stream) for stream in streams]
 
 
 def seed_of(*parts: int) -> int:
-    """One seed from several numbers, alike on every machine."""
+    """Return one seed from several numbers, the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])

@@ -17,14 +17,15 @@ from covtanet.model.losses import (
 )
 from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, in_order
-from covtanet.training.metrics import count, counts_of
+from covtanet.training.loop import Phase
+from covtanet.training.metrics import count, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
+from covtanet.training.validation import sum_over_lanes
 
 
 class SliceBatch(NamedTuple):
-    """Slices (B, 1, H, W) in [0, 1] and lesion masks alike, with the names of their series."""
+    """Slices (B, C, H, W) in [0, 1], lesion masks (B, 1, H, W) and names of their series."""
 
     slices: Tensor
     lesion_mask: Tensor
@@ -32,11 +33,11 @@ class SliceBatch(NamedTuple):
 
 
 def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
-    """Stored levels and masks (B, H, W) to a micro-batch on the device."""
-    levels, lesion = rows["levels"], rows["lesion"]
+    """Return stored levels and masks (B, H, W) as a micro-batch on the device."""
+    levels = rows["levels"]
     scale = np.float32(np.iinfo(levels.dtype).max)
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
-    mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
+    mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
     return SliceBatch(
         slices.to(device, memory_format=layout),
@@ -46,25 +47,25 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
 
 
 def supervised_sums(
-    found: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None
+    outputs: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None
 ) -> Tensor:
-    """The loss's sums of every map that a network gives in training, (K * num_sums,).
+    """Return the loss's sums of every map that a network gives in training, (K * num_sums,).
 
-    Choice: the same loss on all of them, its mean over them, so that every network of a table is trained alike; an edge
-    map is held against the masks' outline.
+    Choice: the same loss on all maps, and its mean over them, so that every network of a table is
+    trained in the same way; an edge map is compared with the masks' outline.
     """
     terms = terms or loss_terms(FocalTverskyConfig())
-    if isinstance(found, Tensor):
-        return terms.sums(found, lesion_mask)
-    parts = [terms.sums(each, lesion_mask) for each in torch.split(found.masks, 1, 1)]
-    if found.edge is not None:
+    if isinstance(outputs, Tensor):
+        return terms.sums(outputs, lesion_mask)
+    sums = [terms.sums(logits, lesion_mask) for logits in torch.split(outputs.masks, 1, 1)]
+    if outputs.edge is not None:
         outline = F.max_pool2d(lesion_mask, 3, 1, 1) + F.max_pool2d(-lesion_mask, 3, 1, 1)
-        parts.append(terms.sums(found.edge, outline))
-    return torch.cat(parts)
+        sums.append(terms.sums(outputs.edge, outline))
+    return torch.cat(sums)
 
 
 def supervised_loss(total: Tensor, terms: LossTerms) -> Tensor:
-    """The mean loss of all maps from their added-up sums, a scalar."""
+    """Return the mean loss of all maps from their added-up sums, a scalar."""
     return torch.stack([terms.loss(sums) for sums in total.view(-1, terms.num_sums)]).mean()
 
 
@@ -77,7 +78,10 @@ def phase1(
     ranks: Ranks,
     augmenter: Augmenter | None = None,
 ) -> Phase[SliceBatch]:
-    """Segmentation by the configured loss, judged by pooled Dice. model: segnet, wrapped where there are ranks."""
+    """Return segmentation by the configured loss, validated by pooled Dice.
+
+    model: ``segnet``, wrapped if there are several ranks.
+    """
     device = next(segnet.parameters()).device
     terms = loss_terms(loss_config)
 
@@ -94,18 +98,18 @@ def phase1(
         return supervised_sums(logits, batch.lesion_mask, terms)
 
     def validate() -> dict[str, float]:
-        segnet.eval()
-        pixels = torch.zeros(4, dtype=torch.float64)
-        with torch.inference_mode(), config.autocast(device):
-            for batch in in_order(validation, lambda rows, _: slice_batch(rows, device)):
-                pixels += count(segnet(batch.slices) > 0, batch.lesion_mask > 0).cpu()
-        found = counts_of(ranks.sum(pixels))
-        return {
-            "val_dice": found.dice,
-            "val_iou": found.iou,
-            "val_sensitivity": found.sensitivity,
-            "val_specificity": found.specificity,
-        }
+        pixels = sum_over_lanes(
+            segnet,
+            validation,
+            lambda rows, _: slice_batch(rows, device),
+            lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+            4,
+            config.autocast(device),
+            ranks,
+        )
+        metrics = metrics_of(pixels)
+        names = ("dice", "iou", "sensitivity", "specificity")
+        return {f"val_{name}": metrics[name] for name in names}
 
     return Phase(
         module=segnet,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, in_order
-from covtanet.training.metrics import count, counts_of
+from covtanet.training.loop import Phase
+from covtanet.training.metrics import count, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
+from covtanet.training.validation import sum_over_lanes
 
 SLICES_AT_ONCE = 8
 
@@ -65,6 +66,33 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
 
 
+def _validation_sums(
+    classifier: nn.Module, batch: VolumeBatch, loss_config: JointLossConfig
+) -> Tensor:
+    """Return counts of diagnosis and of severity, four each, and the four sums of the loss."""
+    infected_logits, severe_logits = classifier(batch.pooled)
+    infected = batch.is_infected > 0
+    diagnosis = count(infected_logits > 0, infected)
+    severity = count(severe_logits > 0, batch.is_severe > 0, mask=infected)
+    losses = joint_sums(
+        infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
+    )
+    return torch.cat([diagnosis, severity, losses.double()])
+
+
+def _validation_metrics(sums: Tensor) -> dict[str, float]:
+    """Return the metrics of added-up ``_validation_sums``."""
+    diagnosis = metrics_of(sums[:4])
+    severity = metrics_of(sums[4:8])
+    return {
+        "val_loss": float(joint(sums[8:])),
+        "val_diagnosis_accuracy": diagnosis["accuracy"],
+        "val_diagnosis_sensitivity": diagnosis["sensitivity"],
+        "val_diagnosis_specificity": diagnosis["specificity"],
+        "val_severity_accuracy": severity["accuracy"],
+    }
+
+
 def phase2(
     classifier: nn.Module,
     model: nn.Module,
@@ -88,26 +116,16 @@ def phase2(
         )
 
     def validate() -> dict[str, float]:
-        classifier.eval()
-        found, losses = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-        with torch.inference_mode(), config.autocast(device):
-            for batch in in_order(validation, batch_of):
-                infected_logits, severe_logits = classifier(batch.pooled)
-                infected, severe = batch.is_infected > 0, batch.is_severe > 0
-                found[0] += count(infected_logits > 0, infected).cpu()
-                found[1] += count(severe_logits > 0, severe, where=infected).cpu()
-                sums = joint_sums(
-                    infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
-                )
-                losses += sums.double().cpu()
-        diagnosis, severity = (counts_of(each) for each in ranks.sum(found))
-        return {
-            "val_loss": float(joint(ranks.sum(losses))),
-            "val_diagnosis_accuracy": diagnosis.accuracy,
-            "val_diagnosis_sensitivity": diagnosis.sensitivity,
-            "val_diagnosis_specificity": diagnosis.specificity,
-            "val_severity_accuracy": severity.accuracy,
-        }
+        sums = sum_over_lanes(
+            classifier,
+            validation,
+            batch_of,
+            lambda batch: _validation_sums(classifier, batch, loss_config),
+            12,
+            config.autocast(device),
+            ranks,
+        )
+        return _validation_metrics(sums)
 
     return Phase(
         module=classifier,

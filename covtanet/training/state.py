@@ -1,7 +1,8 @@
-"""A training's checkpoint as a folder of plain files: weights, best weights, optimizer state, history.
+"""A training's checkpoint as a folder of files: weights, best weights, optimizer state, history.
 
-Tensors are safetensors; ``state.json`` comes last and holds the digest of each, so that a torn or cut checkpoint is
-known as such. Nothing is unpickled. Where checkpoints are kept, and how many, is Ray Train's business.
+Tensors are safetensors; ``state.json`` comes last and holds their digests, by which a torn or cut
+checkpoint is recognized. Nothing is unpickled. Location and number of checkpoints are left to Ray
+Train.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from covtanet.training.loop import Progress
 
 STATE = "state.json"
 PARTS = ("weights", "best", "optimizer")
-# All files of a checkpoint, each with the most bytes that it may have; the optimizer keeps two values per weight.
+# All files of a checkpoint, each with the most bytes that it may have; the optimizer keeps two
+# values per weight.
 FILES = {STATE: 64 << 20, **{f"{part}.safetensors": 8 << 30 for part in PARTS}}
 
 
@@ -35,7 +37,7 @@ def load_progress(folder: Path) -> Progress:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: where a file is missing, cut or changed.
+        CheckpointError: a file is missing, cut or changed.
     """
     try:
         state = json.loads((folder / STATE).read_text())

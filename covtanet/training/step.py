@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,11 +13,11 @@ from covtanet.training.ranks import LaneStatistics, Ranks
 
 
 class Named(Protocol):
-    """A micro-batch that knows which series it came from."""
+    """A micro-batch that names the series it came from."""
 
     @property
     def names(self) -> list[str]:
-        """One name per sample."""
+        """Names of its series."""
         ...
 
 
@@ -32,39 +32,45 @@ def backward(
     statistics: LaneStatistics,
     seeds: Sequence[int],
 ) -> float:
-    """Set the gradients of ``loss`` of the sums over all micro-batches of all ranks; returns that loss.
+    """Set the gradients of ``loss`` of the sums over all micro-batches of all ranks.
 
-    sums: forward of one micro-batch to what adds up, (k,). seeds: for dropout, one per micro-batch.
+    sums: forward of one micro-batch to numbers that add up, (k,). seeds: for dropout, one per
+    micro-batch. Returns the loss.
 
-    A rank with several micro-batches runs them forward without gradient first, since the loss needs every sum before
-    the first gradient: a third more work for the memory of one micro-batch. Data-parallel gradients are averaged over
-    ranks while the loss of summed counts wants their sum, hence the factor.
+    A rank with several micro-batches runs them forward without gradient first, since the loss needs
+    every sum before the first gradient: a third more work for the memory of one micro-batch.
 
     Raises:
-        FloatingPointError: where a sum is not finite; names the series of the step's micro-batches.
+        FloatingPointError: a sum is not finite; names the series of the step's micro-batches.
     """
     ranks = statistics.ranks
-    own = []
+    is_alone = len(micro_batches) == 1
+    parts = []
     for lane, batch in enumerate(micro_batches):
-        with nullcontext() if len(micro_batches) == 1 else torch.no_grad():
-            own.append(_forward(sums, batch, lane, statistics, seeds[lane]))
-    total = ranks.sum(torch.stack([each.detach() for each in own]).sum(0))
-    _check_finite(total, own, micro_batches, ranks)
+        with nullcontext() if is_alone else torch.no_grad():
+            parts.append(_forward(sums, batch, lane, statistics, seeds[lane]))
+    total = ranks.sum(torch.stack([part.detach() for part in parts]).sum(0))
+    _check_finite(total, parts, micro_batches, ranks)
     value = math.nan
     for lane, batch in enumerate(micro_batches):
         is_last = lane == len(micro_batches) - 1
-        is_distributed = isinstance(model, DistributedDataParallel)
-        with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
-            part = (
-                own[0]
-                if len(micro_batches) == 1
-                else _forward(sums, batch, lane, statistics, seeds[lane])
-            )
-            found = loss(total - part.detach() + part)
-            (found * ranks.count).backward()  # type: ignore[no-untyped-call]
+        # Ranks exchange gradients once, with the last micro-batch.
+        with nullcontext() if is_last else _without_exchange(model):
+            part = parts[0] if is_alone else _forward(sums, batch, lane, statistics, seeds[lane])
+            # The value of the whole sum, with the gradient of this micro-batch's part.
+            step_loss = loss(total - part.detach() + part)
+            # Data-parallel gradients are averaged over ranks, and the loss of summed counts needs
+            # their sum.
+            (step_loss * ranks.count).backward()  # type: ignore[no-untyped-call]
         statistics.leave(lane)
-        value = float(found.detach())
+        value = float(step_loss.detach())
     return value
+
+
+def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
 
 
 def _forward(
@@ -76,18 +82,17 @@ def _forward(
 
 
 def _check_finite(
-    total: Tensor, own: Sequence[Tensor], micro_batches: Sequence[Named], ranks: Ranks
+    total: Tensor, parts: Sequence[Tensor], micro_batches: Sequence[Named], ranks: Ranks
 ) -> None:
     if torch.isfinite(total).all():
         return
-    at_fault = [
-        name
-        for found, batch in zip(own, micro_batches, strict=True)
-        if not torch.isfinite(found).all()
-        for name in batch.names
-    ]
+    names: list[str] = []
+    for part, batch in zip(parts, micro_batches, strict=True):
+        if not torch.isfinite(part).all():
+            names += batch.names
+    gathered = ", ".join(ranks.gather(names))
     raise FloatingPointError(
-        f"the loss is no number; the batch holds {', '.join(ranks.gather(at_fault))}"
+        f"the loss is not finite (NaN or inf); series of the batch: {gathered}"
     )
 
 
@@ -101,4 +106,6 @@ def check_gradients(model: nn.Module, micro_batches: Sequence[Named], ranks: Ran
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
         return
     names = ranks.gather([name for batch in micro_batches for name in batch.names])
-    raise FloatingPointError(f"a gradient is no number; the batch holds {', '.join(names)}")
+    raise FloatingPointError(
+        f"a gradient is not finite (NaN or inf); series of the batch: {', '.join(names)}"
+    )

@@ -239,7 +239,8 @@ def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
     """Register the trained model with another bias of its lesion head; returns the version."""
     resolved = tracking.resolve_model("models:/covtanet/1", folder / f"source{bias}")
     model = load_model(resolved.folder)
-    model.network.segnet.filter[-1].bias.fill_(bias)
+    segnet: Any = model.network.segnet
+    segnet.filter[-1].bias.fill_(bias)
     save_model(folder / f"model{bias}", model)
     address = tracking.RunAddress(
         uri=cluster.environment["MLFLOW_TRACKING_URI"], experiment="altered", name=f"bias {bias}", key=f"bias {bias}",

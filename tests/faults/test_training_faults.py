@@ -124,10 +124,10 @@ def test_fewer_workers_keep_the_global_batch(
     seen(f"losses differ by at most {apart:.1g}; {check_logged(training)}")
 
 
-def test_nan_loss_stops_with_exit_code_4(setup: TrainingSetup, seen: Callable[[str], None]) -> None:
+def test_nan_loss_stops_with_exit_code_1(setup: TrainingSetup, seen: Callable[[str], None]) -> None:
     """A learning rate that leaps in the second epoch; nothing of that epoch is saved."""
     training = setup.training("not-finite", decay=1e35)
-    output = training.run(expect=4)
+    output = training.run(expect=1)
     message = re.search(r"V7 fold 0 phase 1: .*\b([0-9a-f]{16})\b", output)
     assert message, "the message names no series"
     checkpoints = training.checkpoints(1)
@@ -135,13 +135,13 @@ def test_nan_loss_stops_with_exit_code_4(setup: TrainingSetup, seen: Callable[[s
         for name, value in load_file(checkpoint / "weights.safetensors").items():
             assert torch.isfinite(value).all(), f"{name} of a checkpoint is not finite"
     assert not (training.fold / "phase1" / "phase.json").exists()
-    seen(f"exit code 4, names series {message[1]}; {len(checkpoints)} checkpoint, finite")
+    seen(f"exit code 1, names series {message[1]}; {len(checkpoints)} checkpoint, finite")
 
 
 def test_killed_mlflow_server_publishes_after_restart(
     setup: TrainingSetup, clean: TrainingRun, seen: Callable[[str], None]
 ) -> None:
-    """The training ends with exit code 5; the same command then publishes without training."""
+    """The training ends with exit code 1; the same command then publishes without training."""
     training = setup.training("tracker", more="phases = [1]")
     (port,) = free_ports(1)
     server = start_mlflow(training.folder, port)
@@ -151,7 +151,7 @@ def test_killed_mlflow_server_publishes_after_restart(
         job.wait_for(training.has_epochs(1, 2))
         os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
-        assert job.finish(600) == 5, job.output[-4000:]
+        assert job.finish(600) == 1, job.output[-4000:]
         server = start_mlflow(training.folder, port)
         output = training.run()
         assert "phase 1 epoch" not in output, "phase 1 was trained again"

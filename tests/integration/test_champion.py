@@ -1,7 +1,6 @@
 """What holds the model behind the endpoint: it follows the registry's alias, there and back, and answers meanwhile."""
 
 import asyncio
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from saved_models import small_model
+from saved_models import rewrite_as_version_1, small_model
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
 from covtanet.model.checkpoint import model_digest, save_model
 from covtanet.screening.config import ScreeningConfig
+from covtanet.tracking import models
 from serve.deployments import Segmenter
 
 
@@ -40,7 +40,9 @@ def register(registry: str, folder: Path, seed: int, run: str = "") -> str:
     return tracking.register_model(address, folder / f"model{seed}", {})
 
 
-def test_a_champion_that_is_taken_back_answers_again(registry: str, tmp_path: Path) -> None:
+def test_segmenter_follows_the_alias_back_to_a_previous_champion(
+    registry: str, tmp_path: Path
+) -> None:
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
     segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
@@ -62,9 +64,7 @@ def test_versions_of_one_run_keep_their_own_files(registry: str, tmp_path: Path)
     assert digests == [model_digest(tmp_path / f"model{seed}") for seed in (0, 1)]
 
 
-def test_files_that_are_not_the_registered_ones_are_not_taken_up(
-    registry: str, tmp_path: Path
-) -> None:
+def test_changed_files_of_a_champion_are_not_loaded(registry: str, tmp_path: Path) -> None:
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
     segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def test_files_that_are_not_the_registered_ones_are_not_taken_up(
 
 
 @pytest.mark.parametrize("name", ["eager", "openvino"])
-def test_an_engine_answers_several_threads_at_once(name: str) -> None:
+def test_engine_gives_the_same_result_to_concurrent_threads(name: str) -> None:
     """The endpoint asks the model how it is while it works on studies."""
     engine = build_engine(small_model().network, 128, name, 1)
     slices = np.random.default_rng(0).random((8, 1, 128, 128), dtype=np.float32)
@@ -115,9 +115,7 @@ def test_champion_without_window_leaves_the_old_model_answering(
         "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
     )
     save_model(tmp_path / "model1", small_model(1))
-    description = json.loads((tmp_path / "model1" / "model.json").read_text())
-    description |= {"format_version": 1, "preprocessing": preprocessing}
-    (tmp_path / "model1" / "model.json").write_text(json.dumps(description))
+    rewrite_as_version_1(tmp_path / "model1", preprocessing)
     address = tracking.RunAddress(uri=registry, experiment="champions", name="odd", key="odd")
     tracking.promote(tracking.register_model(address, tmp_path / "model1", {}), {})
     for _ in range(3):  # as many failed checks end a replica
@@ -129,7 +127,7 @@ def test_champion_without_window_leaves_the_old_model_answering(
     assert told == [f"the model stays as it is, another one cannot be loaded: {error}"] * 3
 
 
-def test_error_that_nobody_thought_of_leaves_the_old_model_answering(
+def test_unexpected_registry_error_leaves_the_old_model_answering(
     registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracking.promote(register(registry, tmp_path, 0), {})
@@ -220,7 +218,7 @@ def test_disk_source_of_a_registry_behind_http_needs_a_setting(
     registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = register(registry, tmp_path, 0)
-    monkeypatch.setattr(tracking, "tracking_uri", lambda: "https://mlflow.hospital")
+    monkeypatch.setattr(models, "tracking_uri", lambda: "https://mlflow.hospital")
     with pytest.raises(CheckpointError, match="allow the folder by COVTANET_MODEL_SOURCES"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
 
@@ -228,8 +226,8 @@ def test_disk_source_of_a_registry_behind_http_needs_a_setting(
 @pytest.mark.parametrize(
     "uri", ["mlflow-artifacts:/1/%2e%2e/x", "mlflow-artifacts:/1/../x", "file://host/x"]
 )
-def test_place_of_a_model_that_is_not_plain_is_refused(registry: str, uri: str) -> None:
+def test_model_location_with_escape_or_dots_is_refused(registry: str, uri: str) -> None:
     with pytest.raises(
         CheckpointError, match=r"expected mlflow-artifacts|holds '\.\.'|another machine"
     ):
-        tracking._place(uri, "models:/covtanet/1")
+        models._location(uri, "models:/covtanet/1")

@@ -1,5 +1,9 @@
 """Small saved models for tests: untrained, from a seed."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from covtanet.model.checkpoint import SavedModel
@@ -16,3 +20,21 @@ def small_model(seed: int = 0) -> SavedModel:
         preprocessing=Preprocessing(size_px=128),
         capabilities=Capabilities(segments=True, diagnoses=True),
     )
+
+
+def rewrite_as_version_1(
+    folder: Path, preprocessing: Any, provenance: dict[str, Any] | None = None
+) -> None:
+    """Rewrite a saved model's description as version 1 had it, given its free-form parts."""
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    del description["capabilities"]
+    segnet = description["network"]["segnet"]
+    kind = segnet.pop("type")
+    segnet["network"] = {"ta-segnet": "TA-SegNet", "none": "slices"}.get(kind) or segnet.pop("name")
+    description |= {
+        "format_version": 1,
+        "preprocessing": preprocessing,
+        "provenance": provenance or {},
+    }
+    path.write_text(json.dumps(description))

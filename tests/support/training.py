@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from covtanet.model.covtanet import CovTANetConfig, JointClassifier
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
-from covtanet.model.segnet import SegNetConfig, TASegNet
+from covtanet.model.registry import build_segmenter
+from covtanet.model.segnet import TASegNetConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
@@ -22,7 +23,7 @@ from covtanet.training.ranks import Ranks
 
 PX = 32
 NETWORK = CovTANetConfig(
-    segnet=SegNetConfig(widths=(4, 8, 8), fusion_channels=4),
+    segnet=TASegNetConfig(widths=(4, 8, 8), fusion_channels=4),
     num_slices=4, pooled_px=8, regional_widths=(4, 8), path_channels=16, dropout=0.5,
 )  # fmt: skip
 CONFIG = PhaseConfig(num_epochs=3, batch_size=2, micro_batches=2, learning_rate=3e-3)
@@ -77,7 +78,7 @@ def lane(number: int, phase: int, config: PhaseConfig) -> Lane:
 def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase[Any]:
     """Return a phase with its network from a fixed seed, data parallel if there are several ranks."""
     torch.manual_seed(0)
-    module: nn.Module = TASegNet(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
+    module: nn.Module = build_segmenter(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
     if phase == 1:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = (

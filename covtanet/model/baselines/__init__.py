@@ -1,1 +1,1 @@
-"""The networks that the paper compares with (Tables II to IV), written from their papers where no library has them."""
+"""Networks that the paper compares with (Tables II to IV), by a library or from their papers."""

@@ -1,4 +1,4 @@
-"""What several of the compared networks are made of."""
+"""Building blocks that several of the compared networks share."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +8,15 @@ from torch.nn import functional as F
 
 
 class Outputs(NamedTuple):
-    """What a deeply supervised network returns in training; in eval mode it returns the first of ``masks`` alone.
+    """Outputs of a deeply supervised network in training.
 
-    masks: lesion logits (B, K, H, W), the prediction first. edge: logits of the lesions' outline (B, 1, H, W).
+    In eval mode such a network returns the first of ``masks`` alone.
     """
 
     masks: Tensor
+    """Lesion logits (B, K, H, W), the prediction first."""
     edge: Tensor | None = None
+    """Logits of the lesions' outline (B, 1, H, W)."""
 
 
 def conv_bn(
@@ -34,14 +36,16 @@ def conv_bn(
         nn.Conv2d(channels_in, channels, sides, stride, padding, dilation, groups, bias=False),
         nn.BatchNorm2d(channels),
     ]
-    return nn.Sequential(*layers, *([] if act is None else [act()]))
+    if act is not None:
+        layers.append(act())
+    return nn.Sequential(*layers)
 
 
 def resize_like(features: Tensor, other: Tensor) -> Tensor:
-    """Bilinear to another map's height and width."""
+    """Resize a map bilinearly to another map's height and width."""
     return F.interpolate(features, size=other.shape[2:], mode="bilinear", align_corners=False)
 
 
 def doubling(base: int, levels: int = 5) -> tuple[int, ...]:
-    """Widths that double from level to level."""
+    """Return widths that double from level to level."""
     return tuple(base * 2**level for level in range(levels))

@@ -1,4 +1,7 @@
-"""Image classifiers as feature extractors of slices (Table IV): in place of TA-SegNet and the regional extractor."""
+"""Image classifiers as feature extractors of slices (Table IV).
+
+They replace TA-SegNet and the regional feature extractor.
+"""
 
 from torch import Tensor, nn
 
@@ -6,9 +9,10 @@ from covtanet.model.libraries import pooled_extractor
 
 
 class SliceBackbone(nn.Module):
-    """A classifier of timm without its last layer, and a 1x1 convolution to the width that aggregation expects.
+    """A classifier of timm without its last layer, then a 1x1 convolution to aggregation's width.
 
-    Choice: "slice-wise processing in the joint scheme" is read as the same aggregation and heads on its pooled vector.
+    Choice: "slice-wise processing in the joint scheme" is read as the same aggregation and heads on
+    its pooled vector.
     """
 
     def __init__(self, name: str, in_channels: int, channels: int) -> None:

@@ -13,7 +13,7 @@ ASPP = ((1, 1), (3, 2), (3, 4), (3, 6))
 
 
 class GatedBlock(nn.Module):
-    """Two convolutions with dropout between them, and a squeeze-and-excitation gate beside the identity."""
+    """Two convolutions with dropout between them, plus their product with a channel gate."""
 
     def __init__(self, channels_in: int, channels: int, dropout: float) -> None:
         super().__init__()
@@ -31,13 +31,17 @@ class GatedBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels, H, W)."""
-        found: Tensor = self.convs(features)
-        gated: Tensor = found + found * self.gate(found.mean((2, 3), keepdim=True))
+        convolved: Tensor = self.convs(features)
+        gate = self.gate(convolved.mean((2, 3), keepdim=True))
+        gated: Tensor = convolved + convolved * gate
         return gated
 
 
 class COPLENet(nn.Module):
-    """A U-Net that pools by maximum and mean, narrows its skips, and has an atrous pyramid at the bottom."""
+    """A U-Net that pools by maximum and mean and narrows its skips.
+
+    An atrous pyramid is at its bottom.
+    """
 
     def __init__(self, in_channels: int, base: int = 32) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ SHARED_RATES = (1, 2, 4)
 
 
 class PyramidGuidance(nn.Module):
-    """Global pyramid guidance: deeper maps at one level's size and width, then separable dilated convolutions."""
+    """Global pyramid guidance: deeper maps at one level's size, then dilated convolutions."""
 
     def __init__(self, deeper: Sequence[int], width: int) -> None:
         super().__init__()
@@ -30,16 +30,18 @@ class PyramidGuidance(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Map a level's features and all deeper ones to (B, width, H, W) at that level's size."""
-        narrowed = [narrow(each) for narrow, each in zip(self.narrow, features, strict=True)]
-        joined = torch.cat(
-            [narrowed[0], *(resize_like(each, narrowed[0]) for each in narrowed[1:])], 1
-        )
+        narrowed = [narrow(level) for narrow, level in zip(self.narrow, features, strict=True)]
+        resized = [resize_like(level, narrowed[0]) for level in narrowed[1:]]
+        joined = torch.cat([narrowed[0], *resized], 1)
         merged: Tensor = self.merge(torch.cat([branch(joined) for branch in self.dilated], 1))
         return merged
 
 
 class ScaleAwareFusion(nn.Module):
-    """Scale-aware pyramid fusion: one kernel at three dilations, merged two at a time by attention over positions."""
+    """Scale-aware pyramid fusion: one kernel at three dilations.
+
+    The branches are merged two at a time by attention over positions.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,7 +73,10 @@ class ScaleAwareFusion(nn.Module):
 
 
 class CPFNet(nn.Module):
-    """Choice: without the fusion blocks of the public code's decoder, which its forward never calls."""
+    """A U-shaped decoder whose skips are guided by all deeper levels.
+
+    Choice: without the fusion blocks of the public code's decoder, which its forward never calls.
+    """
 
     def __init__(self, in_channels: int, num_last: int = 32) -> None:
         super().__init__()

@@ -10,8 +10,10 @@ DROPOUT = 0.5
 class FCN8s(nn.Module):
     """VGG-16 as a fully convolutional network whose scores at 1/32, 1/16 and 1/8 are added up.
 
-    base: channels of the first stage; 64 is VGG-16, with 4096 in the layers that were fully connected.
-    Choice: those keep the map's size by padding, in place of the original's border of 100 pixels.
+    base: channels of the first stage; 64 is VGG-16, with 4096 in the layers that were fully
+    connected.
+    Choice: those layers keep the map's size by padding, instead of the original's border of 100
+    pixels.
     """
 
     def __init__(self, in_channels: int, base: int = 64) -> None:
@@ -32,11 +34,9 @@ class FCN8s(nn.Module):
             nn.Conv2d(width, 1, 1) for width in (widths[2], widths[3], wide)
         )
         self.ups = nn.ModuleList(_bilinear(factor) for factor in (8, 2, 2))
-        for part in (
-            *self.stages,
-            self.head,
-        ):  # without it 13 layers of ReLU would leave nothing of the slice
-            for layer in part.modules():
+        # With torch's own initial weights 13 layers of ReLU would leave nothing of the slice.
+        for stage in (*self.stages, self.head):
+            for layer in stage.modules():
                 if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     nn.init.zeros_(layer.bias)

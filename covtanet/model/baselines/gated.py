@@ -1,4 +1,4 @@
-"""Gated U-Net: attention gates driven by the bottom of the network (Schlemper et al., Medical Image Analysis 2019)."""
+"""Gated U-Net: attention gates driven by the network's bottom (Schlemper et al., MedIA 2019)."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from covtanet.model.encoder import PlainEncoder, conv_block
 
 
 class AttentionGate(nn.Module):
-    """Weighs a skip by position, by what the one gating signal of the whole network says."""
+    """Weights a skip by position; all gates share the network's gating signal."""
 
     def __init__(self, channels: int, gate_channels: int) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class AttentionGate(nn.Module):
         """Map a skip (B, C, H, W) and the gate (B, G, h, w) to the skip's shape."""
         small = self.theta(skip)
         share = torch.sigmoid(self.psi(F.relu(small + resize_like(self.phi(gate), small))))
-        weighed: Tensor = self.last(skip * resize_like(share, skip))
-        return weighed
+        weighted: Tensor = self.last(skip * resize_like(share, skip))
+        return weighted
 
 
 class GatedUNet(nn.Module):
-    """A U-Net whose skips, but for the finest, pass a gate; every decoder level has a say in the mask."""
+    """A U-Net whose skips, but for the finest, pass a gate; all decoder levels add to the mask."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...] = (32, 64, 128, 256, 512)) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class GatedUNet(nn.Module):
         """Map slices (B, C, H, W) to logits (B, 1, H, W); H and W multiples of 16."""
         *skips, deep = self.encoder(slices)
         gate = self.gate(deep)
-        said = []
+        scores = []
         for level in range(len(skips) - 1, -1, -1):
             skip = self.gates[level - 1](skips[level], gate) if level else skips[0]
             deep = self.decoder[level](torch.cat([skip, self.ups[level](deep)], 1))
-            said.append(resize_like(self.says[level](deep), slices))
-        logits: Tensor = self.head(torch.cat(said, 1))
+            scores.append(resize_like(self.says[level](deep), slices))
+        logits: Tensor = self.head(torch.cat(scores, 1))
         return logits

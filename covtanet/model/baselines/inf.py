@@ -18,7 +18,7 @@ def unit(
 
 
 class ReceptiveFields(nn.Module):
-    """Four branches of growing receptive field, beside a 1x1 convolution of the input."""
+    """Four branches of growing receptive field, added to a 1x1 convolution of the input."""
 
     def __init__(self, channels_in: int) -> None:
         super().__init__()
@@ -26,10 +26,12 @@ class ReceptiveFields(nn.Module):
         for side in (3, 5, 7):
             self.branches.append(
                 nn.Sequential(
-                    unit(channels_in, WIDTH, 1), unit(WIDTH, WIDTH, (1, side)), unit(WIDTH, WIDTH, (side, 1)),
+                    unit(channels_in, WIDTH, 1),
+                    unit(WIDTH, WIDTH, (1, side)),
+                    unit(WIDTH, WIDTH, (side, 1)),
                     unit(WIDTH, WIDTH, 3, side),
                 )
-            )  # fmt: skip
+            )
         self.merge = unit(len(self.branches) * WIDTH, WIDTH)
         self.identity = unit(channels_in, WIDTH, 1)
 
@@ -50,7 +52,7 @@ class PartialDecoder(nn.Module):
         self.last = nn.Sequential(unit(3 * WIDTH, 3 * WIDTH), nn.Conv2d(3 * WIDTH, 1, 1))
 
     def forward(self, third: Tensor, fourth: Tensor, fifth: Tensor) -> Tensor:
-        """Maps (B, 32, ..) at 1/8, 1/16 and 1/32 to logits (B, 1, ..) at 1/8."""
+        """Map features (B, 32, ..) at 1/8, 1/16 and 1/32 to logits (B, 1, ..) at 1/8."""
         gated4 = self.ups[0](resize_like(fifth, fourth)) * fourth
         gated3 = (
             self.ups[1](resize_like(fifth, third)) * self.ups[2](resize_like(fourth, third)) * third
@@ -62,7 +64,7 @@ class PartialDecoder(nn.Module):
 
 
 class ReverseAttention(nn.Module):
-    """Looks where the coarser mask does not, beside the edge features, and adds what it finds to that mask."""
+    """Refines a coarser mask from the positions outside of it and from the edge features."""
 
     def __init__(self, channels_in: int, width: int, num_convs: int, kernel: int) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class ReverseAttention(nn.Module):
         self.convs = nn.Sequential(*layers, unit(width, 1, 1 if kernel > 3 else 3))
 
     def forward(self, features: Tensor, coarser: Tensor, edge: Tensor) -> Tensor:
-        """Features (B, channels_in, H, W) and logits of any size to logits (B, 1, H, W)."""
+        """Map features (B, channels_in, H, W) and logits of any size to logits (B, 1, H, W)."""
         coarser = resize_like(coarser, features)
         away = self.narrow((1 - torch.sigmoid(coarser)) * features)
         refined: Tensor = self.convs(torch.cat([away, resize_like(edge, features)], 1)) + coarser
@@ -81,7 +83,7 @@ class ReverseAttention(nn.Module):
 
 
 class InfNet(nn.Module):
-    """The finest refined map is the prediction."""
+    """A partial decoder whose mask is refined level by level; the finest map is the prediction."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -100,7 +102,10 @@ class InfNet(nn.Module):
         self.refine3 = ReverseAttention(third, EDGE_WIDTH, 2, 3)
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
-        """Map slices (B, C, H, W) to logits (B, 1, H, W); in training with those of the coarser maps and the edge."""
+        """Map slices (B, C, H, W) to logits (B, 1, H, W).
+
+        In training also to those of the coarser maps and of the edge.
+        """
         second, third, fourth, fifth = self.backbone(slices)
         edge = self.edge(second)
         coarse = self.decoder(
@@ -112,7 +117,6 @@ class InfNet(nn.Module):
         prediction = resize_like(third_map, slices)
         if not self.training:
             return prediction
-        others = [resize_like(each, slices) for each in (fourth_map, fifth_map, coarse)]
-        return Outputs(
-            torch.cat([prediction, *others], 1), resize_like(self.edge_head(edge), slices)
-        )
+        coarser = [resize_like(logits, slices) for logits in (fourth_map, fifth_map, coarse)]
+        masks = torch.cat([prediction, *coarser], 1)
+        return Outputs(masks, resize_like(self.edge_head(edge), slices))

@@ -12,7 +12,10 @@ DROPOUT = 0.01
 
 
 class AttentivePyramid(nn.Module):
-    """Attentive hierarchical spatial pyramid: depthwise dilated branches, running sums, a sigmoid map for each."""
+    """Attentive hierarchical spatial pyramid: depthwise dilated branches and their running sums.
+
+    Every branch is weighted by a sigmoid map.
+    """
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -36,12 +39,12 @@ class AttentivePyramid(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels, H / stride, W / stride)."""
         narrowed = self.narrow(features)
-        found = [branch(narrowed) for branch in self.branches]
-        found[0] = found[0] + self.pool(narrowed)
-        for index in range(1, len(found)):
-            found[index] = found[index] + found[index - 1]
-        joined = torch.cat(found, 1)
-        share = self.attend(joined).repeat_interleave(found[0].shape[1], 1)
+        branches = [branch(narrowed) for branch in self.branches]
+        branches[0] = branches[0] + self.pool(narrowed)
+        for index in range(1, len(branches)):
+            branches[index] = branches[index] + branches[index - 1]
+        joined = torch.cat(branches, 1)
+        share = self.attend(joined).repeat_interleave(branches[0].shape[1], 1)
         fused = self.fuse(joined + joined * share)
         out: Tensor = self.act(fused + features if self.is_residual else fused)
         return out
@@ -61,7 +64,7 @@ class PlainUnit(nn.Module):
 
 
 class Level(nn.Module):
-    """A main path and a light long path that exchange what they found."""
+    """A main path and a light long path that exchange features."""
 
     def __init__(self, level: int, channels_in: int) -> None:
         super().__init__()
@@ -75,8 +78,9 @@ class Level(nn.Module):
         self.exchange = None if is_last else conv_bn(2 * width, 2 * width, 1, act=None)
 
     def forward(self, main: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-        """Both paths' maps to those of the next level, at half the size."""
+        """Map both paths to those of the next level, at half the size."""
         main, long = self.down(main), self.long_down(long)
+        # Both sums are of the same two maps.
         main, long = self.main(main + long), self.long(long + main)
         if self.exchange is None:
             return main, long
@@ -85,7 +89,7 @@ class Level(nn.Module):
 
 
 def _light(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
-    """1x1, then depthwise 5x5."""
+    """Return a 1x1 convolution, then a depthwise 5x5 one."""
     point = nn.Conv2d(channels_in, channels, 1, bias=False)
     return nn.Sequential(
         point, conv_bn(channels, channels, 5, stride=stride, groups=channels, act=nn.PReLU)
@@ -109,7 +113,7 @@ class Decoder(nn.Module):
         self.act = nn.PReLU()
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """Map (B, channels_in, H, W) and the skip of the level to (B, channels, H of the skip, W of the skip)."""
+        """Map (B, channels_in, H, W) and the level's skip to (B, channels, skip's H, skip's W)."""
         narrowed = resize_like(self.narrow(deep), skip)
         out: Tensor = self.act(
             self.norm(sum(conv(narrowed) for conv in self.dilated)) + self.skip(skip)
@@ -118,7 +122,11 @@ class Decoder(nn.Module):
 
 
 class MiniSeg(nn.Module):
-    """Choice: what the paper's text leaves open of the exchange between paths follows its figure's sums."""
+    """Two paths down, one path up.
+
+    Choice: the exchange between the paths, which the paper's text leaves open, follows the sums of
+    its figure.
+    """
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -134,20 +142,22 @@ class MiniSeg(nn.Module):
         )
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
-        """Map slices (B, C, H, W) to logits (B, 1, H, W); in training with those of the deeper levels."""
+        """Map slices (B, C, H, W) to logits (B, 1, H, W).
+
+        In training also to logits of the deeper levels.
+        """
         main = long = slices
         skips = []
         for level in self.levels:
             main, long = level(main, long)
             skips.append(main + long)
-        found = [skips[-1]]
+        decoded = [skips[-1]]
         for decoder, skip in zip(reversed(self.decoders), reversed(skips[:-1]), strict=True):
-            found.append(decoder(found[-1], skip))
+            decoded.append(decoder(decoded[-1], skip))
         if not self.training:
-            logits: Tensor = resize_like(self.heads[0](found[-1]), slices)
-            return logits
+            return resize_like(self.heads[0](decoded[-1]), slices)
         masks = [
-            resize_like(head(each), slices)
-            for head, each in zip(self.heads, reversed(found), strict=True)
+            resize_like(head(level), slices)
+            for head, level in zip(self.heads, reversed(decoded), strict=True)
         ]
         return Outputs(torch.cat(masks, 1))

@@ -13,7 +13,7 @@ SHARES = (0.167, 0.333, 0.5)
 
 
 class MultiResBlock(nn.Module):
-    """Three chained convolutions, all of them kept, beside a 1x1 convolution of the input."""
+    """Three chained convolutions, concatenated, plus a 1x1 convolution of the input."""
 
     def __init__(self, channels_in: int, filters: int) -> None:
         super().__init__()
@@ -29,14 +29,16 @@ class MultiResBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, channels_in, H, W) to (B, channels, H, W)."""
-        found: list[Tensor] = []
+        chained: list[Tensor] = []
+        last = features
         for conv in self.convs:
-            found.append(conv(found[-1] if found else features))
-        return F.relu(self.last(self.norm(torch.cat(found, 1)) + self.identity(features)))
+            last = conv(last)
+            chained.append(last)
+        return F.relu(self.last(self.norm(torch.cat(chained, 1)) + self.identity(features)))
 
 
 class ResPath(nn.Module):
-    """A skip through residual units, more of them where encoder and decoder are further apart."""
+    """A skip through residual units, more of them if encoder and decoder are further apart."""
 
     def __init__(self, channels_in: int, channels: int, length: int) -> None:
         super().__init__()
@@ -54,25 +56,30 @@ class ResPath(nn.Module):
 
 
 class MultiResUNet(nn.Module):
-    """Five levels. Choice: a plain 1x1 head, without the public port's batch norm and extra class."""
+    """A U-Net of five levels of MultiRes blocks.
+
+    Choice: a plain 1x1 head, without the public port's batch norm and extra class.
+    """
 
     def __init__(self, in_channels: int, base: int = 32) -> None:
         super().__init__()
         filters = doubling(base)
         encoder: list[MultiResBlock] = []
-        for each in filters:
-            encoder.append(MultiResBlock(encoder[-1].channels if encoder else in_channels, each))
+        channels = in_channels
+        for width in filters:
+            encoder.append(MultiResBlock(channels, width))
+            channels = encoder[-1].channels
         self.encoder = nn.ModuleList(encoder)
         num_skips = len(filters) - 1
         self.paths = nn.ModuleList(
             ResPath(encoder[level].channels, filters[level], num_skips - level)
             for level in range(num_skips)
         )
-        decoder = [MultiResBlock(2 * each, each) for each in filters[:-1]]
+        decoder = [MultiResBlock(2 * width, width) for width in filters[:-1]]
         deeper = [*(block.channels for block in decoder[1:]), encoder[-1].channels]
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(deep, each, 2, stride=2)
-            for deep, each in zip(deeper, filters, strict=False)
+            nn.ConvTranspose2d(deep, width, 2, stride=2)
+            for deep, width in zip(deeper, filters, strict=False)
         )
         self.decoder = nn.ModuleList(decoder)
         self.head = nn.Conv2d(decoder[0].channels, 1, 1)

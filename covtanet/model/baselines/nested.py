@@ -17,6 +17,9 @@ class NestedUNet(nn.Module):
         self.net = BasicUNetPlusPlus(2, in_channels, 1, features=features, deep_supervision=True)
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
-        """Map slices (B, C, H, W) to logits (B, 1, H, W); in training with those of the shallower nets."""
-        found: list[Tensor] = self.net(slices)
-        return Outputs(torch.cat(found[::-1], 1)) if self.training else found[-1]
+        """Map slices (B, C, H, W) to logits (B, 1, H, W).
+
+        In training also to logits of the shallower nets.
+        """
+        logits: list[Tensor] = self.net(slices)
+        return Outputs(torch.cat(logits[::-1], 1)) if self.training else logits[-1]

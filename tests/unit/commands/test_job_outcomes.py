@@ -12,26 +12,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from repository import load_job
 from worklist_rows import ledger, row
 
 from covtanet import storage, tracking
+from covtanet.commands import evaluate, promote, report
 from covtanet.commands import ledger as ledger_command
-from covtanet.commands import report
 from covtanet.ct.window import WindowConfig
-from covtanet.data import prepared
+from covtanet.data import prepared, prepared_file
 from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
 from covtanet.evaluation.pipeline import Evaluated, guarded
 from covtanet.evaluation.promotion import Comparison
 from covtanet.evaluation.rows import EVALUATION_SCHEMA
+from covtanet.experiments.model_evaluation import count_outcomes
+from covtanet.experiments.preparation import prepare_row
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report import night_report
 from covtanet.report.comparison import compare
 from covtanet.storage import AccessError
-from covtanet.training.distributed import _prepare_row
 
-evaluate, promote = (load_job(name) for name in ("evaluate", "promote"))
 RUN_ID = "0123456789abcdef"
 CANARY = "Doe^Jane"
 WINDOW = WindowConfig(size_px=64)
@@ -75,7 +74,9 @@ def test_report_goes_on_without_a_picture_that_cannot_be_read(
     assert run(report, monkeypatch, "--ledger", str(pictures / "none")) == 3
 
 
-def test_report_ends_if_storage_refuses_us(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_ends_if_credentials_are_refused(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read_bytes = storage.read_bytes
 
     def refuse(uri: str, *arguments: Any) -> bytes:
@@ -142,7 +143,7 @@ def test_volume_that_fails_is_a_row_without_its_text(error: Exception, failure: 
     assert guarded(volume(), lambda _: {"volume": "k"}) == {"volume": "k", "failure": None}
 
 
-def test_evaluation_ends_if_storage_refuses_us() -> None:
+def test_evaluation_ends_if_credentials_are_refused() -> None:
     def refuse(volume: PreparedVolume) -> dict[str, Any]:
         raise AccessError("denied")
 
@@ -159,12 +160,12 @@ def test_evaluation_counts_outcomes_and_ends_with_4_if_volumes_are_lacking(
         )
     ]
     failures = {"b": "internal error, ValueError at x:1", "c": "storage: OSError"}
-    found = evaluate.count(refused, Evaluated(rows=[{}, {}], failures=failures))
+    found = count_outcomes(refused, Evaluated(rows=[{}, {}], failures=failures))
     assert found == Counter(evaluated=2, mask_mismatch=1, internal_error=1, storage=1)
     with caplog.at_level(logging.INFO):
-        assert evaluate.concluded(found) == 4
+        assert evaluate.conclude(found) == 4
     assert "2 evaluated, 1 internal_error, 1 mask_mismatch, 1 storage" in caplog.text
-    assert evaluate.concluded(evaluate.count(refused, Evaluated(rows=[{}], failures={}))) == 0
+    assert evaluate.conclude(count_outcomes(refused, Evaluated(rows=[{}], failures={}))) == 0
 
 
 def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
@@ -178,23 +179,23 @@ def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
         "prepared_uri": str(tmp_path / "out"),
         "window": WINDOW,
     }
-    found = prepared.from_json(
-        _prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=True)["found"]
+    found = prepared_file.from_json(
+        prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=True)["description"]
     )
     assert found.reason == "storage"
     assert not (tmp_path / "out").exists()  # it is tried again the next time
     with pytest.raises(OSError, match="volume k: storage: IsADirectoryError"):
-        _prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=False)
+        prepare_row(labelled, **how, slice_step_mm=2.5, refuses_unread=False)
 
 
 @pytest.mark.parametrize(
     ("challenger", "failures", "code"),
-    [(0.9, Counter(), 0), (0.9, Counter(internal_error=1), 1), (0.1, Counter(internal_error=1), 4)],
+    [(0.9, Counter(), 0), (0.9, Counter(internal_error=1), 4), (0.1, Counter(internal_error=1), 4)],
 )
-def test_promotion_needs_all_volumes(
+def test_promotion_with_missing_volumes_ends_with_4(
     challenger: float, failures: Counter[str], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = [Comparison(figure="dice", challenger=challenger, champion=0.8, margin=0.01)]
+    compared = [Comparison(metric="dice", challenger=challenger, champion=0.8, margin=0.01)]
     promoted: list[str] = []
     monkeypatch.setattr(tracking, "version_of", {"challenger": "2", "champion": "1"}.__getitem__)
     monkeypatch.setattr(tracking, "promote", lambda version, tags: promoted.append(version))

@@ -11,7 +11,7 @@ from PIL import Image
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.ct.window import WindowConfig
-from covtanet.data import pictures, prepared
+from covtanet.data import pictures, prepared, prepared_file
 from covtanet.data.datasets import read_volumes
 from covtanet.data.folds import Case, assign_folds, split
 from covtanet.data.labels import LabelledVolume, read_labels, write_labels
@@ -47,7 +47,7 @@ def test_mosmed_grades_follow_the_folders_and_masks_the_names(tmp_path: Path) ->
     }
 
 
-def test_covid20_knows_grey_volumes_and_the_patient_with_two(tmp_path: Path) -> None:
+def test_covid20_marks_grey_volumes_and_joins_a_patients_two(tmp_path: Path) -> None:
     names = (
         "coronacases_001",
         "radiopaedia_10_85902_1",
@@ -156,14 +156,14 @@ def test_a_folder_of_slices_becomes_a_stack(
     assert not samples.levels[0][:, :19].any()  # black where the picture ends
 
 
-def test_pictures_that_make_no_stack_are_refused(tmp_path: Path) -> None:
+def test_pictures_without_matching_masks_are_refused(tmp_path: Path) -> None:
     images, masks = tmp_path / "images", tmp_path / "masks"
     images.mkdir()
     masks.mkdir()
     (images / "a.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="no slice has a mask of its name"):
         pictures.join(images, masks)
-    with pytest.raises(ConfigError, match=r"a\.png is no picture"):
+    with pytest.raises(ConfigError, match=r"a\.png cannot be read as a picture"):
         pictures.join(images, images)
     Image.fromarray(np.full((20, 40), 80, np.uint8)).save(images / "a.png")
     Image.fromarray(np.full((40, 40), 255, np.uint8)).save(masks / "a.png")
@@ -177,7 +177,7 @@ def test_pictures_that_make_no_stack_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.parquet"])
-def test_manifest_is_read_from_csv_and_parquet_alike(name: str, tmp_path: Path) -> None:
+def test_index_in_csv_equals_index_in_parquet(name: str, tmp_path: Path) -> None:
     volumes = [
         LabelledVolume(
             volume_path="a.nii.gz",
@@ -214,11 +214,11 @@ def test_manifest_is_read_from_csv_and_parquet_alike(name: str, tmp_path: Path) 
             "label normal/mild, expected",
         ),
         ("volume_path,patient,intensity\na.nii,1,8bit\n", "intensity 8bit, expected"),
-        ("volume_path,patient\na.nii,\n", "row 1 of the manifest has no patient"),
-        ("volume_path,patient\na.nii,1\na.nii,1\n", "1 volumes stand in the data set twice"),
+        ("volume_path,patient\na.nii,\n", "row 1 of the index has no patient"),
+        ("volume_path,patient\na.nii,1\na.nii,1\n", "1 volumes are in the data set twice"),
     ],
 )
-def test_bad_manifest_is_refused_with_what_was_found(
+def test_bad_index_is_refused_with_found_and_expected(
     text: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.csv").write_text(text)
@@ -302,12 +302,12 @@ PHANTOM = LabelledVolume(
 )
 
 
-def test_prepared_volume_is_the_same_after_its_file(mild: Phantom) -> None:
+def test_prepared_volume_is_equal_after_parquet(mild: Phantom) -> None:
     found, samples = prepared.prepare(PHANTOM, "k", contents_of(mild, PHANTOM), WINDOW, 0)
     assert samples is not None
-    data = prepared.to_parquet(found, samples)
-    again = prepared.read_samples(data)
-    assert prepared.describe(data) == found
+    data = prepared_file.to_parquet(found, samples)
+    again = prepared_file.read_samples(data)
+    assert prepared_file.describe(data) == found
     assert np.array_equal(again.levels, samples.levels)
     assert again.lesion is not None
     assert samples.lesion is not None
@@ -334,7 +334,7 @@ def test_prepared_volume_of_anisotropic_slices_is_undistorted(mild: Phantom) -> 
     assert np.count_nonzero(samples.lesion & square.lesion) > 0.8 * np.count_nonzero(square.lesion)
 
 
-def test_severity_follows_from_the_masks_where_there_is_no_label(mild: Phantom) -> None:
+def test_severity_follows_from_the_masks_without_a_label(mild: Phantom) -> None:
     """The paper's rule: a tenth of the lung is mild, more than a quarter severe."""
     found, _ = prepared.prepare(PHANTOM, "k", contents_of(mild, PHANTOM), WINDOW, 0)
     assert found.involvement == pytest.approx(mild.involvement)
@@ -382,11 +382,13 @@ def test_grey_values_map_linearly_and_are_never_windowed_as_hu() -> None:
         ({"lesion_mask_path": None}, "unlabelled"),
     ],
 )
-def test_volume_that_is_not_as_declared_is_refused(change: dict[str, str], reason: str) -> None:
+def test_volume_of_other_intensity_than_declared_is_refused(
+    change: dict[str, str], reason: str
+) -> None:
     volume, contents = grey(np.tile(np.linspace(0, 255, 32).astype(np.uint8), (10, 32, 1)))
     found, samples = prepared.prepare(replace(volume, **change), "k", contents, WINDOW, 0)
     assert (found.reason, samples) == (reason, None)
-    assert prepared.describe(prepared.to_parquet(found, samples)) == found
+    assert prepared_file.describe(prepared_file.to_parquet(found, samples)) == found
 
 
 def test_hu_declared_grey_are_refused(mild: Phantom) -> None:
@@ -418,7 +420,7 @@ def test_key_changes_with_source_label_and_preprocessing() -> None:
     assert len(keys) == 5
 
 
-def test_report_counts_grades_and_reasons_and_names_nobody(mild: Phantom) -> None:
+def test_data_report_counts_grades_and_reasons_without_identities(mild: Phantom) -> None:
     sound, _ = prepared.prepare(PHANTOM, "k1", contents_of(mild, PHANTOM), WINDOW, 0)
     lost = prepared.refused(
         replace(PHANTOM, patient="Mueller"), "k2", WINDOW, "missing", "not there"

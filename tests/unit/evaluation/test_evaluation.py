@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covtanet.evaluation import figures, gallery, rows
+from covtanet.evaluation import gallery, metrics, rows
 from covtanet.evaluation.promotion import Margins, compare
 from covtanet.report import plots
 from covtanet.report.tables import TABLE_II, TABLE_III, TABLE_IV, Table, paper_tables
@@ -39,7 +39,7 @@ TWO = [row("a", counts=((6, 2, 2, 90), (0, 0, 0, 100))), row("b", counts=((1, 0,
 
 
 def test_overlap_per_slice_per_volume_and_pooled_by_hand() -> None:
-    found = figures.segmentation(TWO)
+    found = metrics.segmentation(TWO)
     assert found["per_slice"]["dice"] == pytest.approx(
         (12 / 16 + 2 / 5) / 2
     )  # the slice without any lesion is none
@@ -53,13 +53,13 @@ def test_overlap_per_slice_per_volume_and_pooled_by_hand() -> None:
 
 
 def test_false_alarm_without_lesion_counts_as_zero_dice_and_no_sensitivity() -> None:
-    found = figures.segmentation([row("a", counts=((0, 5, 0, 95),))])
+    found = metrics.segmentation([row("a", counts=((0, 5, 0, 95),))])
     assert found["per_slice"]["dice"] == 0
     assert found["per_slice"]["sensitivity"] is None
 
 
 def test_dice_by_lesion_size_sorts_slices_by_their_true_share() -> None:
-    found = figures.segmentation(TWO)["dice_by_lesion_size"]
+    found = metrics.segmentation(TWO)["dice_by_lesion_size"]
     assert [(size["num_slices"], size["dice"]) for size in found] == [
         (0, None), (0, None), (1, pytest.approx(0.4)), (1, pytest.approx(0.75)),
     ]  # fmt: skip
@@ -74,7 +74,7 @@ GRADED = [
 
 def test_pairs_of_table_iv_by_hand() -> None:
     """Mild against severe uses p_severe of every infected volume, m2 and s2 too, which were called normal."""
-    found = figures.classification(GRADED)
+    found = metrics.classification(GRADED)
     mild = found["normal_vs_mild"]
     assert (mild["tp"], mild["fp"], mild["fn"], mild["tn"]) == (1, 1, 1, 2)
     assert mild["sensitivity"] == 0.5
@@ -92,7 +92,7 @@ def test_pairs_of_table_iv_by_hand() -> None:
 
 
 def test_perfect_probabilities_are_calibrated() -> None:
-    found = figures.classification(
+    found = metrics.classification(
         [row("n", "normal", 0.0), row("m", "mild", 1.0, 0.0), row("s", "severe", 1.0, 1.0)]
     )
     for name in ("diagnosis_calibration", "severity_calibration"):
@@ -102,7 +102,7 @@ def test_perfect_probabilities_are_calibrated() -> None:
 
 def test_calibration_error_by_hand() -> None:
     """Two bins: 0.25 against 1 of 4, and 0.75 against 1 of 2."""
-    found = figures.calibration(
+    found = metrics.calibration(
         np.array([1, 0, 0, 0, 1, 0], bool), np.array([0.25] * 4 + [0.75] * 2)
     )
     assert found["expected_calibration_error"] == pytest.approx(2 / 6 * 0.25)
@@ -110,12 +110,12 @@ def test_calibration_error_by_hand() -> None:
 
 
 def test_rows_without_grade_or_diagnosis_are_not_classified() -> None:
-    assert figures.classification(
+    assert metrics.classification(
         [{**row("a"), "grade": None}, {**row("b"), "p_infected": None}]
     ) == {"num_volumes": 0}
 
 
-def test_rows_survive_their_file() -> None:
+def test_evaluation_rows_are_equal_after_parquet() -> None:
     plain = [{**row("b"), "p_severe": None}, row("a", counts=((1, 2, 3, 4),))]
     again = rows.from_parquet(rows.to_parquet(plain))
     assert [each["volume"] for each in again] == ["a", "b"]
@@ -144,9 +144,9 @@ def cells(table: Table, name: str, whose: str) -> dict[str, Any]:
     return dict(zip(table.columns, found, strict=True))
 
 
-def test_tables_are_in_the_papers_form_with_its_figures_beside_ours() -> None:
+def test_tables_have_the_papers_rows_and_columns_with_both_values() -> None:
     table_i, table_ii, table_iv = paper_tables(
-        figures.summarise(folds()), "phantoms", is_second_data_set=False
+        metrics.summarise(folds()), "phantoms", is_second_data_set=False
     )
     assert cells(table_i, "V7", "paper") == {"Dice": (60.2, 0.26)}
     mean, sd = cells(table_i, "V7", "ours")["Dice"]
@@ -171,13 +171,13 @@ def test_tables_are_in_the_papers_form_with_its_figures_beside_ours() -> None:
 
 
 def test_second_data_set_gives_table_iii() -> None:
-    (table,) = paper_tables(figures.summarise(folds()), "stacks", is_second_data_set=True)
+    (table,) = paper_tables(metrics.summarise(folds()), "stacks", is_second_data_set=True)
     assert table.columns == ("Sensitivity", "Specificity", "Dice", "IoU")
     assert cells(table, "Inf-Net", "paper")["Dice"] == (86.9, 0.34)
     assert cells(table, "Unet", "ours")["Specificity"] is not None
 
 
-def test_papers_tables_are_whole() -> None:
+def test_printed_tables_have_a_value_for_every_row_and_column() -> None:
     """Every network of Tables II to IV has a figure in every column; the best Dice is TA-SegNet's."""
     assert (
         {len(each) for each in TABLE_II.values()}
@@ -192,8 +192,8 @@ def test_papers_tables_are_whole() -> None:
 @pytest.mark.parametrize(
     "found", [GRADED, [row("n", "normal", 0.1)]], ids=["all grades", "one volume"]
 )
-def test_plots_are_pictures_whatever_is_missing(found: list[Row]) -> None:
-    judged = figures.classification(found)
+def test_plots_of_incomplete_rows_are_pictures(found: list[Row]) -> None:
+    judged = metrics.classification(found)
     history = [
         {"epoch": 0.0, "best_epoch": 0.0, "train_loss": 1.0, "val_dice": 0.5, "alpha/x": 0.5}
     ]
@@ -202,7 +202,7 @@ def test_plots_are_pictures_whatever_is_missing(found: list[Row]) -> None:
         plots.curves("t", history),
     ):  # fmt: skip
         assert picture.startswith(b"\x89PNG")
-    for table in paper_tables(figures.summarise(folds()), "x", is_second_data_set=False):
+    for table in paper_tables(metrics.summarise(folds()), "x", is_second_data_set=False):
         assert plots.bars(table).startswith(b"\x89PNG")
 
 
@@ -220,23 +220,23 @@ CHAMPION = {"dice": 0.6, "normal_vs_mild_sensitivity": 0.8, "normal_vs_mild_auc"
         ({"normal_vs_mild_sensitivity": None}, ["normal_vs_mild_sensitivity"]),
     ],
 )
-def test_challenger_must_hold_every_figure(
+def test_challenger_below_margin_in_one_metric_is_worse(
     change: dict[str, float | None], worse: list[str]
 ) -> None:
     challenger = {
         name: value for name, value in {**CHAMPION, **change}.items() if value is not None
     }
     compared = compare(challenger, CHAMPION, Margins())
-    assert [each.figure for each in compared if not each.is_no_worse] == worse
+    assert [each.metric for each in compared if not each.is_no_worse] == worse
 
 
-def test_margins_are_those_asked_for() -> None:
+def test_margins_can_be_changed() -> None:
     strict = replace(Margins(), dice=0.0)
     (first, *_) = compare({**CHAMPION, "dice": 0.599}, CHAMPION, strict)
     assert not first.is_no_worse
 
 
-def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_seeing() -> None:
+def test_gallery_chooses_best_median_and_worst_of_large_lesions() -> None:
     many = [
         row("a", counts=((90, 10, 10, 0), (60, 40, 40, 0), (1, 0, 3, 96))),
         row("b", counts=((10, 90, 90, 0),)),
@@ -249,7 +249,7 @@ def test_gallery_shows_best_median_and_worst_of_the_slices_with_a_lesion_worth_s
     assert gallery.choose([row("c")]) == {}
 
 
-def test_curves_leave_out_what_was_not_measured() -> None:
+def test_curves_leave_out_metrics_that_are_nan() -> None:
     """As the validation of a training that held nothing back: its panel would be empty."""
     history = [{"train_loss": 0.5, "val_dice": math.nan, "alpha/encoder": 0.5, "best_epoch": 0.0}]
     measured = [{**history[0], "val_dice": 0.7}]

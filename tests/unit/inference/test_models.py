@@ -35,7 +35,7 @@ def test_card_names_digest_data_licence_and_command(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
-def test_it_marks_and_does_not_diagnose(folder: Path) -> None:
+def test_shipped_model_segments_and_does_not_diagnose(folder: Path) -> None:
     predictor = Predictor(load_model(folder), engine="eager")
     size = predictor.window.size_px
     found = predictor.predict(np.zeros((2, size, size), np.uint16))
@@ -43,5 +43,5 @@ def test_it_marks_and_does_not_diagnose(folder: Path) -> None:
     assert (found.p_infected, found.p_severe) == (None, None)
 
 
-def test_there_is_one() -> None:
+def test_repository_ships_a_model() -> None:
     assert MODELS

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved_models import small_model
+from saved_models import rewrite_as_version_1, small_model
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import CheckpointError
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation, window_of
-from covtanet.model.checkpoint import load_model, save_model
+from covtanet.model.checkpoint import SavedModel, load_model, save_model
+from covtanet.model.covtanet import SIZES, CovTANet, architecture
 from covtanet.model.description import Capabilities, Preprocessing
 
 
@@ -23,11 +24,7 @@ def rewrite(folder: Path, **values: Any) -> None:
 def save_version_1(folder: Path, provenance: dict[str, Any], **preprocessing: Any) -> Path:
     """Save a model as version 1 did: capabilities in the provenance, window as an object."""
     save_model(folder, small_model())
-    description = json.loads((folder / "model.json").read_text())
-    del description["capabilities"]
-    description |= {"format_version": 1, "provenance": provenance}
-    description["preprocessing"] = preprocessing
-    (folder / "model.json").write_text(json.dumps(description))
+    rewrite_as_version_1(folder, preprocessing, provenance)
     return folder
 
 
@@ -74,6 +71,20 @@ def test_version_1_capabilities_come_from_provenance(
     model = load_model(save_version_1(tmp_path / "model", provenance, window={"size_px": 128}))
     assert model.capabilities == Capabilities(segments=segments, diagnoses=diagnoses)
     assert Predictor(model, engine="eager").diagnoses is diagnoses
+
+
+@pytest.mark.parametrize("name", ["V1", "V8", "FCN", "Mini-SegNet", "ResNet-50"])
+def test_version_1_network_is_read_as_its_type(tmp_path: Path, name: str) -> None:
+    config = architecture(name, SIZES["tiny"], 96)
+    model = SavedModel(
+        network=CovTANet(config).eval(),
+        preprocessing=Preprocessing(size_px=96),
+        capabilities=Capabilities(segments=True, diagnoses=True),
+    )
+    save_model(tmp_path / "model", model)
+    assert load_model(tmp_path / "model").network.config == config
+    rewrite_as_version_1(tmp_path / "model", {"window": {"size_px": 96}})
+    assert load_model(tmp_path / "model").network.config == config
 
 
 def test_version_2_without_capabilities_is_refused(tmp_path: Path) -> None:

@@ -19,9 +19,16 @@ from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrain
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
-from covtanet.model.segnet import TABLE_I, SegNetConfig, TASegNet
+from covtanet.model.segnet import TASegNet, TASegNetConfig
+from covtanet.model.table_i import SWITCHES
 
 SMALL = SIZES["small"]
+
+
+def small_segnet() -> TASegNetConfig:
+    segnet = SMALL.segnet
+    assert isinstance(segnet, TASegNetConfig)
+    return segnet
 
 
 def millions(module: torch.nn.Module) -> float:
@@ -42,7 +49,7 @@ def millions(module: torch.nn.Module) -> float:
     ],
 )
 def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: float) -> None:
-    assert millions(TASegNet(SegNetConfig().row_of_table_i(row))) == pytest.approx(
+    assert millions(TASegNet(TASegNetConfig().row_of_table_i(row))) == pytest.approx(
         expected, abs=0.006
     )
 
@@ -57,10 +64,10 @@ def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:
     )
 
 
-@pytest.mark.parametrize("row", TABLE_I)
+@pytest.mark.parametrize("row", SWITCHES)
 def test_every_segnet_parameter_gets_a_gradient(row: str) -> None:
     torch.manual_seed(0)
-    net = TASegNet(SMALL.segnet.row_of_table_i(row))
+    net = TASegNet(small_segnet().row_of_table_i(row))
     focal_tversky_loss(net(torch.randn(2, 1, 64, 64)), torch.rand(2, 1, 64, 64) > 0.5).backward()
     assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
 
@@ -75,9 +82,9 @@ def test_every_classifier_parameter_gets_a_gradient_even_without_infected_volume
     ] == []
 
 
-@pytest.mark.parametrize("row", TABLE_I)
+@pytest.mark.parametrize("row", SWITCHES)
 def test_logits_have_the_input_size_and_fusion_the_stated_channels(row: str) -> None:
-    config = SMALL.segnet.row_of_table_i(row)
+    config = small_segnet().row_of_table_i(row)
     logits, fused = TASegNet(config).eval().segment(torch.zeros(3, 1, 64, 96))
     assert logits.shape == (3, 1, 64, 96)
     assert fused.shape == (3, config.fused_channels, 64 // config.stride, 96 // config.stride)
@@ -102,7 +109,7 @@ def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-3)
 
 
-def test_packaged_imagenet_weights_know_what_a_photograph_shows() -> None:
+def test_packaged_imagenet_weights_classify_a_photograph() -> None:
     """The package's tensors under timm's names: a uniform is a uniform (class 652 of ImageNet)."""
     name = "tf_efficientnet_lite0"
     state = packaged_state(name)
@@ -141,12 +148,12 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
         pretrained_state("tf_efficientnet_lite0", 1, tmp_path / "b0.safetensors")
 
 
-def test_size_that_does_not_fit_says_so() -> None:
+def test_segnet_refuses_a_size_that_is_not_a_multiple() -> None:
     with pytest.raises(ValueError, match=r"slices are \(60, 64\) pixels, expected multiples of 16"):
-        TASegNet(SMALL.segnet)(torch.zeros(1, 1, 60, 64))
+        TASegNet(small_segnet())(torch.zeros(1, 1, 60, 64))
 
 
-def test_a_slice_is_segmented_alike_alone_and_in_a_batch() -> None:
+def test_logits_of_a_slice_do_not_depend_on_its_batch() -> None:
     net = small_model().network
     slices = torch.rand(5, 1, 128, 128)
     torch.testing.assert_close(
@@ -159,7 +166,7 @@ def test_slice_count_of_a_volume_is_checked() -> None:
         JointClassifier(SMALL)(torch.zeros(1, 15, SMALL.segnet.fused_channels, 32, 32))
 
 
-def test_volume_in_logits_out() -> None:
+def test_covtanet_maps_volumes_to_logits() -> None:
     infected, severe = CovTANet(SMALL).eval()(torch.rand(2, SMALL.num_slices, 1, 64, 64))
     assert infected.shape == severe.shape == (2,)
 
@@ -236,7 +243,7 @@ def test_file_of_a_model_that_is_too_large_is_refused_unread(tmp_path: Path) -> 
         load_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", [*SEGMENTERS, *CLASSIFIERS, *TABLE_I])
+@pytest.mark.parametrize("name", [*SEGMENTERS, *CLASSIFIERS, *SWITCHES])
 def test_every_network_is_loaded_bit_for_bit(tmp_path: Path, name: str) -> None:
     """Through the meta device, on which some networks could not be built."""
     model = saved(architecture(name, SIZES["tiny"], 96))

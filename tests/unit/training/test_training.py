@@ -14,17 +14,17 @@ from torch import nn
 from training import CONFIG, NETWORK, build, curve, lane, slice_rows, train
 
 from covtanet.errors import CheckpointError
-from covtanet.model.segnet import TASegNet
+from covtanet.model.registry import build_segmenter
 from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Rows, Sampling, assign_lanes
+from covtanet.training.lanes import regroup
 from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.state import load_progress, save_progress
 from covtanet.training.step import backward
-from covtanet.training.worker import regroup
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -212,7 +212,7 @@ def test_loss_that_is_no_number_stops_and_names_the_series() -> None:
     bad.rows["pooled"][3] = np.nan
     reports: list[Progress] = []
     with pytest.raises(
-        FloatingPointError, match=r"the loss is no number; the batch holds .*volume1-003"
+        FloatingPointError, match=r"the loss is not finite .* series of the batch: .*volume1-003"
     ):
         fit(config, build(2, config, Ranks()), lanes, Ranks(), 0, Progress(), reports.append)
     assert not reports
@@ -232,7 +232,7 @@ def test_learning_rate_decays_as_in_the_paper() -> None:
 
 
 def test_every_attention_unit_reports_its_alpha() -> None:
-    found = attention_weights(TASegNet(NETWORK.segnet))
+    found = attention_weights(build_segmenter(NETWORK.segnet))
     assert sorted(found) == [f"alpha/{part}" for part in (
         "decoder_taus.0", "decoder_taus.1", "encoder_taus.0", "encoder_taus.1", "encoder_taus.2"
     )]  # fmt: skip

@@ -13,10 +13,11 @@ from training import CONFIG, build, lane
 
 from covtanet import tracking
 from covtanet.data.prepared import PreparedVolume
+from covtanet.experiments.experiment import Experiment
+from covtanet.experiments.fold import assemble_model
+from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.model.covtanet import CovTANet
-from covtanet.training import experiment
 from covtanet.training.config import TrainingConfig
-from covtanet.training.experiment import Experiment, Outcome
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase_config import PhaseConfig
@@ -130,8 +131,8 @@ def test_weights_of_the_best_epoch_are_stored_not_those_of_the_last(
     (tmp_path / "checkpoint").mkdir()
     save_progress(tmp_path / "checkpoint", progress)
     own = opened(tmp_path)
-    kept = experiment._keep_outcome(own, 0, phase, load_progress(tmp_path / "checkpoint"))
-    stored = experiment.read_outcome(own, 0, phase)
+    kept = keep_outcome(own, 0, phase, load_progress(tmp_path / "checkpoint"))
+    stored = read_outcome(own, 0, phase)
     assert stored is not None
     best, last = reports[1].weights, reports[3].weights
     moved = [name for name in best if not torch.equal(best[name], last[name])]
@@ -148,6 +149,6 @@ def test_saved_model_holds_the_stored_weights_of_both_phases(tmp_path: Path) -> 
     parts = (trained.segnet, trained.classifier)
     outcomes = [Outcome(weights=part.state_dict(), history=[], digest="d") for part in parts]
     torch.manual_seed(1)
-    model = experiment._model(own, 0, *outcomes)
+    model = assemble_model(own, 0, *outcomes)
     for name, value in trained.state_dict().items():
         assert torch.equal(model.network.state_dict()[name], value), name

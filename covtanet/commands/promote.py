@@ -1,0 +1,159 @@
+"""Promote the challenger to champion if it is no worse on the same evaluation set.
+
+covtanet promote --dataset mosmed --data URI
+covtanet promote --force "first champion"
+
+Both models are evaluated on the volumes that neither was trained on; every headline metric of the
+challenger must reach the champion's less its margin. --force promotes without a comparison and
+writes the reason into the registry; the first champion needs it. A volume that cannot be evaluated
+by both does not stop the comparison of the others, but nothing is promoted then.
+`python jobs/promote.py` is the same command.
+
+Exit codes: 0 promoted or champion already; 1 storage, Ray or this software failed: the same
+command tries again; 2 usage; 3 refused to start; 4 not promoted: the challenger is worse, or some
+volumes could not be evaluated, see the log.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from covtanet import storage, tracking
+from covtanet.commands.evaluate import add_data_options, open_source
+from covtanet.errors import CheckpointError, ConfigError
+from covtanet.evaluation.promotion import Comparison, Margins
+from covtanet.experiments.challenge import Contender, compare_models
+from covtanet.experiments.model_evaluation import DataSource, describe_outcomes, prepare_for
+from covtanet.model.checkpoint import SavedModel, load_model
+from covtanet.report import data_report
+from covtanet.report.summary import table
+from covtanet.runtime import (
+    ExitCode,
+    check_tracking,
+    connect,
+    location,
+    parser,
+    run_job,
+    start_logging,
+)
+
+logger = logging.getLogger("covtanet.promote")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = parse(argv)
+    start_logging()
+    return run_job(lambda: run(arguments))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    options = parser(__doc__, "promote")
+    add_data_options(options)
+    options.add_argument(
+        "--version", help="version to promote; default: the one with the alias challenger"
+    )
+    options.add_argument(
+        "--force", metavar="REASON", default="", help="promote without a comparison"
+    )
+    for name, value in vars(Margins()).items():
+        options.add_argument(
+            f"--margin-{name}", type=float, default=value, help=f"default: {value:g}"
+        )
+    return options.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, and move the alias."""
+    check_tracking()
+    version = arguments.version or tracking.version_of("challenger")
+    champion = _champion_version()
+    if version == champion:
+        print(f"version {version} is the champion already")
+        return ExitCode.DONE
+    # A model that cannot be loaded is no champion, whatever the reason given.
+    challenger_model = _load(version)
+    if arguments.force:
+        return _promote(version, champion, {"covtanet.promoted_by_force": arguments.force})
+    if not champion:
+        raise ConfigError(
+            "there is no champion to compare with; give a reason by --force for the first one"
+        )
+    models = {version: challenger_model, champion: _load(champion)}
+    comparisons, failures = evaluate_both(arguments, models)
+    lines = [(comparison.metric, str(comparison)) for comparison in comparisons]
+    print(table(f"Version {version} against champion {champion}", lines))
+    worse = [comparison.metric for comparison in comparisons if not comparison.is_no_worse]
+    if worse:
+        logger.error(
+            "version %s is worse in %s; champion stays %s", version, ", ".join(worse), champion
+        )
+        return ExitCode.BELOW_BOUND
+    if failures:
+        # The challenger may be worse in the very volumes that could not be evaluated.
+        logger.error(
+            "not promoted, the comparison lacks volumes: %s; champion stays %s",
+            describe_outcomes(failures),
+            champion,
+        )
+        return ExitCode.BELOW_BOUND
+    return _promote(version, champion, {"covtanet.promoted_by_force": ""})
+
+
+def _champion_version() -> str:
+    """Return the champion's version; empty without a champion."""
+    try:
+        return tracking.version_of("champion")
+    except CheckpointError:
+        return ""
+
+
+def _promote(version: str, champion: str, tags: Mapping[str, str]) -> int:
+    """Move the alias and write down why."""
+    tracking.promote(version, {**tags, "covtanet.champion_before": champion})
+    print(f"champion is version {version}, was {champion or 'none'}")
+    return ExitCode.DONE
+
+
+def _load(version: str) -> SavedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = tracking.resolve_model(f"models:/{tracking.MODEL_NAME}/{version}", Path(folder))
+        return load_model(resolved.folder, resolved.digest)
+
+
+def evaluate_both(
+    arguments: argparse.Namespace, models: Mapping[str, SavedModel]
+) -> tuple[list[Comparison], Counter[str]]:
+    """Compare challenger and champion, in this order, on the data that the options name.
+
+    Returns the comparisons, and how many volumes could not be evaluated by kind of failure.
+    """
+    if os.environ.get("RAY_ADDRESS") and not arguments.storage:
+        raise ConfigError(
+            "on a cluster --storage is needed, so that every node finds the prepared volumes"
+        )
+    source = open_source(arguments)
+    if len({model.preprocessing for model in models.values()}) > 1:
+        logger.warning("the two models read slices differently: each is measured on its own grid")
+    connect()
+    margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
+    with tempfile.TemporaryDirectory() as folder:
+        storage_uri = folder
+        if arguments.storage:
+            storage_uri = location(arguments.storage, "--storage")
+        prepared_uri = storage.join(storage_uri, "prepared")
+        challenger, champion = (
+            _contender(version, model, source, prepared_uri) for version, model in models.items()
+        )
+        return compare_models(challenger, champion, prepared_uri, margins)
+
+
+def _contender(version: str, model: SavedModel, source: DataSource, prepared_uri: str) -> Contender:
+    data = prepare_for(model, source, prepared_uri)
+    print(data_report.as_text(data.all_volumes, ()), flush=True)
+    return Contender(version=version, model=model, data=data)

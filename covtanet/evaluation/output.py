@@ -1,0 +1,113 @@
+"""Files of an evaluation: metrics as JSON and CSV, the paper's tables, rows, and plots."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from covtanet.evaluation import metrics, rows
+from covtanet.report import plots
+from covtanet.report.tables import Table, paper_tables
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Everything that an evaluation writes, and its tables as text."""
+
+    files: dict[str, bytes]
+    """By path below the output folder."""
+    text: str
+
+
+def make_output(
+    evaluation_rows: Sequence[Row],
+    about: Mapping[str, Any],
+    measured_on: str,
+    *,
+    is_second_data_set: bool,
+) -> Output:
+    """Derive every metric from the rows; return tables and files.
+
+    about: identity of the model or experiment, for metrics.json. is_second_data_set: Table III
+    rather than Tables I, II and IV.
+    """
+    summary = metrics.summarise(evaluation_rows)
+    tables = paper_tables(summary, measured_on, is_second_data_set=is_second_data_set)
+    text = "\n".join(table.as_markdown() for table in tables)
+    described = {
+        **about,
+        "measured_on": measured_on,
+        "research_use_only": True,
+        "networks": summary,
+    }
+    files = {
+        "metrics.json": (json.dumps(described, indent=1, sort_keys=True) + "\n").encode(),
+        "tables.md": f"{text}\n{dice_by_size(summary)}".encode(),
+        "metrics.csv": flat_csv(summary).encode(),
+        "rows.parquet": rows.to_parquet(list(evaluation_rows)),
+    }
+    for table in tables:
+        files |= _table_files(table)
+    for name, network in summary.items():
+        files |= _plots(name, network["classification"], evaluation_rows)
+    return Output(files=files, text=text)
+
+
+def _table_files(table: Table) -> dict[str, bytes]:
+    """Return a table as CSV and as a picture, named after its number."""
+    name = re.sub(r"\W+", "-", table.title.partition(",")[0].lower())
+    return {f"{name}.csv": table.as_csv().encode(), f"{name}.png": plots.bars(table)}
+
+
+def _plots(name: str, pairs: Mapping[str, Any], evaluation_rows: Sequence[Row]) -> dict[str, bytes]:
+    """Return the plots of a network that has a diagnosis."""
+    if not pairs["num_volumes"]:
+        return {}
+    network_rows = [row for row in evaluation_rows if row["network"] == name]
+    return {
+        f"{name}-confusion.png": plots.confusion(name, pairs),
+        f"{name}-roc.png": plots.roc(name, network_rows, pairs),
+        f"{name}-reliability.png": plots.reliability(name, pairs),
+    }
+
+
+def flat_csv(summary: Mapping[str, Any]) -> str:
+    """Return one line per metric: network, path in metrics.json, value; null as an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["network", "figure", "value"])
+    for network, values in summary.items():
+        for path, value in _leaves(values, ""):
+            writer.writerow([network, path, value])
+    return out.getvalue()
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every number in nested objects and lists."""
+    if not isinstance(value, dict | list):
+        yield path, value
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in items:
+        yield from _leaves(inner, f"{path}/{name}" if path else str(name))
+
+
+def dice_by_size(summary: Mapping[str, Any]) -> str:
+    """Return Dice by the lesion's share of its slice, as Markdown."""
+    lines = [
+        "### Dice by lesion size",
+        "",
+        "| network | lesion of the slice | slices | Dice |",
+        "|---|---|---|---|",
+    ]
+    for name, network in summary.items():
+        for size in network["segmentation"].get("dice_by_lesion_size", ()):
+            dice = "-" if size["dice"] is None else f"{100 * size['dice']:.1f}"
+            span = f"{100 * size['above']:g}-{100 * size['to']:g} %"
+            lines.append(f"| {name} | {span} | {size['num_slices']} | {dice} |")
+    return "\n".join([*lines, ""])

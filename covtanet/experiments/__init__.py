@@ -1,0 +1,1 @@
+"""An experiment from data to registry: preparation, variants, folds, outcomes, publishing."""

@@ -1,0 +1,184 @@
+"""Both phases on Ray Train, which optimizes on the data that Ray Data feeds.
+
+Phase 1 trains TA-SegNet on the slices of prepared volumes. Phase 2 has its weights frozen: an
+actor turns every volume into pooled fusion features once, and the workers train the joint
+classifier on those; or, without that cache, the workers compute them every epoch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+
+from covtanet import storage, tracking
+from covtanet.data.folds import Split
+from covtanet.data.prepared import PreparedVolume
+from covtanet.errors import ConfigError, TrainingError
+from covtanet.model.encoder import pretrained_state
+from covtanet.model.segnet import TASegNetConfig
+from covtanet.training import worker
+from covtanet.training.callbacks import MetricsToMlflow
+from covtanet.training.config import TrainingConfig
+from covtanet.training.loop import Progress, State
+from covtanet.training.phase_data import PhaseData, slice_data, volume_data
+from covtanet.training.state import load_progress
+from covtanet.training.worker import WorkerJob
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+# The newest one and, should it be damaged, the one before.
+NUM_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseRun:
+    """One phase of one fold: its checkpoints' location and its run."""
+
+    storage_uri: str
+    """Folder of checkpoints of all phases."""
+    name: str
+    """Name of the training in Ray, and of its folder of checkpoints."""
+    run: tracking.RunAddress
+    num_at_once: int = 1
+    """Trainings that share the machines, and so the threads."""
+
+    @property
+    def checkpoints_uri(self) -> str:
+        """Folder of this phase's checkpoints."""
+        return storage.join(self.storage_uri, self.name)
+
+
+def train_phase1(
+    config: TrainingConfig,
+    volumes: Mapping[str, PreparedVolume],
+    split: Split,
+    prepared_uri: str,
+    phase_run: PhaseRun,
+    encoder_weights: Path | None = None,
+) -> Progress:
+    """Train TA-SegNet on the slices of the split's volumes that have a lesion mask.
+
+    encoder_weights: a local file that a pretrained encoder starts from; by default its library
+    fetches them.
+    """
+    data = slice_data(config, volumes, split, prepared_uri)
+    segnet = config.architecture.segnet
+    encoder = None
+    if isinstance(segnet, TASegNetConfig) and segnet.encoder != "plain":
+        encoder = pretrained_state(segnet.encoder, segnet.in_channels, encoder_weights)
+    return _run(config, 1, data, phase_run, encoder_state=encoder)
+
+
+def train_phase2(
+    config: TrainingConfig,
+    volumes: Mapping[str, PreparedVolume],
+    split: Split,
+    prepared_uri: str,
+    phase_run: PhaseRun,
+    segnet_state: State,
+) -> Progress:
+    """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
+    data = volume_data(config, volumes, split, prepared_uri, segnet_state)
+    # With cached features the workers have no use for TA-SegNet; a backbone reads the slices
+    # themselves, through a segmenter without weights.
+    has_features = config.cache_features and not config.architecture.backbone
+    return _run(config, 2, data, phase_run, None if has_features else segnet_state)
+
+
+def _run(
+    config: TrainingConfig,
+    phase: int,
+    data: PhaseData,
+    phase_run: PhaseRun,
+    segnet_state: State | None = None,
+    encoder_state: State | None = None,
+) -> Progress:
+    """Train one phase under its name, under which a killed one goes on; return its newest state."""
+    # Ray's list of checkpoints is rewritten in place, and torn by a crash it could not be read
+    # again. Every checkpoint holds its own digests and history.
+    storage.delete(storage.join(phase_run.checkpoints_uri, SNAPSHOT))
+    job = WorkerJob(
+        config=config,
+        phase=phase,
+        train=tuple(data.lanes["train"]),
+        validation=tuple(data.lanes["validation"]),
+        num_threads=_num_threads(config.num_workers * phase_run.num_at_once),
+        checkpoints_uri=phase_run.checkpoints_uri,
+        segnet_state=segnet_state,
+        encoder_state=encoder_state,
+    )
+    name = phase_run.run.name
+    trainer = _trainer(job, data, phase_run)
+    with tracking.system_metrics(phase_run.run):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(f"{name} failed too often; its last checkpoint is kept") from error
+    if message := (result.return_value or {}).get("not_finite"):
+        raise FloatingPointError(f"{name}: {message}")
+    if result.checkpoint is None:
+        raise TrainingError(f"{name} ended without a checkpoint")
+    with result.checkpoint.as_directory() as folder:
+        return load_progress(Path(folder))
+
+
+def _trainer(
+    job: WorkerJob, data: PhaseData, phase_run: PhaseRun
+) -> "ray.train.torch.TorchTrainer":
+    config = job.config
+    filesystem, path = storage.filesystem(phase_run.storage_uri)
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.torch.TorchTrainer(
+        worker.train,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=_check_resources(config),
+            resources_per_worker={"CPU": 1},
+        ),
+        # A lane is a dataset as a whole: its worker reads all of it.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[], execution_options=options),
+        run_config=ray.train.RunConfig(
+            name=phase_run.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_CHECKPOINTS),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[MetricsToMlflow(phase_run.run, phase_run.run.name)],
+        ),
+        datasets=data.datasets,
+    )
+
+
+def _num_threads(num_workers: int) -> int:
+    """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
+    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
+    num_cores = len(os.sched_getaffinity(0))
+    return max(1, min(num_cores, num_nodes * num_cores // num_workers))
+
+
+def _check_resources(config: TrainingConfig) -> bool:
+    """Return whether each worker gets a GPU.
+
+    Raises:
+        ConfigError: the cluster cannot hold the workers and feed them.
+    """
+    resources = ray.cluster_resources()
+    num_cpus = int(resources.get("CPU", 0))
+    num_gpus = int(resources.get("GPU", 0))
+    if num_cpus <= config.num_workers:
+        raise ConfigError(
+            f"the cluster has {num_cpus} CPUs, expected more than num_workers, "
+            f"{config.num_workers}: each worker holds a CPU, and their data needs another "
+            "(ray start --num-cpus)"
+        )
+    if 0 < num_gpus < config.num_workers:
+        raise ConfigError(
+            f"the cluster has {num_gpus} GPUs, expected one for each of num_workers, "
+            f"{config.num_workers}"
+        )
+    return num_gpus > 0
