@@ -1,8 +1,9 @@
 """Prepare the slices and the ImageNet weights that train_gpu.py reads.
 
-python benchmarks/gpu_data.py --coronacases DIR --slices DIR --out DIR
+python -m benchmarks.gpu_data --coronacases DIR --slices DIR --out DIR
 
---coronacases: a folder with nifti/NAME-hu.nii.gz and nifti-masks/NAME-hu_lung-infection.nii.gz, in HU.
+--coronacases: a folder with nifti/NAME-hu.nii.gz in HU, and with masks of the same name plus
+_lung-infection in nifti-masks/.
 --slices: a folder with images/ and infection/ of single slices (COVID-SemiSeg).
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from covtanet.ct import nifti
@@ -24,20 +26,22 @@ from covtanet.model.encoder import HEAD, packaged_state
 
 WINDOW = WindowConfig(low_hu=-1250.0, high_hu=250.0)
 LESION = 2
-# Slices beyond the lungs that serve as neighbours in z alone.
+# Slices beyond the lungs, which are neighbours in z only.
 NEIGHBOURS = 4
-# Around the box on either side, for shifts and rotations. More would not travel.
+# Context on each side of the box over its width, for shifts and rotations. More makes the files
+# larger than they need be.
 CONTEXT_SHARE = 0.06
-PICTURE_PX, CANVAS_PX = 240, 256
+PICTURE_PX = 240
+CANVAS_PX = 256
 ENCODER = "tf_efficientnet_lite0"
 
 
 def volume_slices(image: Path, mask: Path) -> SliceFile:
-    """Slices of a whole volume in HU, cropped by the project's own lung mask."""
+    """Return the slices of a volume in HU, cropped by the lung mask that screening computes."""
     volume = nifti.read(image.read_bytes())
-    lesion = nifti.read_labels(mask.read_bytes()) == LESION
+    lesion: NDArray[np.bool_] = np.isin(nifti.read_labels(mask.read_bytes()), LESION)
     lungs = find_lungs(volume)
-    has_lung = lungs.lung_mask.any(axis=(1, 2))
+    has_lung: NDArray[np.bool_] = np.any(lungs.lung_mask, axis=(1, 2))
     if lesion[~has_lung].any():
         raise ValueError(f"{image.name} has lesions on slices without lung")
     shown = np.flatnonzero(has_lung)
@@ -52,12 +56,12 @@ def volume_slices(image: Path, mask: Path) -> SliceFile:
 
 
 def picture_slices(folder: Path) -> SliceFile:
-    """Single slices, which their source cropped to the lungs; on a margin of black."""
+    """Return single slices, which their source cropped to the lungs, with a black margin."""
     grey, lesion = join(folder / "images", folder / "infection", PICTURE_PX, 1)
     edge = (CANVAS_PX - PICTURE_PX) // 2
     margin = ((0, 0), (edge, edge), (edge, edge))
     return SliceFile(
-        # Their window is not known; black and white are taken for the ends of ours.
+        # Their window is unknown; black and white are taken as the ends of WINDOW.
         grey=np.pad(to_grey(grey, WindowConfig(low_hu=0, high_hu=255)), margin),
         lesion=np.pad(lesion > 0, margin),
         inside=np.ones((len(grey), CANVAS_PX, CANVAS_PX), bool),
@@ -68,18 +72,20 @@ def picture_slices(folder: Path) -> SliceFile:
 
 
 def encoder_weights(path: Path) -> None:
-    """ImageNet weights by timm's names; convolutions in half precision, to travel light."""
+    """Write ImageNet weights by timm's names, with convolutions in half precision."""
     state = packaged_state(ENCODER)
     if state is None:
         raise ValueError(f"no package with the weights of {ENCODER}")
-    kept = {name: value for name, value in state.items() if not name.startswith(HEAD)}
-    for name, value in kept.items():
-        narrow = value.half() if value.ndim == 4 else value
-        kept[name] = narrow.contiguous()
-    save_file(kept, path)
+    stored = {}
+    for name, value in state.items():
+        if not name.startswith(HEAD):
+            narrow = value.half() if value.ndim == 4 else value
+            stored[name] = narrow.contiguous()
+    save_file(stored, path)
 
 
 def main() -> int:
+    """Write one file per series and the encoder's weights."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--coronacases", type=Path, required=True)
     options.add_argument("--slices", type=Path, required=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from covtanet.ct.window import AIR_HU, INTENSITY_STEPS, WindowConfig
-from covtanet.errors import StudyError
+from covtanet.errors import Reason, StudyError
 
 # Choice: 8 % of the longer side, half of it at each end. The outline of the lung mask is about 2 mm
 # off, and a lesion below the pleura needs the adjacent chest wall in view.
@@ -48,7 +48,7 @@ def lung_box(lung_mask: NDArray[np.bool_], aspect: float = 1.0, margin: float = 
     rows = np.flatnonzero(lung_mask.any(axis=(0, 2)))
     columns = np.flatnonzero(lung_mask.any(axis=(0, 1)))
     if not len(rows):
-        raise StudyError("no_lung", "the lung mask is empty, expected lungs to crop to")
+        raise StudyError(Reason.NO_LUNG, "the lung mask is empty, expected lungs to crop to")
     lung_height = int(rows[-1] - rows[0] + 1)
     lung_width = int(columns[-1] - columns[0] + 1)
     width = max(lung_height * aspect, lung_width) * (1 + margin)

@@ -41,8 +41,12 @@ def _intervals(terms: NDArray[np.float64], seed: int) -> dict[str, dict[str, flo
     """Return every mean with its interval over resampled patients."""
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(terms), (NUM_BOOTSTRAPS, len(terms)))
+    resampled = _means(terms[draws])
     tail = (1 - CONFIDENCE) / 2
-    bounds = np.nanquantile(_means(terms[draws]), [tail, 1 - tail], axis=0)
+    # A mean without a denominator in every resample stays NaN.
+    has_mean = ~np.isnan(resampled).all(axis=0)
+    bounds = np.full((2, len(MEANS)), np.nan)
+    bounds[:, has_mean] = np.nanquantile(resampled[:, has_mean], [tail, 1 - tail], axis=0)
     values = np.concatenate([_means(terms[None]), bounds])
     return {
         name: dict(zip(("dice", "low", "high"), map(_rounded, column), strict=True))
