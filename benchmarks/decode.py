@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.measure import CORES, ROOT, WORK, Result, side_by_side
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import SourceGrid
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 
 # A series of a patient, which may not be published; without it phantoms are measured.

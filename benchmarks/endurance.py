@@ -8,7 +8,8 @@ import psutil
 
 from benchmarks.measure import CORES, WORK, Result, say
 from benchmarks.screening_runs import run_job
-from covtanet.phantoms.archive import configs, write_training_set
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 
 NUM_SERIES, NUM_DISTINCT = 2000, 20
 KILL_EVERY_S = 60

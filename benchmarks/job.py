@@ -6,7 +6,7 @@ from benchmarks.measure import CORES, Result, say, seconds
 from benchmarks.screening_runs import archive, model_folder, run_job
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_headers
 from covtanet.inference.predictor import Predictor, window_of
 from covtanet.model.checkpoint import load_model
 from covtanet.screening import stages
@@ -46,7 +46,7 @@ def plain_loop(folder: Path) -> None:
         return storage.read_bytes(f"{folder}/{path}", num_bytes)
 
     for prefix, objects in storage.walk(str(folder)):
-        series, _ = manifest.scan_folder(prefix, objects, read, dicom_head.read_identities)
+        series, _ = manifest.scan_folder(prefix, objects, read, dicom_headers.read_identities)
         for row in series:
             prepared = stages.prepare_series(
                 row.to_row(), archive=str(folder), window=window, config=config, decoder=decoder

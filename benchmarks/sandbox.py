@@ -21,12 +21,12 @@ import pydicom
 
 from benchmarks.decode import REAL_SERIES
 from benchmarks.measure import ROOT, Result, side_by_side
-from covtanet.ct import dicom_head, nifti
+from covtanet.ct import dicom_headers, nifti
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import CovtanetError
-from covtanet.phantoms.archive import dicom_objects, nifti_grid
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.runtime import RETURN_MEMORY
 from covtanet.screening.config import ScreeningConfig
@@ -142,7 +142,7 @@ def deflated(data: bytes, num_bytes: int) -> bytes:
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     buffer = BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    start = dicom_head.transfer_syntax(buffer.getvalue())[1]
+    start = dicom_headers.transfer_syntax(buffer.getvalue())[1]
     plain = zlib.decompress(buffer.getvalue()[start:], -zlib.MAX_WBITS)
     stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed = stream.compress(plain + bytes(num_bytes))

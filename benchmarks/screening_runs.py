@@ -21,7 +21,8 @@ from benchmarks.measure import CORES, ROOT, WORK, say
 from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
 from covtanet.model.description import Capabilities, Preprocessing
-from covtanet.phantoms.archive import configs, write_archive
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.sampling import configs
 
 # Series that ``write_archive`` damages, beside the sound ones.
 NUM_DAMAGED = 17

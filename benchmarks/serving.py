@@ -19,8 +19,9 @@ from benchmarks.screening_runs import archive, held_bytes, model_folder, run_job
 from covtanet.ct import nifti
 from covtanet.inference.predictor import Predictor
 from covtanet.model.checkpoint import load_model
-from covtanet.phantoms.archive import configs, nifti_grid
+from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
 from infra.local.endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config

@@ -30,7 +30,8 @@ from covtanet.data.prepared_file import file_uri
 from covtanet.experiments.preparation import prepare_volumes
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.registry import build_segmenter
-from covtanet.phantoms.archive import configs, write_training_set
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
 from covtanet.training.lanes import slice_rows

@@ -1,6 +1,7 @@
-"""Checks of the environment of a job or of the endpoint: servers in clear text, a Ray without token.
+"""Checks of the environment variables of a job or of the endpoint.
 
-Pure functions on a mapping such as ``os.environ``; they open nothing and resolve no name.
+Servers in clear text, and a Ray cluster without token. Pure functions on a mapping such as
+``os.environ``; they open no connection and resolve no name.
 """
 
 import ipaddress
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 from covtanet.errors import ConfigError
 
-# Where S3's clients and MLflow's take the address of a server from.
+# Variables from which the clients of S3 and MLflow take the address of a server.
 ENDPOINTS = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -21,10 +22,10 @@ ENDPOINTS = (
 ALLOW_PLAIN_HTTP = "COVTANET_ALLOW_PLAIN_HTTP"
 CLUSTER_SUFFIXES = (".svc", ".svc.cluster.local")
 PRIVATE_SUFFIXES = (".local", ".internal")
-# A first letter: digits alone are an IPv4 address to the resolver, 0x... as well.
+# The first character is a letter: the resolver takes digits, and 0x..., for an IPv4 address.
 LABEL = r"[a-z](?:[a-z0-9-]*[a-z0-9])?"
 NAME = re.compile(rf"{LABEL}(?:\.{LABEL})*")
-# All of Ray's switches that unpickle values of a Parquet file begin with this.
+# Prefix of all of Ray's switches that unpickle values of a Parquet file.
 AUTOLOAD = "RAY_DATA_AUTOLOAD_"
 OFF = ("", "0", "false")
 LOOPBACK = "localhost"
@@ -39,7 +40,8 @@ def check_endpoints(environment: Mapping[str, str]) -> None:
     private address or to a ``.local`` or ``.internal`` name.
 
     Raises:
-        ConfigError: with the variable and the host; never with the rest of the URL, which may hold a password.
+        ConfigError: with the variable and the host, without the rest of the URL, which may hold a
+            password.
     """
     is_private_allowed = environment.get(ALLOW_PLAIN_HTTP) == "1"
     for name in ENDPOINTS:
@@ -57,9 +59,10 @@ def check_endpoints(environment: Mapping[str, str]) -> None:
 
 
 def check_ray_environment(environment: Mapping[str, str]) -> None:
-    """Refuse a cluster on the network without Ray's token, and Ray Data that would unpickle what it reads.
+    """Refuse a Ray cluster without token on the network, and a Ray Data that would unpickle files.
 
-    environment: this process' variables. RAY_ADDRESS may be absent, or ``local``, for a Ray of its own.
+    environment: the variables of this process. RAY_ADDRESS may be missing, or ``local``, if the job
+    starts Ray itself.
 
     Raises:
         ConfigError: with the variable and its expected value.
@@ -74,19 +77,20 @@ def check_ray_environment(environment: Mapping[str, str]) -> None:
             f"{min(unsafe)} is set, expected unset: Ray Data would run code out of Parquet files"
         )
     address = environment.get("RAY_ADDRESS", "")
-    is_own = address in ("", "local")
-    if (
-        not is_own
-        and not _is_loopback(address)
-        and environment.get("RAY_AUTH_MODE", "").lower() != "token"
-    ):
+    is_near = address in ("", "local") or _is_loopback(address)
+    has_token = environment.get("RAY_AUTH_MODE", "").lower() == "token"
+    if not is_near and not has_token:
         raise ConfigError(
-            "RAY_ADDRESS is not on this machine, expected RAY_AUTH_MODE=token with a token of the cluster"
+            "RAY_ADDRESS is not on this machine, expected RAY_AUTH_MODE=token with a token of the "
+            "cluster"
         )
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether an address is HOST:PORT or ray://HOST:PORT of loopback; ``auto`` may be any cluster, so it is not."""
+    """Return whether an address is HOST:PORT or ray://HOST:PORT of loopback.
+
+    ``auto`` is not: it may be any cluster.
+    """
     try:
         host = urlsplit(address if "://" in address else f"ray://{address}").hostname or ""
         return host == LOOPBACK or ipaddress.ip_address(host).is_loopback
@@ -95,7 +99,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _host(uri: str) -> str:
-    """Return the host of a URL in lower case, without brackets and a trailing dot; empty if it is missing."""
+    """Return the host of a URL in lower case, without brackets and final dot; empty if missing."""
     try:
         return (urlsplit(uri).hostname or "").removesuffix(".")
     except ValueError:
@@ -110,7 +114,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _is_near(host: str) -> bool:
-    """Whether packets to a host stay on this machine or in this cluster."""
+    """Return whether packets to a host stay on this machine or in this cluster."""
     address = _address(host)
     if address is not None:
         return address.is_loopback
@@ -118,7 +122,7 @@ def _is_near(host: str) -> bool:
 
 
 def _is_private(host: str) -> bool:
-    """Return whether a host is in a private network; link-local and unspecified addresses are not."""
+    """Return whether a host is in a private network, without link-local addresses and 0.0.0.0."""
     address = _address(host)
     if address is not None:
         return address.is_private and not address.is_link_local and not address.is_unspecified

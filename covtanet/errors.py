@@ -4,7 +4,7 @@ CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
 │   ├── NoSeriesError    the input holds no series
 │   ├── LedgerVersionError  a ledger was written by a version of this software with another schema
-│   └── WeakSandboxError  the kernel cannot shut the decoder's child process in
+│   └── WeakSandboxError  the kernel cannot confine the decoder's child process
 ├── AlreadyCommittedError  another driver of the run was first
 ├── CheckpointError  a saved model is missing, damaged or not what its digest says
 ├── TrainingError    a training cannot go on; what it has done so far is kept
@@ -134,7 +134,7 @@ class LedgerVersionError(ConfigError):
 
 
 class WeakSandboxError(ConfigError):
-    """The decoder's child process cannot be shut in as it should; nothing is decoded."""
+    """The decoder's child process cannot be confined as it should; nothing is decoded."""
 
 
 class AlreadyCommittedError(CovtanetError):

@@ -1,8 +1,9 @@
 """The decoders of one API replica: each belongs to the thread that uses it, never to a request.
 
-A request may end before its thread does: the caller hangs up, or its time is over. Then the thread's decoder is killed,
-which ends the thread soon, and only the thread's own end gives its slot back. So no study ever meets the bytes or the
-answer of another one in a decoder, and no temporary folder is removed while a thread reads it.
+A request may end before its thread does: the caller hangs up, or the deadline passes. Then the
+thread's decoder is killed, so the thread ends soon, and only the end of the thread gives its slot
+back. So no study ever meets the bytes or the answer of another study in a decoder, and no temporary
+folder is removed while a thread reads it.
 """
 
 import asyncio
@@ -20,15 +21,15 @@ T = TypeVar("T")
 
 
 class BusyError(Exception):
-    """As many requests wait for a decoder, or are being received, as may."""
+    """The limit of requests that wait for a decoder, or that are being received, is reached."""
 
 
 class DeadlineError(Exception):
-    """A request's time is over, or its caller has gone, before its study was screened."""
+    """The deadline has passed, or the caller has hung up, before the study was screened."""
 
 
 class Slot:
-    """A place for one study at a time, with the screener that stays warm from study to study."""
+    """Capacity for one study at a time, with a screener that stays loaded from study to study."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +37,7 @@ class Slot:
         self._is_abandoned = False
 
     def screener(self, digest: str, make: Callable[[], Screener]) -> Screener:
-        """Return the slot's screener if it is of this version of the model, else a new one.
+        """Return the slot's screener if it has this version of the model, else a new screener.
 
         Raises:
             DeadlineError: the request has ended.
@@ -50,7 +51,7 @@ class Slot:
             return self._screener
 
     def check(self) -> None:
-        """Go on only while somebody waits for the answer.
+        """Raise if nobody waits for the answer any more.
 
         Raises:
             DeadlineError: the request has ended.
@@ -66,15 +67,20 @@ class Slot:
                 self._screener.close()
 
     def renewed(self) -> "Slot":
-        """Return this slot, or a fresh one if its screener was closed."""
+        """Return this slot, or a new slot if its screener was closed."""
         return Slot() if self._is_abandoned else self
 
 
 class Decoders:
-    """The slots of a replica. max_waiting: requests that may wait for one; timeout_s: from waiting to the answer."""
+    """The slots of a replica.
+
+    max_waiting: requests that may wait for a slot. timeout_s: time limit from the request for a
+    slot to the answer.
+    """
 
     def __init__(self, num_slots: int, max_waiting: int, timeout_s: float) -> None:
-        self.max_waiting, self.timeout_s = max_waiting, timeout_s
+        self.max_waiting = max_waiting
+        self.timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(num_slots, "decoder")
         self._free: asyncio.Queue[Slot] = asyncio.Queue()
         for _ in range(num_slots):
@@ -82,18 +88,19 @@ class Decoders:
         self._num_waiting = 0
 
     async def run(self, work: Callable[[Slot], T], resources: ExitStack) -> T:
-        """Run one study's work in a thread with a slot of its own.
+        """Run one study's work in a thread that holds a slot.
 
-        resources: what the work reads. They are taken over once its thread begins, and closed when it has ended;
-        until then they are the caller's.
+        resources: files that the work reads. The thread takes them over when it begins and closes
+        them when it has ended; until then they belong to the caller.
 
         Raises:
-            BusyError: as many requests wait as may.
-            DeadlineError: the answer takes longer than it may.
+            BusyError: ``max_waiting`` requests wait already.
+            DeadlineError: the answer takes over ``timeout_s``.
         """
         deadline = time.monotonic() + self.timeout_s
         slot = await self._take(deadline)
-        # No await between taking a slot and starting its thread: a cancellation cannot come between them.
+        # No await between taking a slot and starting its thread: a cancellation cannot come between
+        # them.
         loop = asyncio.get_running_loop()
         thread = loop.run_in_executor(
             self._threads, partial(_work_with, work, slot, resources.pop_all())
@@ -103,10 +110,10 @@ class Decoders:
             async with asyncio.timeout(deadline - time.monotonic()) as limit:
                 return await asyncio.shield(thread)
         except TimeoutError:
-            if not limit.expired():  # the work's own
+            if not limit.expired():  # the work itself raised it
                 raise
             slot.abandon()
-            raise DeadlineError("the request took longer than it may") from None
+            raise DeadlineError("the request took too long") from None
         except asyncio.CancelledError:  # the caller hung up
             slot.abandon()
             raise
@@ -125,7 +132,8 @@ class Decoders:
 
     def _give_back(self, slot: Slot, thread: "asyncio.Future[T]") -> None:
         """Free the slot once its thread has ended."""
-        thread.exception()  # asyncio logs the text of an exception that is never looked at
+        # asyncio logs the text of an exception that is never retrieved, and it may quote a study.
+        thread.exception()
         self._free.put_nowait(slot.renewed())
 
 

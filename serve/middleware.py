@@ -1,4 +1,4 @@
-"""Middleware of all routes: security headers, one log line for each request, and errors without their text."""
+"""Middleware of all routes: security headers, a log line per request, errors without their text."""
 
 import logging
 import time
@@ -14,17 +14,26 @@ from covtanet.errors import error_location
 
 logger = logging.getLogger("ray.serve")
 
-# Scripts, styles and pictures of this origin alone; no frame, no other base, no form to elsewhere.
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self' blob:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+# Scripts, styles and pictures of this origin alone; no frame, no other base, no form to other
+# hosts.
+CSP = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self' blob:",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "form-action 'self'",
+    ]
 )
 SECURITY_HEADERS = {
     "Content-Security-Policy": CSP,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    # Rows name studies, and a picture in the cache of a shared workstation needs no token.
+    # Rows name studies, and a picture in the cache of a shared workstation opens without a token.
     "Cache-Control": "no-store",
 }
 # Probes come every few seconds.
@@ -58,9 +67,9 @@ class SecurityHeaders:
 
 
 class Audit:
-    """Logs and counts every request with caller, route, series and status; turns uncaught errors into 500.
+    """Logs and counts every request, and turns uncaught errors into 500.
 
-    An error that is raised further is logged by Ray Serve with its text, which may quote a study.
+    Ray Serve would log an error that is raised further with its text, which may quote a study.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -73,37 +82,41 @@ class Audit:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        status, started = 0, time.monotonic()
+        status = 0
+        started = time.monotonic()
 
-        async def note_status(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, note_status)
+            await self.app(scope, receive, send_and_record)
         except ClientDisconnect:
             status = 499  # nginx's code for a caller who has hung up
         except Exception as error:
             logger.error("internal error, %s", error_location(error))
             if status == 0:
-                answer = JSONResponse(
-                    {"reason": "internal_error", "message": "a fault of this software"}, 500
-                )
-                await answer(scope, receive, note_status)
+                problem = {"reason": "internal_error", "message": "a fault of this software"}
+                await JSONResponse(problem, 500)(scope, receive, send_and_record)
         finally:
-            self._note(scope, state, status or 499, time.monotonic() - started)
+            self._record(scope, state, status or 499, time.monotonic() - started)
 
-    def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")
         if route in QUIET_ROUTES:
             return
-        caller, series_keys = state.get("caller", "none"), state.get("series_keys", [])
+        caller = state.get("caller", "none")
         logger.info(
             "request caller=%s method=%s route=%s status=%d seconds=%.2f series=%s",
-            caller, scope["method"], route, status, seconds, ",".join(series_keys) or "none",
-        )  # fmt: skip
+            caller,
+            scope["method"],
+            route,
+            status,
+            seconds,
+            ",".join(state.get("series_keys", [])) or "none",
+        )
         if self._requests is None:
             self._requests = Counter(
                 "covtanet_http_requests", "Requests by caller.", ("caller", "route", "status")

@@ -1,4 +1,7 @@
-"""What we add to Ray Serve's HTTP proxy, which finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+"""Additions to Ray Serve's HTTP proxy.
+
+Ray Serve finds them by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH.
+"""
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
@@ -11,34 +14,33 @@ RETRY_AFTER_S = 10
 
 
 class RetryHint:
-    """Answers in the place of a replica that died in a request: the proxy alone would say 500 and no more."""
+    """Answers for a replica that died in a request; the proxy alone would send a bare 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; 503 with Retry-After where nobody began to answer it."""
+        """Pass a request on; answer 503 with Retry-After if no replica began to answer it."""
         has_begun = scope["type"] != "http"
 
-        async def watched(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal has_begun
-            has_begun = has_begun or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                has_begun = True
             await send(message)
 
-        await self.app(scope, receive, watched)
+        await self.app(scope, receive, send_and_record)
         if not has_begun:
-            problem = Problem(
-                reason="replica_died", message="what answered this request died; send it again"
-            )
-            answer = JSONResponse(
-                problem.model_dump(), 503, headers={"Retry-After": str(RETRY_AFTER_S)}
-            )
+            message = "the replica that answered this request died; send it again"
+            problem = Problem(reason="replica_died", message=message)
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            answer = JSONResponse(problem.model_dump(), 503, headers=headers)
             await answer(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
-    """Return what the proxy puts around every application; the outermost first.
+    """Return the middleware of the proxy, the outermost first.
 
-    The headers stand here too, for what the proxy answers itself.
+    It has the security headers too, for answers of the proxy itself.
     """
     return [Middleware(SecurityHeaders), Middleware(RetryHint)]

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers, with the examples that the API's own description shows."""
+"""Bodies of requests and answers, with the examples of the API's description."""
 
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
@@ -9,11 +9,23 @@ from pydantic_core import PydanticCustomError
 MAX_LIMIT = 10_000_000
 
 EXAMPLE_ROW: dict[str, Any] = {
-    "series_key": "5d1f3c0e8a6b4f7d9c2e1a0b3c4d5e6f", "status": "screened", "reason": None, "qc_flags": [],
-    "num_slices": 36, "p_infected": 0.98, "diagnosis": "infected", "p_severe": 0.2, "severity": "mild",
-    "severity_by_involvement": "mild", "lesion_volume_ml": 310.5, "lung_volume_ml": 4890.1, "involvement": 0.063,
-    "model_digest": "9f2c" * 16, "config_digest": "3ab1" * 16, "software_version": "0.1.0+g4f461455ab12",
-}  # fmt: skip
+    "series_key": "5d1f3c0e8a6b4f7d9c2e1a0b3c4d5e6f",
+    "status": "screened",
+    "reason": None,
+    "qc_flags": [],
+    "num_slices": 36,
+    "p_infected": 0.98,
+    "diagnosis": "infected",
+    "p_severe": 0.2,
+    "severity": "mild",
+    "severity_by_involvement": "mild",
+    "lesion_volume_ml": 310.5,
+    "lung_volume_ml": 4890.1,
+    "involvement": 0.063,
+    "model_digest": "9f2c" * 16,
+    "config_digest": "3ab1" * 16,
+    "software_version": "0.1.0+g4f461455ab12",
+}
 
 
 class Strict(BaseModel):
@@ -23,7 +35,7 @@ class Strict(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why a request was refused: a stable code, and a sentence without any text of the caller's."""
+    """A refusal: a stable code, and a sentence that quotes nothing of the request."""
 
     reason: str = Field(examples=["unsupported_media"])
     message: str = Field(
@@ -32,7 +44,7 @@ class Problem(BaseModel):
 
 
 class Model(BaseModel):
-    """The version that answered."""
+    """The version of the model that answered."""
 
     name: str = Field(examples=["covtanet"])
     version: str = Field(examples=["3"])
@@ -40,35 +52,38 @@ class Model(BaseModel):
 
 
 class SeriesRow(BaseModel):
-    """A series in the ledger's columns; those that belong to a run of the screening job alone are null."""
+    """A series in the columns of the ledger; columns about a run of the screening job are null."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [EXAMPLE_ROW]})
 
     series_key: str = Field(
-        description="of the path and the series UID: the same series has the same key"
+        description="digest of path and series UID: the same series has the same key"
     )
     status: Literal["screened", "rejected", "failed"]
     reason: str | None = Field(
-        default=None, description="why it was not screened, a code of docs/input.md"
+        default=None, description="code of docs/input.md, if the series was not screened"
     )
     model_name: str | None = None
     model_version: str | None = None
     model_digest: str = Field(
-        description="SHA-256 of the weights and the description of the model that answered"
+        description="SHA-256 of weights and description of the model that answered"
     )
     config_digest: str = Field(
-        description="SHA-256 of window and screening configuration; a job with the same ones has the same digest"
+        description="SHA-256 of window and screening configuration, as the screening job has it"
     )
-    software_version: str = Field(description="the package's version with the commit that answered")
+    software_version: str = Field(description="version and commit of the software that answered")
 
 
 class StudyAnswer(BaseModel):
-    """A study's series, each a row of the ledger's columns. Research use only, not a medical device."""
+    """The series of a study in the columns of the ledger.
+
+    Research use only, not a medical device.
+    """
 
     model: Model
     series: list[SeriesRow]
     reason: str | None = Field(
-        default=None, description="where no series was screened, the first one's reason"
+        default=None, description="reason of the first series, if no series was screened"
     )
     research_use_only: Literal[True] = True
 
@@ -80,9 +95,10 @@ class UriRequest(Strict):
 
 
 class BatchRequest(Strict):
-    """What ``jobs/screen.py`` is asked for. run_date: today if null, else at most a day from it.
+    """A request to screen an archive with ``jobs/screen.py``.
 
-    model: the endpoint's own if empty, else one that its configuration allows.
+    run_date: today if null, else at most a day from today. model: the model of the endpoint if
+    empty, else a model that its configuration allows.
     """
 
     archive: str = Field(examples=["s3://hospital/ct"], max_length=1024)
@@ -106,7 +122,10 @@ class BatchRequest(Strict):
 
 
 class BatchState(BaseModel):
-    """How far a batch is. counts: rows by status, once it is committed. exit_code: of the job that ended last."""
+    """State and progress of a batch.
+
+    counts: rows by status, once the batch is committed. exit_code: of its last job.
+    """
 
     batch_id: str = Field(examples=["1f0c9a7e5b3d2468"])
     state: Literal["waiting", "running", "committed", "failed", "cancelled", "interrupted"]
@@ -124,5 +143,5 @@ class BatchState(BaseModel):
     seconds_left: float | None = None
     counts: dict[str, int] = Field(default_factory=dict)
     exit_code: int | None = Field(
-        default=None, description="as jobs/screen.py explains; 124: it took too long"
+        default=None, description="see jobs/screen.py; 124: the job passed its time limit"
     )

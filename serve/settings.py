@@ -1,4 +1,4 @@
-"""What the endpoint is told: one TOML file, named by COVTANET_SERVE_CONFIG; no secret stands in it."""
+"""Settings of the endpoint: one TOML file, named by COVTANET_SERVE_CONFIG; it holds no secret."""
 
 import hashlib
 import hmac
@@ -18,143 +18,171 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # Beyond the decoder's own limit: the API replica's buffers and its share of the measuring.
 REPLICA_MEMORY_MIB = 600
 
+AT_LEAST_ONE = (
+    "num_decoders",
+    "num_api_replicas",
+    "retry_after_s",
+    "max_uploads",
+    "max_uploads_per_caller",
+    "max_batches",
+    "max_batches_per_caller",
+    "batch_timeout_s",
+)
+ABOVE_ZERO = ("upload_timeout_s", "request_timeout_s", "reload_every_s")
+AT_LEAST_ZERO = ("max_waiting", "cpus_per_decoder", "driver_cpus", "driver_memory_mib")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who may ask. token_sha256: hex digest of the bearer token. places: s3:// prefixes that may be named."""
+    """A client of the endpoint."""
 
     name: str
+    """Name in log lines and metrics."""
     token_sha256: str
+    """SHA-256 of the bearer token, in hex."""
     places: tuple[str, ...] = ()
+    """Allowed locations: the ``s3://BUCKET/PREFIX`` below which this caller may read."""
 
     def __post_init__(self) -> None:
         if len(self.token_sha256) != 64 or set(self.token_sha256) - set("0123456789abcdef"):
-            raise ValueError("token_sha256 is no SHA-256 in hex")
+            raise ValueError("token_sha256 is not a SHA-256 in hex")
         if self.token_sha256 == EMPTY_SHA256:
             raise ValueError(
                 "token_sha256 is the digest of an empty text, expected that of a token"
             )
-        for place in self.places:
-            if not storage.is_s3(place):
-                raise ValueError("places are s3://BUCKET/PREFIX")
-            storage.absolute(place)
+        for location in self.places:
+            if not storage.is_s3(location):
+                raise ValueError(f"places has {location}, expected s3://BUCKET/PREFIX")
+            storage.absolute(location)
 
     def may_read(self, uri: str) -> bool:
-        """Whether an s3:// URI, taken apart by the one parser there is, lies under a place of this caller."""
+        """Return whether an ``s3://`` URI is under an allowed location of this caller."""
         if not storage.is_s3(uri) or not uri.isprintable():
             return False
         if set(uri) & set("?#%\\*") or "//" in uri.removeprefix("s3://"):
             return False
         try:
-            wanted = storage.absolute(uri)
+            location = storage.absolute(uri)
         except ConfigError:
             return False
-        allowed = (storage.absolute(place) for place in self.places)
-        return any(wanted == place or wanted.startswith(f"{place}/") for place in allowed)
+        return any(_is_under(location, storage.absolute(allowed)) for allowed in self.places)
+
+
+def _is_under(location: str, folder: str) -> bool:
+    # With the slash: a bucket's "ct-private" is not under its "ct".
+    return f"{location}/".startswith(f"{folder}/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The endpoint's settings.
-
-    model: what the registry or storage calls it. models: what else a batch may name. ledger: under its ``_batches``
-    batches write. config: path of a TOML file with a [screening] table, for studies and batches alike; empty for the
-    defaults.
-
-    upload_timeout_s: for the whole body. request_timeout_s: from then on to the answer. max_uploads: bodies that a
-    replica receives at a time, max_uploads_per_caller: of one caller. num_decoders: studies that it reads at a time.
-    max_waiting: requests that may wait for that. study: what one request may hold.
-    cpus_per_decoder: what a replica asks of Ray for each, beside the memory that decoding may take. With
-    reserves_memory = false it asks for none, as on a laptop.
-
-    max_batches, max_batches_per_caller: open at a time. batch_timeout_s: after which a batch's job is ended.
-    driver_cpus, driver_memory_mib: what it asks of Ray; above 0, so that it does not run on the head.
-    """
+    """Settings of the endpoint."""
 
     model: str = "models:/covtanet@champion"
+    """Model that answers studies and screens batches: a name of the registry, or a location."""
     models: tuple[str, ...] = ()
+    """Further models that a batch may name."""
     ledger: str = ""
+    """Location of the ledger; batches write under its ``_batches``. Empty: no batches."""
     callers: tuple[Caller, ...] = ()
+    """Clients with a token; at least one."""
     upload_timeout_s: float = 120.0
+    """Time limit of a whole body."""
     request_timeout_s: float = 300.0
+    """Time limit from the end of the body to the answer."""
     max_uploads: int = 16
+    """Bodies that a replica receives at a time."""
     max_uploads_per_caller: int = 8
+    """Bodies of one caller that a replica receives at a time."""
     num_decoders: int = 2
+    """Studies that a replica reads at a time."""
     cpus_per_decoder: float = 1.0
+    """CPUs that a replica asks Ray for, per decoder."""
     reserves_memory: bool = True
+    """Whether a replica asks Ray for the memory of its decoders; false on a laptop."""
     max_waiting: int = 8
+    """Requests that may wait for a decoder of a replica."""
     max_batches: int = 8
+    """Batches of all callers that may be open at a time."""
     max_batches_per_caller: int = 2
+    """Batches of one caller that may be open at a time."""
     batch_timeout_s: int = 86400
+    """Time limit of a batch's job."""
     driver_cpus: float = 1.0
+    """CPUs that a batch's driver asks Ray for; above 0, so that it does not run on the head."""
     driver_memory_mib: int = 2048
+    """Memory that a batch's driver asks Ray for, in MiB."""
     num_api_replicas: int = 1
+    """API replicas without load."""
     max_api_replicas: int = 4
+    """API replicas under full load."""
     reload_every_s: float = 30.0
+    """Interval at which a model replica checks whether an alias names another version."""
     retry_after_s: int = 5
+    """``Retry-After`` of an answer 503, in seconds."""
     config: str = ""
+    """TOML file with a [screening] table, for studies and batches; empty for the defaults."""
     limits: IntakeLimits = field(default_factory=IntakeLimits)
+    """Limits of an upload and of what a zip may unpack to."""
     study: StudyLimits = field(default_factory=StudyLimits)
+    """Limits of one study."""
 
     def __post_init__(self) -> None:
         if not self.callers:
             raise ValueError("callers is empty, expected at least one with a token")
-        at_least_one = (
-            "num_decoders", "num_api_replicas", "retry_after_s", "max_uploads", "max_uploads_per_caller",
-            "max_batches", "max_batches_per_caller", "batch_timeout_s",
-        )  # fmt: skip
-        for name in at_least_one:
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("upload_timeout_s", "request_timeout_s", "reload_every_s"):
+        for name in ABOVE_ZERO:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("max_waiting", "cpus_per_decoder", "driver_cpus", "driver_memory_mib"):
+        for name in AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
 
     @property
     def replica_memory_bytes(self) -> int:
-        """What an API replica asks of Ray."""
+        """Return the memory that an API replica asks Ray for."""
         if not self.reserves_memory:
             return 0
         return self.num_decoders * (self.screening.decode_memory_mib + REPLICA_MEMORY_MIB) << 20
 
     def may_read(self, caller: Caller, uri: str) -> bool:
-        """Whether a caller may name this URI: under a place of theirs, and apart from the ledger.
+        """Return whether a caller may read a URI: an allowed location, apart from the ledger.
 
-        The ledger holds what other callers' batches wrote.
+        The ledger holds the results of other callers' batches. A location around it is refused
+        too.
         """
         if not caller.may_read(uri):
             return False
         if not self.ledger:
             return True
-        wanted, ledger = f"{storage.absolute(uri)}/", f"{storage.absolute(self.ledger)}/"
-        return not wanted.startswith(ledger) and not ledger.startswith(wanted)
+        location = storage.absolute(uri)
+        ledger = storage.absolute(self.ledger)
+        return not _is_under(location, ledger) and not _is_under(ledger, location)
 
     @property
     def screening(self) -> ScreeningConfig:
-        """What steers a screening, for studies as for batches.
+        """Return the screening configuration of studies and batches.
 
         Raises:
-            ConfigError: where the file that ``config`` names is none.
+            ConfigError: the file that ``config`` names is missing or invalid.
         """
         return load_config(Path(self.config) if self.config else None).screening
 
     def caller_of(self, token: str) -> Caller | None:
-        """The caller with this token; every digest is compared, in constant time."""
+        """Return the caller with this token; every digest is compared, in constant time."""
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
-        found = [
+        matching = [
             caller for caller in self.callers if hmac.compare_digest(caller.token_sha256, digest)
         ]
-        return found[0] if found else None
+        return matching[0] if matching else None
 
 
 def load_settings() -> ServeConfig:
     """Read the file that the environment names.
 
     Raises:
-        ConfigError: where there is none, or it says what it may not.
+        ConfigError: the variable is not set, or the file is missing or invalid.
     """
     path = os.environ.get(VARIABLE)
     if not path:

@@ -1,4 +1,7 @@
-"""Bodies of studies on their way to disk, before any decoder is taken: a slow line holds nobody up but itself."""
+"""Bodies of studies on their way to disk.
+
+A body is received before its study takes a decoder, so a slow connection delays no other caller.
+"""
 
 import asyncio
 import fcntl
@@ -27,15 +30,18 @@ LOCK = "lock"
 
 @dataclass(frozen=True)
 class Upload:
-    """A received body: its file, a folder to be made for what it holds, and the SHA-256 of its bytes."""
+    """A received body."""
 
     path: Path
+    """File with the body."""
     objects: Path
+    """Folder for the unpacked objects; not made yet."""
     digest: str
+    """SHA-256 of the body."""
 
 
 class Uploads:
-    """Receives bodies, so many at a time in all and of one caller."""
+    """Receives bodies, up to a limit in all and a limit per caller."""
 
     def __init__(self, settings: ServeConfig) -> None:
         self.settings = settings
@@ -43,33 +49,37 @@ class Uploads:
         self._num_by_caller: Counter[str] = Counter()
 
     async def receive(self, request: Request, caller: Caller, resources: ExitStack) -> Upload:
-        """Write the body to disk as it comes. resources: gets the folder, to be removed with them.
+        """Write the body to disk as it arrives.
+
+        resources: get the body's folder, which is removed when they are closed.
 
         Raises:
             UploadError: ``too_large``.
-            BusyError: as many bodies are being received as may.
-            RefusedError: 408, it takes longer than it may.
+            BusyError: the limit of bodies at a time is reached.
+            RefusedError: 408, the body takes too long.
             OSError: the disk is full.
         """
         self._check_length(int(request.headers.get("content-length") or 0))
-        per_caller = self.settings.max_uploads_per_caller
-        if (
-            self._num_by_caller.total() >= self.settings.max_uploads
-            or self._num_by_caller[caller.name] >= per_caller
-        ):
-            raise BusyError
+        self._check_room(caller)
         self._num_by_caller[caller.name] += 1
         try:
-            folder = Path(
-                resources.enter_context(tempfile.TemporaryDirectory(dir=self.folder.path))
-            )
+            temporary = tempfile.TemporaryDirectory(dir=self.folder.path)
+            folder = Path(resources.enter_context(temporary))
             digest = await self._write(request, folder / "upload")
         finally:
             self._num_by_caller[caller.name] -= 1
         return Upload(path=folder / "upload", objects=folder / "objects", digest=digest)
 
+    def _check_room(self, caller: Caller) -> None:
+        if self._num_by_caller.total() >= self.settings.max_uploads:
+            raise BusyError
+        if self._num_by_caller[caller.name] >= self.settings.max_uploads_per_caller:
+            raise BusyError
+
     async def _write(self, request: Request, path: Path) -> str:
-        digest, num_bytes, limit_s = hashlib.sha256(), 0, self.settings.upload_timeout_s
+        digest = hashlib.sha256()
+        num_bytes = 0
+        limit_s = self.settings.upload_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 with path.open("wb") as file:
@@ -89,32 +99,33 @@ class Uploads:
 
 
 class ReplicaFolder:
-    """A folder for the studies of this process, locked while it lives; removes those of processes that were killed.
+    """A folder for the studies of this process, locked while the process lives.
 
-    A killed replica cannot remove what it had received, and these are images of patients.
+    A killed replica cannot remove its studies, which are images of patients. So every new replica
+    removes the folders whose lock is free.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
         parent = parent or Path(tempfile.gettempdir())
-        for left in parent.glob(f"{PREFIX}*"):
-            _remove_if_left(left)
-        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
-        self._lock = os.open(made / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        for folder in parent.glob(f"{PREFIX}*"):
+            _remove_if_abandoned(folder)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
+        self._lock = os.open(hidden / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # Only now under a name that others look for: before it was locked they would have removed it.
-        self.path = made.rename(parent / made.name.removeprefix("."))
+        # Renamed only once it is locked: before, another replica would have removed it.
+        self.path = hidden.rename(parent / hidden.name.removeprefix("."))
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove the folder of a process that has ended; the kernel gave its lock back then."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove the folder of a process that has ended; the kernel has released its lock."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # of another user, or gone this moment
+    except OSError:  # it belongs to another user, or was removed meanwhile
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return  # it lives
+        return  # its process lives
     else:
         shutil.rmtree(folder, ignore_errors=True)
         logger.warning("removed the studies that a killed replica had left")

@@ -149,7 +149,7 @@ def training_setup(
     """Tiny phantoms in MosMedData's layout in S3, and a folder for trainings of them."""
     from training_runs import PHANTOMS, TrainingSetup
 
-    from covtanet.phantoms.archive import write_mosmed
+    from covtanet.phantoms.training_set import write_mosmed
 
     write_mosmed("s3://bucket/mosmed", PHANTOMS, 2)
     return TrainingSetup(

@@ -37,7 +37,7 @@ def fetch_series(
                     return
                 item, future = ahead.popleft()
                 chunks = _chunks(archive, item) if future is None else iter(future.result())
-                yield digest.passing(item.path.removeprefix(folder), chunks)
+                yield digest.tee(item.path.removeprefix(folder), chunks)
         finally:
             for _, future in ahead:
                 if future is not None:

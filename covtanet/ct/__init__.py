@@ -1,1 +1,1 @@
-"""What a chest CT is: volumes in HU from NIfTI and DICOM, windowing, lungs. No torch, no labels."""
+"""Chest CT as volumes in HU from NIfTI and DICOM, windowing, lungs. No torch, no labels."""

@@ -1,27 +1,33 @@
-"""A child of the sandbox that reads DICOM headers alone; it starts in a tenth of a decoder's time."""
+"""A sandboxed child process that only reads DICOM headers.
+
+It starts in a tenth of the time of a decoder, since it loads no array library.
+"""
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_headers
 from covtanet.decoding import confinement
 
 
 def main() -> None:
     """Answer requests from standard input until it ends."""
-    confinement.run({"heads": read_heads}, warm_up)
+    confinement.run({"headers": read_headers}, warm_up)
 
 
-def read_heads(request: dict[str, Any], heads: Iterator[bytes]) -> confinement.Answer:
-    """Return the UIDs of objects from their first bytes; null for an object without."""
-    found = dicom_head.read_identities(heads, request["head_bytes"])
-    rows = [None if each is None else [each.study_uid, each.series_uid] for each in found]
-    body = json.dumps(rows).encode()
+def read_headers(request: dict[str, Any], headers: Iterator[bytes]) -> confinement.Answer:
+    """Return the UIDs of objects from their first bytes; null for an object without UIDs."""
+    identities = dicom_headers.read_identities(headers, request["header_bytes"])
+    body = json.dumps([_row(identity) for identity in identities]).encode()
     return {"num_bytes": len(body)}, [body]
 
 
+def _row(identity: dicom_headers.SeriesIdentity | None) -> list[str | None] | None:
+    return None if identity is None else [identity.study_uid, identity.series_uid]
+
+
 def warm_up() -> None:
-    """Load the reader's code before files can no longer be opened."""
-    uid = b"\x20\x00\x0e\x00UI\x08\x00not.one\0"
-    dicom_head.read_identity(bytes(dicom_head.MAGIC_AT) + dicom_head.MAGIC + uid, is_whole=True)
+    """Load the reader's code before files cannot be opened any more."""
+    preamble = bytes(dicom_headers.MAGIC_AT) + dicom_headers.MAGIC
+    dicom_headers.read_identity(preamble + b"\x20\x00\x0e\x00UI\x08\x00not.one\0", is_whole=True)

@@ -4,8 +4,9 @@ import json
 import logging
 from typing import IO, Any
 
-from covtanet.ct.dicom_head import INVALID_UID_TEXT, UID_TEXT, SeriesIdentity
-from covtanet.decoding.child_process import Child, read_exactly
+from covtanet.ct.dicom_headers import INVALID_UID_TEXT, UID_TEXT, SeriesIdentity
+from covtanet.decoding.child_process import Child
+from covtanet.decoding.framing import read_exactly
 from covtanet.errors import DecoderError, DecoderStartError, Reason, StudyError, StudyTimeoutError
 
 logger = logging.getLogger(__name__)
@@ -16,63 +17,64 @@ MAX_TRIES = 2
 BYTES_PER_IDENTITY = 256
 
 
-def read_identities(child: Child, heads: list[bytes], head_bytes: int) -> Identities:
-    """Return the UIDs of objects, None for one without.
+def read_identities(child: Child, headers: list[bytes], header_bytes: int) -> Identities:
+    """Return the UIDs of objects from their first bytes; None for an object without UIDs.
 
-    If the child dies of these heads it gets them once more, each alone and as often as a series is decoded: the head
-    that kills it has no UIDs, and the others keep theirs. head_bytes: a head of fewer bytes is a whole object.
+    header_bytes: how many bytes were read of each object; fewer are a whole object.
+
+    If the child dies of these headers, it gets each by itself, as often as a series is decoded: the
+    header that kills it has no UIDs, and all others keep theirs.
 
     Raises:
         SandboxClosedError, DecoderStartError, WeakSandboxError: as ``Child.ask``.
     """
-    if not heads:
+    if not headers:
         return []
-    found = _tried(child, heads, head_bytes)
-    if found is not None:
-        return found
-    return [_alone(child, head, head_bytes) for head in heads]
+    identities = _try(child, headers, header_bytes)
+    if identities is not None:
+        return identities
+    return [_read_single(child, header, header_bytes) for header in headers]
 
 
-def _alone(child: Child, head: bytes, head_bytes: int) -> SeriesIdentity | None:
+def _read_single(child: Child, header: bytes, header_bytes: int) -> SeriesIdentity | None:
     for _ in range(MAX_TRIES):
-        found = _tried(child, [head], head_bytes)
-        if found is not None:
-            return found[0]
+        identities = _try(child, [header], header_bytes)
+        if identities is not None:
+            return identities[0]
     logger.warning("the header of an object ends its reader; the object counts as unreadable")
     return None
 
 
-def _tried(child: Child, heads: list[bytes], head_bytes: int) -> Identities | None:
-    """The UIDs, or None if the child dies of these heads, answers nonsense or takes too long."""
+def _try(child: Child, headers: list[bytes], header_bytes: int) -> Identities | None:
+    """Return the UIDs, or None if the child dies, times out or sends an impossible answer."""
 
-    def read(header: dict[str, Any], pipe: IO[bytes]) -> Identities:
-        return _checked(header, pipe, len(heads))
+    def read(answer: dict[str, Any], pipe: IO[bytes]) -> Identities:
+        return _read_answer(answer, pipe, len(headers))
 
+    request = {"kind": "headers", "header_bytes": header_bytes}
     try:
-        return child.ask(
-            {"kind": "heads", "head_bytes": head_bytes}, [[head] for head in heads], read
-        )
+        return child.ask(request, [[header] for header in headers], read)
     except DecoderStartError:
         raise
     except (StudyError, StudyTimeoutError, DecoderError):
         return None
 
 
-def _checked(header: dict[str, Any], pipe: IO[bytes], count: int) -> Identities:
-    """The answer, once it has been found to be as many UIDs as heads were sent.
+def _read_answer(answer: dict[str, Any], pipe: IO[bytes], count: int) -> Identities:
+    """Read an answer and check that it has the UIDs of as many objects as were sent.
 
     Raises:
-        StudyError: ``decode_crash`` if it is anything else.
+        StudyError: ``decode_crash`` if it has anything else.
     """
-    num_bytes = header.get("num_bytes")
+    num_bytes = answer.get("num_bytes")
     if not isinstance(num_bytes, int) or not 0 < num_bytes <= count * BYTES_PER_IDENTITY:
-        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer cannot be: num_bytes")
+        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer is impossible: num_bytes")
     try:
         rows = json.loads(read_exactly(pipe, num_bytes))
     except (ValueError, RecursionError):
         rows = None
-    if not isinstance(rows, list) or len(rows) != count or not all(_is_sound(row) for row in rows):
-        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer cannot be: identities")
+    if not isinstance(rows, list) or len(rows) != count or not all(map(_is_sound, rows)):
+        raise StudyError(Reason.DECODE_CRASH, "the decoder's answer is impossible: identities")
     return [None if row is None else SeriesIdentity(*row) for row in rows]
 
 
@@ -86,6 +88,6 @@ def _is_sound(row: object) -> bool:
 
 
 def _is_uid(text: object) -> bool:
-    return isinstance(text, str) and bool(
-        UID_TEXT.fullmatch(text) or INVALID_UID_TEXT.fullmatch(text)
-    )
+    if not isinstance(text, str):
+        return False
+    return bool(UID_TEXT.fullmatch(text) or INVALID_UID_TEXT.fullmatch(text))

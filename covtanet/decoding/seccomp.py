@@ -1,8 +1,9 @@
-"""A seccomp filter: a process may compute, and talk through the pipes that it has.
+"""A seccomp filter: a process may compute, and use the pipes that it has.
 
 A system call that the filter does not name fails with EPERM, as opening a file does: libraries
-expect that a file may be missing. A call that no decoder makes, and an attacker would, ends the
-process. The filter can only be tightened, and needs no privilege once ``no_new_privs`` is set.
+expect that a file may be missing. A call that an attacker would make, and a decoder never does,
+ends the process. The filter can only be tightened, and needs no privilege once ``no_new_privs`` is
+set.
 
 Choice: written here by ctypes. The packages that install a filter need ``libseccomp.so``
 (pyseccomp), ship a build of it for one architecture (mephi42-seccomp) or are months old (seccompy);
@@ -68,13 +69,13 @@ ALLOWED = {
     "getrandom": (318, 278),
     "getpid": (39, 172),
     "gettid": (186, 178),
-    "poll": (7, -1),  # of what is open
+    "poll": (7, -1),  # descriptors that are open
     "ppoll": (271, 73),
     "close": (3, 57),
     "exit": (60, 93),  # end of a thread
     "exit_group": (231, 94),
 }
-# Name: numbers, which argument, the bits of it that are looked at, and what they must be.
+# Name: numbers, index of an argument, the bits of it that are compared, and their required value.
 ALLOWED_IF = {
     "mmap": ((9, 222), 2, PROT_EXEC, 0),  # memory, but no new code
     "mprotect": ((10, 226), 2, PROT_EXEC, 0),
@@ -82,20 +83,24 @@ ALLOWED_IF = {
 ENDS_UNLESS = {
     "clone": ((56, 220), 0, CLONE_THREAD, CLONE_THREAD),  # a thread, but no process
 }
-# Its flags lie in memory, which a filter cannot read: glibc takes clone instead if the kernel does not know it.
+# The flags of clone3 lie in memory, which a filter cannot read: glibc takes clone instead if the
+# kernel does not know clone3.
 UNKNOWN = {"clone3": (435, 435)}
+# Calls that end the process: programs, other processes, sockets, the kernel, other users.
 ENDS = {
-    "execve": (59, 221), "execveat": (322, 281), "fork": (57, -1), "vfork": (58, -1), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438), "kcmp": (312, 272), "socket": (41, 198), "socketpair": (53, 199),
-    "connect": (42, 203), "bind": (49, 200), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "add_key": (248, 217),
-    "request_key": (249, 218), "keyctl": (250, 219), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
-    "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "init_module": (175, 105),
-    "finit_module": (313, 273), "kexec_load": (246, 104), "open_by_handle_at": (304, 265), "personality": (135, 92),
-    "seccomp": (317, 277), "setuid": (105, 146), "setresuid": (117, 147), "setresgid": (119, 149),
+    "execve": (59, 221), "execveat": (322, 281), "fork": (57, -1), "vfork": (58, -1),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "kcmp": (312, 272),
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "unshare": (272, 97), "setns": (308, 268),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104),
+    "open_by_handle_at": (304, 265), "personality": (135, 92), "seccomp": (317, 277),
+    "setuid": (105, 146), "setresuid": (117, 147), "setresgid": (119, 149),
 }  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -106,21 +111,21 @@ class _Program(ctypes.Structure):
 
 
 def hide_memory() -> None:
-    """Keep processes of the same user from reading this one's memory and environment, and from tracing it."""
+    """Keep processes of the same user from tracing this one and from reading its memory."""
     _prctl(PR_SET_DUMPABLE, 0)
 
 
 def forbid_new_privileges() -> None:
-    """Let no program that this process might start have more rights than it."""
+    """Keep programs that this process might start from having more rights than it has."""
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
 def install() -> None:
-    """Put the filter on all threads of this process.
+    """Install the filter on all threads of this process.
 
     Raises:
-        ConfigError: the tables lack this architecture.
-        OSError: if the kernel has no filters or does not allow them.
+        ConfigError: the architecture is unsupported.
+        OSError: the kernel has no filters or does not allow them.
     """
     machine = ARCHITECTURES.get(platform.machine())
     if machine is None:
@@ -135,9 +140,9 @@ def install() -> None:
 
 
 def instructions(machine: Architecture) -> bytes:
-    """The filter as the kernel reads it: 8 bytes an instruction (code, 2 jumps, value)."""
-    column = machine.column
+    """Return the filter as the kernel reads it: 8 bytes an instruction (code, 2 jumps, value)."""
     kill = (RETURN, 0, 0, KILL_PROCESS)
+    # A call of another architecture or of x32 has other numbers than the tables.
     code = [(LOAD_WORD, 0, 0, ARCHITECTURE_AT), (JUMP_IF_EQUAL, 1, 0, machine.audit), kill]
     code += [(LOAD_WORD, 0, 0, NUMBER_AT), (JUMP_IF_AT_LEAST, 0, 1, X32_BIT), kill]
     for answer, calls in (
@@ -146,12 +151,12 @@ def instructions(machine: Architecture) -> bytes:
         (KILL_PROCESS, ENDS),
     ):
         for numbers in calls.values():
-            if numbers[column] >= 0:
-                code += [(JUMP_IF_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, answer)]
+            if numbers[machine.column] >= 0:
+                code += [(JUMP_IF_EQUAL, 0, 1, numbers[machine.column]), (RETURN, 0, 0, answer)]
     for otherwise, conditions in ((ERRNO | errno.EPERM, ALLOWED_IF), (KILL_PROCESS, ENDS_UNLESS)):
         for numbers, argument, mask, value in conditions.values():
             code += [
-                (JUMP_IF_EQUAL, 0, 5, numbers[column]),
+                (JUMP_IF_EQUAL, 0, 5, numbers[machine.column]),
                 (LOAD_WORD, 0, 0, ARGUMENTS_AT + 8 * argument),  # the lower half, little-endian
                 (AND, 0, 0, mask),
                 (JUMP_IF_EQUAL, 0, 1, value),
@@ -159,7 +164,7 @@ def instructions(machine: Architecture) -> bytes:
                 (RETURN, 0, 0, otherwise),
             ]
     code.append((RETURN, 0, 0, ERRNO | errno.EPERM))
-    return b"".join(struct.pack("=HBBI", *each) for each in code)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,7 +1,7 @@
-"""What a data set holds before anything is trained on it: counts, grades, spacings, refusals, known traps."""
+"""Report of a data set before training: counts, grades, spacings, refusals, known traps."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,43 +12,47 @@ import pyarrow.parquet as pq
 from covtanet.data.prepared import PreparedVolume
 from covtanet.report.summary import table
 
-REPORT_SCHEMA = pa.schema([
-    pa.field("key", pa.string(), nullable=False),
-    pa.field("volume_path", pa.string(), nullable=False),
-    pa.field("patient", pa.string(), nullable=False),
-    pa.field("grade", pa.string()),
-    pa.field("intensity", pa.string(), nullable=False),
-    pa.field("reason", pa.string()),
-    pa.field("reason_detail", pa.string()),
-    pa.field("num_slices", pa.int32()),
-    pa.field("num_prepared_slices", pa.int32(), nullable=False),
-    pa.field("num_lesion_slices", pa.int32()),
-    pa.field("spacing_z_mm", pa.float64()),
-    pa.field("spacing_y_mm", pa.float64()),
-    pa.field("spacing_x_mm", pa.float64()),
-    pa.field("involvement", pa.float64()),
-    pa.field("source_digest", pa.string()),
-])  # fmt: skip
+Line = tuple[str, str]
+
+REPORT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("volume_path", pa.string(), nullable=False),
+        pa.field("patient", pa.string(), nullable=False),
+        pa.field("grade", pa.string()),
+        pa.field("intensity", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("reason_detail", pa.string()),
+        pa.field("num_slices", pa.int32()),
+        pa.field("num_prepared_slices", pa.int32(), nullable=False),
+        pa.field("num_lesion_slices", pa.int32()),
+        pa.field("spacing_z_mm", pa.float64()),
+        pa.field("spacing_y_mm", pa.float64()),
+        pa.field("spacing_x_mm", pa.float64()),
+        pa.field("involvement", pa.float64()),
+        pa.field("source_digest", pa.string()),
+    ]
+)
 
 
 def as_parquet(volumes: Sequence[PreparedVolume]) -> bytes:
-    """One row per volume, refused ones with their reason. Holds paths and patients: it stays with the data."""
+    """Return one row per volume as Parquet, refused volumes with their reason.
+
+    The file names paths and patients, so it stays with the data.
+    """
+    rows = [_row(volume) for volume in volumes]
     buffer = BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist([_row(volume) for volume in volumes], schema=REPORT_SCHEMA), buffer
-    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=REPORT_SCHEMA), buffer)
     return buffer.getvalue()
 
 
 def _row(volume: PreparedVolume) -> dict[str, Any]:
     z, y, x = volume.spacing_mm or (None, None, None)
-    kept = {name: getattr(volume, name) for name in REPORT_SCHEMA.names if hasattr(volume, name)}
+    same = [name for name in REPORT_SCHEMA.names if hasattr(volume, name)]
     return {
-        **kept,
+        **{name: getattr(volume, name) for name in same},
         "num_prepared_slices": len(volume.slices),
-        "num_lesion_slices": None
-        if volume.lesion_px is None
-        else sum(pixels > 0 for pixels in volume.lesion_px),
+        "num_lesion_slices": None if volume.lesion_px is None else _num_lesion_slices(volume),
         "spacing_z_mm": z,
         "spacing_y_mm": y,
         "spacing_x_mm": x,
@@ -56,48 +60,45 @@ def _row(volume: PreparedVolume) -> dict[str, Any]:
 
 
 def as_text(volumes: Sequence[PreparedVolume], notes: Sequence[str]) -> str:
-    """The report for people; names nobody."""
-    sound = [volume for volume in volumes if not volume.reason]
-    masked = [volume for volume in sound if volume.lesion_px is not None]
-    lines = [
-        ("volumes", f"{len(volumes)} of {len({volume.patient for volume in volumes})} patients"),
-        ("refused", str(len(volumes) - len(sound))),
-        *[
-            (f"  {reason}", str(count))
-            for reason, count in Counter(v.reason for v in volumes if v.reason).items()
-        ],
-        *[
-            (f"grade {grade or 'unknown'}", str(count))
-            for grade, count in _sorted(v.grade for v in sound)
-        ],
+    """Return the report as plain text, which names no patient."""
+    accepted = [volume for volume in volumes if not volume.reason]
+    refused = [volume for volume in volumes if volume.reason]
+    masked = [volume for volume in accepted if volume.lesion_px is not None]
+    num_patients = len({volume.patient for volume in volumes})
+    num_slices = sum(len(volume.slices) for volume in masked)
+    num_lesion_slices = sum(_num_lesion_slices(volume) for volume in masked)
+    lines: list[Line] = [
+        ("volumes", f"{len(volumes)} of {num_patients} patients"),
+        ("refused", str(len(refused))),
+        *_reasons(refused),
+        *_counts("grade", (volume.grade for volume in accepted)),
         ("with lesion masks", str(len(masked))),
-        *[
-            (f"  grade {grade or 'unknown'}", str(count))
-            for grade, count in _sorted(v.grade for v in masked)
-        ],
-        (
-            "slices with lesion",
-            f"{sum(p > 0 for v in masked for p in v.lesion_px or ())} of {_slices(masked)}",
-        ),
-        *[(f"intensity {kind}", str(count)) for kind, count in _sorted(v.intensity for v in sound)],
-        ("spacing z, y, x", _spacing(sound)),
+        *_counts("  grade", (volume.grade for volume in masked)),
+        ("slices with lesion", f"{num_lesion_slices} of {num_slices}"),
+        *_counts("intensity", (volume.intensity for volume in accepted)),
+        ("spacing z, y, x", _spacing(accepted)),
     ]
-    text = table("Data", lines)
-    return "\n".join([text, *(f"note: {note}" for note in notes)])
+    return "\n".join([table("Data", lines), *(f"note: {note}" for note in notes)])
 
 
-def _sorted(values: Any) -> list[tuple[str | None, int]]:
-    return sorted(Counter(values).items(), key=lambda item: str(item[0]))
+def _num_lesion_slices(volume: PreparedVolume) -> int:
+    return sum(num_pixels > 0 for num_pixels in volume.lesion_px or ())
 
 
-def _slices(volumes: Sequence[PreparedVolume]) -> int:
-    return sum(len(volume.slices) for volume in volumes)
+def _reasons(refused: Sequence[PreparedVolume]) -> list[Line]:
+    counts = Counter(volume.reason for volume in refused)
+    return [(f"  {reason}", str(count)) for reason, count in counts.items()]
+
+
+def _counts(name: str, values: Iterable[str | None]) -> list[Line]:
+    counts = sorted(Counter(values).items(), key=lambda item: str(item[0]))
+    return [(f"{name} {value or 'unknown'}", str(count)) for value, count in counts]
 
 
 def _spacing(volumes: Sequence[PreparedVolume]) -> str:
-    known = np.array([volume.spacing_mm for volume in volumes if volume.spacing_mm])
-    if not len(known):
+    spacings = np.array([volume.spacing_mm for volume in volumes if volume.spacing_mm])
+    if not len(spacings):
         return "unknown"
-    low, high = known.min(axis=0), known.max(axis=0)
+    low, high = spacings.min(axis=0), spacings.max(axis=0)
     spans = ", ".join(f"{a:.2f}-{b:.2f}" for a, b in zip(low, high, strict=True))
-    return f"{spans} mm ({len(volumes) - len(known)} unknown)"
+    return f"{spans} mm ({len(volumes) - len(spacings)} unknown)"

@@ -1,8 +1,8 @@
 """Headers of a screened series, completed for the SEG and the SR that refer to it.
 
-De-identification removes attributes, scanners and converters write values that DICOM does not allow. What DICOM wants
-present and empty if it is unknown is left empty; nothing of a patient is made up, and no value of the source decides
-whether its results can be written.
+De-identification removes attributes, and scanners and converters write values that DICOM does not
+allow. Attributes that DICOM requires, empty if unknown, are left empty. No value of a patient is
+invented, and no value of the source can prevent its results from being written.
 """
 
 import logging
@@ -39,7 +39,7 @@ PIXEL_GROUP, FILE_META_GROUP = 0x7FE0, 0x0002
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and log lines of highdicom and pydicom, which quote patients' names, out of the log."""
+    """Keep messages of highdicom and pydicom, which quote patients' names, out of the log."""
     for name in ("highdicom", "pydicom"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
@@ -48,22 +48,22 @@ def quiet() -> Iterator[None]:
 
 
 def completed(headers: Sequence[Dataset]) -> list[Dataset]:
-    """Return a header per slice, in the same order, with all that SEG and SR take from their source.
+    """Return a header per slice, in the same order, with the attributes that SEG and SR copy.
 
-    headers: single-frame CT slices of one series; they are not changed. Patient, study and scanner stand in the first
-    alone, since highdicom reads no other.
+    headers: single-frame CT slices of one series; they are not changed. Patient, study and scanner
+    are in the first header alone, since highdicom reads them from no other.
     """
     common = _common(headers)
-    found = []
+    completed_headers = []
     for header in headers:
         slice_header = Dataset()
         slice_header.update(common)
         slice_header.SOPInstanceUID = _instance_uid(header)
         slice_header.ImagePositionPatient = header.ImagePositionPatient
-        found.append(slice_header)
+        completed_headers.append(slice_header)
     described = _described(headers)
-    described.update(found[0])
-    return [described, *found[1:]]
+    described.update(completed_headers[0])
+    return [described, *completed_headers[1:]]
 
 
 def slice_distance_mm(headers: Sequence[Dataset]) -> float:
@@ -74,52 +74,57 @@ def slice_distance_mm(headers: Sequence[Dataset]) -> float:
 
 
 def _common(headers: Sequence[Dataset]) -> Dataset:
-    """Return what all slices share.
+    """Return the attributes that all slices share.
 
-    Slices that screening takes for one series may differ in the last digits of their orientation, or lack a UID.
+    Slices of one series may differ in the last digits of their orientation, or lack a UID.
     """
-    first, series_uid = headers[0], _text(headers[0].SeriesInstanceUID)
+    first = headers[0]
+    series_uid = _text(first.SeriesInstanceUID)
     common = Dataset()
-    common.SOPClassUID, common.Modality = CTImageStorage, "CT"
+    common.SOPClassUID = CTImageStorage
+    common.Modality = "CT"
     common.SeriesInstanceUID = series_uid
     for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
         stable = generate_uid(entropy_srcs=[series_uid, name])
         setattr(common, name, _first_text(headers, name) or stable)
-    common.Rows, common.Columns = int(first.Rows), int(first.Columns)
-    common.ImageOrientationPatient, common.PixelSpacing = (
-        first.ImageOrientationPatient,
-        first.PixelSpacing,
-    )
-    is_known = _is_length(first.get("SliceThickness"))
-    common.SliceThickness = (
-        first.SliceThickness if is_known else f"{slice_distance_mm(headers):.6g}"
-    )
+    common.Rows = int(first.Rows)
+    common.Columns = int(first.Columns)
+    common.ImageOrientationPatient = first.ImageOrientationPatient
+    common.PixelSpacing = first.PixelSpacing
+    if _is_length(first.get("SliceThickness")):
+        common.SliceThickness = first.SliceThickness
+    else:
+        common.SliceThickness = f"{slice_distance_mm(headers):.6g}"
     if _is_length(first.get("SpacingBetweenSlices")):
         common.SpacingBetweenSlices = first.SpacingBetweenSlices
     return common
 
 
 def _described(headers: Sequence[Dataset]) -> Dataset:
-    """Return the first header's own attributes, as far as they can be written, with those of type 2."""
-    first, found = headers[0], Dataset()
+    """Return the attributes of the first header that can be written, and those of type 2."""
+    first = headers[0]
+    described = Dataset()
     for tag in list(first.keys()):
         element = _element(first, tag)
         if element is not None:
-            found.add(element)
+            described.add(element)
     for name in TYPE_2:
-        if name not in found or not _fits(name, found[name].value):
-            others = (_value(header, name) for header in headers)
-            setattr(
-                found, name, next((value for value in others if value and _fits(name, value)), "")
-            )
-    if isinstance(found.PatientName, MultiValue):
-        found.PatientName = found.PatientName[0]
-    if found.get("LossyImageCompression") != "01":
-        _remove(found, LOSSY)
-    _remove(found, ("SpecificCharacterSet", "SpacingBetweenSlices"))
+        if name not in described or not _fits(name, described[name].value):
+            setattr(described, name, _first_fitting(headers, name))
+    if isinstance(described.PatientName, MultiValue):
+        described.PatientName = described.PatientName[0]
+    if described.get("LossyImageCompression") != "01":
+        _remove(described, LOSSY)
+    _remove(described, ("SpecificCharacterSet", "SpacingBetweenSlices"))
     if character_set := _character_set(first):
-        found.SpecificCharacterSet = character_set
-    return found
+        described.SpecificCharacterSet = character_set
+    return described
+
+
+def _first_fitting(headers: Sequence[Dataset], name: str) -> Any:
+    """Return the first value of an attribute that can be written; else an empty text."""
+    values = (_value(header, name) for header in headers)
+    return next((value for value in values if value and _fits(name, value)), "")
 
 
 def _remove(header: Dataset, names: Sequence[str]) -> None:
@@ -129,14 +134,15 @@ def _remove(header: Dataset, names: Sequence[str]) -> None:
 
 
 def _element(header: Dataset, tag: BaseTag) -> DataElement | None:
-    """Return a public element that can be written, under the representation that its attribute has; else None."""
+    """Return a public element that can be written, with the VR of its attribute; else None."""
     if tag.is_private or tag.group in (FILE_META_GROUP, PIXEL_GROUP):
         return None
     try:
-        element, representation = header[tag], dictionary_VR(tag)
+        element = header[tag]
+        representation = dictionary_VR(tag)
         if representation != element.VR:
             value = element.value
-            if not isinstance(value, str | PersonName):  # bytes or items in the place of a text
+            if not isinstance(value, str | PersonName):  # bytes or items instead of a text
                 return None
             element = DataElement(tag, representation, str(value))
         for item in element.value if representation == "SQ" else ():
@@ -151,11 +157,9 @@ def _element(header: Dataset, tag: BaseTag) -> DataElement | None:
 
 def _value(header: Dataset, name: str) -> Any:
     """Return an attribute's value, None if it is missing or cannot be read."""
-    element = (
-        _element(header, BaseTag(pydicom.datadict.tag_for_keyword(name) or 0))
-        if name in header
-        else None
-    )
+    if name not in header:
+        return None
+    element = _element(header, BaseTag(pydicom.datadict.tag_for_keyword(name) or 0))
     return None if element is None else element.value
 
 
@@ -170,18 +174,21 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _character_set(header: Dataset) -> str | list[str] | None:
-    """Return the source's character set, None for the default one, UTF-8 in place of one that PS3.3 does not define."""
+    """Return the source's character set; None for the default.
+
+    UTF-8 replaces a character set that PS3.3 does not define.
+    """
     declared = header.get("SpecificCharacterSet") or ""
     values = [declared] if isinstance(declared, str) else [str(value) for value in declared]
     if not any(values):
         return None
-    known = {each.value for each in SpecificCharacterSetValues}
+    defined = {term.value for term in SpecificCharacterSetValues}
     has_extensions = [value.startswith("ISO 2022") for value in values]
     if len(values) == 1:
-        is_defined = values[0] in known and not has_extensions[0]
+        is_defined = values[0] in defined and not has_extensions[0]
     else:
         is_defined = (
-            set(values) <= known and all(has_extensions) and values[0] not in MULTI_BYTE_SETS
+            set(values) <= defined and all(has_extensions) and values[0] not in MULTI_BYTE_SETS
         )
     if not is_defined:
         return UTF_8
@@ -189,11 +196,11 @@ def _character_set(header: Dataset) -> str | list[str] | None:
 
 
 def _instance_uid(header: Dataset) -> str:
-    """Return the UID by which the slice is referred to."""
+    """Return the UID of a slice; a missing UID follows from series and position."""
     meta = getattr(header, "file_meta", None) or Dataset()
-    known = _text(header.get("SOPInstanceUID")) or _text(meta.get("MediaStorageSOPInstanceUID"))
+    uid = _text(header.get("SOPInstanceUID")) or _text(meta.get("MediaStorageSOPInstanceUID"))
     entropy = [_text(header.SeriesInstanceUID), str(list(header.ImagePositionPatient))]
-    return known or str(generate_uid(entropy_srcs=entropy))
+    return uid or str(generate_uid(entropy_srcs=entropy))
 
 
 def _first_text(headers: Sequence[Dataset], name: str) -> str:

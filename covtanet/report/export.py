@@ -15,15 +15,24 @@ import pydicom
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct.dicom_head import DEFLATED, MAGIC, MAGIC_AT, data_start, has_magic, transfer_syntax
-from covtanet.ct.frames import ENHANCED_CLASSES
-from covtanet.ct.image_type import is_localizer
+from covtanet.ct.dicom_frames import ENHANCED_CLASSES
+from covtanet.ct.dicom_headers import (
+    DEFLATED,
+    MAGIC,
+    MAGIC_AT,
+    data_start,
+    has_magic,
+    transfer_syntax,
+)
+from covtanet.ct.dicom_image_type import is_localizer
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding import headers
-from covtanet.decoding.child_process import Limits, header_reader
+from covtanet.decoding.child_process import header_reader
+from covtanet.decoding.process import Limits
 from covtanet.errors import Reason, Status, StudyError, error_location
 from covtanet.report import dicom_results
 from covtanet.report.dicom_source import quiet
+from covtanet.report.mask_frames import frames_of
 
 SEG = "lesion.seg.dcm"
 SR = "measurements.sr.dcm"
@@ -110,8 +119,7 @@ def _make_objects(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
         raise StudyError(Reason.MISSING_SLICES, message)
     affine = LPS_TO_RAS @ lesion_file.affine
     lesion, lung = (
-        dicom_results.frames_of(source, np.asarray(mask.dataobj) > 0, affine)
-        for mask in (lesion_file, lung_file)
+        frames_of(source, np.asarray(mask.dataobj) > 0, affine) for mask in (lesion_file, lung_file)
     )
     finding = dicom_results.Finding(
         run_id=row["run_id"],
@@ -207,7 +215,7 @@ def _screened_bytes(
     for item in objects:
         object_digest = hashlib.sha256()
         chunks = storage.read_chunks(storage.join(root, item.path), item)
-        for chunk in series_digest.passing(item.path, chunks):
+        for chunk in series_digest.tee(item.path, chunks):
             object_digest.update(chunk)
         different.setdefault(object_digest.digest(), item)
     if series_digest.hexdigest() != row["source_digest"]:

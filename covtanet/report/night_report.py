@@ -26,8 +26,8 @@ def make_report(ledger: str, run_id: str, results: str) -> tuple[str, Counter[st
     run_id: empty for the newest committed run. results: location of the pictures; empty for
     ``LEDGER/_results``.
 
-    Returns the URI, and the number of studies that are shown, without_picture, or lack their picture
-    because storage failed.
+    Returns the URI, and the number of studies that are shown, without_picture, or lack their
+    picture because storage failed.
 
     Raises:
         ConfigError: there is no such run.

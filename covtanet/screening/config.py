@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding.child_process import Limits
+from covtanet.decoding.process import Limits
 from covtanet.model.description import Preprocessing
 
 

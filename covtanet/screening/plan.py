@@ -18,7 +18,8 @@ import ray.data
 from covtanet import ray_data, storage
 from covtanet.archive import manifest
 from covtanet.decoding import headers
-from covtanet.decoding.child_process import Limits, header_reader, refuse_weak_sandbox
+from covtanet.decoding.child_process import header_reader, refuse_weak_sandbox
+from covtanet.decoding.process import Limits
 from covtanet.errors import ConfigError
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run

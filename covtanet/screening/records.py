@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.ct.lung import Involvement
-from covtanet.decoding.prepare import StoredMasks
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.ledger.record import ScreeningRecord
 
 

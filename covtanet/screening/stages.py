@@ -22,10 +22,11 @@ from covtanet import storage
 from covtanet.archive.fetch import fetch_series
 from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
-from covtanet.ct.nifti import MAX_SLICES
+from covtanet.ct.limits import MAX_SLICES
 from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
 from covtanet.decoding import prepare
-from covtanet.decoding.prepare import Prepared, StoredMasks
+from covtanet.decoding.prepare import Prepared
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import (
     DecoderError,
     QcFlag,
@@ -46,7 +47,7 @@ from covtanet.storage import ContentDigest
 
 # Workers that decode or measure do without torch, whose import takes seconds.
 if TYPE_CHECKING:
-    from covtanet.inference.predictor import Answers
+    from covtanet.inference.predictor import VolumePredictor
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def prepare_series(
     )
 
 
-def predict_series(series: PreparedSeries, predictor: "Answers") -> PredictedSeries:
+def predict_series(series: PreparedSeries, predictor: "VolumePredictor") -> PredictedSeries:
     """Let the network mark lesions and diagnose; a series that has ended passes."""
     if not len(series.slices):
         return without_prediction(series)

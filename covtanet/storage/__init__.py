@@ -1,6 +1,6 @@
 """Objects under a local path or an s3:// URI: listing, reading and writing them whole.
 
-The rest of the package never asks which of the two a URI is; ``open_store`` does. Every failure is an ``OSError``.
+Only ``open_store`` asks which of the two a URI is. Every failure is an ``OSError``.
 """
 
 import io
@@ -63,23 +63,25 @@ def open_store(uri: str) -> Store:
 def walk(
     root: str, *, max_objects: int | None = None, leaves_root: bool = False
 ) -> Iterator[Folder]:
-    """List a tree folder by folder: (folder relative to the root with a trailing slash or empty, its objects).
+    """List a tree folder by folder: (path of the folder, its objects).
 
-    Holds the objects of one folder and of those above it, never the whole tree.
+    The path is relative to the root, with a trailing slash or empty. Memory holds the objects of
+    one folder and of those above it, never the whole tree.
 
-    leaves_root: follow links of a disk out of the root, as of data that the caller has put together. Otherwise a link
-    that leads out, to a file or a folder, is listed as an object with version ``OUTSIDE``; reading it is refused: with
-    such a link in an archive any file of the machine could be read.
+    leaves_root: follow links of a disk out of the root, for data that the caller has put together.
+    Otherwise a link that leads out, to a file or a folder, is listed as an object with version
+    ``OUTSIDE``, and reading it is refused: through such a link in an archive any file of the
+    machine could be read.
 
     Raises:
-        TooManyObjectsError: the tree holds more than ``max_objects``; the listing goes no further than that.
+        TooManyObjectsError: the tree holds more than ``max_objects``; the listing stops there.
     """
     limit = math.inf if max_objects is None else max_objects
     return open_store(root).walk(root, limit, leaves_root)
 
 
 def list_names(folder: str) -> list[str]:
-    """Return the names directly in a folder, sorted; an empty list if there is no such folder."""
+    """Return the names directly in a folder, sorted; empty if the folder is missing."""
     return open_store(folder).list_names(folder)
 
 
@@ -89,7 +91,7 @@ def exists(uri: str) -> bool:
 
 
 def describe(uri: str) -> ObjectInfo | None:
-    """Return one object as a listing of its folder shows it; None if it does not exist."""
+    """Return one object as a listing of its folder shows it; None if it is missing."""
     return open_store(uri).describe(uri)
 
 
@@ -99,11 +101,12 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 
 
 def read_chunks(uri: str, expected: ObjectInfo) -> Iterator[bytes]:
-    """Read an object in chunks, as long as it is the one that was listed.
+    """Read an object in chunks, if it is the object that was listed.
 
     Raises:
         FileNotFoundError: it does not exist any more.
-        ObjectChangedError: size, ETag or time of change differ from the listing, or another number of bytes comes.
+        ObjectChangedError: size, ETag or time of change differ from the listing, or the number of
+            bytes that come.
     """
     num_bytes = 0
     for chunk in open_store(uri).read_chunks(uri, expected):
@@ -124,22 +127,29 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def upload(path: Path, uri: str) -> None:
-    """Publish a local file as one object, by one PUT or a rename; a reader sees all of it or nothing."""
+    """Publish a local file as one object, by one PUT or a rename.
+
+    A reader sees all of it or nothing.
+    """
     with path.open("rb") as file:
         open_store(uri).put(uri, file, only_new=False)
 
 
 def create(path: Path, uri: str) -> bool:
-    """Publish a local file as ``upload`` does, unless the object exists; returns whether it was published."""
+    """Publish a local file as ``upload`` does, unless the object exists; return whether it did."""
     with path.open("rb") as file:
         return open_store(uri).put(uri, file, only_new=True)
 
 
 def honours_create(folder: str) -> bool:
-    """Return whether the store keeps ``create`` from replacing an object; some S3 servers ignore the condition."""
+    """Return whether the store keeps ``create`` from replacing an object.
+
+    Some S3 servers ignore the condition of the PUT; two PUTs of a probe show it.
+    """
     if not is_s3(folder):
         return True
-    store, uri = open_store(folder), join(folder, f"_probe-{uuid.uuid4().hex}")
+    store = open_store(folder)
+    uri = join(folder, f"_probe-{uuid.uuid4().hex}")
     try:
         is_first_written = store.put(uri, io.BytesIO(b"1"), only_new=True)
         is_second_written = store.put(uri, io.BytesIO(b"2"), only_new=True)
@@ -149,13 +159,13 @@ def honours_create(folder: str) -> bool:
 
 
 def download_files(uri: str, sizes: Mapping[str, int], target: Path) -> None:
-    """Copy files of a folder by their names to a local folder; other objects beside them are not listed.
+    """Copy files of a folder by their names to a local folder; nothing is listed.
 
-    sizes: each file's name, and the most bytes that it may have.
+    sizes: by name, the largest size in bytes.
 
     Raises:
         FileNotFoundError: a file is missing.
-        TooLargeError: a file has more bytes.
+        TooLargeError: a file is larger.
         ValueError: a name leads out of the target.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -187,7 +197,7 @@ def delete_folder(uri: str) -> None:
     """Delete a folder and everything below it, if it exists.
 
     Raises:
-        OSError: the store kept some of it.
+        OSError: some objects could not be deleted.
     """
     open_store(uri).delete_folder(uri)
 

@@ -1,6 +1,7 @@
 """The store of local paths.
 
-A file name that is not UTF-8 is listed with each such byte as a character of a private range, and found again by it.
+A file name that is not UTF-8 is listed with each such byte as a character of a private range, which
+leads back to the file.
 """
 
 import os
@@ -17,8 +18,8 @@ import pyarrow.fs as pafs
 from covtanet.errors import ObjectChangedError
 from covtanet.storage.store import CHUNK_BYTES, OUTSIDE, Folder, ObjectInfo, check_count
 
-# Python decodes a byte that is not UTF-8 as U+DC00 + byte, which no Parquet file or URI takes; listings show it as
-# U+F700 + byte, a private character.
+# Python decodes a byte that is not UTF-8 as U+DC00 + byte, which Parquet and URIs refuse; listings
+# show it as U+F700 + byte, a private character.
 SURROGATE_AT = 0xDC00
 ODD_BYTE_AT = 0xF700
 FIRST_ODD_BYTE, LAST_ODD_BYTE = 0x80, 0xFF
@@ -28,10 +29,13 @@ class LocalStore:
     """Files of this machine. URIs are absolute paths."""
 
     def walk(self, root: str, max_objects: float, leaves_root: bool) -> Iterator[Folder]:
-        """List a tree folder by folder, depth first, names sorted; a folder reached twice by links is listed once."""
+        """List a tree folder by folder, depth first, names sorted.
+
+        A folder that links reach twice is listed once.
+        """
         top = Path(root)
         if not top.is_dir():
-            raise FileNotFoundError("there is no such folder")
+            raise FileNotFoundError("the folder is missing")
         num_objects = 0
         visited: set[tuple[int, int]] = set()
         for folder, subfolders, names in os.walk(
@@ -42,11 +46,9 @@ class LocalStore:
                 subfolders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
-            outside = (
-                set()
-                if leaves_root
-                else _names_leading_out(Path(folder), [*subfolders, *names], top)
-            )
+            outside: set[str] = set()
+            if not leaves_root:
+                outside = _names_leading_out(Path(folder), [*subfolders, *names], top)
             subfolders[:] = sorted(set(subfolders) - outside)
             prefix = _prefix_of(Path(folder), top)
             objects = _list_files(Path(folder), prefix, sorted({*names, *outside}), outside)
@@ -58,7 +60,9 @@ class LocalStore:
     def list_names(self, folder: str) -> list[str]:
         """Return the names directly in a folder."""
         path = Path(folder)
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if not path.is_dir():
+            return []
+        return sorted(entry.name for entry in path.iterdir())
 
     def describe(self, uri: str) -> ObjectInfo | None:
         """Return one file as a listing shows it."""
@@ -74,14 +78,14 @@ class LocalStore:
         """Read a file in chunks; compare size and time of change with the listing first."""
         with _path_on_disk(uri).open("rb") as file:
             status = os.fstat(file.fileno())
-            found = (status.st_size, str(status.st_mtime_ns))
-            if expected is not None and found != (expected.num_bytes, expected.version):
-                raise ObjectChangedError("a file is another than was listed")
+            version = (status.st_size, str(status.st_mtime_ns))
+            if expected is not None and version != (expected.num_bytes, expected.version):
+                raise ObjectChangedError("a file differs from its entry in the listing")
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
     def put(self, uri: str, file: IO[bytes], *, only_new: bool) -> bool:
-        """Write a file beside its target and rename it, so that a reader sees all of it or nothing."""
+        """Write a file next to its target and rename it: a reader sees all of it or nothing."""
         target = Path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix="._", dir=target.parent)
@@ -89,15 +93,13 @@ class LocalStore:
             with os.fdopen(descriptor, "wb") as out:
                 shutil.copyfileobj(file, out)
                 out.flush()
-                os.fsync(
-                    out.fileno()
-                )  # before the rename: a crash must not leave an empty file under the name
+                # Before the rename: a crash must not leave an empty file under the name.
+                os.fsync(out.fileno())
             Path(partial).chmod(0o644)
             if only_new:
+                # A link fails if the target exists; a rename would replace it.
                 with suppress(FileExistsError):
-                    os.link(
-                        partial, target
-                    )  # fails if the target exists, which a rename would replace
+                    os.link(partial, target)
                     return True
                 return False
             Path(partial).replace(target)
@@ -119,7 +121,7 @@ class LocalStore:
 
 
 def _names_leading_out(folder: Path, names: list[str], root: Path) -> set[str]:
-    """Return the names in a folder that are links out of the root. A link to nowhere is not one of them."""
+    """Return the names in a folder that are links out of the root, dangling links left out."""
     real_root = root.resolve()
     outside = set()
     for name in names:
@@ -145,7 +147,10 @@ def _list_files(folder: Path, prefix: str, names: list[str], outside: set[str]) 
 
 
 def _file_info(path: Path, listed_path: str) -> ObjectInfo | None:
-    """Return a file's entry in the listing; a link to nowhere stays in the list, pipes and sockets do not."""
+    """Return a file's entry in the listing; None for pipes and sockets.
+
+    A dangling link is listed, as unreadable.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -157,22 +162,24 @@ def _file_info(path: Path, listed_path: str) -> ObjectInfo | None:
 
 def _listed_name(name: str) -> str:
     """Return a name from the disk as valid Unicode."""
-    low, high = SURROGATE_AT + FIRST_ODD_BYTE, SURROGATE_AT + LAST_ODD_BYTE
-    return "".join(
-        chr(ord(c) - SURROGATE_AT + ODD_BYTE_AT) if low <= ord(c) <= high else c for c in name
-    )
+    return "".join(_shifted(c, SURROGATE_AT, ODD_BYTE_AT) for c in name)
 
 
 def _path_on_disk(path: str) -> Path:
-    """Return the file that a listed path names; the inverse of ``_listed_name`` unless a file has the path itself."""
-    low, high = ODD_BYTE_AT + FIRST_ODD_BYTE, ODD_BYTE_AT + LAST_ODD_BYTE
-    if not any(low <= ord(c) <= high for c in path) or Path(path).exists():
+    """Return the file of a listed path: the inverse of ``_listed_name``.
+
+    Unless a file has the private characters in its real name.
+    """
+    shifted = "".join(_shifted(c, ODD_BYTE_AT, SURROGATE_AT) for c in path)
+    if shifted == path or Path(path).exists():
         return Path(path)
-    return Path(
-        "".join(
-            chr(ord(c) - ODD_BYTE_AT + SURROGATE_AT) if low <= ord(c) <= high else c for c in path
-        )
-    )
+    return Path(shifted)
+
+
+def _shifted(character: str, source_at: int, target_at: int) -> str:
+    """Move a character that stands for an odd byte from one range of code points to another."""
+    byte = ord(character) - source_at
+    return chr(target_at + byte) if FIRST_ODD_BYTE <= byte <= LAST_ODD_BYTE else character
 
 
 def _raise_listing_error(error: OSError) -> None:

@@ -1,4 +1,7 @@
-"""The store of s3:// URIs, on boto3. Endpoint and credentials come from the standard AWS variables."""
+"""The store of s3:// URIs, on boto3.
+
+Endpoint and credentials come from the standard AWS variables.
+"""
 
 import time
 from collections.abc import Iterator
@@ -25,8 +28,12 @@ from covtanet.storage.uri import S3, split_s3
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 5
+# Before a broken stream is resumed; the pause doubles with each attempt.
+FIRST_PAUSE_S = 0.25
 MAX_CONNECTIONS = 32
-# Codes that say that the credentials are refused, so that no other object can be read either.
+# HTTP.
+NOT_FOUND, CONFLICT, PRECONDITION_FAILED, RANGE_NOT_SATISFIABLE = 404, 409, 412, 416
+# Error codes of refused credentials: no other object can be read with them either.
 NO_ACCESS = {
     "ExpiredToken",
     "InvalidAccessKeyId",
@@ -40,9 +47,9 @@ class S3Store:
     """Objects of an S3 server."""
 
     def walk(self, root: str, max_objects: float, leaves_root: bool) -> Iterator[Folder]:
-        """Group a flat listing by folder; a bucket has no links, so ``leaves_root`` changes nothing.
+        """Group a flat listing by folder. A bucket has no links: ``leaves_root`` changes nothing.
 
-        Keys come in order, so a folder is complete once a key no longer begins with it.
+        Keys come in order: a folder is complete once a key does not begin with it.
         """
         bucket, prefix = split_s3(root.rstrip("/") + "/")
         open_folders: list[Folder] = []
@@ -63,12 +70,7 @@ class S3Store:
         bucket, prefix = split_s3(folder.rstrip("/") + "/")
         names: set[str] = set()
         with errors_as_os_error():
-            pages = (
-                client()
-                .get_paginator("list_objects_v2")
-                .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-            )
-            for page in pages:
+            for page in _pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
                 keys = [item["Key"] for item in page.get("Contents", ())]
                 keys += [item["Prefix"] for item in page.get("CommonPrefixes", ())]
                 names |= {key[len(prefix) :].strip("/") for key in keys}
@@ -94,20 +96,17 @@ class S3Store:
             try:
                 return bytes(client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read())
             except ClientError as error:
-                if (
-                    _status(error) == 416
-                ):  # range not satisfiable: an empty object has no first byte
+                if _status(error) == RANGE_NOT_SATISFIABLE:  # an empty object has no first byte
                     return b""
                 raise
 
     def read_chunks(self, uri: str, expected: ObjectInfo | None) -> Iterator[bytes]:
-        """Read an object in chunks; a listed object's stream that breaks is resumed where it broke."""
+        """Read an object in chunks; resume a broken stream of a listed object."""
         bucket, key = split_s3(uri)
         if expected is None:
             with errors_as_os_error():
-                yield from (
-                    client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
-                )
+                body = client().get_object(Bucket=bucket, Key=key)["Body"]
+                yield from body.iter_chunks(CHUNK_BYTES)
             return
         num_read = 0
         for attempt in range(MAX_ATTEMPTS):
@@ -121,20 +120,18 @@ class S3Store:
             except OSError:
                 if attempt == MAX_ATTEMPTS - 1 or num_read >= expected.num_bytes:
                     raise
-                time.sleep(2**attempt / 4)
+                time.sleep(FIRST_PAUSE_S * 2**attempt)
 
     def put(self, uri: str, file: IO[bytes], *, only_new: bool) -> bool:
-        """Write an object by one PUT; only_new makes it conditional (If-None-Match)."""
+        """Write an object by one PUT, which is conditional (If-None-Match) if ``only_new``."""
         bucket, key = split_s3(uri)
         condition = {"IfNoneMatch": "*"} if only_new else {}
         with errors_as_os_error():
             try:
                 client().put_object(Bucket=bucket, Key=key, Body=file, **condition)
             except ClientError as error:
-                if only_new and _status(error) in (
-                    409,
-                    412,
-                ):  # another PUT at the same time, or before
+                # Another PUT at the same time, or before.
+                if only_new and _status(error) in (CONFLICT, PRECONDITION_FAILED):
                     return False
                 raise
         return True
@@ -149,27 +146,28 @@ class S3Store:
         """Delete everything below a prefix.
 
         Raises:
-            OSError: the store kept some of it.
+            OSError: some objects could not be deleted.
         """
         bucket, prefix = split_s3(uri.rstrip("/") + "/")
         with errors_as_os_error():
-            for page in (
-                client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            ):
+            for page in _pages(Bucket=bucket, Prefix=prefix):
                 keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
                 if not keys:
                     continue
-                answer = client().delete_objects(
-                    Bucket=bucket, Delete={"Objects": keys, "Quiet": True}
-                )
-                if errors := answer.get("Errors"):  # the call as a whole is answered with 200
+                request = {"Objects": keys, "Quiet": True}
+                answer = client().delete_objects(Bucket=bucket, Delete=request)
+                # The call is answered with 200 even if objects stay.
+                if errors := answer.get("Errors"):
                     code = errors[0].get("Code", "")
                     raise OSError(
                         f"{len(errors)} of {len(keys)} objects could not be deleted: {code}"
                     )
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """Return s3fs as a pyarrow file system: pyarrow's own client writes folder markers that some servers keep."""
+        """Return s3fs as a pyarrow file system.
+
+        The client of pyarrow itself writes folder markers, which some servers keep.
+        """
         return pafs.PyFileSystem(pafs.FSSpecHandler(s3fs.S3FileSystem())), uri.removeprefix(S3)
 
 
@@ -194,8 +192,8 @@ def errors_as_os_error() -> Iterator[None]:
         yield
     except ClientError as error:
         code = str(error.response["Error"].get("Code", ""))
-        if _status(error) == 404:
-            raise FileNotFoundError("no such object or bucket in the object store") from None
+        if _status(error) == NOT_FOUND:
+            raise FileNotFoundError("the object or bucket is missing in the object store") from None
         if code in NO_ACCESS:
             raise AccessError(f"the object store refuses the credentials: {code}") from None
         raise OSError(f"the object store answered {_status(error)} {code}") from None
@@ -205,19 +203,22 @@ def errors_as_os_error() -> Iterator[None]:
         raise OSError(f"the object store does not answer: {type(error).__name__}") from None
 
 
+def _pages(**request: str) -> Iterator[dict[str, Any]]:
+    """Yield the pages of a listing."""
+    yield from client().get_paginator("list_objects_v2").paginate(**request)
+
+
 def _list_objects(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     """Yield the entries of a flat listing, without the markers that stand for folders."""
     with errors_as_os_error():
-        for page in (
-            client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        ):
+        for page in _pages(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", ()):
                 if not str(item["Key"]).endswith("/"):
                     yield item
 
 
 def _read_from(bucket: str, key: str, start: int, expected: ObjectInfo) -> Iterator[bytes]:
-    """Read a listed object from a byte on.
+    """Read a listed object from the byte ``start`` to its end.
 
     Raises:
         ObjectChangedError: size or ETag differ from the listing.
@@ -227,7 +228,7 @@ def _read_from(bucket: str, key: str, start: int, expected: ObjectInfo) -> Itera
         answer = client().get_object(Bucket=bucket, Key=key, **extra)
         num_bytes = int(answer["ContentLength"]) + start
         if (num_bytes, _etag(answer)) != (expected.num_bytes, expected.version):
-            raise ObjectChangedError("an object is another than was listed")
+            raise ObjectChangedError("an object differs from its entry in the listing")
         yield from answer["Body"].iter_chunks(CHUNK_BYTES)
 
 

@@ -1,6 +1,6 @@
 """URIs of storage: a local path or ``s3://BUCKET/KEY``. Nothing here reads or writes.
 
-Keys are opaque: they are never unquoted, normalised or joined with anything but ``/``.
+Keys are opaque: they are never unquoted or normalised, and joined only with ``/``.
 """
 
 import os
@@ -25,7 +25,7 @@ def join(root: str, *parts: str) -> str:
 
 
 def resolve(root: str, path: str) -> str:
-    """Return the URI of a path that stands in a data set's index.
+    """Return the URI of a path from the index of a data set.
 
     An absolute path or an s3:// URI is kept; any other path lies below the root.
     """
@@ -40,7 +40,7 @@ def absolute(uri: str) -> str:
     """Return the URI with an absolute local path and without a trailing slash.
 
     Raises:
-        ConfigError: another scheme than s3:// and file://, or an s3:// URI that is more than bucket and key.
+        ConfigError: unsupported scheme, or an s3:// URI with more than bucket and key.
     """
     scheme = SCHEME.match(uri)
     if scheme and scheme[0].lower() not in (S3, "file://"):
@@ -66,7 +66,9 @@ def split_s3(uri: str) -> tuple[str, str]:
 
 
 def local_path(folder: Path, name: str) -> Path:
-    """Return the path of a name below a local folder; every name that comes from a listing has to pass here.
+    """Return the path of a name below a local folder.
+
+    Every name that comes from a listing has to pass here.
 
     Raises:
         ValueError: an absolute name, one with '..', or one that leads out of the folder by a link.

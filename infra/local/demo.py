@@ -26,7 +26,9 @@ from PIL import Image
 
 from covtanet import drawing, storage
 from covtanet.phantoms import agreement
-from covtanet.phantoms.archive import configs, write_archive, write_training_set
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_training_set
 from infra.local.services import ROOT, start_ray, start_s3, write_private
 
 DEMO = ROOT / ".demo"

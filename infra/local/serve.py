@@ -23,8 +23,9 @@ from pathlib import Path
 import psutil
 
 from covtanet.ct import nifti
-from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config
 from infra.local.services import (
     ROOT,

@@ -20,7 +20,7 @@ from running import S3
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_headers
 from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig
@@ -229,7 +229,7 @@ def rows_of(archive: str) -> list[dict[str, Any]]:
             folder,
             objects,
             lambda path, size: storage.read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
         found += [each.to_row() for each in series]
     return found

@@ -20,8 +20,10 @@ from covtanet.ct import nifti
 from covtanet.errors import CheckpointError
 from covtanet.model.checkpoint import load_model, save_model
 from covtanet.model.description import Capabilities, Preprocessing
-from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid, write_mosmed
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
+from covtanet.phantoms.training_set import write_mosmed
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,7 @@ def test_screening_by_champion_alias_names_its_version(
         path.name for path in (s3.folder / "by-alias-results").rglob("*") if path.is_file()
     )
     assert kept == sorted(
-        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"] * 2
+        ["lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.json", "viewer.png"] * 2
     )
 
 

@@ -23,7 +23,7 @@ from training_runs import (
     kill_worker,
 )
 
-from covtanet.phantoms.archive import write_mosmed
+from covtanet.phantoms.training_set import write_mosmed
 from infra.local.services import free_ports, start_mlflow
 
 # A scenario runs several jobs one after the other; each alone may take 500 s.

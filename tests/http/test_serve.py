@@ -1,4 +1,4 @@
-"""The endpoint over real HTTP, on the Ray, S3 and registry of the other tests."""
+"""The endpoint over real HTTP, with Ray, S3 and a registry."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import json
 import socket
 import time
 import zipfile
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pydicom
@@ -18,10 +18,12 @@ from running import Cluster
 from screening_runs import Screening
 
 from covtanet.ledger.diff import differences
-from covtanet.phantoms.archive import configs, dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import Endpoint
 from serve.middleware import SECURITY_HEADERS
+from serve.routes.page import PageFile
 
 UPLOAD_TIMEOUT_S = 120
 
@@ -35,24 +37,42 @@ def zipped(members: dict[str, bytes]) -> bytes:
 
 
 COMPARED = (
-    "status", "reason", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement",
-    "lesion_volume_ml", "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "spacing_z_mm", "series_uid",
-    "model_digest", "source_digest", "config_digest", "software_version",
-)  # fmt: skip
+    "status",
+    "reason",
+    "p_infected",
+    "diagnosis",
+    "p_severe",
+    "severity",
+    "severity_by_involvement",
+    "lesion_volume_ml",
+    "lung_volume_ml",
+    "involvement",
+    "lesion_slices",
+    "num_slices",
+    "spacing_z_mm",
+    "series_uid",
+    "model_digest",
+    "source_digest",
+    "config_digest",
+    "software_version",
+)
 
 
-def test_a_study_by_http_has_the_numbers_of_the_job(
+def test_study_over_http_has_the_values_of_the_screening_job(
     endpoint: Endpoint, screening: Screening
 ) -> None:
-    """A NIfTI file as a body, the same by its URI, and a DICOM folder as a zip: each against the job's row."""
+    """A NIfTI file and a zip of DICOM objects as bodies, and both by URI, against the job's
+    rows."""
     rows = [row for row in screening.clean.to_pylist() if row["status"] == "screened"]
     for kind in ("nifti", "dicom"):
         job = next(row for row in rows if row["source_format"] == kind)
-        place = screening.bucket / job["source_uri"].removeprefix("s3://bucket/")
+        source = screening.bucket / job["source_uri"].removeprefix("s3://bucket/")
         if kind == "nifti":
-            body = place.read_bytes()
+            body = source.read_bytes()
         else:
-            body = zipped({f"a/{path.name}": path.read_bytes() for path in sorted(place.iterdir())})
+            body = zipped(
+                {f"a/{path.name}": path.read_bytes() for path in sorted(source.iterdir())}
+            )
         for path, sent in (
             ("/v1/studies", body),
             ("/v1/studies:by-uri", json.dumps({"uri": job["source_uri"]}).encode()),
@@ -74,22 +94,26 @@ def test_a_study_by_http_has_the_numbers_of_the_job(
                 assert row[name] == expected, (kind, path, name)
 
 
-def test_nobody_is_answered_without_a_token_of_theirs(endpoint: Endpoint) -> None:
+def test_request_without_or_with_a_wrong_token_returns_401_or_403(endpoint: Endpoint) -> None:
     for method, path in (
-        ("POST", "/v1/studies"), ("POST", "/v1/studies:by-uri"), ("GET", "/v1/models"), ("GET", "/v1/batches"),
-        ("GET", f"/v1/batches/{'0' * 16}/ledger"), ("GET", "/metrics"),
-    ):  # fmt: skip
+        ("POST", "/v1/studies"),
+        ("POST", "/v1/studies:by-uri"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/batches"),
+        ("GET", f"/v1/batches/{'0' * 16}/ledger"),
+        ("GET", "/metrics"),
+    ):
         body = b'{"uri": "s3://bucket/archive/x"}' if method == "POST" else None
         for header, status in (("", 401), ("Basic x", 401), ("Bearer wrong", 403)):
-            kind = {"Authorization": header, "Content-Type": "application/json"}
-            found, answer, _ = endpoint.ask(method, path, body, kind)
-            assert (found, set(answer)) == (status, {"reason", "message"}), (path, header)
+            headers = {"Authorization": header, "Content-Type": "application/json"}
+            received, answer, _ = endpoint.ask(method, path, body, headers)
+            assert (received, set(answer)) == (status, {"reason", "message"}), (path, header)
     for path in ("/healthz", "/readyz", "/"):
         assert endpoint.ask("GET", path, headers={"Authorization": ""})[0] == 200
 
 
-def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
-    """A body is announced and never sent: who has no token gets the answer all the same."""
+def test_token_is_checked_before_the_body_is_read(endpoint: Endpoint) -> None:
+    """The body is announced and never sent; the answer 401 comes all the same."""
     for path in ("/v1/studies", "/v1/studies:by-uri", "/v1/batches"):
         connection = endpoint.announce(100 << 20, path, {"Content-Type": "application/json"})
         with contextlib.closing(connection), connection.getresponse() as answer:
@@ -109,21 +133,28 @@ def test_the_token_is_looked_at_before_the_body(endpoint: Endpoint) -> None:
         (zipped({"zeros": bytes(64 << 20)}), 413, "too_large"),
         (zipped({"a": slices()[0]})[:-30], 422, "bad_zip"),
     ],
-)  # fmt: skip
-def test_what_is_no_study_is_refused_with_a_code(
+)
+def test_body_that_is_not_a_study_is_refused_with_a_reason(
     endpoint: Endpoint, body: bytes, status: int, reason: str
 ) -> None:
-    found, answer, _ = endpoint.ask("POST", "/v1/studies", body)
-    assert (found, answer["reason"]) == (status, reason), answer
+    received, answer, _ = endpoint.ask("POST", "/v1/studies", body)
+    assert (received, answer["reason"]) == (status, reason), answer
     assert "Traceback" not in str(answer)
 
 
-def test_other_places_than_ones_own_are_not_read(endpoint: Endpoint) -> None:
+def test_uri_outside_the_allowed_locations_returns_403(endpoint: Endpoint) -> None:
     for uri in (
-        "s3://bucket/archives/x", "s3://other/archive", "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/",
-        "s3://bucket/archive/../secret", "s3://user@bucket/archive/x", "s3://bucket/archive/x?versionId=1",
-        "s3://bucket/archive//x", "s3://bucket/archive/%2e%2e/x",
-    ):  # fmt: skip
+        "s3://bucket/archives/x",
+        "s3://other/archive",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "http://127.0.0.1/",
+        "s3://bucket/archive/../secret",
+        "s3://user@bucket/archive/x",
+        "s3://bucket/archive/x?versionId=1",
+        "s3://bucket/archive//x",
+        "s3://bucket/archive/%2e%2e/x",
+    ):
         for path, body in (("/v1/studies:by-uri", {"uri": uri}), ("/v1/batches", {"archive": uri})):
             status, answer, _ = endpoint.ask(
                 "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -142,7 +173,7 @@ def test_submitted_batch_is_accepted_once_and_committed(submitted_batch: Submitt
     assert submitted_batch.state["state"] == "committed", submitted_batch.state
 
 
-def test_a_batch_is_the_job_and_its_ledger_the_jobs(
+def test_ledger_of_a_batch_equals_that_of_the_screening_job(
     endpoint: Endpoint, batch: str, screening: Screening
 ) -> None:
     path, body, kind = f"/v1/batches/{batch}", json.dumps(NIGHT).encode(), NIGHT_HEADERS
@@ -156,18 +187,21 @@ def test_a_batch_is_the_job_and_its_ledger_the_jobs(
     text = endpoint.ask("GET", f"{path}/ledger", headers={"Accept": "text/csv"})[1].decode()
     assert len(text.splitlines()) == table.num_rows + 1
     screened = next(row for row in rows if row["status"] == "screened")
+    folder = f"{path}/series/{screened['series_key']}"
     for name in ("preview.png", "viewer.png"):
-        status, data, _ = endpoint.ask("GET", f"{path}/series/{screened['series_key']}/{name}")
+        status, data, _ = endpoint.ask("GET", f"{folder}/{name}")
         assert (status, data[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+    status, layout, _ = endpoint.ask("GET", f"{folder}/viewer.json")
+    assert (status, set(layout)) == (200, {"tiles", "columns", "low_hu", "high_hu"})
     assert endpoint.ask("GET", f"{path}/series/{'0' * 32}/preview.png")[0] == 404
     assert batch in [each["batch_id"] for each in endpoint.ask("GET", "/v1/batches")[1]]
     assert endpoint.ask("GET", f"/v1/batches/{'f' * 16}")[0] == 404
 
 
-def test_caller_who_hangs_up_during_decoding_leaves_the_next_one_its_own_rows(
+def test_study_after_a_caller_hung_up_gets_its_own_rows(
     endpoint: Endpoint,
 ) -> None:
-    """Both decoders in turn; make faults does it ten times, with a slow store and beside eight callers."""
+    """For both decoders; make faults repeats it with a slow store and eight callers."""
     study = gz(plain_nifti())
     alone = endpoint.ask("POST", "/v1/studies", study)[1]["series"]
     (config,) = list(configs(2, 17, 256, 80))[1:]
@@ -210,7 +244,7 @@ def many_series(count: int) -> bytes:
     return zipped(members)
 
 
-def test_request_with_more_series_than_it_may_hold_returns_413_at_once(endpoint: Endpoint) -> None:
+def test_study_with_too_many_series_returns_413(endpoint: Endpoint) -> None:
     archive = json.dumps({"uri": "s3://bucket/archive"}).encode()
     for path, body in (("/v1/studies", many_series(100)), ("/v1/studies:by-uri", archive)):
         status, answer, _ = endpoint.ask("POST", path, body, {"Content-Type": "application/json"})
@@ -255,9 +289,12 @@ def test_third_open_batch_of_a_caller_returns_429(endpoint: Endpoint, batch: str
         assert (found[0], found[1]["reason"]) == (status, reason), found
 
 
-def test_every_answer_has_the_headers_that_keep_a_browser_safe(endpoint: Endpoint) -> None:
-    """Those of the proxy itself, too; and without a token nobody but the five routes named answers 200."""
-    open_routes = {"/", "/worklist/worklist.js", "/worklist/worklist.css", "/healthz", "/readyz"}
+def test_every_answer_has_security_headers_and_only_open_routes_need_no_token(
+    endpoint: Endpoint,
+) -> None:
+    """Answers of the proxy itself have the headers too."""
+    page_files = {f"/worklist/{name}" for name in get_args(PageFile)}
+    open_routes = {"/", "/healthz", "/readyz"} | page_files
     closed = {
         "/openapi.json",
         "/docs",
@@ -277,8 +314,9 @@ def test_every_answer_has_the_headers_that_keep_a_browser_safe(endpoint: Endpoin
         assert b"cdn." not in (body if isinstance(body, bytes) else str(body).encode())
 
 
-def test_stalled_uploads_hold_no_decoder_and_too_many_return_503(endpoint: Endpoint) -> None:
-    """Four bodies are stalled: another of this caller's is refused at once, and all are served in the end."""
+def test_stalled_uploads_take_no_decoder_and_too_many_return_503(endpoint: Endpoint) -> None:
+    """With four stalled bodies a fifth of this caller is refused; all four are served in the
+    end."""
     study = gz(plain_nifti())
     slow = [endpoint.announce(len(study)) for _ in range(3)]
     for connection in slow:
@@ -305,10 +343,10 @@ def test_stalled_uploads_hold_no_decoder_and_too_many_return_503(endpoint: Endpo
     assert endpoint.ask("POST", "/v1/studies", study)[0] == 200
 
 
-def test_a_replica_that_dies_in_a_request_costs_that_request_alone(
+def test_replica_that_dies_in_a_request_returns_503_replica_died(
     endpoint: Endpoint, cluster: Cluster
 ) -> None:
-    """Its caller is told to come again, and the next finds an answer."""
+    """The next request is served by a new replica."""
     study = gz(plain_nifti())
     connection = endpoint.announce(len(study))  # the replica waits for its body
     time.sleep(0.5)
@@ -323,19 +361,17 @@ def test_a_replica_that_dies_in_a_request_costs_that_request_alone(
         time.sleep(0.5)
 
 
-def test_metrics_count_what_was_answered_and_name_nobody(endpoint: Endpoint, batch: str) -> None:
-    deadline, wanted = (
-        time.monotonic() + 30,
-        ("ray_covtanet_http_studies", "ray_covtanet_series", "ray_serve_"),
-    )
-    while not all(name in (text := endpoint.ask("GET", "/metrics")[1].decode()) for name in wanted):
+def test_metrics_count_answers_and_name_no_study(endpoint: Endpoint, batch: str) -> None:
+    deadline = time.monotonic() + 30
+    names = ("ray_covtanet_http_studies", "ray_covtanet_series", "ray_serve_")
+    while not all(name in (text := endpoint.ask("GET", "/metrics")[1].decode()) for name in names):
         assert time.monotonic() < deadline, text[-500:]
         time.sleep(1)
     assert 'status="screened"' in text
     assert "s3://" not in text
 
 
-def test_the_api_describes_itself(endpoint: Endpoint) -> None:
+def test_openapi_needs_a_token_and_describes_the_routes(endpoint: Endpoint) -> None:
     assert endpoint.ask("GET", "/openapi.json", headers={"Authorization": ""})[0] == 401
     described = endpoint.ask("GET", "/openapi.json")[1]
     assert {"/v1/studies", "/v1/studies:by-uri", "/v1/batches", "/v1/models", "/metrics"} <= set(

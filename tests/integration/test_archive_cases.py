@@ -1,4 +1,4 @@
-"""Every case of a real archive ends as the row that is right for it, see ``archive_cases``."""
+"""Every case of ``archive_cases`` ends as its expected row."""
 
 import json
 from functools import partial
@@ -14,7 +14,7 @@ from right_rows import Right, faults
 from stage_rows import CONFIG, WINDOW
 
 from covtanet.archive import manifest
-from covtanet.ct import dicom, dicom_head, nifti
+from covtanet.ct import dicom, dicom_headers, nifti
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.inference.predictor import Prediction
 from covtanet.screening import stages
@@ -24,7 +24,7 @@ from covtanet.storage import read_bytes, walk
 
 
 class NoLesion:
-    """An answer that finds nothing, so that a row's lung volume is that of the lung mask alone."""
+    """Return no lesion, so that the lung volume of a row is that of the lung mask."""
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
         return Prediction(
@@ -38,19 +38,19 @@ def listed(archive: Path) -> tuple[list[dict[str, Any]], int]:
     """The manifest rows of an archive, and how many objects are ignored."""
     rows, num_ignored = [], 0
     for folder, objects in walk(str(archive)):
-        found, ignored = manifest.scan_folder(
+        scanned, ignored = manifest.scan_folder(
             folder,
             objects,
             lambda path, size: read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
-        rows += [series.to_row() for series in found]
+        rows += [series.to_row() for series in scanned]
         num_ignored += len(ignored)
     return rows, num_ignored
 
 
 def check_values(row: dict[str, Any], archive: Path, right: Right) -> list[str]:
-    """Compare a series' HU with what was written."""
+    """Compare the HU of a series with the HU that were written."""
     if right.hu is None:
         return []
     data = [read_bytes(f"{archive}/{item['path']}") for item in row["objects"]]
@@ -59,24 +59,24 @@ def check_values(row: dict[str, Any], archive: Path, right: Right) -> list[str]:
 
 
 def check_input(prepared: PreparedSeries, right: Right) -> list[str]:
-    """Compare what the network sees with what it should see."""
-    found = []
+    """Compare the network's input with the expected one."""
+    problems = []
     seen = [z for z in right.unsegmented if z in prepared.chosen.tolist()]
     if seen:
-        found.append(f"blank slices {seen} were segmented")
+        problems.append(f"blank slices {seen} were segmented")
     if right.aspect is not None:
         levels = prepared.slices[len(prepared.slices) // 2].astype(np.float32)
         # Half of the window is -300 HU.
         aspect = body_aspect(levels / 65535 * 1400 - 1000)
         if abs(aspect / right.aspect - 1) > 0.12:
-            found.append(
+            problems.append(
                 f"the network sees a body of {aspect:.2f} : 1, true is {right.aspect:.2f} : 1",
             )
-    return found
+    return problems
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case_of_an_archive_gives_the_row_that_is_right(name: str, tmp_path: Path) -> None:
+def test_archive_case_gives_the_expected_row(name: str, tmp_path: Path) -> None:
     right = CASES[name](tmp_path / name, name)
     rows, num_ignored = listed(tmp_path)
     wrong = []
@@ -102,7 +102,7 @@ def test_large_case_is_screened_or_too_large(
     name: str,
     tmp_path: Path,
 ) -> None:
-    """In the sandbox, whose limits of memory and time count."""
+    """In the sandbox, with its limits of memory and time."""
     right = LARGE[name](tmp_path / name, name)
     (row,), _ = listed(tmp_path)
     config = ScreeningConfig()
@@ -153,7 +153,7 @@ SOUND: dict[str, Any] = {
         ),
     ],
 )
-def test_ledger_of_the_archive_is_compared_with_what_is_right(
+def test_ledger_of_the_archive_cases_has_the_expected_rows(
     changes: dict[str, Any],
     wrong: list[str],
 ) -> None:
@@ -189,7 +189,7 @@ def test_ledger_of_the_archive_is_compared_with_what_is_right(
         ("19_high_bit_11_of_16", {"status": "rejected", "reason": "undecodable"}, []),
     ],
 )
-def test_row_that_is_not_right_is_told(
+def test_unexpected_row_is_reported(
     name: str,
     row: dict[str, Any],
     wrong: list[str],

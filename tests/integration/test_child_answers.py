@@ -1,4 +1,4 @@
-"""A child that lies: what it answers is checked before it is believed."""
+"""A child that lies: the parent checks every value of an answer before it uses it."""
 
 import json
 import zlib
@@ -7,41 +7,44 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from covtanet.ct.dicom_head import SeriesIdentity
+from covtanet.ct.dicom_headers import SeriesIdentity
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding import child_process
-from covtanet.decoding import headers as heads
-from covtanet.decoding.child_process import HEADER_READER, Child, Limits
-from covtanet.decoding.prepare import StoredMasks
+from covtanet.decoding import child_process, headers, process
+from covtanet.decoding.child_process import HEADER_READER, Child
+from covtanet.decoding.process import Limits
 from covtanet.decoding.sandbox import Sandbox
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import DecoderError, StudyError
 
 LIMITS = Limits(memory_mib=256, timeout_s=20)
-# A process that speaks the protocol, and then says what the test tells it to.
+# A process that speaks the protocol, and gives the answer that a test asks for.
 LIAR = """
 import json, os, struct, sys, zlib
 requests, answers = os.fdopen(0, "rb"), os.fdopen(1, "wb")
-answers.write(b'{"open_doors": []}\\n'); answers.flush()
+answers.write(b'{"missing_confinement": []}\\n'); answers.flush()
 while line := requests.readline():
     request = json.loads(line)
     while requests.read(1) == b"\\x01":
         while length := int.from_bytes(requests.read(4), "little"):
             requests.read(length)
     mask_header = {
-        "shape": [12, 64, 64], "is_partial": False, "source_shape": [64, 64, 12], "spacing_mm": [22.0, 5.5, 5.5],
-        "source_affine": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "has_known_spacing": True,
+        "shape": [12, 64, 64], "is_partial": False, "source_shape": [64, 64, 12],
+        "source_affine": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+        "spacing_mm": [22.0, 5.5, 5.5], "has_known_spacing": True,
     }
     chosen, bits, row, reply = [1, 5], bytes(2 * 12 * 64 * 64 // 8), ["1.2", "1.2.3"], None
-    header = {"nonce": request["nonce"], "num_slices": 12, "spacing_mm": [22.0, 5.5, 5.5], "qc_flags": ["oblique"]}
+    header = {"nonce": request["nonce"], "num_slices": 12, "qc_flags": ["oblique"]}
+    header["spacing_mm"] = [22.0, 5.5, 5.5]
     LIE
     masks = json.dumps(mask_header).encode() + b"\\n" + zlib.compress(bits)
     body = json.dumps([row]).encode()
     lengths = {"num_chosen": len(chosen), "mask_bytes": len(masks), "num_bytes": len(body)}
     answers.write(json.dumps({**lengths, **header}).encode() + b"\\n" if reply is None else reply)
-    if request["kind"] == "heads":
+    if request["kind"] == "headers":
         answers.write(body)
     else:
-        answers.write(struct.pack(f"<{len(chosen)}q", *chosen) + bytes(len(chosen) * 32 * 32 * 2) + masks)
+        answers.write(struct.pack(f"<{len(chosen)}q", *chosen))
+        answers.write(bytes(len(chosen) * 32 * 32 * 2) + masks)
     answers.flush()
 """
 
@@ -50,33 +53,39 @@ def liar(monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     """Let every child be such a process, which does not end by itself."""
     monkeypatch.setattr(child_process, "DEATH_S", 0.2)
     code = LIAR.replace("LIE", lie).replace("{", "{{").replace("}", "}}")
-    monkeypatch.setattr(child_process, "CODE", code)
+    monkeypatch.setattr(process, "CODE", code)
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    found = Sandbox(WindowConfig(size_px=32), 2.5, LIMITS)
-    yield found
-    found.close()
+    liar_sandbox = Sandbox(WindowConfig(size_px=32), 2.5, LIMITS)
+    yield liar_sandbox
+    liar_sandbox.close()
 
 
-def test_sound_answer_is_believed(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+def test_sound_answer_is_accepted(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
     liar(monkeypatch, "pass")
-    found = sandbox("dicom", [[b"x"]])
-    assert (found.num_slices, found.chosen.tolist(), found.qc_flags) == (12, [1, 5], ("oblique",))
-    assert StoredMasks.unpack(found.masks).lungs.lung_mask.shape == (12, 64, 64)
+    prepared = sandbox("dicom", [[b"x"]])
+    assert (prepared.num_slices, prepared.chosen.tolist(), prepared.qc_flags) == (
+        12,
+        [1, 5],
+        ("oblique",),
+    )
+    assert StoredMasks.unpack(prepared.masks).lungs.lung_mask.shape == (12, 64, 64)
 
 
-def test_sound_answer_without_a_voxel_size_is_believed(
+def test_sound_answer_of_unknown_spacing_is_accepted(
     monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
     flags = ["unknown_spacing", "blank_slices", "implausible_lungs"]
     liar(monkeypatch, f"mask_header['has_known_spacing'] = False; header['qc_flags'] = {flags}")
-    found = sandbox("nifti", [[b"x"]])
-    assert found.qc_flags == tuple(flags)
-    assert StoredMasks.unpack(found.masks).voxel_ml is None
+    prepared = sandbox("nifti", [[b"x"]])
+    assert prepared.qc_flags == tuple(flags)
+    assert StoredMasks.unpack(prepared.masks).voxel_ml is None
 
 
+BOTH_SPACINGS = "header['spacing_mm'] = mask_header['spacing_mm'] = "
+REFUSAL = "header = {{'nonce': request['nonce'], 'reason': {}, 'message': ''}}"
 LIES = {
     "another request's nonce": "header['nonce'] = '0' * 32",
     "no nonce": "del header['nonce']",
@@ -88,8 +97,8 @@ LIES = {
     "slices as truth": "header['num_slices'] = True",
     "a missing key": "del header['spacing_mm']",
     "no spacing": "header['spacing_mm'] = [22.0, 0.0, 5.5]",
-    "endless spacing": "header['spacing_mm'] = mask_header['spacing_mm'] = [22.0, float('inf'), 5.5]",
-    "spacing that is no number": "header['spacing_mm'] = mask_header['spacing_mm'] = [22.0, float('nan'), 5.5]",
+    "infinite spacing": BOTH_SPACINGS + "[22.0, float('inf'), 5.5]",
+    "NaN spacing": BOTH_SPACINGS + "[22.0, float('nan'), 5.5]",
     "two spacings": "header['spacing_mm'] = [22.0, 5.5]",
     "slices chosen twice": "chosen = [1, 1]",
     "slices chosen backwards": "chosen = [5, 1]",
@@ -105,14 +114,16 @@ LIES = {
     "masks that know no voxel size": "mask_header['has_known_spacing'] = False",
     "a voxel size known to the masks alone": "header['qc_flags'] = ['unknown_spacing']",
     "a voxel size known as a number": "mask_header['has_known_spacing'] = 1",
-    "masks of a huge volume": "mask_header['shape'] = mask_header['source_shape'] = [12, 1 << 20, 1 << 20]",
+    "masks of a huge volume": (
+        "mask_header['shape'] = mask_header['source_shape'] = [12, 1 << 20, 1 << 20]"
+    ),
     "masks that inflate without end": "bits = bytes(64 << 20)",
     "masks that stop early": "bits = bits[:-1]",
     "masks of no affine": "mask_header['source_affine'] = [1, 2]",
     "masks of an endless affine": "mask_header['source_affine'][0][0] = float('inf')",
     "masks of nested lists": "mask_header = ['x'] * 3",
-    "a reason nobody knows": "header = {'nonce': request['nonce'], 'reason': 'DOE^JOHN', 'message': ''}",
-    "a reason that is a list": "header = {'nonce': request['nonce'], 'reason': ['not_ct'], 'message': ''}",
+    "an unknown reason": REFUSAL.format("'DOE^JOHN'"),
+    "a reason that is a list": REFUSAL.format("['not_ct']"),
     "no JSON": "reply = b'what\\n'",
     "nested without end": "reply = b'[' * 60000 + b'\\n'",
     "a list": "reply = b'[]\\n'",
@@ -121,7 +132,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_answer_that_cannot_be_is_a_crash(
+def test_impossible_answer_is_decode_crash(
     name: str, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
     liar(monkeypatch, LIES[name])
@@ -129,10 +140,10 @@ def test_answer_that_cannot_be_is_a_crash(
         sandbox("dicom", [[b"x"]])
     assert error.value.reason == "decode_crash"
     assert "DOE" not in str(error.value)
-    assert sandbox.child._process is None  # it answers nobody else
+    assert sandbox.child._process is None  # it was replaced
 
 
-def test_text_of_a_refusal_is_one_short_line(
+def test_refusal_message_of_the_child_is_cut_to_one_line(
     monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
     text = "'message': 'a\\n\\x1b[31m\\ud800' + 'x' * 1000"
@@ -144,7 +155,7 @@ def test_text_of_a_refusal_is_one_short_line(
     assert str(error.value).isprintable()
 
 
-def test_internal_error_of_the_child_is_one_short_line(
+def test_internal_error_of_the_child_is_cut_to_one_line(
     monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
     liar(
@@ -156,7 +167,7 @@ def test_internal_error_of_the_child_is_one_short_line(
     assert len(str(error.value)) == 200
 
 
-def test_identities_that_cannot_be_are_no_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_identities_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     for lie, expected in (
         ("pass", SeriesIdentity("1.2", "1.2.3")),
         ("row = None", None),
@@ -171,15 +182,19 @@ def test_identities_that_cannot_be_are_no_identities(monkeypatch: pytest.MonkeyP
     ):
         liar(monkeypatch, lie)
         child = Child(HEADER_READER, LIMITS)
-        assert heads.read_identities(child, [b"x"], 16) == [expected], lie
+        assert headers.read_identities(child, [b"x"], 16) == [expected], lie
         child.kill()
 
 
-def test_stored_masks_inflate_to_no_more_than_their_shape() -> None:
+def test_stored_masks_inflate_at_most_to_their_shape() -> None:
     header = {
-        "shape": [2, 8, 8], "is_partial": False, "source_shape": [8, 8, 2], "spacing_mm": [1.0, 1.0, 1.0],
-        "source_affine": np.eye(4).tolist(), "has_known_spacing": True,
-    }  # fmt: skip
+        "shape": [2, 8, 8],
+        "is_partial": False,
+        "source_shape": [8, 8, 2],
+        "spacing_mm": [1.0, 1.0, 1.0],
+        "source_affine": np.eye(4).tolist(),
+        "has_known_spacing": True,
+    }
     line = json.dumps(header).encode() + b"\n"
     assert StoredMasks.unpack(line + zlib.compress(bytes(32))).lungs.lung_mask.shape == (2, 8, 8)
     with pytest.raises(ValueError, match="inflate to more than 32 bytes"):
@@ -194,8 +209,13 @@ def test_stored_masks_inflate_to_no_more_than_their_shape() -> None:
 @pytest.mark.parametrize("value", [None, 1, "true"])
 def test_masks_without_a_true_or_false_flag_are_refused(name: str, value: object) -> None:
     header = {
-        "shape": [2, 8, 8], "is_partial": False, "source_shape": [8, 8, 2], "spacing_mm": [1.0, 1.0, 1.0],
-        "source_affine": np.eye(4).tolist(), "has_known_spacing": True, name: value,
-    }  # fmt: skip
+        "shape": [2, 8, 8],
+        "is_partial": False,
+        "source_shape": [8, 8, 2],
+        "spacing_mm": [1.0, 1.0, 1.0],
+        "source_affine": np.eye(4).tolist(),
+        "has_known_spacing": True,
+        name: value,
+    }
     with pytest.raises(ValueError, match=f"{name} of the masks' header"):
         StoredMasks.unpack(json.dumps(header).encode() + b"\n" + zlib.compress(bytes(32)))

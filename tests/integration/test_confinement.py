@@ -1,4 +1,4 @@
-"""Behind shut doors: payloads run inside the sandbox's child, as if an input had taken it over."""
+"""Confinement: payloads run inside the sandbox's child, as if an input had taken it over."""
 
 import json
 import signal
@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from covtanet.decoding import child_process, seccomp
-from covtanet.decoding.child_process import DECODER, HEADER_READER, Child, Limits
+from covtanet.decoding import child_process, process, seccomp
+from covtanet.decoding.child_process import DECODER, HEADER_READER, Child
+from covtanet.decoding.process import Limits
 from covtanet.errors import ConfigError, WeakSandboxError
 from covtanet.ledger.run import Run
 from covtanet.screening import plan
 from covtanet.screening.config import ScreeningConfig
 
-# What the child does up to its first request, by its own functions; then the payload instead of requests.
+# The start of the child up to its first request, by its own functions, and then the payload.
 TAKEN_OVER = """
 import sys; sys.path.insert(0, sys.argv[1])
 import ctypes, json, mmap, os, resource, signal, socket, threading
@@ -26,8 +27,8 @@ from covtanet.decoding import confinement, {program}
 {program}.warm_up()
 libc, parent = ctypes.CDLL(None, use_errno=True), os.getppid()
 {before}
-open_doors = confinement.shut_the_doors(256 << 20, 60)
-assert open_doors == [], open_doors
+missing_confinement = confinement.apply_confinement(256 << 20, 60)
+assert missing_confinement == [], missing_confinement
 os.write(1, b"shut ")
 try:
     exec(sys.argv[2])
@@ -35,9 +36,9 @@ try:
 except (OSError, ValueError):  # the second of setrlimit
     os.write(1, b"refused")
 """
-# Root's interpreter may lie where nobody may start it, so the user changes inside, as before any exec.
+# The user nobody may not be allowed to start root's interpreter, so the user changes inside.
 BECOME_NOBODY = "confinement._become_nobody()"
-NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + child_process.CODE
+NO_FILTER = "import platform; platform.machine = lambda: 'vax'; " + process.CODE
 REFUSED, DIES = (0, "shut refused"), (-signal.SIGSYS, "shut ")
 PAYLOADS = {
     "a file, after a number is free": ("os.close(2); open('/etc/hostname')", REFUSED),
@@ -60,37 +61,41 @@ PAYLOADS = {
 
 
 def take_over(payload: str, program: str = HEADER_READER, before: str = "") -> tuple[int, str]:
-    """Exit code and output of a child that runs a payload behind the doors."""
+    """Exit code and output of a child that runs a payload inside the sandbox."""
     code = TAKEN_OVER.replace("{program}", program).replace("{before}", before)
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, ROOT, payload],
-        input="", capture_output=True, env=child_process.ENVIRONMENT, text=True, check=False,
-    )  # fmt: skip
+        input="",
+        capture_output=True,
+        env=process.ENVIRONMENT,
+        text=True,
+        check=False,
+    )
     assert done.stdout.startswith("shut "), done.stderr
     return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("before", ["", BECOME_NOBODY], ids=["", "nobody"])
-def test_taken_over_child_can_do_nothing_but_compute(name: str, before: str) -> None:
+def test_hostile_code_in_the_child_can_only_compute(name: str, before: str) -> None:
     payload, expected = PAYLOADS[name]
     assert take_over(payload, before=before) == expected
 
 
 @pytest.mark.parametrize("name", ["a file, after a number is free", "a socket", "a process"])
-def test_taken_over_decoder_can_do_no_more_than_a_header_reader(name: str) -> None:
+def test_hostile_code_in_the_decoder_is_confined_as_in_the_header_reader(name: str) -> None:
     payload, expected = PAYLOADS[name]
     assert take_over(payload, DECODER) == expected
 
 
-def test_threads_and_memory_are_left_to_the_child() -> None:
+def test_confined_child_may_start_threads_and_use_memory() -> None:
     payload = "t = threading.Thread(target=bytearray, args=(64 << 20,)); t.start(); t.join()"
     assert take_over(payload) == (0, "shut open")
 
 
-def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
-    before = "confinement.CPU_GRACE_S = 1; shut = confinement.shut_the_doors\n"
-    before += "confinement.shut_the_doors = lambda memory_bytes, cpu_s: shut(memory_bytes, 0)"
+def test_child_that_ignores_sigxcpu_is_killed_at_the_cpu_limit() -> None:
+    before = "confinement.CPU_GRACE_S = 1; shut = confinement.apply_confinement\n"
+    before += "confinement.apply_confinement = lambda memory_bytes, cpu_s: shut(memory_bytes, 0)"
     payload = "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
     assert take_over(payload, before=before) == (-signal.SIGKILL, "shut ")
 
@@ -98,13 +103,14 @@ def test_child_that_ignores_the_warning_ends_at_its_limit_of_cpu_time() -> None:
 PARENT = """
 import ctypes, json, os, sys; sys.path.insert(0, sys.argv[1])
 from covtanet.decoding import confinement, seccomp
-from covtanet.decoding.child_process import HEADER_READER, Child, Limits
+from covtanet.decoding.child_process import HEADER_READER, Child
+from covtanet.decoding.process import Limits
 
-libc, found = ctypes.CDLL(None), {}
+libc, results = ctypes.CDLL(None), {}
 
 def read_as_sibling():
     receiving, sending = os.pipe()
-    if os.fork() == 0:  # shut in by nothing
+    if os.fork() == 0:  # not confined
         try:
             os.write(sending, open(f"/proc/{os.getppid()}/environ", "rb").read())
         except PermissionError:
@@ -113,33 +119,37 @@ def read_as_sibling():
     os.wait()
     return os.read(receiving, 65536).decode()
 
-found["dumpable before"] = libc.prctl(3, 0, 0, 0, 0)
+results["dumpable before"] = libc.prctl(3, 0, 0, 0, 0)
 child = Child(HEADER_READER, Limits(memory_mib=256, timeout_s=60))
 child.warm()
-found["dumpable after"] = libc.prctl(3, 0, 0, 0, 0)
+results["dumpable after"] = libc.prctl(3, 0, 0, 0, 0)
 child.kill()
 confinement._become_nobody()
-libc.prctl(4, 1, 0, 0, 0)  # as a process is that was always nobody's
-found["before"] = read_as_sibling()
+libc.prctl(4, 1, 0, 0, 0)  # as a process that nobody started
+results["before"] = read_as_sibling()
 seccomp.hide_memory()
-found["after"] = read_as_sibling()
-print(json.dumps(found))
+results["after"] = read_as_sibling()
+print(json.dumps(results))
 """
 
 
 def test_process_of_the_same_user_cannot_read_the_parents_environment() -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PARENT, ROOT], env={"AWS_SECRET_ACCESS_KEY": "CANARY"},
-        stdout=subprocess.PIPE, text=True, check=True, cwd="/",
-    )  # fmt: skip
-    found = json.loads(done.stdout)
-    assert (found["dumpable before"], found["dumpable after"]) == (1, 0)
-    assert "CANARY" in found["before"]
-    assert found["after"] == "refused"
+        [sys.executable, "-I", "-c", PARENT, ROOT],
+        env={"AWS_SECRET_ACCESS_KEY": "CANARY"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    results = json.loads(done.stdout)
+    assert (results["dumpable before"], results["dumpable after"]) == (1, 0)
+    assert "CANARY" in results["before"]
+    assert results["after"] == "refused"
 
 
 def test_decoding_is_refused_if_the_kernel_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     limits = Limits(memory_mib=256, timeout_s=3, allow_weak=False)
     with pytest.raises(
         WeakSandboxError, match="no filter of system calls for vax, expected x86_64"
@@ -154,28 +164,34 @@ def test_job_refuses_to_start_if_the_kernel_has_no_filter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Before it lists anything: no row fails for it."""
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     run = Run(
-        archive=str(tmp_path / "nowhere"), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26),
-        model_name="m", model_version="1", model_digest="d", config_digest="c", software_version="0",
-    )  # fmt: skip
+        archive=str(tmp_path / "nowhere"),
+        ledger=str(tmp_path / "ledger"),
+        run_date=date(2026, 11, 26),
+        model_name="m",
+        model_version="1",
+        model_digest="d",
+        config_digest="c",
+        software_version="0",
+    )
     with pytest.raises(ConfigError, match="allow_weak_sandbox = true under"):
         plan.make_manifest(run, ScreeningConfig())
     assert not (tmp_path / "ledger").exists()
 
 
-def test_weak_sandbox_that_is_allowed_is_said_once(
+def test_allowed_weak_sandbox_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child_process, "CODE", NO_FILTER)
+    monkeypatch.setattr(process, "CODE", NO_FILTER)
     child_process.refuse_weak_sandbox.cache_clear()
     for _ in range(2):
         child_process.refuse_weak_sandbox(Limits(memory_mib=256, timeout_s=3, allow_weak=True))
     assert caplog.text.count("allow_weak_sandbox = true") == 1
 
 
-def test_filter_names_no_call_twice() -> None:
+def test_seccomp_filter_names_each_call_once() -> None:
     for column in (0, 1):
         tables = [*seccomp.ALLOWED.values(), *seccomp.UNKNOWN.values(), *seccomp.ENDS.values()]
         tables += [

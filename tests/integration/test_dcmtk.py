@@ -9,15 +9,15 @@ import pydicom
 import pytest
 
 from covtanet.ct import dicom
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.report.dicom_results import (
     Finding,
-    frames_of,
     segmentation,
     structured_report,
     to_bytes,
 )
+from covtanet.report.mask_frames import frames_of
 
 FINDING = Finding(
     run_id="run", series_key="series", software_version="0.1", model="covtanet 1",

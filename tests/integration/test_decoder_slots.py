@@ -29,7 +29,7 @@ def predictor() -> Predictor:
 def test_study_after_abandoned_request_gets_its_own_rows(
     predictor: Predictor, tmp_path: Path
 ) -> None:
-    """The next caller never gets slices of the study before: it waits, and reads with a decoder of its own."""
+    """The next study waits for the slot and gets a new decoder, so it meets no other slices."""
     study, alone = tmp_path / "b.nii.gz", []
     study.write_bytes(gz(plain_nifti()))
     config = ScreeningConfig(engine="eager", decode_timeout_s=WAIT_S)

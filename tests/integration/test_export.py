@@ -23,6 +23,7 @@ from covtanet.commands.export import report_outcomes
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
+from covtanet.phantoms.dicom_writer import write_series
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 from covtanet.report import dicom_results, export
 from covtanet.report.export import parse_header, source_headers
@@ -154,7 +155,7 @@ def test_segment_has_the_patient_positions_of_its_mask(
     plane: str, chest: Phantom, tmp_path: Path
 ) -> None:
     hu, mask, affine = turned(chest, plane)
-    objects = dicom.write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
+    objects = write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
     shuffled = [objects[k] for k in np.random.default_rng(0).permutation(len(objects))]
     write_objects(tmp_path / "archive" / "scan", shuffled)
     row = screened_row(tmp_path / "archive")

@@ -13,14 +13,23 @@ from repository import SUPPORT
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("reader", ["nifti", "dicom"])
 def test_fuzzing_finds_no_unhandled_bytes(reader: str, tmp_path: Path) -> None:
-    found = subprocess.run(
+    fuzzing = subprocess.run(
         [
-            sys.executable, SUPPORT / "fuzz.py", reader, "--minutes", str(8 / 60), "--corpus", tmp_path,
-            "--seed", "1",
+            sys.executable,
+            SUPPORT / "fuzz.py",
+            reader,
+            "--minutes",
+            str(8 / 60),
+            "--corpus",
+            tmp_path,
+            "--seed",
+            "1",
         ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-3000:]
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert fuzzing.returncode == 0, fuzzing.stderr[-3000:]
     assert not list(tmp_path.glob("crash-*"))
-    (tried,) = re.findall(r"stat::number_of_executed_units: (\d+)", found.stderr)
+    (tried,) = re.findall(r"stat::number_of_executed_units: (\d+)", fuzzing.stderr)
     assert int(tried) > len(list((tmp_path / reader).iterdir())) > 5

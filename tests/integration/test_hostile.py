@@ -1,4 +1,4 @@
-"""Malformed input is refused for what it is, odd input is read, and no bytes do anything else."""
+"""Malformed input is refused for its reason, and odd but sound input is read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +21,9 @@ def write(folder: Path, objects: Objects) -> None:
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     """One warm child for all."""
-    found = Sandbox(WINDOW, CONFIG.slice_step_mm, Limits(memory_mib=1024, timeout_s=20))
-    yield found
-    found.close()
+    decoder = Sandbox(WINDOW, CONFIG.slice_step_mm, Limits(memory_mib=1024, timeout_s=20))
+    yield decoder
+    decoder.close()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -39,14 +39,14 @@ def test_malformed_input_is_refused_for_its_reason(
             row, archive=str(tmp_path), window=WINDOW, config=CONFIG, decoder=sandbox
         )
         verdicts.append(prepared.record.to_columns())
-    # A cut object is a row of its own where its header does not say which series it is of.
+    # A cut object is a separate row if its header does not name its series.
     assert {record["reason"] for record in verdicts} <= {reason, "unreadable", "missing_slices"}
     assert verdicts[0]["reason"] == reason or reason in {record["reason"] for record in verdicts}
     assert all(record["status"] == "rejected" for record in verdicts)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_odd_but_sound_input_is_the_same_volume(name: str) -> None:
+def test_odd_but_sound_input_gives_the_same_volume(name: str) -> None:
     objects = list(CONTROLS[name]().values())
     volume = nifti.read(objects[0]) if name.startswith("nifti") else dicom.read_series(objects)
     if name == "dicom with padding":

@@ -1,11 +1,15 @@
-"""The decoder's child process: the same answers, nothing to steal, nothing to open, and an end to everything."""
+"""The decoder's child process: equal results, no secrets, no open files, and an end in time."""
 
+import gzip
+import io
 import signal
 import subprocess
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,10 @@ from pydicom.uid import RLELossless
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import child_process as module
 from covtanet.decoding import prepare as decode
+from covtanet.decoding import process as process_module
 from covtanet.decoding.sandbox import Limits, Sandbox
 from covtanet.errors import SandboxClosedError, StudyError, StudyTimeoutError
+from covtanet.phantoms.warm_up import warm_up_files
 
 WINDOW = WindowConfig(size_px=64)
 
@@ -28,9 +34,9 @@ WINDOW = WindowConfig(size_px=64)
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CANARY")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "CANARY")
-    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
-    yield found
-    found.close()
+    decoder = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
+    yield decoder
+    decoder.close()
 
 
 def child(sandbox: Sandbox) -> psutil.Process:
@@ -38,24 +44,24 @@ def child(sandbox: Sandbox) -> psutil.Process:
     return psutil.Process(sandbox.child.warm().pid)
 
 
-def test_answers_are_those_of_this_process_and_the_child_stays_warm(sandbox: Sandbox) -> None:
+def test_sandbox_equals_this_process_and_the_child_stays_warm(sandbox: Sandbox) -> None:
     pids = set()
     for source_format, objects in (
         ("dicom", list(slices())),
         ("nifti", [gz(plain_nifti())]),
         ("dicom", list(slices())),
     ):
-        found = sandbox(source_format, [[data[:1000], data[1000:]] for data in objects])
+        prepared = sandbox(source_format, [[data[:1000], data[1000:]] for data in objects])
         expected = decode.prepare(source_format, objects, WINDOW, 2.5)
-        np.testing.assert_array_equal(found.slices, expected.slices)
-        np.testing.assert_array_equal(found.chosen, expected.chosen)
-        assert (found.masks, found.qc_flags, found.num_slices) == (expected.masks, (), 12)
-        assert found.spacing_mm == expected.spacing_mm
+        np.testing.assert_array_equal(prepared.slices, expected.slices)
+        np.testing.assert_array_equal(prepared.chosen, expected.chosen)
+        assert (prepared.masks, prepared.qc_flags, prepared.num_slices) == (expected.masks, (), 12)
+        assert prepared.spacing_mm == expected.spacing_mm
         pids.add(child(sandbox).pid)
     assert len(pids) == 1
 
 
-def test_a_refusal_half_way_leaves_the_child_fit_for_the_next(sandbox: Sandbox) -> None:
+def test_refusal_before_the_last_object_leaves_the_child_usable(sandbox: Sandbox) -> None:
     broken = [slices()[0], b"no DICOM", *slices()[2:]]
     pid = child(sandbox).pid
     with pytest.raises(StudyError, match="no DICOM header"):
@@ -64,10 +70,10 @@ def test_a_refusal_half_way_leaves_the_child_fit_for_the_next(sandbox: Sandbox) 
     assert child(sandbox).pid == pid
 
 
-def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(
+def test_child_that_stops_reading_times_out(
     sandbox: Sandbox,
 ) -> None:
-    """It stops in the middle of a series that fits no pipe: nobody waits for it but for the time that a series has."""
+    """It stops in the middle of a series larger than the pipe; the parent waits only timeout_s."""
     process, timeout_s = child(sandbox), sandbox.limits.timeout_s
 
     def chunks() -> Iterator[bytes]:
@@ -82,14 +88,18 @@ def test_a_child_that_reads_no_further_is_ended_however_much_is_still_to_send(
     assert sandbox("dicom", [[data] for data in slices()]).num_slices == 12
 
 
-def test_a_child_that_dies_at_its_start_is_started_once_more(
+def test_child_that_dies_at_its_start_is_started_again(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
     def child_code() -> str:
         tried.append(1)
-        return "import sys; sys.exit(3)" if len(tried) == 1 else module.CODE.format(module.DECODER)
+        return (
+            "import sys; sys.exit(3)"
+            if len(tried) == 1
+            else process_module.CODE.format(module.DECODER)
+        )
 
     started = subprocess.Popen
     monkeypatch.setattr(
@@ -101,26 +111,36 @@ def test_a_child_that_dies_at_its_start_is_started_once_more(
     assert len(tried) == 2
 
 
-def test_the_child_has_no_secret_and_can_open_write_and_grow_no_more(sandbox: Sandbox) -> None:
+def test_child_has_no_secret_and_cannot_open_write_or_grow(sandbox: Sandbox) -> None:
     process = child(sandbox)
     assert "CANARY" not in str(process.environ())
-    assert {"LANG", "OMP_NUM_THREADS"} <= set(process.environ()) <= {
-        "LANG", "LC_CTYPE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX",
-        "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
-    }  # fmt: skip
+    assert (
+        {"LANG", "OMP_NUM_THREADS"}
+        <= set(process.environ())
+        <= {
+            "LANG",
+            "LC_CTYPE",
+            "OMP_NUM_THREADS",
+            "OPENBLAS_NUM_THREADS",
+            "LD_LIBRARY_PATH",
+            "MALLOC_ARENA_MAX",
+            "MALLOC_MMAP_THRESHOLD_",
+            "MALLOC_TRIM_THRESHOLD_",
+        }
+    )
     limits = {
         line[:25].strip(): line[26:46].strip()
         for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
     }
     assert (
         limits["Max open files"] == "0"
-    )  # none, not one more than there are: one that is closed is free again
+    )  # 0, not the next number: a closed descriptor would be free again
     assert (limits["Max file size"], limits["Max core file size"]) == ("0", "0")
     assert int(limits["Max address space"]) < process.memory_info().vms + (513 << 20)
 
 
-def test_what_needs_more_memory_than_allowed_is_too_large() -> None:
-    """A header that keeps its word: 1024 x 1024 x 400 voxels of zeros, less than a megabyte as gzip."""
+def test_series_that_needs_more_memory_than_allowed_is_too_large() -> None:
+    """A truthful header: 1024 x 1024 x 400 voxels of zeros, less than a megabyte as gzip."""
     sandbox = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=60))
     header = bytearray(plain_nifti()[:352])
     header[40:48] = np.array([3, 1024, 1024, 400], "<i2").tobytes()
@@ -140,8 +160,8 @@ def test_what_needs_more_memory_than_allowed_is_too_large() -> None:
         (signal.SIGKILL, StudyError, "died of this input, signal 9"),
         (signal.SIGSTOP, StudyTimeoutError, "longer than 3 s"),
     ],
-)  # fmt: skip
-def test_a_child_that_dies_or_hangs_is_an_answer(
+)
+def test_child_that_dies_is_decode_crash_and_that_hangs_is_timeout(
     sandbox: Sandbox, sent: signal.Signals, expected: type[Exception], message: str
 ) -> None:
     """The signal comes when the input is half in."""
@@ -159,36 +179,36 @@ def test_a_child_that_dies_or_hangs_is_an_answer(
 
 
 def test_no_child_is_left_behind() -> None:
-    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
-    process = child(found)
+    decoder = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
+    process = child(decoder)
     before = threading.active_count()
-    found.close()
+    decoder.close()
     assert not process.is_running()
     assert threading.active_count() <= before
 
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Sandbox]:
-    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=1024, timeout_s=20))
-    yield found
-    found.close()
+    decoder = Sandbox(WINDOW, 2.5, Limits(memory_mib=1024, timeout_s=20))
+    yield decoder
+    decoder.close()
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_odd_but_sound_input_is_decoded_behind_the_doors(name: str, warm: Sandbox) -> None:
+def test_odd_but_sound_input_is_decoded_in_the_sandbox(name: str, warm: Sandbox) -> None:
     check_decoded(warm, name[:5].rstrip(), list(CONTROLS[name]().values()))
 
 
 @pytest.mark.parametrize("syntax", [*ENCODERS, RLELossless])
-def test_every_syntax_is_decoded_behind_the_doors(syntax: str, warm: Sandbox) -> None:
+def test_every_syntax_is_decoded_in_the_sandbox(syntax: str, warm: Sandbox) -> None:
     check_decoded(warm, "dicom", encoded(slices(), syntax))
 
 
 def check_decoded(sandbox: Sandbox, source_format: str, objects: list[bytes]) -> None:
-    found = sandbox(source_format, [[data] for data in objects])
+    prepared = sandbox(source_format, [[data] for data in objects])
     expected = decode.prepare(source_format, objects, WINDOW, 2.5)
-    np.testing.assert_array_equal(found.slices, expected.slices)
-    assert (found.masks, found.qc_flags) == (expected.masks, expected.qc_flags)
+    np.testing.assert_array_equal(prepared.slices, expected.slices)
+    assert (prepared.masks, prepared.qc_flags) == (expected.masks, expected.qc_flags)
 
 
 def half_way(act: Callable[[], object]) -> Iterator[list[bytes]]:
@@ -199,7 +219,7 @@ def half_way(act: Callable[[], object]) -> Iterator[list[bytes]]:
         yield [data]
 
 
-def test_second_thread_is_refused_and_the_first_gets_its_own_answer(sandbox: Sandbox) -> None:
+def test_second_thread_is_refused_and_the_first_gets_its_answer(sandbox: Sandbox) -> None:
     """Two threads that write into one child read each other's answers: a patient's for another."""
     refused = []
 
@@ -208,9 +228,9 @@ def test_second_thread_is_refused_and_the_first_gets_its_own_answer(sandbox: San
             error = other.submit(sandbox, "nifti", [[gz(plain_nifti())]]).exception(timeout=20)
             refused.append(error)
 
-    found = sandbox("dicom", half_way(enter))
+    prepared = sandbox("dicom", half_way(enter))
     np.testing.assert_array_equal(
-        found.slices, decode.prepare("dicom", slices(), WINDOW, 2.5).slices
+        prepared.slices, decode.prepare("dicom", slices(), WINDOW, 2.5).slices
     )
     assert isinstance(refused[0], RuntimeError)
     assert "two threads use one sandbox" in str(refused[0])
@@ -234,9 +254,9 @@ def test_closed_sandbox_ends_the_series_that_is_being_sent_and_takes_no_other(
 
 
 def test_closed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
-    """The child is stopped with all of a series in its pipe, so that nothing but the kill can end the wait."""
-    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=600))
-    process = child(found)
+    """The child is stopped with all of a series in its pipe: only the kill ends the wait."""
+    decoder = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=600))
+    process = child(decoder)
     waiting = threading.Event()
 
     def objects() -> Iterator[list[bytes]]:
@@ -245,27 +265,37 @@ def test_closed_sandbox_ends_a_thread_that_waits_for_the_answer() -> None:
         waiting.set()
 
     with ThreadPoolExecutor(1) as other:
-        answer = other.submit(found, "dicom", objects())
+        answer = other.submit(decoder, "dicom", objects())
         assert waiting.wait(60)
-        found.close()
+        decoder.close()
         assert isinstance(answer.exception(timeout=60), SandboxClosedError)
     assert not process.is_running()
 
 
 def test_close_while_the_child_starts_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
-    started, killers, processes = module._started, [], []
+    decoder = Sandbox(WINDOW, 2.5, Limits(memory_mib=512, timeout_s=3))
+    started, killers, processes = process_module.start_process, [], []
 
     def start_and_kill(*arguments: object) -> "subprocess.Popen[bytes]":
         process = started(*arguments)  # type: ignore[arg-type]
         processes.append(process)
-        killers.append(threading.Thread(target=found.close))
+        killers.append(threading.Thread(target=decoder.close))
         killers[-1].start()
         return process
 
-    monkeypatch.setattr(module, "_started", start_and_kill)
+    monkeypatch.setattr(module, "start_process", start_and_kill)
     with pytest.raises(SandboxClosedError, match="closed"):
-        found("dicom", [[data] for data in slices()])
+        decoder("dicom", [[data] for data in slices()])
     killers[0].join()
     assert len(processes) == 1
     assert processes[0].returncode == -signal.SIGKILL
+
+
+def test_warm_up_data_is_that_of_the_phantoms() -> None:
+    data = resources.files("covtanet.decoding").joinpath("warm_up.zip").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        stored = {name: archive.read(name) for name in archive.namelist()}
+    expected = warm_up_files()
+    for files in (stored, expected):
+        files["chest.nii.gz"] = gzip.decompress(files["chest.nii.gz"])
+    assert stored == expected

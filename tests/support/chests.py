@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import LPS_TO_RAS
-from covtanet.phantoms.archive import dicom_objects, nifti_grid
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 PIXELS, ITEM, SEQUENCE_END = (

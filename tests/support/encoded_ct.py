@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
 from covtanet.ct import nifti
-from covtanet.phantoms.archive import nifti_grid
+from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import Phantom
 
 

@@ -17,7 +17,7 @@ import atheris
 with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
     from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
 
-    from covtanet.ct import dicom, dicom_head, nifti
+    from covtanet.ct import dicom, dicom_headers, nifti
     from covtanet.errors import StudyError
 
 MEMORY_MIB = 6144
@@ -34,7 +34,7 @@ def read_nifti(data: bytes) -> None:
 
 def read_dicom(data: bytes) -> None:
     """Read an object in place of a sound one, and its header as the listing does."""
-    dicom_head.read_identity(data[:4096])
+    dicom_headers.read_identity(data[:4096])
     try:
         dicom.read_series([*slices()[:3], data, *slices()[4:]])
     except (StudyError, MemoryError):

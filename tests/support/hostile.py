@@ -26,8 +26,9 @@ from pydicom.uid import (
 )
 
 from covtanet.ct import nifti
-from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects, nifti_grid
 from covtanet.phantoms.bombs import empty_items
+from covtanet.phantoms.damage import DICOM_DAMAGE, OTHER_DAMAGE
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 FAR_SEGMENTS = struct.pack("<16I", 2, 64, 1 << 30, *[0] * 13)
@@ -190,7 +191,7 @@ def deflated(bomb: int = 0) -> Objects:
         dataset.save_as(buffer, enforce_file_format=True)
         out.append(buffer.getvalue())
     if bomb:
-        from covtanet.ct.dicom_head import transfer_syntax
+        from covtanet.ct.dicom_headers import transfer_syntax
 
         start = transfer_syntax(out[0])[1]
         stream = zlib.compressobj(9, zlib.DEFLATED, -15)

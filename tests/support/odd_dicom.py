@@ -16,6 +16,7 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 from covtanet.ct import dicom
 from covtanet.ct.volume import Volume
 from covtanet.errors import QcFlag, StudyError
+from covtanet.phantoms.dicom_writer import write_series
 
 Change = Callable[[int, FileDataset], None]
 STEP_MM, NUM_SLICES, SIZE = 18.0, 12, 64
@@ -165,9 +166,7 @@ def reformatted(plane: str) -> list[FileDataset]:
     affine[:3, 0] /= 3
     order = {"coronal": (1, 0, 2), "sagittal": (2, 0, 1)}[plane]
     stack = affine[:, [*order, 3]]
-    objects = dicom.write_series(
-        np.transpose(hu, order), stack, study_uid="1.2", series_uid="1.2.3"
-    )
+    objects = write_series(np.transpose(hu, order), stack, study_uid="1.2", series_uid="1.2.3")
     return [pydicom.dcmread(BytesIO(data)) for data in objects]
 
 

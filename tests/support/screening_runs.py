@@ -14,7 +14,8 @@ from saved_models import small_model
 
 from covtanet.ledger.diff import differences
 from covtanet.model.checkpoint import save_model
-from covtanet.phantoms.archive import configs, write_archive
+from covtanet.phantoms.archive import write_archive
+from covtanet.phantoms.sampling import configs
 from infra.local.jobs import Job, start_job
 
 DATE = "2026-11-23"

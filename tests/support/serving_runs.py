@@ -21,8 +21,9 @@ from slow_door import SlowDoor
 from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.model.checkpoint import save_model
-from covtanet.phantoms.archive import configs, dicom_objects, nifti_grid
+from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
+from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config
 from infra.local.services import free_ports
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from covtanet.archive import manifest
-from covtanet.ct import dicom_head
+from covtanet.ct import dicom_headers
 from covtanet.ct.window import WindowConfig
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig
@@ -24,7 +24,7 @@ def manifest_rows(archive: Path) -> list[dict[str, Any]]:
             folder,
             objects,
             lambda path, size: read_bytes(f"{archive}/{path}", size),
-            dicom_head.read_identities,
+            dicom_headers.read_identities,
         )
         rows += [series.to_row() for series in found]
     return rows

@@ -12,7 +12,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from covtanet.phantoms.archive import configs
+from covtanet.phantoms.sampling import configs
 from infra.local.jobs import Job, start_job
 
 # A continued training sums the same numbers in the same order as an undisturbed one; only a thread

@@ -20,7 +20,7 @@ ALLOWED = {
     "storage": set(),
     "ct": set(),
     "model": set(),
-    "drawing": {"ct", "decoding.prepare"},
+    "drawing": {"ct", "decoding.stored_masks"},
     "archive": {"ct", "storage"},
     "decoding": {"ct"},
     "inference": {"ct", "model"},
@@ -78,6 +78,7 @@ ALLOWED = {
     },
     "config": {"screening.config", "training.config"},
     "alerts": set(),
+    "api": {"ct", "inference", "ledger", "model", "screening"},
     "commands": {
         "alerts",
         "config",

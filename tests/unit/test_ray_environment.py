@@ -1,4 +1,4 @@
-"""What a job asks of Ray before it joins a cluster."""
+"""Checks of Ray's environment before a job joins a cluster."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from covtanet.errors import ConfigError
 @pytest.mark.parametrize(
     "address", ["", "local", "127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:1"]
 )
-def test_ray_on_this_machine_is_joined_without_a_token_mode(address: str) -> None:
+def test_local_ray_is_joined_without_token(address: str) -> None:
     check_ray_environment({"RAY_ADDRESS": address})
 
 
 @pytest.mark.parametrize(
     "address", ["10.0.0.5:6379", "head:6379", "ray://head:10001", "auto", "127.0.0.1.evil:1", "]["]
 )
-def test_ray_on_the_network_wants_token_mode(address: str) -> None:
+def test_ray_on_the_network_needs_token_mode(address: str) -> None:
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": ""}):
         with pytest.raises(ConfigError, match="expected RAY_AUTH_MODE=token"):
             check_ray_environment({"RAY_ADDRESS": address, **mode})
@@ -35,7 +35,7 @@ def test_ray_on_the_network_wants_token_mode(address: str) -> None:
         "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
     ],
 )
-def test_ray_data_that_unpickles_what_it_reads_is_refused(name: str) -> None:
+def test_ray_data_with_unpickling_switch_is_refused(name: str) -> None:
     for value in ("1", "true", "True", "yes"):
         with pytest.raises(ConfigError, match=f"{name} is set, expected unset"):
             check_ray_environment({name: value})
@@ -54,7 +54,7 @@ def test_screening_does_not_join_an_open_cluster(
     assert screen.main() == 3
 
 
-def test_token_file_that_others_can_read_is_closed(
+def test_token_file_that_others_can_read_gets_mode_0600(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What counts as a series: folders of objects to manifest rows."""
+"""The manifest: folders of objects to rows, one per series."""
 
 import hashlib
 from collections import Counter
@@ -11,15 +11,15 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from covtanet.archive.manifest import (
-    HEAD_BYTES,
     Series,
     flag_repeated,
     join_by_uid,
     scan_folder,
     series_from_row,
 )
-from covtanet.ct import dicom_head
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.archive.object_kinds import HEADER_BYTES
+from covtanet.ct import dicom_headers
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.storage import ObjectInfo
 
@@ -30,7 +30,7 @@ def scan(objects: dict[str, bytes], folder: str = "a/") -> tuple[list[Series], l
     def read_head(path: str, num_bytes: int) -> bytes:
         return objects[path.removeprefix(folder)][:num_bytes]
 
-    return scan_folder(folder, infos, read_head, dicom_head.read_identities)
+    return scan_folder(folder, infos, read_head, dicom_headers.read_identities)
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +38,40 @@ def series_objects(mild: Phantom) -> list[bytes]:
     return dicom_objects(mild, 5)[:3]
 
 
-def test_nifti_objects_are_series_each() -> None:
-    found, ignored = scan({"one.nii": b"", "two.NII.GZ": b""})
-    assert [(each.source_path, each.source_format) for each in found] == [
+def test_each_nifti_object_is_a_series() -> None:
+    series, ignored = scan({"one.nii": b"", "two.NII.GZ": b""})
+    assert [(item.source_path, item.source_format) for item in series] == [
         ("a/one.nii", "nifti"),
         ("a/two.NII.GZ", "nifti"),
     ]
     assert ignored == []
 
 
-def test_dicom_objects_are_a_series_whatever_their_names(series_objects: list[bytes]) -> None:
+def test_dicom_objects_of_any_name_are_one_series(series_objects: list[bytes]) -> None:
     names = ["IM0001", "x.dcm", "scan.bin"]
-    found, ignored = scan(dict(zip(names, series_objects, strict=True)))
-    assert len(found) == 1
-    assert found[0].source_path == "a/"
-    assert [item.path for item in found[0].objects] == ["a/IM0001", "a/scan.bin", "a/x.dcm"]
+    series, ignored = scan(dict(zip(names, series_objects, strict=True)))
+    assert len(series) == 1
+    assert series[0].source_path == "a/"
+    assert [member.path for member in series[0].objects] == ["a/IM0001", "a/scan.bin", "a/x.dcm"]
     assert ignored == []
 
 
-def test_mixed_series_are_told_apart(series_objects: list[bytes], mild: Phantom) -> None:
+def test_mixed_series_of_a_folder_are_separated(series_objects: list[bytes], mild: Phantom) -> None:
     other = dicom_objects(mild, 6)[0]
-    found, _ = scan({"1": series_objects[0], "2": other, "3": series_objects[1]})
-    assert sorted(len(each.objects) for each in found) == [1, 2]
-    assert len({each.series_key for each in found}) == 2
+    series, _ = scan({"1": series_objects[0], "2": other, "3": series_objects[1]})
+    assert sorted(len(item.objects) for item in series) == [1, 2]
+    assert len({item.series_key for item in series}) == 2
 
 
-def test_unreadable_dicom_is_a_row_of_its_own() -> None:
-    found, _ = scan({"empty.dcm": b"", "text.ima": b"hello", "cut.dicom": bytes(128) + b"DICM\x02"})
-    assert [(each.reason, each.series_uid) for each in found] == [("unreadable", None)] * 3
+def test_unreadable_dicom_is_a_separate_row() -> None:
+    series, _ = scan(
+        {"empty.dcm": b"", "text.ima": b"hello", "cut.dicom": bytes(128) + b"DICM\x02"}
+    )
+    assert [(item.reason, item.series_uid) for item in series] == [("unreadable", None)] * 3
 
 
 def test_containers_are_rows_and_the_rest_is_ignored(series_objects: list[bytes]) -> None:
-    found, ignored = scan(
+    series, ignored = scan(
         {
             "a.zip": b"PK",
             "b.tar.gz": b"",
@@ -78,7 +80,7 @@ def test_containers_are_rows_and_the_rest_is_ignored(series_objects: list[bytes]
             "DICOMDIR": series_objects[0],
         }
     )
-    assert [each.reason for each in found] == ["container"] * 3
+    assert [item.reason for item in series] == ["container"] * 3
     assert [item.path for item in ignored] == ["a/notes.txt", "a/DICOMDIR"]
 
 
@@ -86,34 +88,45 @@ APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X        " + bytes(200)
 
 
 @pytest.mark.parametrize("content", [APPLE, b"", bytes(4096), b"not what a Mac writes"])
-def test_what_a_mac_leaves_beside_its_files_is_ignored(
-    content: bytes, series_objects: list[bytes]
-) -> None:
-    names = ["._IM0.dcm", "._IM1", "._scan.nii.gz", "._scan.nii", "._all.zip", "__MACOSX/._IM0.dcm", "._DICOMDIR",
-             "__MACOSX/scan.nii.gz", ".AppleDouble/IM0.dcm", ".AppleDouble/scan.nii.gz"]  # fmt: skip
-    found, ignored = scan({"IM0.dcm": series_objects[0], **dict.fromkeys(names, content)})
-    assert [each.source_path for each in found] == ["a/"]
+def test_apple_double_files_are_ignored(content: bytes, series_objects: list[bytes]) -> None:
+    names = [
+        "._IM0.dcm",
+        "._IM1",
+        "._scan.nii.gz",
+        "._scan.nii",
+        "._all.zip",
+        "__MACOSX/._IM0.dcm",
+        "._DICOMDIR",
+        "__MACOSX/scan.nii.gz",
+        ".AppleDouble/IM0.dcm",
+        ".AppleDouble/scan.nii.gz",
+    ]
+    series, ignored = scan({"IM0.dcm": series_objects[0], **dict.fromkeys(names, content)})
+    assert [item.source_path for item in series] == ["a/"]
     assert [item.path for item in ignored] == [f"a/{name}" for name in names]
 
 
 def test_apple_double_file_of_any_name_is_ignored() -> None:
     """As an upload loses its names."""
-    found, ignored = scan({"000001.dcm": APPLE, "000002": APPLE})
-    assert found == []
+    series, ignored = scan({"000001.dcm": APPLE, "000002": APPLE})
+    assert series == []
     assert len(ignored) == 2
 
 
-def test_files_that_systems_leave_are_ignored() -> None:
+def test_system_files_are_ignored() -> None:
     junk = {
-        ".DS_Store": b"\0\0\0\1Bud1" + bytes(6000), "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(600), "empty": b"",
-        "desktop.ini": b"[.ShellClassInfo]", "IM0.dcm:Zone.Identifier": b"[ZoneTransfer]",
-    }  # fmt: skip
-    found, ignored = scan(junk)
-    assert found == []
+        ".DS_Store": b"\0\0\0\1Bud1" + bytes(6000),
+        "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(600),
+        "empty": b"",
+        "desktop.ini": b"[.ShellClassInfo]",
+        "IM0.dcm:Zone.Identifier": b"[ZoneTransfer]",
+    }
+    series, ignored = scan(junk)
+    assert series == []
     assert len(ignored) == len(junk)
 
 
-def test_dicom_or_nifti_content_under_a_name_of_a_mac_is_a_series(
+def test_dicom_or_nifti_content_under_an_apple_double_name_is_a_series(
     series_objects: list[bytes],
 ) -> None:
     nifti = (348).to_bytes(4, "little") + bytes(348)
@@ -123,18 +136,18 @@ def test_dicom_or_nifti_content_under_a_name_of_a_mac_is_a_series(
         "._a.nii": nifti,
         "._b.nii.gz": b"\x1f\x8b",
     }
-    found, ignored = scan(odd)
-    counts = {each.source_path: len(each.objects) for each in found}
+    series, ignored = scan(odd)
+    counts = {item.source_path: len(item.objects) for item in series}
     assert counts == {"a/._a.nii": 1, "a/._b.nii.gz": 1, "a/": 2}
     assert ignored == []
 
 
-def test_file_of_a_mac_that_vanishes_is_ignored() -> None:
+def test_apple_double_file_that_vanishes_is_ignored() -> None:
     def read_head(path: str, num_bytes: int) -> bytes:
         raise FileNotFoundError("gone")
 
     item = ObjectInfo("a/._IM0.dcm", 100, "v1")
-    assert scan_folder("a/", [item], read_head, dicom_head.read_identities) == ([], [item])
+    assert scan_folder("a/", [item], read_head, dicom_headers.read_identities) == ([], [item])
 
 
 def directory() -> bytes:
@@ -148,17 +161,17 @@ def directory() -> bytes:
     "name", ["DICOMDIR", "dicomdir", "DicomDir.dcm", "DICOMDIR.;1", "DICOMDIR;1", "dicomdir.ima"]
 )
 @pytest.mark.parametrize("cut", [0, 132, 3000])
-def test_directory_of_a_cd_is_ignored(name: str, cut: int) -> None:
-    """With a preamble, without one, or nothing of it."""
-    found, ignored = scan({name: directory()[cut:]})
-    assert found == []
+def test_dicomdir_is_ignored(name: str, cut: int) -> None:
+    """With a preamble, without one, or without magic and file meta."""
+    series, ignored = scan({name: directory()[cut:]})
+    assert series == []
     assert len(ignored) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 132])
-def test_directory_of_any_name_is_ignored(cut: int) -> None:
-    found, ignored = scan({"index.dcm": directory()[cut:], "DICOMDIR.bak": directory()[cut:]})
-    assert found == []
+def test_dicomdir_of_any_name_is_ignored(cut: int) -> None:
+    series, ignored = scan({"index.dcm": directory()[cut:], "DICOMDIR.bak": directory()[cut:]})
+    assert series == []
     assert len(ignored) == 2
 
 
@@ -166,7 +179,7 @@ def test_directory_of_any_name_is_ignored(cut: int) -> None:
 
 
 def rewritten(data: bytes, syntax: str, *, meta: bool) -> bytes:
-    """An object in another encoding, without a preamble and, unless asked for, without file meta."""
+    """An object in another encoding, without preamble and, by default, without file meta."""
     is_implicit, is_little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
     dataset, fresh, buffer = pydicom.dcmread(BytesIO(data)), Dataset(), BytesIO()
     for item in dataset:
@@ -177,7 +190,7 @@ def rewritten(data: bytes, syntax: str, *, meta: bool) -> bytes:
         buffer, implicit_vr=is_implicit, little_endian=is_little, enforce_file_format=True
     )
     whole = buffer.getvalue()
-    return whole[132 if meta else dicom_head.transfer_syntax(whole)[1] :]
+    return whole[132 if meta else dicom_headers.transfer_syntax(whole)[1] :]
 
 
 @pytest.mark.parametrize("suffix", ["", ".dcm"])
@@ -192,41 +205,45 @@ def test_objects_without_preamble_are_grouped_by_series(
         rewritten(data, syntax, meta=meta)
         for data in [*series_objects, *dicom_objects(mild, 6)[:2]]
     ]
-    found, ignored = scan({f"IM{index}{suffix}": data for index, data in enumerate(bare)})
-    assert [(each.source_format, each.reason, len(each.objects)) for each in found] == [
-        ("dicom", None, 3), ("dicom", None, 2)
-    ]  # fmt: skip
+    series, ignored = scan({f"IM{index}{suffix}": data for index, data in enumerate(bare)})
+    assert [(item.source_format, item.reason, len(item.objects)) for item in series] == [
+        ("dicom", None, 3),
+        ("dicom", None, 2),
+    ]
     assert ignored == []
     (whole,) = scan({"IM0": series_objects[0]})[0]
-    assert (found[0].series_uid, found[0].study_uid) == (whole.series_uid, whole.study_uid)
+    assert (series[0].series_uid, series[0].study_uid) == (whole.series_uid, whole.study_uid)
 
 
 def test_objects_with_and_without_preamble_are_one_series(series_objects: list[bytes]) -> None:
-    found, _ = scan(
+    series, _ = scan(
         {"1": series_objects[0], "2": series_objects[1][132:], "3.dcm": series_objects[2][128:]}
     )
-    assert [len(each.objects) for each in found] == [3]
+    assert [len(item.objects) for item in series] == [3]
 
 
-def test_other_files_than_dicom_are_told_apart_by_their_first_bytes() -> None:
+def test_other_files_than_dicom_are_recognized_by_their_first_bytes() -> None:
     rng = np.random.default_rng(0)
     others = {f"random{index}": rng.bytes(500) for index in range(2000)}
     others |= {
-        "text": b"The quick brown fox.\n" * 50, "utf16": "Befund der Untersuchung".encode("utf-16"),
+        "text": b"The quick brown fox.\n" * 50,
+        "utf16": "Befund der Untersuchung".encode("utf-16"),
         "zeros": bytes(999),
-        "group 8 alone": b"\x08\0" + rng.bytes(500), "group 8 of text": b"\x08\0\x05\0" + b"x" * 500,
+        "group 8 alone": b"\x08\0" + rng.bytes(500),
+        "group 8 of text": b"\x08\0\x05\0" + b"x" * 500,
         "falling tags": b"\x08\0\x16\0UI\x02\x001\0\x08\0\x05\0CS\x02\0AB" + bytes(99),
-        "unknown VR": b"\x08\0\x05\0ZZ\x02\0AB" + bytes(99), "magic of nothing": b"DICM" + b"x" * 99,
+        "unknown VR": b"\x08\0\x05\0ZZ\x02\0AB" + bytes(99),
+        "magic of nothing": b"DICM" + b"x" * 99,
         "dicom of no series": b"\x08\0\x05\0CS\x0a\0ISO_IR 100\x08\0\x60\0CS\x02\0CT",
-    }  # fmt: skip
-    found, ignored = scan(others)
-    assert found == []
+    }
+    series, ignored = scan(others)
+    assert series == []
     assert len(ignored) == len(others)
-    found, _ = scan({f"{name}.dcm": data for name, data in list(others.items())[-12:]})
-    assert {each.reason for each in found} == {"unreadable"}
+    series, _ = scan({f"{name}.dcm": data for name, data in list(others.items())[-12:]})
+    assert {item.reason for item in series} == {"unreadable"}
 
 
-def test_header_of_an_object_without_preamble_is_read_further_if_it_is_long(
+def test_long_header_without_preamble_is_read_further(
     series_objects: list[bytes],
 ) -> None:
     bare = series_objects[0][132:]
@@ -234,11 +251,11 @@ def test_header_of_an_object_without_preamble_is_read_further_if_it_is_long(
     note = (
         b"\x09\0\x10\0LO\x04\0NOTE"
         + b"\x09\0\x01\x10OB\0\0"
-        + (HEAD_BYTES * 2).to_bytes(4, "little")
+        + (HEADER_BYTES * 2).to_bytes(4, "little")
     )
-    found, _ = scan({"IM0": bare[:at] + note + bytes(HEAD_BYTES * 2) + bare[at:]})
-    assert [each.reason for each in found] == [None]
-    assert found[0].series_uid == scan({"IM0": bare})[0][0].series_uid
+    series, _ = scan({"IM0": bare[:at] + note + bytes(HEADER_BYTES * 2) + bare[at:]})
+    assert [item.reason for item in series] == [None]
+    assert series[0].series_uid == scan({"IM0": bare})[0][0].series_uid
 
 
 def test_series_key_follows_from_path_and_uid() -> None:
@@ -248,9 +265,9 @@ def test_series_key_follows_from_path_and_uid() -> None:
     assert one.series_key != other.series_key
 
 
-def test_rows_come_back_as_series(series_objects: list[bytes]) -> None:
-    found, _ = scan({"1": series_objects[0]})
-    assert series_from_row(found[0].to_row()) == found[0]
+def test_series_survive_as_rows(series_objects: list[bytes]) -> None:
+    series, _ = scan({"1": series_objects[0]})
+    assert series_from_row(series[0].to_row()) == series[0]
 
 
 def test_source_version_changes_with_an_object(series_objects: list[bytes]) -> None:
@@ -272,12 +289,12 @@ def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(
     item = ObjectInfo("a/1", 1 << 20, "v1")
 
     def read_head(path: str, num_bytes: int) -> bytes:
-        if num_bytes > HEAD_BYTES:
+        if num_bytes > HEADER_BYTES:
             raise FileNotFoundError("gone")
         return bytes(128) + b"DICM"
 
-    found, ignored = scan_folder("a/", [item], read_head, dicom_head.read_identities)
-    assert [(each.source_path, each.source_format, each.reason) for each in found] == [
+    series, ignored = scan_folder("a/", [item], read_head, dicom_headers.read_identities)
+    assert [(item.source_path, item.source_format, item.reason) for item in series] == [
         ("a/1", "other", None)
     ]
     assert ignored == []
@@ -291,15 +308,15 @@ def test_many_objects_of_every_kind_keep_their_order_and_their_series(
     objects |= (
         {f"{k:03d}.nii": b"" for k in range(0, 200, 50)} | {"070.dcm": b"no"} | {"071.txt": b"no"}
     )
-    found, ignored = scan(dict(sorted(objects.items())))
-    assert [each.source_path for each in found[:-1]] == [
+    series, ignored = scan(dict(sorted(objects.items())))
+    assert [item.source_path for item in series[:-1]] == [
         "a/000.nii",
         "a/050.nii",
         "a/070.dcm",
         "a/100.nii",
         "a/150.nii",
     ]
-    assert len(found[-1].objects) == 200
+    assert len(series[-1].objects) == 200
     assert [item.path for item in ignored] == ["a/071.txt"]
 
 

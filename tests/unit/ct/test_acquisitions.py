@@ -1,4 +1,4 @@
-"""Acquisitions under one series UID: end to end they are one stack, interleaved they are refused."""
+"""Acquisitions of one series UID: end to end they are one stack, interleaved they are refused."""
 
 from collections.abc import Callable
 
@@ -51,10 +51,16 @@ MIXED: dict[str, Callable[[], list[FileDataset]]] = {
         sets(ConvolutionKernel=["Br40d", "3"]), sets(ConvolutionKernel=["Br40d", "4"])
     ),
     "filter": lambda: interleaved(sets(FilterType="BODY"), sets(FilterType="LUNG")),
-    "acquisition UID": lambda: interleaved(sets(AcquisitionUID="1.2.8"), sets(AcquisitionUID="1.2.9")),
-    "event": lambda: interleaved(sets(IrradiationEventUID="1.2.8"), sets(IrradiationEventUID="1.2.9")),
+    "acquisition UID": lambda: interleaved(
+        sets(AcquisitionUID="1.2.8"), sets(AcquisitionUID="1.2.9")
+    ),
+    "event": lambda: interleaved(
+        sets(IrradiationEventUID="1.2.8"), sets(IrradiationEventUID="1.2.9")
+    ),
     "voltage": lambda: interleaved(sets(KVP="80"), sets(KVP="140")),
-    "phase": lambda: interleaved(sets(TemporalPositionIdentifier=1), sets(TemporalPositionIdentifier=2)),
+    "phase": lambda: interleaved(
+        sets(TemporalPositionIdentifier=1), sets(TemporalPositionIdentifier=2)
+    ),
     "kernel, offset by a tenth": lambda: interleaved(
         sets(ConvolutionKernel="B30f"), sets(ConvolutionKernel="B70f"), offset_mm=1.8
     ),
@@ -79,31 +85,42 @@ MIXED: dict[str, Callable[[], list[FileDataset]]] = {
         sets(AcquisitionTime=clock(20, 0.5), AcquisitionDate="20200102"),
     ),
     "date and time": lambda: interleaved(
-        sets(AcquisitionDateTime="20200101101500.0"), sets(AcquisitionDateTime="20200101101530.0+0100")
+        sets(AcquisitionDateTime="20200101101500.0"),
+        sets(AcquisitionDateTime="20200101101530.0+0100"),
     ),
     "the same time of two days": lambda: interleaved(
         sets(AcquisitionTime=clock(36000), AcquisitionDate="20200101"),
         sets(AcquisitionTime=clock(36000), AcquisitionDate="20200105"),
     ),
-    "content time of each": lambda: interleaved(sets(ContentTime=clock(36000)), sets(ContentTime=clock(36030))),
+    "content time of each": lambda: interleaved(
+        sets(ContentTime=clock(36000)), sets(ContentTime=clock(36030))
+    ),
     "content time per slice": lambda: interleaved(
         sets(ContentTime=clock(36000, 1)), sets(ContentTime=clock(36012, 1))
     ),
-    "every third slice by number": lambda: one_of_three(lambda group: {"AcquisitionNumber": 1 + group}),
-    "every third slice by kernel": lambda: one_of_three(lambda group: {"ConvolutionKernel": "AB"[group]}),
-    "every third slice by time": lambda: one_of_three(lambda group: {"AcquisitionTime": clock(36000 + 40 * group)}),
-    "one with missing slices": lambda: interleaved(sets(AcquisitionNumber=1), sets(AcquisitionNumber=2))[:20],
+    "every third slice by number": lambda: one_of_three(
+        lambda group: {"AcquisitionNumber": 1 + group}
+    ),
+    "every third slice by kernel": lambda: one_of_three(
+        lambda group: {"ConvolutionKernel": "AB"[group]}
+    ),
+    "every third slice by time": lambda: one_of_three(
+        lambda group: {"AcquisitionTime": clock(36000 + 40 * group)}
+    ),
+    "one with missing slices": lambda: interleaved(
+        sets(AcquisitionNumber=1), sets(AcquisitionNumber=2)
+    )[:20],
     "one with another pixel spacing": lambda: interleaved(
         sets(AcquisitionNumber=1), sets(AcquisitionNumber=2, PixelSpacing=["5", "5"])
     ),
     "one without a rescale": lambda: interleaved(
         sets(AcquisitionNumber=1), sets(AcquisitionNumber=2, RescaleSlope=None)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_acquisitions_that_interleave_are_refused(name: str) -> None:
+def test_interleaved_acquisitions_are_refused(name: str) -> None:
     assert reason_of(MIXED[name]()) == "mixed_acquisitions"
 
 
@@ -114,34 +131,50 @@ def stack(change: Callable[[int, FileDataset], None]) -> list[FileDataset]:
 
 SHUFFLED = np.random.default_rng(1).permutation(48)
 ONE_STACK: dict[str, Callable[[], list[FileDataset]]] = {
-    "one of all": lambda: stack(sets(AcquisitionNumber=1, AcquisitionTime=clock(36000), ConvolutionKernel="B30f")),
+    "one of all": lambda: stack(
+        sets(AcquisitionNumber=1, AcquisitionTime=clock(36000), ConvolutionKernel="B30f")
+    ),
     "a number per slice": lambda: stack(sets(AcquisitionNumber=lambda k: k)),
     "a number per slice, downwards": lambda: stack(sets(AcquisitionNumber=lambda k: 48 - k)),
     "a time per slice": lambda: stack(sets(AcquisitionTime=clock(36000, 0.4))),
     "a time per slice, downwards": lambda: stack(sets(AcquisitionTime=clock(36000, -0.4))),
-    "a time for four slices each": lambda: stack(sets(AcquisitionTime=lambda k: clock(36000, -1)(k // 4))),
+    "a time for four slices each": lambda: stack(
+        sets(AcquisitionTime=lambda k: clock(36000, -1)(k // 4))
+    ),
     "times over midnight": lambda: stack(sets(AcquisitionTime=clock(86390, 0.5))),
     "times over midnight, downwards": lambda: stack(sets(AcquisitionTime=clock(10, -0.5))),
     "times over midnight with the day": lambda: stack(
-        sets(AcquisitionTime=clock(86390, 0.5), AcquisitionDate=lambda k: "20200101" if k < 20 else "20200102")
+        sets(
+            AcquisitionTime=clock(86390, 0.5),
+            AcquisitionDate=lambda k: "20200101" if k < 20 else "20200102",
+        )
     ),
     "some without a day": lambda: stack(
-        lambda k, one: sets(AcquisitionTime=clock(36000, 0.5), AcquisitionDate="20200101" if k % 2 else "")(k, one)
+        lambda k, one: sets(
+            AcquisitionTime=clock(36000, 0.5), AcquisitionDate="20200101" if k % 2 else ""
+        )(k, one)
     ),
     "some without a time": lambda: stack(
         lambda k, one: sets(AcquisitionTime=clock(36000, 0.5)(k) if k % 3 else "")(k, one)
     ),
-    "some without a number": lambda: stack(lambda k, one: sets(AcquisitionNumber=1)(k, one) if k % 2 else None),
+    "some without a number": lambda: stack(
+        lambda k, one: sets(AcquisitionNumber=1)(k, one) if k % 2 else None
+    ),
     "slabs end to end": lambda: stack(
-        sets(AcquisitionNumber=lambda k: 1 + k // 8, AcquisitionTime=lambda k: clock(36000, 3)(k // 8),
-             IrradiationEventUID=lambda k: f"1.2.{k // 8}")
+        sets(
+            AcquisitionNumber=lambda k: 1 + k // 8,
+            AcquisitionTime=lambda k: clock(36000, 3)(k // 8),
+            IrradiationEventUID=lambda k: f"1.2.{k // 8}",
+        )
     ),
     "slabs, each downwards": lambda: stack(
         sets(AcquisitionTime=lambda k: clock(36000, 0.2)(20 * (k // 8) - k % 8))
     ),
     "a slab taken again": lambda: stack(
-        sets(AcquisitionNumber=lambda k: 9 if k // 8 == 2 else 1 + k // 8,
-             AcquisitionTime=lambda k: clock(36000, 3)(40 if k // 8 == 2 else k // 8))
+        sets(
+            AcquisitionNumber=lambda k: 9 if k // 8 == 2 else 1 + k // 8,
+            AcquisitionTime=lambda k: clock(36000, 3)(40 if k // 8 == 2 else k // 8),
+        )
     ),
     "two halves of two kernels": lambda: stack(
         sets(ConvolutionKernel=lambda k: "AB"[k // 24], KVP=lambda k: ("80", "140")[k // 24])
@@ -153,16 +186,25 @@ ONE_STACK: dict[str, Callable[[], list[FileDataset]]] = {
         sets(IrradiationEventUID=lambda k: f"1.2.{int(k > 27 or (k > 19 and k % 2 == 1))}")
     ),
     "an event per slice": lambda: stack(sets(IrradiationEventUID=lambda k: f"1.2.3.{k}")),
-    "written in parallel": lambda: stack(sets(ContentTime=lambda k: clock(36000, 0.05)(int(SHUFFLED[k])))),
+    "written in parallel": lambda: stack(
+        sets(ContentTime=lambda k: clock(36000, 0.05)(int(SHUFFLED[k])))
+    ),
     "written in any order within two seconds": lambda: stack(
         sets(ContentTime=lambda k: clock(36000, 1)(int(SHUFFLED[k]) % 2))
     ),
-    "written by two workers": lambda: stack(sets(ContentTime=lambda k: clock(36000, 0.1)(k // 2 * 2 + 7 * (k % 2)))),
-    "written odd ones first": lambda: stack(
-        sets(ContentTime=lambda k: clock(36000, 1)(k // 2 + 24 * (k % 2)), AcquisitionTime=clock(36000))
+    "written by two workers": lambda: stack(
+        sets(ContentTime=lambda k: clock(36000, 0.1)(k // 2 * 2 + 7 * (k % 2)))
     ),
-    "times that are none": lambda: stack(sets(AcquisitionTime=lambda k: "99" if k % 2 else "", ContentTime="")),
-}  # fmt: skip
+    "written odd ones first": lambda: stack(
+        sets(
+            ContentTime=lambda k: clock(36000, 1)(k // 2 + 24 * (k % 2)),
+            AcquisitionTime=clock(36000),
+        )
+    ),
+    "times that are none": lambda: stack(
+        sets(AcquisitionTime=lambda k: "99" if k % 2 else "", ContentTime="")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ONE_STACK)
@@ -171,7 +213,7 @@ def test_acquisitions_end_to_end_and_times_per_slice_stay_one_series(name: str) 
     assert reason_of(ONE_STACK[name]()) == ""
 
 
-def test_phases_at_the_same_places_are_duplicate_slices() -> None:
+def test_phases_at_equal_positions_are_duplicate_slices() -> None:
     assert reason_of(phases_at_the_same_places()) == "duplicate_slice"
     assert reason_of(half_at_the_same_places()) == "duplicate_slice"
     nearly = interleaved(sets(AcquisitionNumber=1), sets(AcquisitionNumber=2), offset_mm=0.01)
@@ -191,7 +233,7 @@ def test_acquisitions_of_two_directions_have_no_order() -> None:
     assert reason_of(interleaved(sets(AcquisitionNumber=1), other)) == "mixed_orientation"
 
 
-def test_two_patients_come_before_two_acquisitions() -> None:
+def test_mixed_patients_goes_before_mixed_acquisitions() -> None:
     series = interleaved(sets(AcquisitionNumber=1), sets(AcquisitionNumber=2, PatientID="ANOTHER"))
     assert reason_of(series) == "mixed_patients"
 
@@ -214,7 +256,7 @@ def every_second_frame(group: str, name: str, values: tuple[object, object]) -> 
         ("UnassignedPerFrameConvertedAttributesSequence", "AcquisitionNumber", (1, 2)),
     ],
 )
-def test_frames_of_two_acquisitions_that_interleave_are_refused(
+def test_interleaved_frames_of_two_acquisitions_are_refused(
     group: str, name: str, values: tuple[object, object]
 ) -> None:
     assert reason_of([every_second_frame(group, name, values)]) == "mixed_acquisitions"

@@ -13,14 +13,29 @@ from odd_dicom import (
 )
 from pydicom.dataset import Dataset
 
-from covtanet.ct.contrast import names_agent
+from covtanet.ct.dicom_contrast import names_agent
 
 
 @pytest.mark.parametrize(
     "text",
-    ["HU", "hu", "HU ", "Hounsfield", "HOUNSFIELD UNITS", "Hounsfield Unit(s)", "Hounsfield units (HU)", "houndsfield",
-     "H.U.", "[HU]", "US", "HU_MOD", "UNSPECIFIED", "CT Number", ""],
-)  # fmt: skip
+    [
+        "HU",
+        "hu",
+        "HU ",
+        "Hounsfield",
+        "HOUNSFIELD UNITS",
+        "Hounsfield Unit(s)",
+        "Hounsfield units (HU)",
+        "houndsfield",
+        "H.U.",
+        "[HU]",
+        "US",
+        "HU_MOD",
+        "UNSPECIFIED",
+        "CT Number",
+        "",
+    ],
+)
 def test_rescale_type_that_is_hu_in_words_is_read(text: str) -> None:
     np.testing.assert_array_equal(read(with_values(RescaleType=text)).hu, phantom().hu)
 
@@ -32,7 +47,7 @@ def test_rescale_type_of_other_units_is_not_hu(text: str) -> None:
     assert reason_of(with_values(RescaleType=text)) == "not_hu"
 
 
-def test_rescale_type_is_judged_behind_the_geometry() -> None:
+def test_rescale_type_is_checked_after_the_geometry() -> None:
     assert (
         reason_of(with_values(RescaleType="Z_EFF")[:5] + with_values(RescaleType="Z_EFF")[6:])
         == "missing_slices"
@@ -41,20 +56,59 @@ def test_rescale_type_is_judged_behind_the_geometry() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "NONE", "No", "N", "none.", "NO CONTRAST", "Non-contrast", "NON CONTRAST", "W/O", "w/o contrast", "WITHOUT",
-     "WITHOUT IV CONTRAST", "-", "--", "N/A", "NOT GIVEN", "native", "NATIV", "ohne KM", "sans injection", "C-", "0",
-     "no iv or oral contrast", "UNENHANCED", "sin contraste"],
-)  # fmt: skip
-def test_words_that_no_agent_was_given_are_no_contrast(text: str) -> None:
+    [
+        "",
+        "NONE",
+        "No",
+        "N",
+        "none.",
+        "NO CONTRAST",
+        "Non-contrast",
+        "NON CONTRAST",
+        "W/O",
+        "w/o contrast",
+        "WITHOUT",
+        "WITHOUT IV CONTRAST",
+        "-",
+        "--",
+        "N/A",
+        "NOT GIVEN",
+        "native",
+        "NATIV",
+        "ohne KM",
+        "sans injection",
+        "C-",
+        "0",
+        "no iv or oral contrast",
+        "UNENHANCED",
+        "sin contraste",
+    ],
+)
+def test_words_for_no_contrast_agent_are_not_flagged(text: str) -> None:
     assert not names_agent(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["OMNIPAQUE", "ISOVUE300/100", "yes", "NON IONIC", "Nonionic 100 ml", "NO ORAL, IV OMNIPAQUE", "IV", "ORAL", "CE",
-     "C+", "Contrast", "APPLIED", "IODINE", "Natrium", "Ultravist 370"],
-)  # fmt: skip
-def test_words_that_name_an_agent_are_contrast(text: str) -> None:
+    [
+        "OMNIPAQUE",
+        "ISOVUE300/100",
+        "yes",
+        "NON IONIC",
+        "Nonionic 100 ml",
+        "NO ORAL, IV OMNIPAQUE",
+        "IV",
+        "ORAL",
+        "CE",
+        "C+",
+        "Contrast",
+        "APPLIED",
+        "IODINE",
+        "Natrium",
+        "Ultravist 370",
+    ],
+)
+def test_words_that_name_a_contrast_agent_are_flagged(text: str) -> None:
     assert names_agent(text)
 
 
@@ -68,7 +122,7 @@ def test_contrast_flag_follows_the_words() -> None:
 
 
 def agents(*meanings: str) -> pydicom.Sequence:
-    found = []
+    agents = []
     for number, meaning in enumerate(meanings, 1):
         (agent,) = item(
             CodeValue="1",
@@ -76,8 +130,8 @@ def agents(*meanings: str) -> pydicom.Sequence:
             CodeMeaning=meaning,
             ContrastBolusAgentNumber=number,
         )
-        found.append(agent)
-    return pydicom.Sequence(found)
+        agents.append(agent)
+    return pydicom.Sequence(agents)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +173,7 @@ def test_agents_of_an_enhanced_ct_count_if_they_were_administered(
     assert read([dataset]).qc_flags == (("contrast",) if is_flagged else ())
 
 
-def test_contrast_before_the_first_of_its_frames_is_flagged() -> None:
+def test_contrast_agent_of_the_first_frames_is_flagged() -> None:
     def change(index: int, frame: Dataset) -> None:
         usage = {
             "ContrastBolusAgentNumber": 1,

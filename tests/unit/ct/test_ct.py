@@ -12,7 +12,9 @@ from encoded_ct import ENCODERS, as_nifti, encoded
 from PIL import Image
 from pydicom.uid import RLELossless
 
-from covtanet.ct import dicom, dicom_head, lung, nifti
+from covtanet.ct import dicom, dicom_headers, lung, nifti
+from covtanet.ct.gzip_stream import compress
+from covtanet.ct.hounsfield import check_hu
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.ct.window import (
     WindowConfig,
@@ -24,7 +26,9 @@ from covtanet.ct.window import (
     to_input,
 )
 from covtanet.errors import REJECTION_REASONS, StudyError
-from covtanet.phantoms.archive import DICOM_DAMAGE, OTHER_DAMAGE, dicom_objects
+from covtanet.phantoms.damage import DICOM_DAMAGE, OTHER_DAMAGE
+from covtanet.phantoms.dicom_writer import write_series
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 WINDOW = WindowConfig(size_px=64)
@@ -56,22 +60,20 @@ def test_dicom_affine_points_at_every_slice(mild: Phantom) -> None:
         np.testing.assert_allclose(volume.affine @ [index, 0, 0, 1], [*position, 1], atol=1e-3)
 
 
-def test_prone_dicom_is_turned_on_its_back(mild: Phantom) -> None:
+def test_prone_dicom_is_turned_to_the_canonical_axes(mild: Phantom) -> None:
     flipped = mild.affine.copy()
     flipped[:, 3] = mild.affine @ [0, mild.hu.shape[1] - 1, mild.hu.shape[2] - 1, 1]
     flipped[:3, 1] *= -1
     flipped[:3, 2] *= -1
-    objects = dicom.write_series(
-        mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3"
-    )
+    objects = write_series(mild.hu[:, ::-1, ::-1], flipped, study_uid="1.2", series_uid="1.2.3")
     np.testing.assert_array_equal(dicom.read_series(objects).hu, mild.hu)
 
 
-def test_stack_whose_normal_points_to_the_feet_is_turned(mild: Phantom) -> None:
+def test_stack_with_normal_to_the_feet_is_turned(mild: Phantom) -> None:
     mirrored = mild.affine.copy()
     mirrored[:, 3] = mild.affine @ [0, 0, mild.hu.shape[2] - 1, 1]
     mirrored[:3, 2] *= -1
-    objects = dicom.write_series(mild.hu[:, :, ::-1], mirrored, study_uid="1.2", series_uid="1.2.3")
+    objects = write_series(mild.hu[:, :, ::-1], mirrored, study_uid="1.2", series_uid="1.2.3")
     volume = dicom.read_series(objects)
     np.testing.assert_array_equal(volume.hu, mild.hu)
     np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-3)
@@ -124,7 +126,9 @@ def test_damaged_dicom_is_refused_for_its_reason(mild: Phantom, reason: str) -> 
 @pytest.mark.parametrize(
     ("name", "value"), [("RescaleSlope", "abc"), ("RescaleSlope", "1\\2"), ("PixelSpacing", "0.7")]
 )
-def test_header_that_is_no_number_is_unreadable(mild: Phantom, name: str, value: str) -> None:
+def test_header_value_that_is_not_a_number_is_unreadable(
+    mild: Phantom, name: str, value: str
+) -> None:
     objects = []
     for data in dicom_objects(mild, 5):
         original = pydicom.dcmread(BytesIO(data))
@@ -158,7 +162,7 @@ def test_label_map_and_chest_without_lung_are_refused(mild: Phantom) -> None:
 
 def damaged_nifti(mild: Phantom, kind: str) -> bytes:
     plain = as_nifti(mild)
-    gz = nifti.isal_gzip(plain)
+    gz = compress(plain)
     wrong_checksum = bytearray(gz)
     wrong_checksum[-6] ^= 0xFF
     header = bytearray(plain)
@@ -242,14 +246,14 @@ def test_window_maps_its_ends_to_zero_and_one() -> None:
     assert to_input(slices_hu - 300, WINDOW).min() == 0
 
 
-def test_masks_survive_the_way_to_the_network_and_back(mild: Phantom) -> None:
+def test_masks_survive_resizing_to_the_network_and_back(mild: Phantom) -> None:
     z = int(mild.lesion_mask.sum(axis=(1, 2)).argmax())
     there = mask_to_input(mild.lesion_mask[z : z + 1], WindowConfig(size_px=128))[0]
     back = from_input(there.astype(np.float32), mild.lesion_mask.shape[1:]) >= 0.5
     np.testing.assert_array_equal(back, mild.lesion_mask[z])
 
 
-def test_slices_that_are_no_square_keep_their_proportions() -> None:
+def test_slices_that_are_not_square_keep_their_proportions() -> None:
     slices_hu = np.full((1, 96, 128), 400, np.int16)
     levels = to_input(slices_hu, WINDOW)[0]
     assert levels[:7].max() == 0
@@ -268,14 +272,14 @@ def test_slices_that_are_no_square_keep_their_proportions() -> None:
         ((5.0, 0.7, 0.71), 0.7 / 0.71),
     ],
 )
-def test_aspect_of_pixels_that_are_square_but_for_rounding_is_one(
+def test_pixel_aspect_within_rounding_of_a_square_is_one(
     spacing_mm: tuple[float, float, float], aspect: float
 ) -> None:
     assert pixel_aspect(spacing_mm) == aspect
 
 
 def test_square_pixels_give_the_input_of_a_padded_and_resized_slice(mild: Phantom) -> None:
-    """Worked out again beside the product: the padding is air, the filter is Pillow's bilinear one."""
+    """Computed again here: the padding is air, the filter is Pillow's bilinear one."""
     slices_hu = mild.hu[9:11, :100]
     square = np.pad(slices_hu, ((0, 0), (14, 14), (0, 0)), constant_values=-1000).astype(np.float32)
     level = (np.clip(square, -1000, 400) + np.float32(1000)) * np.float32(65535 / 1400)
@@ -350,12 +354,14 @@ def test_involvement_is_within_three_hundredths_of_the_truth(
     )
     volume = canonical_volume(phantom.hu, phantom.affine)
     lungs = lung.find_lungs(volume)
-    found = lung.measure_involvement(lungs, phantom.lesion_mask, volume.voxel_ml)
+    measured = lung.measure_involvement(lungs, phantom.lesion_mask, volume.voxel_ml)
     assert not lungs.is_partial
-    assert found.involvement == pytest.approx(phantom.involvement, abs=0.03)
+    assert measured.involvement == pytest.approx(phantom.involvement, abs=0.03)
 
 
-def test_lungs_cut_by_the_field_of_view_are_partial_and_have_no_involvement(mild: Phantom) -> None:
+def test_lungs_cut_by_the_field_of_view_are_partial_and_have_null_involvement(
+    mild: Phantom,
+) -> None:
     volume = canonical_volume(mild.hu[8:18], mild.affine)
     lungs = lung.find_lungs(volume)
     assert lungs.is_partial
@@ -364,7 +370,7 @@ def test_lungs_cut_by_the_field_of_view_are_partial_and_have_no_involvement(mild
     )
 
 
-def test_airway_is_no_lung(mild_volume: Volume, mild: Phantom) -> None:
+def test_airways_are_not_lung(mild_volume: Volume, mild: Phantom) -> None:
     lungs = lung.find_lungs(mild_volume)
     trachea = (mild.hu < -950) & ~mild.lung_mask
     inside = trachea[:, 40:90, 55:75]
@@ -387,7 +393,7 @@ def test_phantoms_follow_from_their_seed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_error_of_a_reader_says_nothing_of_the_input(
+def test_error_message_of_a_reader_does_not_quote_the_input(
     mild: Phantom, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """pydicom quotes a value that it cannot convert, in its error, its log and its warnings."""
@@ -397,30 +403,30 @@ def test_error_of_a_reader_says_nothing_of_the_input(
         objects.append(
             data[: place + 6] + b"\x08\x00CANARYXX" + data[place + 8 + data[place + 6] :]
         )
-    with pytest.raises(StudyError, match="RescaleIntercept of an object is no number") as error:
+    with pytest.raises(StudyError, match="RescaleIntercept of an object is not a number") as error:
         dicom.read_series(objects)
     output = capfd.readouterr()
     assert "CANARY" not in str(error.value) + caplog.text + output.out + output.err
 
 
-def test_a_uid_that_names_somebody_is_replaced(mild: Phantom) -> None:
+def test_uid_that_names_a_patient_is_replaced(mild: Phantom) -> None:
     dataset = pydicom.dcmread(BytesIO(dicom_objects(mild, 5)[0]))
     buffer = BytesIO()
     dataset.save_as(buffer)
     data = buffer.getvalue().replace(str(dataset.SeriesInstanceUID).encode()[:8], b"DOE^JOHN")
-    identity = dicom_head.read_identity(data, is_whole=True)
+    identity = dicom_headers.read_identity(data, is_whole=True)
     assert identity is not None
     assert identity.series_uid.startswith("invalid-")
     assert "DOE" not in repr(identity)
 
 
-def test_a_uid_that_the_head_cuts_is_no_identity(mild: Phantom) -> None:
+def test_uid_cut_by_the_end_of_the_header_gives_no_identity(mild: Phantom) -> None:
     data = dicom_objects(mild, 5)[0]
-    whole = dicom_head.read_identity(data)
+    whole = dicom_headers.read_identity(data)
     assert whole is not None
     place = data.rindex(whole.series_uid.encode())
     for cut in range(place, place + len(whole.series_uid) + 1):
-        assert dicom_head.read_identity(data[:cut]) is None
+        assert dicom_headers.read_identity(data[:cut]) is None
 
 
 @pytest.mark.parametrize(("degrees", "is_refused"), [(0.3, False), (1.0, True), (16.5, True)])
@@ -429,7 +435,7 @@ def test_tilt_is_refused_above_half_a_degree(
 ) -> None:
     affine = mild.affine.copy()
     affine[1, 0] = np.tan(np.radians(degrees)) * affine[2, 0]
-    objects = dicom.write_series(mild.hu, affine, study_uid="1.2", series_uid="1.2.3")
+    objects = write_series(mild.hu, affine, study_uid="1.2", series_uid="1.2.3")
     if not is_refused:
         assert dicom.read_series(objects).hu.shape == mild.hu.shape
         return
@@ -441,16 +447,16 @@ def test_tilt_is_refused_above_half_a_degree(
 def test_gzip_of_several_members_is_read_and_nan_is_not_hu(mild: Phantom) -> None:
     plain = as_nifti(mild)
     half = len(plain) // 2
-    both = nifti.isal_gzip(plain[:half]) + nifti.isal_gzip(plain[half:])
+    both = compress(plain[:half]) + compress(plain[half:])
     np.testing.assert_array_equal(nifti.read(both).hu, mild.hu)
     hu = mild.hu.astype(np.float32)
     hu[13, 5, 5] = np.nan
-    with pytest.raises(StudyError, match="not numbers") as error:
-        nifti.check_hu(hu)
+    with pytest.raises(StudyError, match="NaN or infinite") as error:
+        check_hu(hu)
     assert error.value.reason == "not_hu"
 
 
-def test_real_series_are_read_where_they_exist() -> None:
+def test_real_series_are_read_if_they_exist() -> None:
     from repository import REAL_DATA
 
     if not (REAL_DATA / "dicom").exists():

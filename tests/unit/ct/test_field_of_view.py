@@ -1,4 +1,4 @@
-"""Lungs that the image cuts, images that end in something else than air, slices without content, bodies of any size."""
+"""Lungs that the image cuts, images that do not end in air, blank slices, bodies of any size."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,8 @@ from scipy import ndimage
 from wide_chests import averaged, chest
 
 from covtanet.ct import lung
-from covtanet.ct.body import blank_slices, find_outside
+from covtanet.ct.body import find_outside
+from covtanet.ct.unmeasured import blank_slices
 from covtanet.ct.volume import canonical_volume
 from covtanet.errors import StudyError
 from covtanet.phantoms.phantom import Phantom
@@ -77,7 +78,7 @@ CROPS: dict[str, Callable[[Array, Array], tuple[slice, slice]]] = {
 
 
 @pytest.mark.parametrize("name", CROPS)
-def test_lung_that_the_image_edge_cuts_is_partial_and_counts_as_lung(name: str) -> None:
+def test_lung_cut_by_the_image_edge_is_partial_and_lung(name: str) -> None:
     rows, columns = CROPS[name](*lung_box(chest()))
     lungs = found_in(chest().hu[:, rows, columns], chest())
     assert lungs.is_partial
@@ -95,7 +96,7 @@ def test_image_of_one_lung_is_partial(columns: slice) -> None:
 @pytest.mark.parametrize(
     ("radius_mm", "centre_mm"), [(109, (0, 0)), (90, (0, 75)), (100, (-40, -30))]
 )
-def test_lung_that_a_round_field_of_view_cuts_is_partial(
+def test_lung_cut_by_a_round_field_of_view_is_partial(
     fill: int, radius_mm: float, centre_mm: tuple[float, float]
 ) -> None:
     where = beyond(radius_mm, centre_mm)
@@ -111,7 +112,7 @@ def test_lung_cut_in_a_few_slices_is_partial() -> None:
     assert found_in(hu, chest()).is_partial
 
 
-def test_emphysema_that_the_image_edge_cuts_is_partial() -> None:
+def test_emphysema_cut_by_the_image_edge_is_partial() -> None:
     """As dark as foam; only that it lies between tissue tells."""
     hu = chest().hu.copy()
     hu[chest().lung_mask & (hu < -700)] -= 80
@@ -121,7 +122,7 @@ def test_emphysema_that_the_image_edge_cuts_is_partial() -> None:
 
 
 @pytest.mark.parametrize("margin_px", [3, 6])
-def test_whole_lungs_in_a_field_of_view_from_rib_to_rib_stay_whole(margin_px: int) -> None:
+def test_whole_lungs_in_a_field_of_view_from_rib_to_rib_are_not_partial(margin_px: int) -> None:
     rows, columns = lung_box(chest())
     inner = (
         slice(rows[0] - margin_px, rows[1] + margin_px + 1),
@@ -133,7 +134,7 @@ def test_whole_lungs_in_a_field_of_view_from_rib_to_rib_stay_whole(margin_px: in
 
 
 def with_arms(*, has_pocket: bool) -> Array:
-    """Arms beside the chest; between arm and chest may be a closed pocket of air."""
+    """Arms next to the chest; between arm and chest may be a closed pocket of air."""
     hu = chest().hu.copy()
     size = hu.shape[1]
     y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * 2.8
@@ -149,7 +150,7 @@ def with_arms(*, has_pocket: bool) -> Array:
 
 @pytest.mark.parametrize("has_pocket", [False, True])
 @pytest.mark.parametrize("cut_px", [0, 8])
-def test_arms_at_the_image_edge_cut_no_lung(has_pocket: bool, cut_px: int) -> None:
+def test_arms_at_the_image_edge_do_not_make_lungs_partial(has_pocket: bool, cut_px: int) -> None:
     shown = slice(cut_px, 128 - cut_px)
     lungs = found_in(with_arms(has_pocket=has_pocket)[:, :, shown], chest())
     assert not lungs.is_partial
@@ -161,7 +162,7 @@ def test_arms_at_the_image_edge_cut_no_lung(has_pocket: bool, cut_px: int) -> No
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("radius_mm", [174, 164])
-def test_fill_value_around_a_circle_is_no_lung(fill: int, radius_mm: float) -> None:
+def test_fill_value_around_a_circle_is_not_lung(fill: int, radius_mm: float) -> None:
     """The room air between body and circle is closed; at 164 mm the circle touches the skin."""
     lungs = found_in(filled(beyond(radius_mm), fill), chest())
     assert not lungs.is_partial
@@ -171,7 +172,9 @@ def test_fill_value_around_a_circle_is_no_lung(fill: int, radius_mm: float) -> N
 @pytest.mark.parametrize("fill", [0, 3071])
 @pytest.mark.parametrize("width_px", [1, 2, 4])
 @pytest.mark.parametrize("size_px", [128, 256])
-def test_frame_of_a_fill_value_closes_no_lung(fill: int, width_px: int, size_px: int) -> None:
+def test_room_air_within_a_frame_of_fill_value_is_not_lung(
+    fill: int, width_px: int, size_px: int
+) -> None:
     hu = np.pad(
         chest(size_px).hu[:, width_px:-width_px, width_px:-width_px],
         ((0, 0), (width_px, width_px), (width_px, width_px)), constant_values=fill,
@@ -182,12 +185,12 @@ def test_frame_of_a_fill_value_closes_no_lung(fill: int, width_px: int, size_px:
 
 
 def with_air_of(air_hu: int, hu: Array) -> Array:
-    """Move room air, and what is as dark, to another value."""
+    """Move room air, and voxels as dark, to another value."""
     return np.where(hu < -940, np.clip(hu + (air_hu + 1000), -1024, None), hu).astype(np.int16)
 
 
 @pytest.mark.parametrize("air_hu", [-1000, -934])
-def test_fill_value_with_noise_around_a_circle_is_no_lung(air_hu: int) -> None:
+def test_noisy_fill_value_around_a_circle_is_not_lung(air_hu: int) -> None:
     where = beyond(174)
     hu = filled(where, 0, with_air_of(air_hu, chest().hu))
     hu[:, where] += np.rint(np.random.default_rng(0).normal(0, 8, hu[:, where].shape)).astype(
@@ -197,8 +200,8 @@ def test_fill_value_with_noise_around_a_circle_is_no_lung(air_hu: int) -> None:
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
 
-def test_room_air_between_arms_and_a_frame_is_no_lung() -> None:
-    """The arms touch the frame, so that no room air lies around the body; its air is as dark as foam."""
+def test_room_air_between_arms_and_a_frame_is_not_lung() -> None:
+    """The arms touch the frame: no air lies around the body, and air there is as dark as foam."""
     hu = with_air_of(-934, with_arms(has_pocket=False))[:, :, 8:-8]
     noise = np.rint(np.random.default_rng(0).normal(0, 40, hu.shape)).astype(np.int16)
     for edge in (np.s_[:, :1], np.s_[:, -1:], np.s_[:, :, :1], np.s_[:, :, -1:]):
@@ -213,7 +216,7 @@ def test_room_air_between_arms_and_a_frame_is_no_lung() -> None:
 
 
 @pytest.mark.parametrize("air_hu", [-1000, -934])
-def test_room_air_is_outside_wherever_its_value_lies(air_hu: int) -> None:
+def test_room_air_of_any_value_is_outside(air_hu: int) -> None:
     """Not only no lung: the chest wall is measured from it."""
     hu = with_air_of(air_hu, chest().hu)
     is_air = (
@@ -231,7 +234,7 @@ def test_room_air_is_outside_wherever_its_value_lies(air_hu: int) -> None:
     assert unmeasured.mean() < 0.01
 
 
-def test_tissue_without_noise_in_a_corner_is_no_fill_value() -> None:
+def test_tissue_without_noise_in_a_corner_is_not_a_fill_value() -> None:
     """A drawing: one value for each kind of tissue, cut from rib to rib."""
     hu = np.where(chest().lung_mask, -850, 40).astype(np.int16)[:, 20:108, 15:113]
     _, unmeasured = find_outside(hu.astype(np.float32), hu, (9.0, 2.8, 2.8))
@@ -241,11 +244,11 @@ def test_tissue_without_noise_in_a_corner_is_no_fill_value() -> None:
 
 def test_spacing_that_differs_by_rounding_takes_the_same_grid() -> None:
     """2.5 mm over 1.0 mm rounds down to 2 pixels, over 0.9999999 mm up to 3."""
-    found = []
+    masks = []
     for x_mm in (1.0, 0.9999999):
         affine = np.array([[0, 0, x_mm, 0], [0, 1.0, 0, 0], [9.0, 0, 0, 0], [0, 0, 0, 1]])
-        found.append(lung.find_lungs(canonical_volume(chest(256).hu, affine)).lung_mask)
-    np.testing.assert_array_equal(found[0], found[1])
+        masks.append(lung.find_lungs(canonical_volume(chest(256).hu, affine)).lung_mask)
+    np.testing.assert_array_equal(masks[0], masks[1])
 
 
 def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order: int = 1) -> Array:
@@ -274,7 +277,7 @@ def turned(hu: Array, degrees: float, axes: tuple[int, int], fill: float, order:
 @pytest.mark.parametrize(
     ("degrees", "axes"), [(20, (1, 2)), (45, (1, 2)), (15, (0, 1)), (15, (0, 2))]
 )
-def test_corners_of_a_rotated_volume_are_no_lung(
+def test_corners_of_a_rotated_volume_are_not_lung(
     fill: int, order: int, degrees: float, axes: tuple[int, int]
 ) -> None:
     hu = turned(chest().hu, degrees, axes, fill, order).astype(np.int16)
@@ -285,8 +288,8 @@ def test_corners_of_a_rotated_volume_are_no_lung(
     assert share(lungs, truth) == pytest.approx(1, abs=0.1)
 
 
-def test_padding_within_a_fill_value_is_no_lung_and_cuts_lungs() -> None:
-    """A round field of view, padded by the scanner, then rotated by a resampling that fills with 0."""
+def test_padding_within_a_fill_value_is_not_lung_and_cuts_lungs() -> None:
+    """A round field of view, padded by the scanner and rotated by resampling that fills with 0."""
     for radius_mm, is_partial in ((174, False), (109, True)):
         where = beyond(radius_mm)
         hu = turned(filled(where, -1024), 20, (1, 2), 0).astype(np.int16)
@@ -297,7 +300,7 @@ def test_padding_within_a_fill_value_is_no_lung_and_cuts_lungs() -> None:
 
 
 @pytest.mark.parametrize("foam_hu", [-1000, -950, -900])
-def test_inside_of_a_table_is_no_lung(foam_hu: int) -> None:
+def test_inside_of_a_table_is_not_lung(foam_hu: int) -> None:
     hu = chest().hu.astype(np.float32)
     y, x = (np.mgrid[:128, :128] - 63.5) * 2.8
     box = (np.abs(x) < 172) & (y > 122) & (y < 167)
@@ -309,8 +312,8 @@ def test_inside_of_a_table_is_no_lung(foam_hu: int) -> None:
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
 
-def test_cushion_under_the_back_is_no_lung() -> None:
-    """As dense as lung; the image cuts it at both sides, so that no air lies beside it, and cuts one lung."""
+def test_cushion_under_the_back_is_not_lung() -> None:
+    """As dense as lung. The image cuts it at both sides, without air around it, and cuts a lung."""
     hu = chest().hu.copy()
     cushion = hu[:, 104:116]
     is_air = cushion < -900
@@ -323,7 +326,7 @@ def test_cushion_under_the_back_is_no_lung() -> None:
 
 
 @pytest.mark.parametrize("air_hu", [-1024, -960, -934])
-def test_room_air_off_its_value_is_no_lung(air_hu: int) -> None:
+def test_room_air_off_minus_1000_is_not_lung(air_hu: int) -> None:
     """Room air of -934 was measured in a sound series."""
     hu = with_air_of(air_hu, chest().hu)
     for where in (beyond(1000), beyond(174)):
@@ -332,7 +335,7 @@ def test_room_air_off_its_value_is_no_lung(air_hu: int) -> None:
         )
 
 
-def test_noise_of_a_sharp_kernel_moves_no_verdict() -> None:
+def test_noise_of_a_sharp_kernel_does_not_change_partial_lungs() -> None:
     phantom = chest(256)
     noise = np.random.default_rng(0).normal(0, 100, phantom.hu.shape)
     hu = np.clip(np.rint(phantom.hu + noise), -1024, 3071).astype(np.int16)
@@ -385,7 +388,7 @@ def test_slices_of_a_drawing_without_lung_are_not_replaced() -> None:
     assert share(lungs, chest().lung_mask) == pytest.approx(1, abs=0.1)
 
 
-def test_blank_slices_beyond_the_lungs_are_no_matter() -> None:
+def test_blank_slices_beyond_the_lungs_are_not_flagged() -> None:
     hu = chest().hu.copy()
     hu[[0, -1]] = 0
     lungs = found_in(hu, chest())
@@ -422,7 +425,7 @@ def test_volume_of_blank_slices_has_no_lung() -> None:
     assert error.value.reason == "no_lung"
 
 
-# Bodies of any size, and of none that is known.
+# Bodies of any size, and of unknown size.
 
 
 def test_newborn_is_measured_at_its_own_scale() -> None:
@@ -441,7 +444,7 @@ def test_newborn_without_lung_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("size_px", "num_slices"), [(128, 30), (128, 108), (256, 30)])
-def test_lungs_of_unknown_spacing_are_found_from_the_size_of_the_body(
+def test_unknown_spacing_is_guessed_from_the_size_of_the_body(
     size_px: int, num_slices: int
 ) -> None:
     phantom = chest(size_px, num_slices)
@@ -451,7 +454,7 @@ def test_lungs_of_unknown_spacing_are_found_from_the_size_of_the_body(
     assert share(lungs, phantom.lung_mask) == pytest.approx(1, abs=0.05)
 
 
-def test_no_length_in_the_header_counts_if_spacing_is_unknown() -> None:
+def test_unknown_spacing_ignores_lengths_of_the_header() -> None:
     """The same voxels with any nominal size give the same masks."""
     one, other = (
         found_in(chest().hu, chest(), scale=scale, is_known=False) for scale in (0.01, 100)
@@ -460,7 +463,7 @@ def test_no_length_in_the_header_counts_if_spacing_is_unknown() -> None:
     assert not one.is_partial
 
 
-def test_unknown_spacing_without_lung_or_with_cut_lungs_is_told() -> None:
+def test_unknown_spacing_without_lung_or_with_cut_lungs_is_reported() -> None:
     hu = chest().hu.copy()
     hu[chest().lung_mask] = 40
     with pytest.raises(StudyError, match="% of the body, expected 3 %") as error:
@@ -480,7 +483,7 @@ def test_unknown_spacing_without_lung_or_with_cut_lungs_is_told() -> None:
         (0.2, False, False),
     ],
 )
-def test_lung_volume_that_no_lungs_have_gives_no_involvement(
+def test_implausible_lung_volume_gives_null_involvement(
     scale: float, is_known: bool, is_implausible: bool
 ) -> None:
     """The lungs hold 3.6 litres at full size: 29 ml at a fifth of it, 15 litres at 1.6 times."""
@@ -496,7 +499,7 @@ def test_lung_volume_that_no_lungs_have_gives_no_involvement(
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 2), (1, 2, 1), (1, 4, 1), (1, 1, 4), (1, 6, 1)])
-def test_lungs_of_anisotropic_slices_are_those_of_square_ones(
+def test_lungs_of_anisotropic_pixels_equal_those_of_square_pixels(
     factors: tuple[int, int, int],
 ) -> None:
     """Reformats: up to 8.4 mm along one axis of the slice, 1.4 mm along the other."""

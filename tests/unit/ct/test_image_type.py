@@ -1,4 +1,4 @@
-"""Localizers, projections and reformats are told by what the objects say of themselves."""
+"""Localizers, projections and reformats are recognized by the attributes of the objects."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
-from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
+from covtanet.ct.dicom_image_type import is_localizer, is_projection, is_reformatted
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,17 @@ from covtanet.ct.image_type import is_localizer, is_projection, is_reformatted
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_image_type_of_vendors_is_told_by_its_words(
+def test_image_type_of_vendors_is_classified_by_its_words(
     values: list[str] | str | None, kind: str
 ) -> None:
     header = Dataset()
     header.ImageType = values
-    found = {
-        "localizer": is_localizer(header), "projection": is_projection(header), "reformatted": is_reformatted(header)
-    }  # fmt: skip
-    first = next((name for name, holds in found.items() if holds), "")
+    kinds = {
+        "localizer": is_localizer(header),
+        "projection": is_projection(header),
+        "reformatted": is_reformatted(header),
+    }
+    first = next((name for name, holds in kinds.items() if holds), "")
     assert first == kind
 
 
@@ -116,7 +118,7 @@ def frame_type(**values: object) -> FileDataset:
     )
 
 
-def test_frames_of_an_enhanced_ct_are_judged_one_by_one() -> None:
+def test_frames_of_an_enhanced_ct_are_classified_one_by_one() -> None:
     assert reason_of([frame_type(VolumeBasedCalculationTechnique="MAX_IP")]) == "projection"
     assert (
         reason_of([frame_type(FrameType=["DERIVED", "SECONDARY", "AXIAL", "MINIMUM"])])
@@ -126,7 +128,7 @@ def test_frames_of_an_enhanced_ct_are_judged_one_by_one() -> None:
     assert read([frame_type(FrameType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"])]).qc_flags == ()
 
 
-def test_projection_comes_behind_not_ct_and_before_the_syntax() -> None:
+def test_projection_goes_after_not_ct_and_before_unsupported_syntax() -> None:
     mip = {"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "MIP"]}
     assert reason_of(with_values(**mip, Modality="MR")) == "not_ct"
     series = with_values(**mip)
@@ -153,14 +155,14 @@ def test_localizer_under_the_series_uid_is_left_out() -> None:
 @pytest.mark.parametrize(
     "words", [["ORIGINAL", "PRIMARY", "SCOUT"], ["DERIVED", "SECONDARY", "LOCALIZER", "MIP"]]
 )
-def test_localizer_is_told_by_any_of_its_names(words: list[str]) -> None:
+def test_localizer_is_recognized_by_any_of_its_names(words: list[str]) -> None:
     scout = localizer()
     scout.ImageType = words
     del scout.ImagePositionPatient, scout.PixelSpacing  # it needs no place
     assert read([scout, *datasets()]).qc_flags == ("localizer_dropped",)
 
 
-def test_localizers_alone_and_localizers_of_another_patient_are_refused() -> None:
+def test_series_of_localizers_and_localizers_of_another_patient_are_refused() -> None:
     assert reason_of([localizer(), copied(localizer(), 78)]) == "not_ct"
     stranger = localizer()
     stranger.PatientID = "ANOTHER"

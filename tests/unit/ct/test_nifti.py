@@ -1,4 +1,4 @@
-"""NIfTI files as archives hold them: offsets, quaternions, fill values, voxel sizes and label maps."""
+"""NIfTI files of archives: offsets, quaternions, fill values, voxel sizes and label maps."""
 
 import struct
 
@@ -57,7 +57,7 @@ def coarse() -> np.ndarray:
     return np.round(voxels().astype(float) / 64).astype(int) * 64
 
 
-# ---- where the voxels begin
+# ---- offset of the voxels
 
 
 @pytest.mark.parametrize("offset", [352, 353, 354, 360, 1000])
@@ -103,7 +103,7 @@ def turned(quaternion: tuple[float, float, float], sform: bool = False) -> Objec
 
 @pytest.mark.parametrize("sform", [False, True])
 @pytest.mark.parametrize("excess", [1e-6, 1e-5, 1e-4, 1e-3])
-def test_quaternion_a_rounding_error_over_unit_length_is_read(excess: float, sform: bool) -> None:
+def test_quaternion_within_rounding_of_unit_length_is_read(excess: float, sform: bool) -> None:
     scale = (1 + excess) ** 0.5
     b, c, d = HALF_TURN
     volume = read(turned((b * scale, c * scale, d), sform))
@@ -131,8 +131,17 @@ def test_quaternion_far_from_unit_length_is_refused(
 # ---- voxel size
 
 
-@pytest.mark.parametrize("spacing_mm", [(2800.0, 2800.0, 5000.0), (0.0028, 0.0028, 0.005), (0.7, 0.7, 25.0),
-                                        (12.0, 12.0, 5.0), (0.05, 0.05, 1.0), (0.7, 0.7, 0.05)])  # fmt: skip
+@pytest.mark.parametrize(
+    "spacing_mm",
+    [
+        (2800.0, 2800.0, 5000.0),
+        (0.0028, 0.0028, 0.005),
+        (0.7, 0.7, 25.0),
+        (12.0, 12.0, 5.0),
+        (0.05, 0.05, 1.0),
+        (0.7, 0.7, 0.05),
+    ],
+)
 @pytest.mark.parametrize("unit", [0, 2])
 def test_impossible_voxel_size_is_implausible_spacing(
     spacing_mm: tuple[float, float, float], unit: int
@@ -140,9 +149,18 @@ def test_impossible_voxel_size_is_implausible_spacing(
     assert reason_of(resized(spacing_mm, unit)) == "implausible_spacing"
 
 
-@pytest.mark.parametrize("spacing_mm", [(0.15, 0.15, 0.2), (8.0, 8.0, 18.0), (0.7, 5.0, 0.7), (4.0, 0.9, 0.9),
-                                        (0.1, 0.1, 0.1), (10.000001, 10.000001, 20.000002)])  # fmt: skip
-def test_possible_voxel_size_is_read_whatever_the_plane(
+@pytest.mark.parametrize(
+    "spacing_mm",
+    [
+        (0.15, 0.15, 0.2),
+        (8.0, 8.0, 18.0),
+        (0.7, 5.0, 0.7),
+        (4.0, 0.9, 0.9),
+        (0.1, 0.1, 0.1),
+        (10.000001, 10.000001, 20.000002),
+    ],
+)
+def test_plausible_voxel_size_is_read_in_every_plane(
     spacing_mm: tuple[float, float, float],
 ) -> None:
     x, y, z = spacing_mm
@@ -151,7 +169,7 @@ def test_possible_voxel_size_is_read_whatever_the_plane(
     assert volume.has_known_spacing
 
 
-def test_spacing_is_judged_along_the_axes_of_the_patient() -> None:
+def test_spacing_is_checked_along_the_axes_of_the_patient() -> None:
     """Stored sagittally: the file's third axis runs to the left, its first from front to back."""
     affine = np.zeros((4, 4))
     affine[1, 0], affine[2, 1], affine[0, 2], affine[3, 3] = 0.7, 15.0, 0.7, 1
@@ -166,7 +184,7 @@ def test_spacing_is_judged_along_the_axes_of_the_patient() -> None:
     )
 
 
-def test_implausible_spacing_is_named_before_conflict_and_rescale_and_after_position() -> None:
+def test_implausible_spacing_goes_after_position_and_before_conflict_and_rescale() -> None:
     huge = resized((2800.0, 2800.0, 5000.0))["a.nii"]
     assert (
         reason_of(patched((PIXDIM + 4, "3f", (1.0, 1.0, 1.0)), data=huge)) == "implausible_spacing"
@@ -184,14 +202,14 @@ def test_unit_voxels_without_unit_have_unknown_spacing() -> None:
     assert not nifti.has_spacing(resized((1.0, 1.0, 1.0), unit=0)["a.nii"])
     assert not nifti.has_spacing(
         gz(resized((1.0, 1.0, 1.0), unit=8)["a.nii"])
-    )  # seconds say nothing of lengths
+    )  # seconds are not a unit of length
 
 
 @pytest.mark.parametrize(
     ("spacing_mm", "unit"),
     [((1.0, 1.0, 1.0), 2), ((0.7, 0.7, 1.0), 0), ((1.0, 1.0, 2.5), 0), ((1.0, 1.0, 1.001), 0)],
 )
-def test_voxels_with_a_unit_or_a_size_of_their_own_have_known_spacing(
+def test_voxels_with_a_unit_or_another_size_have_known_spacing(
     spacing_mm: tuple[float, float, float], unit: int
 ) -> None:
     objects = resized(spacing_mm, unit)
@@ -223,7 +241,7 @@ def test_grey_values_of_nominal_voxels_have_unknown_spacing() -> None:
         ("i2", 1.0, -1024.0),
     ],
 )
-def test_ct_of_few_values_stored_above_0_is_no_label_map(
+def test_ct_of_few_values_stored_above_0_is_not_a_label_map(
     dtype: str, slope: float, intercept: float
 ) -> None:
     array = ((coarse() - intercept) / slope).astype(dtype)
@@ -238,7 +256,7 @@ def test_ct_of_few_values_stored_above_0_is_no_label_map(
     ("slope", "intercept"),
     [(1.0, 0.0), (0.0, 0.0), (float("nan"), 0.0), (1 / 255, 0.0), (2.0, 1.0)],
 )
-def test_few_whole_numbers_none_below_0_hu_are_a_label_map(
+def test_few_whole_numbers_from_0_hu_on_are_a_label_map(
     dtype: str, slope: float, intercept: float
 ) -> None:
     array = (voxels() > 0).astype(dtype) + (voxels() > 40).astype(dtype)
@@ -248,9 +266,7 @@ def test_few_whole_numbers_none_below_0_hu_are_a_label_map(
 @pytest.mark.parametrize(
     ("slope", "intercept"), [(float("inf"), 0.0), (1.0, float("inf")), (1.0, float("nan"))]
 )
-def test_label_map_is_named_before_a_slope_that_is_no_number(
-    slope: float, intercept: float
-) -> None:
+def test_label_map_goes_before_missing_rescale(slope: float, intercept: float) -> None:
     assert reason_of(with_rescale((voxels() > 0).astype("u1"), slope, intercept)) == "label_map"
     assert reason_of(with_rescale(voxels(), slope, intercept)) == "missing_rescale"
 
@@ -332,7 +348,7 @@ def test_values_between_fill_and_air_are_air_too() -> None:
     np.testing.assert_array_equal(volume.hu[:, 0, 0], -1024)
 
 
-def test_air_of_a_padded_volume_is_whole_numbers_still() -> None:
+def test_padded_volume_of_whole_numbers_stays_int16() -> None:
     assert read(filled("ring", -32768)).hu.dtype == np.int16
     shifted = with_rescale(
         np.where(ring(), -32768, voxels().astype(int) + 1024).astype("i2"), 1.0, -1024.0
@@ -340,8 +356,8 @@ def test_air_of_a_padded_volume_is_whole_numbers_still() -> None:
     np.testing.assert_array_equal(read(shifted).hu, read(filled("ring", -1024)).hu)
 
 
-def test_dark_noise_inside_is_kept_beside_padding() -> None:
-    """A streak of metal is no padding."""
+def test_dark_noise_inside_is_kept_next_to_padding() -> None:
+    """A streak of metal is not padding."""
     array = np.where(ring(), -3024, voxels()).astype("i2")
     array[30, 30:33, 6] = -1700
     volume = read(stored(array))
@@ -367,6 +383,6 @@ def test_values_off_the_scale_inside_the_body_are_not_hu(fill: float) -> None:
 
 
 @pytest.mark.parametrize("slope", [10.0, 100.0])
-def test_wrong_slope_is_no_padding(slope: float) -> None:
-    """Air outside is as dark as a fill value then; lung is off the scale as well, and that is inside."""
+def test_wrong_slope_is_not_padding(slope: float) -> None:
+    """Air outside is then as dark as a fill value; so is the lung, which is inside."""
     assert reason_of(with_rescale(np.maximum(voxels(), -1024), slope, 0.0)) == "not_hu"

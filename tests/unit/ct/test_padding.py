@@ -22,10 +22,15 @@ from covtanet.ct import dicom
 
 
 def padded(
-    stored: int, *, is_signed: bool, bits: int = 16, where: np.ndarray = CORNERS, intercept: int = -1024,
+    stored: int,
+    *,
+    is_signed: bool,
+    bits: int = 16,
+    where: np.ndarray = CORNERS,
+    intercept: int = -1024,
     **elements: tuple[str, int],
-) -> list[FileDataset]:  # fmt: skip
-    """The series padded with a stored value. elements: VR and value of what the header says of it."""
+) -> list[FileDataset]:
+    """The series padded with a stored value. elements: VR and value of the header's attributes."""
 
     def change(index: int, dataset: FileDataset) -> None:
         values = phantom().hu[index].astype(int) - intercept
@@ -61,22 +66,33 @@ PADDED: dict[str, Callable[[], list[FileDataset]]] = {
     "unsigned 63536 that nothing declares": lambda: padded(63536, is_signed=False),
     "unsigned 63536, another declared": lambda: padded(63536, is_signed=False, **value("US", 0)),
     "-32768 that nothing declares": lambda: padded(-32768, is_signed=True, intercept=0),
-    "12 bits signed, -2000": lambda: padded(-2000, is_signed=True, bits=12, intercept=0, **value("SS", -2000)),
+    "12 bits signed, -2000": lambda: padded(
+        -2000, is_signed=True, bits=12, intercept=0, **value("SS", -2000)
+    ),
     "12 bits signed, -2000 without a sign above": lambda: padded(
         2096, is_signed=True, bits=12, intercept=0, **value("SS", -2000)
     ),
-    "12 bits unsigned, 63536": lambda: padded(63536, is_signed=False, bits=12, **value("US", 63536)),
-    "12 bits unsigned, 63536, called -2000": lambda: padded(63536, is_signed=False, bits=12, **value("SS", -2000)),
-    "12 bits unsigned, 63536 that nothing declares": lambda: padded(63536, is_signed=False, bits=12),
+    "12 bits unsigned, 63536": lambda: padded(
+        63536, is_signed=False, bits=12, **value("US", 63536)
+    ),
+    "12 bits unsigned, 63536, called -2000": lambda: padded(
+        63536, is_signed=False, bits=12, **value("SS", -2000)
+    ),
+    "12 bits unsigned, 63536 that nothing declares": lambda: padded(
+        63536, is_signed=False, bits=12
+    ),
     "a range, signed": lambda: padded(-1900, is_signed=True, **limits("SS", -2000, -1500)),
-    "a range, written downwards": lambda: padded(-1900, is_signed=True, **limits("SS", -1500, -2000)),
+    "a range, written downwards": lambda: padded(
+        -1900, is_signed=True, **limits("SS", -1500, -2000)
+    ),
     "a range, unsigned": lambda: padded(64000, is_signed=False, **limits("US", 63536, 65535)),
-    "a range, of mixed signs": lambda: padded(-1900, is_signed=True, **{
-        **value("SS", -2000), "PixelPaddingRangeLimit": ("US", 64036)}),
+    "a range, of mixed signs": lambda: padded(
+        -1900, is_signed=True, **{**value("SS", -2000), "PixelPaddingRangeLimit": ("US", 64036)}
+    ),
     "0 HU outside": lambda: padded(0, is_signed=True, intercept=0, **value("SS", 0)),
     "40 HU outside": lambda: padded(1064, is_signed=False, **value("US", 1064)),
     "3071 HU outside": lambda: padded(4095, is_signed=False, bits=12, **value("US", 4095)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -94,11 +110,11 @@ NOT_PADDED: dict[str, Callable[[], list[FileDataset]]] = {
     "a range of air": lambda: padded(10, is_signed=False, **limits("US", 0, 24)),
     "a value that is nowhere": lambda: padded(24, is_signed=True, **value("SS", -2000)),
     "a range of all": lambda: padded(24, is_signed=True, **limits("SS", -2000, 3000)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NOT_PADDED)
-def test_padding_that_is_air_already_changes_nothing(name: str) -> None:
+def test_padding_of_air_changes_nothing(name: str) -> None:
     series = NOT_PADDED[name]()
     volume = read(series)
     assert volume.qc_flags == ()
@@ -122,7 +138,7 @@ def test_padding_value_of_unknown_representation_is_read_as_bytes(
     assert (volume.hu[:, 0, 0] == (-1024 if is_padded else -3024)).all()
 
 
-def test_padding_value_that_tissue_has_cuts_nothing_out_of_the_body() -> None:
+def test_padding_value_of_tissue_is_kept_inside_the_body() -> None:
     hu = phantom().hu
     inside = (hu > -100) & (hu < 100)
     most_common = int(np.bincount((hu[inside] + 1024).astype(int)).argmax())
@@ -135,7 +151,7 @@ def test_padding_value_that_tissue_has_cuts_nothing_out_of_the_body() -> None:
     assert volume.qc_flags == ()
 
 
-def test_speck_of_the_padding_value_at_the_edge_is_no_padding() -> None:
+def test_speck_of_the_padding_value_at_the_edge_is_not_padding() -> None:
     speck = np.zeros((SIZE, SIZE), bool)
     speck[0, 30:33] = True
     volume = read(padded(1064, is_signed=False, where=speck, **value("US", 1064)))

@@ -1,4 +1,4 @@
-"""Stored bits and bytes: HighBit, what stands behind the pixels, objects without preamble or there twice."""
+"""Stored bits and bytes: HighBit, surplus bytes, objects without preamble, repeated objects."""
 
 import numpy as np
 import pydicom
@@ -85,7 +85,7 @@ def test_high_bit_of_compressed_pixels_must_fit_their_bits() -> None:
     assert reason_of(changed(sets(HighBit=11), series)) == ""
 
 
-def test_missing_high_bit_contradicts_nothing() -> None:
+def test_missing_high_bit_is_read() -> None:
     series = datasets()
     for dataset in series:
         del dataset.HighBit
@@ -108,9 +108,7 @@ LINE = bytes(range(1, 129))  # 64 pixels
         (bytes(4096) + b"\x01\0", False),
     ],
 )
-def test_bytes_behind_the_pixels_are_read_over_unless_they_may_be_pixels(
-    surplus: bytes, is_read: bool
-) -> None:
+def test_surplus_bytes_are_ignored_unless_they_may_be_pixels(surplus: bytes, is_read: bool) -> None:
     def change(index: int, dataset: FileDataset) -> None:
         dataset.PixelData = dataset.PixelData + surplus
 
@@ -121,13 +119,13 @@ def test_bytes_behind_the_pixels_are_read_over_unless_they_may_be_pixels(
     np.testing.assert_array_equal(read(series).hu, phantom().hu)
 
 
-def test_bytes_behind_the_frames_are_read_over() -> None:
+def test_surplus_bytes_after_the_frames_are_ignored() -> None:
     dataset = with_groups(lambda index, frame: None)
     dataset.PixelData = dataset.PixelData + bytes(300)
     np.testing.assert_array_equal(read([dataset]).hu, phantom().hu)
 
 
-def test_object_that_is_there_twice_is_read_once() -> None:
+def test_repeated_object_is_read_once() -> None:
     objects = to_bytes(datasets())
     volume = dicom.read_series([*objects, objects[3], objects[4], objects[3]])
     np.testing.assert_array_equal(volume.hu, phantom().hu)
@@ -169,7 +167,7 @@ def test_preamble_without_file_meta_is_read() -> None:
         b"\x02\0\0\0UL\x04\0" * 50,
     ],
 )
-def test_what_is_no_dicom_stays_unreadable(data: bytes) -> None:
+def test_bytes_that_are_not_dicom_stay_unreadable(data: bytes) -> None:
     assert reason_of([*to_bytes(datasets()), data]) == "unreadable"
 
 
@@ -187,7 +185,7 @@ def test_bare_object_that_is_deflated_is_not_inflated() -> None:
     assert reason_of([deflated]) == "unsupported_syntax"
 
 
-def test_bare_object_with_pixels_in_pieces_has_no_syntax_that_is_known() -> None:
+def test_bare_object_with_encapsulated_pixels_has_unsupported_syntax() -> None:
     series = datasets()
     for dataset in series:
         dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
@@ -199,7 +197,7 @@ def test_bare_object_with_pixels_in_pieces_has_no_syntax_that_is_known() -> None
 
 
 @pytest.mark.parametrize("name", ["AcquisitionNumber", "KVP", "TemporalPositionIdentifier"])
-def test_optional_number_that_is_none_costs_no_series(name: str) -> None:
+def test_optional_attribute_that_is_not_a_number_is_ignored(name: str) -> None:
     objects = []
     for data in to_bytes(with_values(**{name: 7})):
         tag = pydicom.tag.Tag(name)
@@ -220,7 +218,7 @@ def replaced(data: bytes, name: str, old: bytes, new: bytes) -> bytes:
     return data[:at] + new + data[at + len(old) :]
 
 
-def test_optional_value_of_a_frame_that_makes_no_sense_costs_no_series() -> None:
+def test_senseless_optional_attribute_of_a_frame_is_ignored() -> None:
     groups = with_groups(
         lambda index, frame: setattr(frame, "CTXRayDetailsSequence", item(KVP="120"))
     )
@@ -229,7 +227,7 @@ def test_optional_value_of_a_frame_that_makes_no_sense_costs_no_series() -> None
     np.testing.assert_array_equal(volume.hu, phantom().hu)
 
 
-def test_contrast_agent_whose_number_makes_no_sense_costs_no_series() -> None:
+def test_senseless_number_of_a_contrast_agent_is_ignored() -> None:
     (agent,) = item(
         CodeValue="1",
         CodingSchemeDesignator="99X",
@@ -243,13 +241,13 @@ def test_contrast_agent_whose_number_makes_no_sense_costs_no_series() -> None:
     assert dicom.read_series(damaged).qc_flags == ("contrast",)
 
 
-def test_truncated_object_comes_before_two_patients() -> None:
+def test_truncated_goes_before_mixed_patients() -> None:
     series = to_bytes(changed(lambda index, one: setattr(one, "PatientID", f"P{index % 2}")))
     series[3] = series[3][:-500]
     assert reason_of(series) == "truncated"
 
 
-def test_truncated_object_comes_before_one_that_contradicts_itself() -> None:
+def test_truncated_goes_before_undecodable() -> None:
     series = to_bytes(
         changed(lambda index, one: setattr(one, "BitsStored", 40 if index == 1 else 16))
     )

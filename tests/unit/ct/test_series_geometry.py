@@ -23,8 +23,8 @@ from odd_dicom import (
 )
 from pydicom.dataset import FileDataset
 
-from covtanet.ct.series_geometry import off_grid_limit_mm
-from covtanet.report.dicom_results import frames_of
+from covtanet.ct.dicom_geometry import off_grid_limit_mm
+from covtanet.report.mask_frames import frames_of
 
 
 def wavering(step_mm: float, share: float, count: int = 40) -> list[float]:
@@ -62,7 +62,7 @@ def test_sound_positions_are_read_and_lie_on_the_grid_of_the_export(name: str) -
     volume = read(series)
     headers = [pydicom.dcmread(BytesIO(data), stop_before_pixels=True) for data in to_bytes(series)]
     mask = np.random.default_rng(0).random(volume.hu.shape) < 0.5
-    # A mask travels as NIfTI, whose affine is float32.
+    # A mask travels as NIfTI, with an affine of float32.
     stored_affine = volume.source.affine.astype(np.float32).astype(np.float64)
     frames = frames_of(headers, volume.source.from_canonical(mask), stored_affine)
     assert int(frames.sum()) == int(mask.sum())
@@ -102,20 +102,20 @@ def test_cosines_of_three_decimals_give_unit_vectors_at_a_right_angle(
 
 
 def rounded_corner() -> list[FileDataset]:
-    """A stack of 3.5 mm whose upper half is written 0.1 mm to the left: as a tilt it would be 1.6 degrees."""
+    """A stack of 3.5 mm with its upper half 0.1 mm to the left: 1.6 degrees if it were a tilt."""
     return changed(
         lambda index, one: move(one, 0.1 * (index > 3), 0, 0), at_depths(np.arange(8) * 0.5)
     )
 
 
-def test_sideways_step_within_the_limit_is_rounding_and_no_tilt() -> None:
+def test_sideways_step_within_the_limit_is_rounding_not_tilt() -> None:
     assert reason_of(rounded_corner()) == ""
 
 
 @pytest.mark.parametrize(
     ("voxel_mm", "limit_mm"), [(0.2, 0.06), (0.625, 0.1), (5.0, 0.5), (18.0, 1.0)]
 )
-def test_limit_off_the_grid_is_a_tenth_with_a_floor_and_an_end(
+def test_off_grid_limit_is_a_tenth_between_floor_and_maximum(
     voxel_mm: float, limit_mm: float
 ) -> None:
     assert off_grid_limit_mm(voxel_mm) == pytest.approx(limit_mm)
@@ -132,43 +132,76 @@ DRIFT = np.cumsum([0.0, *[5.15] * 20, *[4.85] * 20])
 BAD_POSITIONS: dict[str, tuple[str, Callable[[], list[FileDataset]]]] = {
     "drift of 3 mm": ("irregular_spacing", lambda: at_depths(DRIFT)),
     "drift of 3 mm downwards": ("irregular_spacing", lambda: at_depths(-DRIFT)),
-    "distances that grow": ("irregular_spacing", lambda: at_depths(np.arange(40) * 5 + np.arange(40) ** 2 * 0.01)),
+    "distances that grow": (
+        "irregular_spacing",
+        lambda: at_depths(np.arange(40) * 5 + np.arange(40) ** 2 * 0.01),
+    ),
     "a slice 1.5 mm too high": ("irregular_spacing", lambda: one_moved(0, 0, 1.5)),
     "the last slice 1.5 mm too high": ("irregular_spacing", lambda: one_moved(0, 0, 1.5, 39)),
     "a slice 3 mm to the left": ("irregular_spacing", lambda: one_moved(3, 0, 0)),
-    "no distance twice": ("irregular_spacing", lambda: at_depths(np.cumsum([0, 3, 7, 4, 9, 5, 8, 3.5, 6, 10]))),
+    "no distance twice": (
+        "irregular_spacing",
+        lambda: at_depths(np.cumsum([0, 3, 7, 4, 9, 5, 8, 3.5, 6, 10])),
+    ),
     "a slice missing": ("missing_slices", lambda: at_depths(np.delete(np.arange(40) * 5.0, 7))),
-    "a slice missing, 1 decimal": ("missing_slices", lambda: at_depths(np.delete(np.arange(120) * 0.625, 50), 1)),
-    "a gap of 200 mm": ("missing_slices", lambda: at_depths([*range(0, 100, 5), *range(300, 400, 5)])),
+    "a slice missing, 1 decimal": (
+        "missing_slices",
+        lambda: at_depths(np.delete(np.arange(120) * 0.625, 50), 1),
+    ),
+    "a gap of 200 mm": (
+        "missing_slices",
+        lambda: at_depths([*range(0, 100, 5), *range(300, 400, 5)]),
+    ),
     "every second one missing in one half": (
-        "missing_slices", lambda: at_depths([*np.arange(0, 20, 2.5), *np.arange(20, 120, 5.0)])
+        "missing_slices",
+        lambda: at_depths([*np.arange(0, 20, 2.5), *np.arange(20, 120, 5.0)]),
     ),
     "two at one place": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.0])),
-    "two at nearly one place": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.0004])),
-    "two that are 0.02 mm apart": ("duplicate_slice", lambda: at_depths([*np.arange(40) * 5.0, 50.02])),
+    "two at nearly one place": (
+        "duplicate_slice",
+        lambda: at_depths([*np.arange(40) * 5.0, 50.0004]),
+    ),
+    "two that are 0.02 mm apart": (
+        "duplicate_slice",
+        lambda: at_depths([*np.arange(40) * 5.0, 50.02]),
+    ),
     "all at one place": ("duplicate_slice", lambda: at_depths([5.0] * 12)),
-    "tilt of 5 degrees": ("gantry_tilt", lambda: changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))),
+    "tilt of 5 degrees": (
+        "gantry_tilt",
+        lambda: changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0)),
+    ),
     "tilt and a slice missing": (
         "gantry_tilt",
-        lambda: changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))[:5] + changed(
-            lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))[6:],
+        lambda: (
+            changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))[:5]
+            + changed(lambda index, one: move(one, 0, 0.0875 * STEP_MM * index, 0))[6:]
+        ),
     ),
     "cosines of half the length": (
-        "missing_position", lambda: with_values(ImageOrientationPatient=["0.5", "0", "0", "0", "0.5", "0"])
+        "missing_position",
+        lambda: with_values(ImageOrientationPatient=["0.5", "0", "0", "0", "0.5", "0"]),
     ),
-    "cosines of nothing": ("missing_position", lambda: with_values(ImageOrientationPatient=["0"] * 6)),
+    "cosines of nothing": (
+        "missing_position",
+        lambda: with_values(ImageOrientationPatient=["0"] * 6),
+    ),
     "twice the same direction": (
-        "missing_position", lambda: with_values(ImageOrientationPatient=["1", "0", "0", "1", "0", "0"])
+        "missing_position",
+        lambda: with_values(ImageOrientationPatient=["1", "0", "0", "1", "0", "0"]),
     ),
-    "pixels of 0.05 mm": ("implausible_spacing", lambda: with_values(PixelSpacing=["0.05", "0.05"])),
+    "pixels of 0.05 mm": (
+        "implausible_spacing",
+        lambda: with_values(PixelSpacing=["0.05", "0.05"]),
+    ),
     "columns of 12 mm": ("implausible_spacing", lambda: with_values(PixelSpacing=["1", "12"])),
     "micrometres": ("implausible_spacing", lambda: with_values(PixelSpacing=["700", "700"])),
     "slices 25 mm apart": ("implausible_spacing", lambda: at_depths(np.arange(12) * 25.0)),
     "slices 0.05 mm apart": ("implausible_spacing", lambda: at_depths(np.arange(40) * 0.05)),
     "slices 0.05 mm apart and one missing": (
-        "implausible_spacing", lambda: at_depths(np.delete(np.arange(60) * 0.02, 9))
+        "implausible_spacing",
+        lambda: at_depths(np.delete(np.arange(60) * 0.02, 9)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_POSITIONS)

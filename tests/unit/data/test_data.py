@@ -17,7 +17,7 @@ from covtanet.data.folds import Case, assign_folds, split
 from covtanet.data.labels import LabelledVolume, read_labels, write_labels
 from covtanet.data.stacks import pair
 from covtanet.errors import ConfigError
-from covtanet.phantoms.archive import nifti_grid
+from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import Phantom
 from covtanet.report import data_report
 

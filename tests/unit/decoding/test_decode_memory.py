@@ -14,10 +14,12 @@ from hostile import DATATYPE, DIM, gz, patched, phantom, slices
 from pydicom.uid import JPEGLSLossless
 from repository import ROOT
 
-from covtanet.ct import dicom, nifti
+from covtanet.ct import dicom, limits, nifti
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare as decode
+from covtanet.decoding.stored_masks import _pack_bits
 from covtanet.errors import StudyError
+from covtanet.phantoms.dicom_writer import write_series
 from covtanet.screening.config import ScreeningConfig
 
 MIB = 1 << 20
@@ -26,7 +28,7 @@ INPUT_MD = ROOT / "docs" / "input.md"
 
 
 def thin_slices() -> np.ndarray:
-    """512 x 512 pixels, and slices as thin as in a series of thousands: the working grid is small beside them."""
+    """512 x 512 pixels in slices so thin that the working grid is small compared with them."""
     middle = phantom().hu[4:8].repeat(NUM_SLICES // 4, axis=0)
     return middle.repeat(8, axis=1).repeat(8, axis=2)
 
@@ -41,7 +43,7 @@ def as_jpeg_ls(hu: np.ndarray) -> list[bytes]:
         [[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]]
     )
     objects = []
-    for data in dicom.write_series(hu, affine, study_uid="1.2", series_uid="1.2.3"):
+    for data in write_series(hu, affine, study_uid="1.2", series_uid="1.2.3"):
         dataset, buffer = pydicom.dcmread(BytesIO(data)), BytesIO()
         stored = np.frombuffer(dataset.PixelData, "<u2").reshape(512, 512)
         dataset.PixelData = pydicom.encaps.encapsulate([bytes(imagecodecs.jpegls_encode(stored))])
@@ -69,32 +71,32 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def once(objects: list[bytes]) -> Iterator[bytes]:
-    """Each as fresh bytes, which nobody else holds."""
+    """Yield fresh bytes, to which no other reference exists."""
     return (bytes(bytearray(data)) for data in objects)
 
 
-def test_series_takes_two_bytes_a_voxel_beside_its_own_while_it_is_read(hu: np.ndarray) -> None:
+def test_reading_a_series_takes_two_bytes_a_voxel_in_addition_to_its_files(hu: np.ndarray) -> None:
     objects = as_jpeg_ls(hu)
     num_bytes = sum(map(len, objects))
     assert peak_bytes(lambda: dicom.read_series(once(objects))) < num_bytes + 3 * hu.size
 
 
-def test_uncompressed_series_is_in_memory_once_beside_its_hu(hu: np.ndarray) -> None:
+def test_uncompressed_series_is_in_memory_once_in_addition_to_its_hu(hu: np.ndarray) -> None:
     affine = np.array(
         [[0, 0, PIXEL_MM, 0], [0, PIXEL_MM, 0, 0], [SLICE_MM, 0, 0, 0], [0, 0, 0, 1.0]]
     )
-    objects = dicom.write_series(hu, affine, study_uid="1.2", series_uid="1.2.3")
+    objects = write_series(hu, affine, study_uid="1.2", series_uid="1.2.3")
     assert peak_bytes(lambda: dicom.read_series(once(objects))) < 5 * hu.size
 
 
-def test_compressed_nifti_is_in_memory_once_beside_its_hu(hu: np.ndarray) -> None:
+def test_compressed_nifti_is_in_memory_once_in_addition_to_its_hu(hu: np.ndarray) -> None:
     data = as_nifti(hu)
     assert peak_bytes(lambda: nifti.read(data)) < 5 * hu.size
 
 
 @pytest.mark.parametrize("source_format", ["dicom", "nifti"])
 def test_prepared_series_takes_five_bytes_a_voxel(hu: np.ndarray, source_format: str) -> None:
-    """HU, two masks, and what the network reads."""
+    """HU, two masks and the network's input."""
     objects = as_jpeg_ls(hu) if source_format == "dicom" else [as_nifti(hu)]
     window = WindowConfig()
     assert (
@@ -104,13 +106,13 @@ def test_prepared_series_takes_five_bytes_a_voxel(hu: np.ndarray, source_format:
 
 
 def test_memory_of_the_decoder_holds_the_largest_volume() -> None:
-    """1900 slices of 512 x 512 took 2,398 MiB, 5.05 bytes a voxel, JPEG-LS as well as uncompressed."""
+    """1900 slices of 512 x 512 took 2,398 MiB, 5.05 bytes a voxel, JPEG-LS and uncompressed."""
     config = ScreeningConfig()
-    assert nifti.MAX_BYTES == 2 * nifti.MAX_VOXELS == config.max_series_mib * MIB
-    assert nifti.MAX_VOXELS >= 1900 * 512 * 512
-    assert config.decode_memory_mib * MIB > 5.05 * nifti.MAX_VOXELS
-    while_read = config.max_series_mib * MIB + nifti.MAX_BYTES
-    while_prepared = nifti.MAX_BYTES + 2 * nifti.MAX_VOXELS
+    assert limits.MAX_BYTES == 2 * limits.MAX_VOXELS == config.max_series_mib * MIB
+    assert limits.MAX_VOXELS >= 1900 * 512 * 512
+    assert config.decode_memory_mib * MIB > 5.05 * limits.MAX_VOXELS
+    while_read = config.max_series_mib * MIB + limits.MAX_BYTES
+    while_prepared = limits.MAX_BYTES + 2 * limits.MAX_VOXELS
     assert max(while_read, while_prepared) + 512 * MIB <= config.decode_memory_mib * MIB
 
 
@@ -120,10 +122,12 @@ def test_documents_name_the_limits_of_size() -> None:
         line for line in INPUT_MD.read_text().splitlines() if line.startswith("| `too_large` |")
     )
     for words in (
-        f"2^{nifti.MAX_VOXELS.bit_length() - 1} voxels", f"2^{nifti.MAX_VOXELS.bit_length() - 2} ",
-        f"{nifti.MAX_SLICES} slices", f"{config.max_series_mib // 1024} GiB of bytes",
+        f"2^{limits.MAX_VOXELS.bit_length() - 1} voxels",
+        f"2^{limits.MAX_VOXELS.bit_length() - 2} ",
+        f"{limits.MAX_SLICES} slices",
+        f"{config.max_series_mib // 1024} GiB of bytes",
         f"{config.decode_memory_mib // 1024} GiB to decode",
-    ):  # fmt: skip
+    ):
         assert words in line
 
 
@@ -145,9 +149,9 @@ def test_more_voxels_than_fit_are_too_large(
     assert error.value.reason == "too_large"
 
 
-def test_hu_that_are_no_whole_numbers_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fractional_hu_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of either format, since they are float32."""
-    monkeypatch.setattr(nifti, "MAX_BYTES", 3 * phantom().hu.size)
+    monkeypatch.setattr(limits, "MAX_BYTES", 3 * phantom().hu.size)
     halves = patched((112, "2f", (0.5, -300.0)))["a.nii"]
     objects = []
     for data in slices():
@@ -184,5 +188,5 @@ def test_masks_of_any_size_are_packed_bit_by_bit() -> None:
     for shape in ((3, 5, 7), (2, 4, 8), (1, 1, 1)):
         first, second = rng.random(shape) > 0.5, rng.random(shape) > 0.5
         np.testing.assert_array_equal(
-            decode._packed_bits(first, second), np.packbits(np.stack([first, second]))
+            _pack_bits(first, second), np.packbits(np.stack([first, second]))
         )

@@ -13,7 +13,8 @@ from PIL import Image
 from covtanet.evaluation import gallery, metrics, rows
 from covtanet.evaluation.promotion import Margins, compare
 from covtanet.report import plots
-from covtanet.report.tables import TABLE_II, TABLE_III, TABLE_IV, Table, paper_tables
+from covtanet.report.paper_values import TABLE_II, TABLE_III, TABLE_IV
+from covtanet.report.tables import Table, paper_tables
 
 Row = dict[str, Any]
 

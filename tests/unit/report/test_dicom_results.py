@@ -1,4 +1,4 @@
-"""SEG and SR of a series, read back by highdicom: the same voxels, at the same places, with the same numbers."""
+"""SEG and SR of a series, read back by highdicom: voxels, positions, values, identities."""
 
 import logging
 import warnings
@@ -18,23 +18,29 @@ from pydicom.tag import Tag
 
 from covtanet.ct import dicom
 from covtanet.errors import StudyError
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.report.dicom_results import (
     LESION,
     LUNG,
     Finding,
-    frames_of,
     segmentation,
     structured_report,
     to_bytes,
 )
 from covtanet.report.dicom_source import TYPE_2
+from covtanet.report.mask_frames import frames_of
 
 FINDING = Finding(
-    run_id="run", series_key="series", software_version="0.1", model="covtanet 1", lesion_volume_ml=310.25,
-    lung_volume_ml=4890.5, involvement=0.0634, p_infected=0.98,
-)  # fmt: skip
+    run_id="run",
+    series_key="series",
+    software_version="0.1",
+    model="covtanet 1",
+    lesion_volume_ml=310.25,
+    lung_volume_ml=4890.5,
+    involvement=0.0634,
+    p_infected=0.98,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +50,9 @@ def source(mild: Phantom) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def headers(source: list[bytes]) -> list[pydicom.Dataset]:
-    found = [pydicom.dcmread(BytesIO(data), stop_before_pixels=True) for data in source]
-    return [found[k] for k in np.random.default_rng(0).permutation(len(found))]  # in any order
+    ordered = [pydicom.dcmread(BytesIO(data), stop_before_pixels=True) for data in source]
+    shuffled = np.random.default_rng(0).permutation(len(ordered))
+    return [ordered[index] for index in shuffled]
 
 
 def written(
@@ -60,7 +67,7 @@ def written(
     return to_bytes(seg), to_bytes(structured_report(headers, seg, FINDING))
 
 
-def test_segments_have_the_masks_voxels_at_their_places(
+def test_segments_have_the_voxels_of_the_masks_at_their_positions(
     source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom
 ) -> None:
     seg = hd.seg.segread(BytesIO(written(source, headers, mild)[0]))
@@ -77,22 +84,24 @@ def test_segments_have_the_masks_voxels_at_their_places(
             # The first voxel of this slice in the patient, by the volume's own affine.
             y, x = np.argwhere(frame)[0] if frame.any() else (0, 0)
             across, down = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
-            place = np.array(header.ImagePositionPatient, float) + across * x * float(
+            position_mm = np.array(header.ImagePositionPatient, float) + across * x * float(
                 header.PixelSpacing[1]
             )
-            place += down * y * float(header.PixelSpacing[0])
-            index = np.linalg.inv(volume.affine) @ [*place, 1.0]
-            assert np.abs((volume.affine @ [*np.rint(index[:3]), 1.0])[:3] - place).max() < 0.1
+            position_mm += down * y * float(header.PixelSpacing[0])
+            index = np.linalg.inv(volume.affine) @ [*position_mm, 1.0]
+            assert (
+                np.abs((volume.affine @ [*np.rint(index[:3]), 1.0])[:3] - position_mm).max() < 0.1
+            )
             assert bool(mask[tuple(np.rint(index[:3]).astype(int))]) == bool(frame[y, x])
             assert round(float(z[0])) == round(float(index[0]))
     for item in seg.PerFrameFunctionalGroupsSequence:
         referenced = item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
         expected = position_of[str(referenced)].ImagePositionPatient
-        found = item.PlanePositionSequence[0].ImagePositionPatient
-        assert np.abs(np.array(found, float) - np.array(expected, float)).max() < 0.1
+        actual = item.PlanePositionSequence[0].ImagePositionPatient
+        assert np.abs(np.array(actual, float) - np.array(expected, float)).max() < 0.1
 
 
-def test_the_report_has_the_ledgers_numbers_and_refers_to_the_segments(
+def test_report_has_the_values_of_the_ledger_and_refers_to_the_segments(
     source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom
 ) -> None:
     seg, report = (pydicom.dcmread(BytesIO(data)) for data in written(source, headers, mild))
@@ -115,7 +124,7 @@ def test_the_report_has_the_ledgers_numbers_and_refers_to_the_segments(
     assert written(source, headers, mild)[1] != b""
 
 
-def test_the_same_result_has_the_same_uids(
+def test_equal_results_have_equal_uids(
     source: list[bytes], headers: list[pydicom.Dataset], mild: Phantom
 ) -> None:
     first, second = (pydicom.dcmread(BytesIO(written(source, headers, mild)[0])) for _ in range(2))
@@ -123,7 +132,7 @@ def test_the_same_result_has_the_same_uids(
     assert replace(FINDING, run_id="other").uid("segmentation") != FINDING.uid("segmentation")
 
 
-def test_a_mask_of_another_grid_is_refused(headers: list[pydicom.Dataset], mild: Phantom) -> None:
+def test_mask_of_another_grid_is_refused(headers: list[pydicom.Dataset], mild: Phantom) -> None:
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     with pytest.raises(StudyError, match="grid of its mask"):
         frames_of(headers, mild.lesion_mask, affine)
@@ -133,7 +142,7 @@ Edit = Callable[[Dataset, int], None]
 
 
 def raw(name: str, representation: str, value: bytes) -> Edit:
-    """An edit that stores a value as it stands, whatever the attribute's own representation is."""
+    """Return an edit that stores a value as it is, whatever the VR of the attribute."""
 
     def edit(dataset: Dataset, number: int) -> None:
         tag = Tag(name)
@@ -175,7 +184,7 @@ def renumber_frame_of_reference(dataset: Dataset, number: int) -> None:
 
 
 def results_of(*edits: Edit) -> tuple[Dataset, Dataset]:
-    """SEG and SR, read back by highdicom, of a sound series whose headers were edited; masks are boxes."""
+    """Return SEG and SR, read back by highdicom, of a series with edited headers and box masks."""
     headers = []
     warnings.simplefilter("ignore")  # pydicom warns of what the edits store
     for number, data in enumerate(slices()):
@@ -246,7 +255,7 @@ MADE_UP = ("StudyInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality", "Fra
     ],
 )
 def test_source_without_attributes_or_with_odd_values_gets_seg_and_report(edit: Edit) -> None:
-    """What DICOM wants empty if unknown is there and empty, and the results refer to each slice."""
+    """Attributes that DICOM requires are present and empty; the results refer to each slice."""
     seg, report = results_of(edit)
     for result in (seg, report):
         assert all(name in result for name in TYPE_2)
@@ -258,12 +267,12 @@ def test_source_without_attributes_or_with_odd_values_gets_seg_and_report(edit: 
     assert int(seg.pixel_array.sum()) == 8 * (20 + 10) * 20
 
 
-def test_source_without_identity_gives_results_without_one() -> None:
+def test_source_without_identity_gives_results_without_identity() -> None:
     for result in results_of(without(*TYPE_2)):
         assert not any(result[name].value for name in TYPE_2)
 
 
-def test_identity_that_one_slice_lacks_is_taken_from_another() -> None:
+def test_identity_missing_in_one_slice_is_taken_from_another() -> None:
     for result in results_of(without("PatientID", "PatientName", every=2)):
         assert (result.PatientID, str(result.PatientName)) == ("PHANTOM", "PHANTOM")
 
@@ -286,7 +295,8 @@ def test_identity_that_one_slice_lacks_is_taken_from_another() -> None:
 def test_name_in_any_character_set_is_the_same_in_seg_and_report(
     character_set: str, name: str
 ) -> None:
-    """Also under sets that highdicom refuses: an empty first value, code extensions alone, a misspelled one."""
+    """Also in sets that highdicom refuses: empty first value, code extensions alone, a
+    misspelling."""
     for result in results_of(
         values(SpecificCharacterSet=character_set.split("\\"), PatientName=name)
     ):
@@ -305,7 +315,7 @@ def test_name_in_any_character_set_is_the_same_in_seg_and_report(
         (values(PatientName="ANONYMOUS"), "ANONYMOUS"),
     ],
 )
-def test_name_of_another_representation_becomes_a_person_name(edit: Edit, expected: str) -> None:
+def test_name_with_another_vr_becomes_a_person_name(edit: Edit, expected: str) -> None:
     for result in results_of(edit):
         assert result["PatientName"].VR == "PN"
         assert str(result.PatientName) == expected

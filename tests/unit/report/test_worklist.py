@@ -1,8 +1,9 @@
-"""The night at a glance, the order of the worklist, the report, and the grey values of its pictures."""
+"""The worklist: summary, order, filter, the report as one file, and intensities of its pictures."""
 
 import json
 import re
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,52 +16,57 @@ from worklist_rows import ledger
 from covtanet import drawing as overlay
 from covtanet.ct.window import WindowConfig, to_input
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.report import worklist
+from covtanet.report import page_file, worklist
 
 
 def keys(page: dict[str, Any]) -> str:
-    return "".join(each["series_key"][0] for each in page["rows"])
+    return "".join(row["series_key"][0] for row in page["rows"])
 
 
-def test_worst_have_most_of_the_lung_involved_and_what_is_unknown_comes_behind() -> None:
+def test_order_puts_missing_values_and_unscreened_series_last() -> None:
     assert keys(worklist.page(ledger())) == "cdbeaf"
     assert keys(worklist.page(ledger(), sort="uncertain")) == "bedcaf"
     assert keys(worklist.page(ledger(), sort="refused"))[:2] == "fa"
 
 
-def test_filters_and_search_leave_the_summary_of_all() -> None:
+def test_filter_and_search_keep_the_summary_of_all_rows() -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"status": "rejected"}, "a"), ({"grade": "severe"}, "c"), ({"grade": "normal"}, "b"),
-        ({"grade": "mild"}, "de"), ({"text": "BUCKET/D"}, "d"), ({"text": "storage"}, "f"), ({"text": "nowhere"}, ""),
-    )  # fmt: skip
+        ({"status": "rejected"}, "a"),
+        ({"grade": "severe"}, "c"),
+        ({"grade": "normal"}, "b"),
+        ({"grade": "mild"}, "de"),
+        ({"text": "BUCKET/D"}, "d"),
+        ({"text": "storage"}, "f"),
+        ({"text": "nowhere"}, ""),
+    )
     for chosen, expected in cases:
         page = worklist.page(ledger(), **chosen)
         assert (keys(page), page["total"]) == (expected, len(expected)), chosen
         assert page["summary"]["series"] == 6
 
 
-def test_pages_are_short_however_long_the_ledger() -> None:
+def test_page_has_at_most_max_rows() -> None:
     table = pa.concat_tables([ledger()] * 100)
     page = worklist.page(table, limit=10_000)
     assert (len(page["rows"]), page["total"]) == (worklist.MAX_ROWS, 600)
     assert keys(worklist.page(ledger(), offset=2, limit=2)) == "be"
 
 
-def test_the_night_at_a_glance() -> None:
-    found = worklist.summary(ledger())
-    assert found["status"] == {"failed": 1, "rejected": 1, "screened": 4}
-    assert found["diagnosis"] == {"infected": 3, "normal": 1}
-    assert found["severity"] == {"mild": 2, "severe": 1}
-    assert found["reasons"] == {"storage": 1, "truncated": 1}
-    assert found["flags"] == {"contrast": 1}
-    assert found["involvement"]["counts"] == [1, 1, 0, 0, 1, 0]
-    assert found["studies_per_minute"] is None  # too few for a rate
+def test_summary_counts_status_findings_reasons_and_flags() -> None:
+    summary = worklist.summary(ledger())
+    assert summary["status"] == {"failed": 1, "rejected": 1, "screened": 4}
+    assert summary["diagnosis"] == {"infected": 3, "normal": 1}
+    assert summary["severity"] == {"mild": 2, "severe": 1}
+    assert summary["reasons"] == {"storage": 1, "truncated": 1}
+    assert summary["flags"] == {"contrast": 1}
+    assert summary["involvement"]["counts"] == [1, 1, 0, 0, 1, 0]
+    assert summary["studies_per_minute"] is None  # too few for a rate
     assert worklist.summary(pa.concat_tables([ledger()] * 100))["studies_per_minute"] == 599 / 5
-    assert found["models"] == ["covtanet 1"]
-    json.dumps(found)
+    assert summary["models"] == ["covtanet 1"]
+    json.dumps(summary)
 
 
-def test_a_night_without_studies_has_a_summary_too() -> None:
+def test_empty_ledger_has_a_summary_without_a_rate() -> None:
     page = worklist.page(LEDGER_SCHEMA.empty_table())
     assert (page["total"], page["summary"]["series"], page["summary"]["studies_per_minute"]) == (
         0,
@@ -69,16 +75,57 @@ def test_a_night_without_studies_has_a_summary_too() -> None:
     )
 
 
-def test_the_report_stands_alone_and_no_text_of_a_ledger_ends_its_data() -> None:
+def test_report_loads_nothing_and_escapes_its_data() -> None:
     text = worklist.report(ledger(), {"c" * 32: b"png"})
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "</script><b>" not in text
     (embedded,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text)
     data = json.loads(embedded)
     assert keys(data) == "cdbeaf"
+    assert data["orders"] == {
+        "worst": [0, 1, 2, 3, 4, 5],
+        "uncertain": [2, 3, 1, 0, 4, 5],
+        "refused": [5, 4, 2, 0, 1, 3],
+    }
+    assert data["grades"] == ["severe", "mild", "normal", "mild", None, None]
+    assert "s3://bucket/c" in data["texts"][0]
     assert data["rows"][4]["reason_detail"] == "</script><b>"
     assert data["pictures"] == {"c" * 32: "data:image/png;base64,cG5n"}
     assert "Research use only" in text
+
+
+@pytest.mark.parametrize("sort", worklist.SORTS)
+def test_report_has_the_order_of_the_endpoint(sort: str) -> None:
+    text = worklist.report(ledger(), {})
+    (embedded,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text)
+    data = json.loads(embedded)
+    ordered = [data["rows"][index] for index in data["orders"][sort]]
+    assert ordered == json.loads(json.dumps(worklist.page(ledger(), sort=sort)["rows"]))
+
+
+def test_bundle_holds_every_module_once_without_imports() -> None:
+    text = page_file.bundle(page_file.MAIN)
+    assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
+    names = re.findall(r"^(?:async )?(?:function|class|const) (\w+)", text, re.MULTILINE)
+    assert len(names) == len(set(names)), "modules of a report share one scope"
+    for path in page_file.PAGE.glob("*.js"):
+        opening = path.read_text().splitlines()[0]
+        assert text.count(opening) >= 1, path.name
+
+
+def test_bundle_refuses_an_import_in_another_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "main.js").write_text('import * as all from "./other.js";\n')
+    monkeypatch.setattr(page_file, "PAGE", tmp_path)
+    with pytest.raises(ValueError, match="cannot be bundled"):
+        page_file.bundle("main.js")
+
+
+def test_colours_of_the_page_are_those_of_the_pictures() -> None:
+    style = (page_file.PAGE / "worklist.css").read_text()
+    for name, rgb in (("lung", overlay.LUNG_RGB), ("lesion", overlay.LESION_RGB)):
+        assert f"--{name}-rgb: {' '.join(map(str, rgb))};" in style
 
 
 WINDOWS = [(-1000.0, 400.0), (-1350.0, 150.0), (-1000.5, 1500.25), (0.0, 80.0)]
@@ -91,20 +138,15 @@ def steps_of_hu(window: WindowConfig) -> NDArray[np.int16]:
 
 
 @pytest.mark.parametrize(("low_hu", "high_hu"), WINDOWS)
-def test_viewer_level_is_hu_by_the_window_that_stands_in_the_picture(
-    low_hu: float, high_hu: float
-) -> None:
-    """As the page reads it: two big-endian float32 in the blue of eight pixels, then the level."""
+def test_viewer_intensity_is_hu_by_the_window_of_the_layout(low_hu: float, high_hu: float) -> None:
     window = WindowConfig(low_hu=low_hu, high_hu=high_hu, size_px=64)
     hu = steps_of_hu(window)
     nothing = np.zeros(hu.shape, bool)
-    data = overlay.png(overlay.viewer(to_input(hu, window), nothing, nothing, window))
-    picture = np.asarray(Image.open(BytesIO(data)))
-    assert picture[0, 0, 2] == 8
-    low, high = np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4")
-    assert (low, high) == (low_hu, high_hu)
-    shown_hu = low + (high - low) * picture[:64, :64, 0] / 255
-    assert np.abs(shown_hu - hu[0]).max() <= (high - low) / 255
+    tiles, layout = overlay.viewer(to_input(hu, window), nothing, nothing, window)
+    picture = np.asarray(Image.open(BytesIO(overlay.png(tiles))))
+    assert layout == {"tiles": 8, "columns": 10, "low_hu": low_hu, "high_hu": high_hu}
+    shown_hu = low_hu + (high_hu - low_hu) * picture[:64, :64, 0] / 255
+    assert np.abs(shown_hu - hu[0]).max() <= (high_hu - low_hu) / 255
 
 
 @pytest.mark.parametrize(("low_hu", "high_hu"), WINDOWS)

@@ -24,13 +24,14 @@ from covtanet import drawing as overlay
 from covtanet.ct import lung, nifti
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.decoding import prepare as decode
+from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import SandboxClosedError, Status
 from covtanet.inference.predictor import Prediction, Predictor
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.model.checkpoint import load_model
 from covtanet.model.description import Capabilities
-from covtanet.phantoms.archive import dicom_objects
+from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig, config_values
@@ -185,7 +186,7 @@ def test_conclusions(
 
 def test_masks_survive_their_packing(mild_volume: Any) -> None:
     masks, _, _ = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
-    back = decode.StoredMasks.unpack(masks.pack())
+    back = StoredMasks.unpack(masks.pack())
     np.testing.assert_array_equal(back.lungs.lung_mask, masks.lungs.lung_mask)
     np.testing.assert_array_equal(back.lungs.cavity_mask, masks.lungs.cavity_mask)
     np.testing.assert_array_equal(back.source.affine, masks.source.affine)
@@ -209,7 +210,13 @@ def test_ledger_volumes_are_those_of_the_written_masks(
     assert measured.masks is not None
     assert measured.involvement is not None
     files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))
-    assert set(files) == {"lesion_mask.nii.gz", "lung_mask.nii.gz", "preview.png", "viewer.png"}
+    assert set(files) == {
+        "lesion_mask.nii.gz",
+        "lung_mask.nii.gz",
+        "preview.png",
+        "viewer.png",
+        "viewer.json",
+    }
     (tmp_path / "lesion.nii.gz").write_bytes(files["lesion_mask.nii.gz"])
     voxels = int(np.asarray(nib.load(tmp_path / "lesion.nii.gz").dataobj).sum())
     assert measured.record.lesion_volume_ml == pytest.approx(voxels * mild_volume.voxel_ml)
@@ -394,8 +401,8 @@ def test_viewer_carries_the_window_of_the_model(mild_volume: Any, aspect: int) -
     nothing = np.zeros(volume.hu.shape, bool)
     found = lung.measure_involvement(masks.lungs, nothing, volume.voxel_ml)
     files = dict(overlay.result_files(slices, chosen, masks, found, window))
-    picture = np.asarray(Image.open(BytesIO(files["viewer.png"])))
-    assert np.frombuffer(picture[0, 1:9, 2].tobytes(), ">f4").tolist() == [-1350.0, 150.0]
+    layout = json.loads(files["viewer.json"])
+    assert (layout["low_hu"], layout["high_hu"]) == (-1350.0, 150.0)
 
 
 EXPECTED_REAL = {
@@ -459,7 +466,7 @@ def test_an_answer_that_is_no_number_is_no_diagnosis(model_folder: Path) -> None
     predictor = Predictor(load_model(model_folder), engine="eager")
     with torch.no_grad():
         next(predictor.network.classifier.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="is no number"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
         predictor.predict(np.zeros((3, 128, 128), np.uint16))
 
 

@@ -1,4 +1,4 @@
-"""Records of batches: one caller's only, some at a time, whatever lies beside them."""
+"""Batches: records per caller, pages of them, committed ledgers, errors of storage and of Ray."""
 
 import asyncio
 import json
@@ -15,8 +15,9 @@ from covtanet import storage
 from covtanet.ledger.batch import BatchRun
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.work import write_rows
-from serve.app import BATCH_PROBLEMS, api, build
+from serve.app import api, build
 from serve.batches import Batches, JobsUnavailableError, ModelNotAllowedError
+from serve.refusals import BATCH_PROBLEMS
 from serve.schemas import BatchRequest
 from serve.settings import Caller, ServeConfig
 
@@ -33,9 +34,9 @@ def batches(tmp_path: Path) -> Batches:
 
 
 def write(batches: Batches, caller: Caller, index: int) -> str:
-    """A batch that is committed, with a ledger of one row; returns its id."""
+    """Write the record of a committed batch with one row; return its id."""
     batch_id, today = f"{index:016x}", datetime.now(UTC).date()
-    asked = {"archive": "s3://hospital/ct", "run_date": today.isoformat()}
+    request = {"archive": "s3://hospital/ct", "run_date": today.isoformat()}
     ended = {
         "state": "committed",
         "counts": {"screened": 1},
@@ -44,10 +45,14 @@ def write(batches: Batches, caller: Caller, index: int) -> str:
         "exit_code": 0,
     }
     record = {
-        "batch_id": batch_id, "asked": asked, "jobs": ["one"], "submitted_at": f"{index:06}", "ended": ended,
-    }  # fmt: skip
-    batches._write(record, caller)
-    storage.write_bytes(batches._uri(caller, "newest", f"{20_000 - index}-{batch_id}"), b"")
+        "batch_id": batch_id,
+        "asked": request,
+        "jobs": ["one"],
+        "submitted_at": f"{index:06}",
+        "ended": ended,
+    }
+    batches.records.write(record, caller)
+    storage.write_bytes(batches.records.uri(caller, "newest", f"{20_000 - index}-{batch_id}"), b"")
     return batch_id
 
 
@@ -60,50 +65,51 @@ def commit(batches: Batches, batch_id: str) -> None:
     write_rows(path, LEDGER_SCHEMA, [], 1)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What is asked of storage from here on, by function."""
-    seen: Counter[str] = Counter()
+def count_storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count calls of storage from here on, by function."""
+    num_calls: Counter[str] = Counter()
 
     def spy(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def asked(uri: str, *arguments: Any) -> Any:
-            seen[name] += 1
+        def counted(uri: str, *arguments: Any) -> Any:
+            num_calls[name] += 1
             return real(uri, *arguments)
 
-        return asked
+        return counted
 
     for name in ("read_bytes", "list_names", "exists"):
         monkeypatch.setattr(storage, name, spy(name, getattr(storage, name)))
-    return seen
+    return num_calls
 
 
-def test_page_of_many_batches_reads_its_own_records_only(
+def test_page_of_batches_reads_only_the_records_of_that_page(
     batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for index in range(200):
         write(batches, ANN, index)
         write(batches, BOB, 5000 + index)
-    seen = counted(monkeypatch)
-    found = batches.page_of(ANN, 10, 50)
-    assert [each.batch_id for each in found] == [f"{index:016x}" for index in range(189, 139, -1)]
-    assert seen == {"list_names": 1, "read_bytes": 50}
+    num_calls = count_storage_calls(monkeypatch)
+    states = batches.page_of(ANN, 10, 50)
+    expected_ids = [f"{index:016x}" for index in range(189, 139, -1)]
+    assert [state.batch_id for state in states] == expected_ids
+    assert num_calls == {"list_names": 1, "read_bytes": 50}
 
 
-def test_record_that_is_not_json_hides_no_other(batches: Batches) -> None:
-    known = write(batches, ANN, 1)
+def test_record_that_is_not_json_is_left_out_of_the_list(batches: Batches) -> None:
+    readable = write(batches, ANN, 1)
     broken = write(batches, ANN, 2)
-    storage.write_bytes(batches._uri(ANN, f"{broken}.json"), b"{")
-    assert [each.batch_id for each in batches.page_of(ANN, 0, 50)] == [known]
+    storage.write_bytes(batches.records.uri(ANN, f"{broken}.json"), b"{")
+    assert [state.batch_id for state in batches.page_of(ANN, 0, 50)] == [readable]
     with pytest.raises(KeyError):
         batches.find(broken, ANN)
 
 
-def test_batch_of_another_caller_is_not_there(batches: Batches) -> None:
+def test_batch_of_another_caller_raises_key_error(batches: Batches) -> None:
     with pytest.raises(KeyError):
         batches.find(write(batches, ANN, 1), BOB)
 
 
-def test_ledgers_read_by_many_threads_are_all_read(batches: Batches) -> None:
-    """More ledgers than are kept: the one that a thread reads may be dropped by another."""
+def test_ledgers_read_by_many_threads_at_once_raise_nothing(batches: Batches) -> None:
+    """More ledgers than the cache holds: a thread may drop a ledger that another thread reads."""
     ids = [write(batches, ANN, index) for index in range(6)]
     for batch_id in ids:
         commit(batches, batch_id)
@@ -124,28 +130,27 @@ def test_ledgers_read_by_many_threads_are_all_read(batches: Batches) -> None:
     assert not errors
 
 
-def test_model_that_the_configuration_does_not_name_is_refused(tmp_path: Path) -> None:
+def test_model_outside_the_configuration_is_refused(tmp_path: Path) -> None:
     batches = Batches(settings(tmp_path, models=("models:/covtanet@challenger",)))
     request = BatchRequest(archive="s3://hospital/ct", model="models:/covtanet/7")
     with pytest.raises(ModelNotAllowedError, match="does not name this model"):
         batches.submit(request, ANN, "")
     allowed = request.model_copy(update={"model": "models:/covtanet@challenger"})
-    with pytest.raises(
-        JobsUnavailableError, match="job server does not answer"
-    ):  # so far it came; there is no Ray
+    # The check lets it pass; without a Ray the submission fails at the job server.
+    with pytest.raises(JobsUnavailableError, match="job server does not answer"):
         batches.submit(allowed, ANN, "")
 
 
-def test_batch_writes_into_a_ledger_that_readers_of_the_nights_skip(tmp_path: Path) -> None:
+def test_batch_writes_into_a_ledger_apart_from_the_nightly_runs(tmp_path: Path) -> None:
     batches = Batches(settings(tmp_path))
-    asked = {
+    values = {
         "archive": "s3://hospital/ct",
         "model": "",
         "run_date": "2026-11-26",
         "since": "last",
         "group_by": "",
     }
-    command = batches._command({"batch_id": "0" * 16, "asked": {**asked, "limit": 0}})
+    command = batches.command({"batch_id": "0" * 16, "asked": {**values, "limit": 0}})
     assert command[command.index("--ledger") + 1] == f"{tmp_path}/_batches/ledger"
     assert command[command.index("--results") + 1] == f"{tmp_path}/_batches/ledger/_results"
     assert command[:2] == ["timeout", "--foreground"]
@@ -162,7 +167,7 @@ def test_batch_writes_into_a_ledger_that_readers_of_the_nights_skip(tmp_path: Pa
         (storage.AccessError("Doe^Jane"), 403, "storage_refuses"),
     ],
 )
-def test_trouble_with_storage_and_ray_has_a_status_of_its_own(
+def test_os_errors_of_storage_and_ray_have_a_status_and_no_text(
     error: OSError, status: int, reason: str
 ) -> None:
     handler: Any = api.exception_handlers[OSError]
@@ -173,6 +178,6 @@ def test_trouble_with_storage_and_ray_has_a_status_of_its_own(
     assert status in BATCH_PROBLEMS
 
 
-def test_replica_asks_ray_for_what_its_decoders_may_take(tmp_path: Path) -> None:
+def test_replica_reserves_cpus_and_memory_of_its_decoders(tmp_path: Path) -> None:
     options = build(settings(tmp_path, num_decoders=3))._bound_deployment.ray_actor_options
     assert (options["num_cpus"], options["memory"]) == (3, 3 * (3072 + 600) << 20)

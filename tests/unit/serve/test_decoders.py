@@ -1,4 +1,4 @@
-"""A decoder slot belongs to the thread that uses it: requests that end early leave nothing to the next one."""
+"""Decoder slots belong to threads: a request that ends early leaves nothing to the next study."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ WAIT_S = 30.0
 
 
 class Work:
-    """A study whose thread stops where a test wants it, and says that it has come that far."""
+    """A study whose thread waits for the test, and tells the test that it has begun."""
 
     def __init__(self) -> None:
         self.has_begun, self.may_end = threading.Event(), threading.Event()
@@ -43,8 +43,8 @@ def test_cancelled_request_frees_its_slot_only_when_its_thread_has_ended() -> No
         second.may_end.set()
         waiting = asyncio.create_task(decoders.run(second, ExitStack()))
         await asyncio.to_thread(second.has_begun.wait, 0.2)
-        assert not second.has_begun.is_set()  # the first one's thread still reads
-        assert not removed.is_set()  # and what it reads is there
+        assert not second.has_begun.is_set()  # the first thread still reads
+        assert not removed.is_set()  # and its files are there
         first.may_end.set()
         assert await waiting == "done"
         assert removed.is_set()
@@ -74,20 +74,18 @@ def test_request_past_its_deadline_raises_and_closes_the_screener(
 
     async def scenario() -> None:
         decoders = Decoders(1, 1, 0.1)
-        with pytest.raises(DeadlineError, match="longer than it may"):
+        with pytest.raises(DeadlineError, match="took too long"):
             await decoders.run(work, ExitStack())
         assert screener.is_closed.is_set()
         slot = Slot()
         slot.abandon()
-        with pytest.raises(
-            DeadlineError, match="ended before"
-        ):  # its own thread, at its next check
+        with pytest.raises(DeadlineError, match="ended before"):  # the thread, at its next check
             slot.check()
 
     asyncio.run(scenario())
 
 
-def test_request_beyond_max_waiting_is_busy_and_keeps_what_it_brought() -> None:
+def test_request_beyond_max_waiting_is_busy_and_keeps_its_resources() -> None:
     async def scenario() -> None:
         decoders, first, removed = Decoders(1, 0, WAIT_S), Work(), threading.Event()
         task = asyncio.create_task(decoders.run(first, ExitStack()))
@@ -96,7 +94,7 @@ def test_request_beyond_max_waiting_is_busy_and_keeps_what_it_brought() -> None:
         resources.callback(removed.set)
         with pytest.raises(BusyError):
             await decoders.run(Work(), resources)
-        assert not removed.is_set()  # they are still the caller's
+        assert not removed.is_set()  # they still belong to the caller
         first.may_end.set()
         assert await task == "done"
 

@@ -1,4 +1,4 @@
-"""What surrounds the routes: headers on every answer, one line a request, no error's text."""
+"""Middleware: security headers on every answer, a log line per request, no text of an error."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ CANARY = "Doe^Jane"
 def ask(
     app: Any, headers: tuple[tuple[bytes, bytes], ...] = (), path: str = "/"
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a GET."""
+    """Return status, headers and body of the answer to a GET."""
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -28,20 +28,26 @@ def ask(
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "http_version": "1.1",
-    }  # fmt: skip
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+    }
     asyncio.run(app(scope, receive, send))
-    found = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:])
+    received = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], received, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 async def failing(scope: Scope, receive: Receive, send: Send) -> None:
     raise KeyError(CANARY)
 
 
-def test_error_that_nobody_caught_is_500_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
-    """It is not raised further either: Ray Serve would log it with its text."""
+def test_uncaught_error_returns_500_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not raised further: Ray Serve would log it with its text."""
     with caplog.at_level(logging.INFO):
         status, _, body = ask(Audit(failing))
     assert (status, CANARY in body.decode()) == (500, False)
@@ -49,7 +55,7 @@ def test_error_that_nobody_caught_is_500_without_its_text(caplog: pytest.LogCapt
     assert CANARY not in caplog.text
 
 
-def test_request_leaves_one_line_with_caller_route_status_and_series(
+def test_request_logs_one_line_with_caller_route_status_and_series(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,25 +73,25 @@ def test_request_leaves_one_line_with_caller_route_status_and_series(
     assert line.endswith("series=1f,2e")
 
 
-def test_every_answer_carries_the_security_headers() -> None:
-    """Of a route of the API that does not exist, too, and behind TLS with HSTS."""
+def test_every_answer_has_the_security_headers() -> None:
+    """Also 404 of an unknown route; and HSTS behind TLS."""
     app = SecurityHeaders(PlainTextResponse("ok"))
     for headers, has_hsts in (((), False), (((b"x-forwarded-proto", b"https"),), True)):
-        _, found, _ = ask(app, headers)
-        assert {name: found[name.lower()] for name in SECURITY_HEADERS} == SECURITY_HEADERS
-        assert ("strict-transport-security" in found) == has_hsts
+        _, received, _ = ask(app, headers)
+        assert {name: received[name.lower()] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+        assert ("strict-transport-security" in received) == has_hsts
     assert (
         "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
         in SECURITY_HEADERS["Content-Security-Policy"]
     )
-    status, found, body = ask(api, path="/nowhere")
-    assert (status, found["cache-control"]) == (404, "no-store")
+    status, received, body = ask(api, path="/nowhere")
+    assert (status, received["cache-control"]) == (404, "no-store")
     assert b'"no_such_route"' in body
     outermost: object = middlewares()[0].cls
     assert outermost is SecurityHeaders
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])
-def test_pages_of_fastapi_are_off(path: str) -> None:
-    """They load scripts from elsewhere, on the origin whose page holds the token."""
+def test_documentation_pages_of_fastapi_return_404(path: str) -> None:
+    """They load scripts from other hosts, on the origin whose page holds the token."""
     assert ask(api, path=path)[0] == 404

@@ -1,4 +1,4 @@
-"""/readyz costs the model nothing, and an ended study nothing more."""
+"""Readiness of the model, and requests to the model of studies that have ended."""
 
 import asyncio
 import threading
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from covtanet.errors import UnavailableError
-from covtanet.inference.predictor import Part
-from serve.deployments import Readiness, RemoteNetwork
+from covtanet.inference.predictor import SliceChunk
+from serve.readiness import Readiness
+from serve.remote_network import RemoteNetwork
 
 
 class Handle:
-    """A deployment's handle, as far as readiness asks it."""
+    """The part of a deployment's handle that readiness uses."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.num_asked = seconds, 0
@@ -29,7 +30,7 @@ class Handle:
 
 
 @pytest.mark.parametrize(("seconds", "is_ready"), [(1.0, True), (300.0, False)])
-def test_two_hundred_readyz_ask_the_model_once(seconds: float, is_ready: bool) -> None:
+def test_two_hundred_readyz_at_once_ask_the_model_once(seconds: float, is_ready: bool) -> None:
     async def scenario() -> list[bool]:
         readiness = Readiness(handle, keep_s=60)
         return list(await asyncio.gather(*(readiness.is_ready() for _ in range(200))))
@@ -39,7 +40,7 @@ def test_two_hundred_readyz_ask_the_model_once(seconds: float, is_ready: bool) -
     assert handle.num_asked == 1
 
 
-def test_cancelled_network_drops_what_it_asked_and_asks_no_more() -> None:
+def test_cancelled_network_cancels_its_requests_and_sends_no_more() -> None:
     class Answer:
         is_cancelled = False
 
@@ -66,8 +67,8 @@ def test_cancelled_network_drops_what_it_asked_and_asks_no_more() -> None:
         network._ask(network.segmenter.segment, None)
 
 
-def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
-    """A study whose diagnosis failed leaves nothing behind for the study after it."""
+def test_late_answer_is_never_given_to_the_next_study() -> None:
+    """A study whose diagnosis failed leaves no answer for the next study."""
 
     class Answer:
         def __init__(self, value: Any) -> None:
@@ -94,5 +95,5 @@ def test_answer_that_came_too_late_is_never_that_of_the_next_study() -> None:
     network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
-    segmented: list[Any] = list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])]))
+    segmented: list[Any] = list(network.segment([SliceChunk(np.zeros((1, 2, 2), np.uint16), [0])]))
     assert segmented == [("levels", "pooled")]

@@ -1,20 +1,23 @@
-"""The routes of the endpoint, asked without Ray Serve: tokens, and what the description promises."""
+"""The routes of the endpoint without Ray Serve: authentication and the API's description."""
 
 import asyncio
-import inspect
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 from fastapi.routing import APIRoute
 from starlette.types import Message
 
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from serve.app import Api, api
+from covtanet.report.page_file import PAGE
+from serve.app import api
+from serve.routes.page import PageFile
 from serve.schemas import EXAMPLE_ROW, SeriesRow, StudyAnswer
 from serve.settings import Caller, ServeConfig
+from serve.state import current_state
 
 # Probes, and the page that asks for the token itself.
 OPEN_ROUTES = {"/healthz", "/readyz", "/", "/worklist/{name}"}
@@ -26,7 +29,7 @@ PARAMETERS = {
 
 
 def routes_of(router: Any) -> Iterator[APIRoute]:
-    """All routes of the application, those of included routers too: Ray Serve moves a class's routes into one."""
+    """Yield all routes of the application, those of included routers too."""
     for route in router.routes:
         if isinstance(route, APIRoute):
             yield route
@@ -35,49 +38,52 @@ def routes_of(router: Any) -> Iterator[APIRoute]:
 
 
 @pytest.fixture(autouse=True)
-def _unserved() -> Iterator[None]:
-    """The routes' object, which Ray Serve passes to each, with callers alone: who passes the token's check fails."""
-    unserved = object.__new__(Api.func_or_class.__bases__[0])  # type: ignore[attr-defined]
-    unserved.settings = ServeConfig(callers=(Caller(name="ann", token_sha256="0" * 64),))
-    for route in routes_of(api):
-        passed = inspect.signature(route.endpoint).parameters["self"].default
-        api.dependency_overrides[passed.dependency] = lambda: unserved
+def _state_without_replica() -> Iterator[None]:
+    """State with settings alone: a route that goes on after authentication fails."""
+    settings = ServeConfig(callers=(Caller(name="ann", token_sha256="0" * 64),))
+    api.dependency_overrides[current_state] = lambda: SimpleNamespace(settings=settings)
     yield
     api.dependency_overrides.clear()
 
 
 def closed_routes() -> list[tuple[str, str]]:
-    """Method and path of every route that the application has, but the open ones."""
-    found = []
-    for route in routes_of(api):
-        found += [
-            (method, route.path)
-            for method in sorted(route.methods or ())
-            if route.path not in OPEN_ROUTES
-        ]
-    return found
+    """Return method and path of every route that requires a token."""
+    closed = [route for route in routes_of(api) if route.path not in OPEN_ROUTES]
+    return [(method, route.path) for route in closed for method in sorted(route.methods or ())]
 
 
-def ask(method: str, path: str, authorization: str = "") -> tuple[int, Any]:
-    """Status and body of a request whose own body is never sent."""
+def ask(method: str, path: str, authorization: str = "", query: str = "") -> tuple[int, Any]:
+    """Return status and body of the answer to a request whose body is never sent."""
     sent: list[Message] = []
 
     async def receive() -> Message:
-        raise AssertionError("the body is read before the token")
+        raise AssertionError("the body is read before the token is checked")
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     headers = [(b"authorization", authorization.encode())] if authorization else []
     scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "http_version": "1.1", "root_path": "",
-    }  # fmt: skip
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+    }
     asyncio.run(api(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
-def test_application_has_the_routes_that_are_asked() -> None:
+def test_page_route_serves_every_file_of_the_page() -> None:
+    files = {path.name for path in PAGE.iterdir()} - {"index.html"}
+    assert set(get_args(PageFile)) == files
+
+
+def test_application_has_the_routes_of_these_tests() -> None:
     paths = {path for _, path in closed_routes()}
     assert {"/v1/studies", "/v1/batches", "/v1/models", "/metrics", "/openapi.json"} <= paths
     assert set(PARAMETERS) >= {name for path in paths for name in re.findall(r"{(\w+)}", path)}
@@ -85,7 +91,7 @@ def test_application_has_the_routes_that_are_asked() -> None:
 
 @pytest.mark.parametrize(("method", "path"), closed_routes())
 def test_route_without_a_token_returns_401(method: str, path: str) -> None:
-    """Listed from the application: a route that is added later, without the check, fails here."""
+    """The application lists the routes, so a new route without authentication fails here."""
     for authorization in ("", "Basic dXNlcjpwYXNz", "Bearer "):
         status, answer = ask(method, path.format(**PARAMETERS), authorization)
         assert (status, answer.get("reason")) == (401, "no_token")
@@ -93,7 +99,20 @@ def test_route_without_a_token_returns_401(method: str, path: str) -> None:
     assert (status, answer["reason"]) == (403, "wrong_token")
 
 
-def test_description_names_what_traces_a_row() -> None:
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/v1/batches/not-an-id", ""),
+        ("/v1/batches", "limit=0"),
+        ("/v1/batches/x/worklist", "sort=y"),
+    ],
+)
+def test_invalid_request_without_a_token_returns_401(path: str, query: str) -> None:
+    """The token is checked before the parameters are."""
+    assert ask("GET", path, query=query)[0] == 401
+
+
+def test_openapi_describes_the_digests_of_a_row() -> None:
     described = api.openapi()["components"]["schemas"]
     row = described["SeriesRow"]
     for name in ("config_digest", "software_version", "model_digest"):

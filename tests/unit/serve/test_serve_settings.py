@@ -1,4 +1,4 @@
-"""Who may ask for what: tokens, places, models, dates."""
+"""Settings of the endpoint: tokens, allowed locations, dates, memory."""
 
 import hashlib
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ def settings(ledger: str = "", places: tuple[str, ...] = ("s3://hospital/ct",)) 
 
 
 def test_digest_of_an_empty_token_is_refused() -> None:
-    """As ``printf %s "$UNSET" | sha256sum`` makes it; a header of one blank would be that token."""
+    """``printf %s "$UNSET" | sha256sum`` prints it; a header with one blank would be that token."""
     with pytest.raises(ValueError, match="digest of an empty text"):
         Caller(name="ann", token_sha256=EMPTY_SHA256)
     assert settings().caller_of(TOKEN) is not None
@@ -46,15 +46,15 @@ def test_uri_with_control_characters_or_wildcard_is_not_read(uri: str) -> None:
 
 def test_uri_inside_or_around_the_ledger_is_not_read() -> None:
     """The ledger holds the masks of other callers' batches."""
-    found = settings(ledger="s3://hospital/ct/ledger")
-    caller = found.callers[0]
-    assert found.may_read(caller, "s3://hospital/ct/ledger-of-2025/x")
+    configured = settings(ledger="s3://hospital/ct/ledger")
+    caller = configured.callers[0]
+    assert configured.may_read(caller, "s3://hospital/ct/ledger-of-2025/x")
     for uri in (
         "s3://hospital/ct",
         "s3://hospital/ct/ledger",
         "s3://hospital/ct/ledger/_batches/ledger/_results/x",
     ):
-        assert not found.may_read(caller, uri)
+        assert not configured.may_read(caller, uri)
 
 
 def test_run_date_far_from_today_is_refused() -> None:
@@ -68,5 +68,5 @@ def test_run_date_far_from_today_is_refused() -> None:
             BatchRequest.model_validate({"archive": "s3://hospital/ct", "run_date": date})
 
 
-def test_memory_of_a_replica_is_what_its_decoders_may_take() -> None:
+def test_replica_memory_is_the_limit_of_its_decoders() -> None:
     assert settings().replica_memory_bytes == 2 * (3072 + 600) << 20

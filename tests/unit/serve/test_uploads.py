@@ -1,4 +1,4 @@
-"""Bodies on their way to disk: bounded for each caller, removed when a replica was killed."""
+"""Uploads: limits per caller, a full disk, and the folders of killed replicas."""
 
 import asyncio
 import errno
@@ -63,10 +63,10 @@ def test_stalled_uploads_of_one_caller_leave_room_for_another(uploads: Uploads) 
     asyncio.run(scenario())
 
 
-def test_full_disk_raises_enospc_and_frees_the_place(
+def test_full_disk_raises_enospc_and_frees_the_upload_slot(
     uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real full device stands in for the file."""
+    """The device /dev/full replaces the file."""
 
     async def scenario() -> None:
         full = Path("/dev/full")

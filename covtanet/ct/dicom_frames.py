@@ -1,4 +1,7 @@
-"""DICOM objects to frames: one header and one stream of pixels for each slice, from single and multi-frame objects."""
+"""DICOM objects to frames: one header and one stream of pixels per slice.
+
+Single-frame objects and Enhanced CT, which keeps many slices in one object.
+"""
 
 import collections
 from collections.abc import Iterator
@@ -23,12 +26,11 @@ from covtanet.errors import Reason, StudyError
 
 PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
 ENHANCED_CLASSES = {EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
-# Attributes of a single-frame object beside those that say how its pixels are stored and where they
-# lie.
+# Attributes of a single-frame object, apart from those of its pixels and their position.
 ACQUISITION = (
-    "AcquisitionNumber", "AcquisitionUID", "IrradiationEventUID", "AcquisitionDateTime", "AcquisitionDate",
-    "AcquisitionTime", "ContentDate", "ContentTime", "ConvolutionKernel", "FilterType", "KVP",
-    "TemporalPositionIdentifier",
+    "AcquisitionNumber", "AcquisitionUID", "IrradiationEventUID", "AcquisitionDateTime",
+    "AcquisitionDate", "AcquisitionTime", "ContentDate", "ContentTime", "ConvolutionKernel",
+    "FilterType", "KVP", "TemporalPositionIdentifier",
 )  # fmt: skip
 KIND = (
     "ImageType",
@@ -37,13 +39,14 @@ KIND = (
     "DerivationCodeSequence",
 )
 CONTRAST = ("ContrastBolusAgent", "ContrastBolusAgentSequence")
-# What an object says of all its frames unless a functional group says it of one.
+# Attributes of the object that hold for each frame unless a functional group overrides them.
 COMMON = (
-    "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", *ACQUISITION, *KIND, *CONTRAST,
+    "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    *ACQUISITION, *KIND, *CONTRAST,
 )  # fmt: skip
-# Where an Enhanced CT keeps what a single-frame object says of its one slice (PS3.3 C.7.6.16.2,
-# C.8.15.3), under the name that it has there.
+# Functional groups of an Enhanced CT (PS3.3 C.7.6.16.2, C.8.15.3): for each, the attributes of a
+# single-frame object that it holds, and the names that they have there.
 GROUPS: dict[str, dict[str, str]] = {
     "PlanePositionSequence": {"ImagePositionPatient": "ImagePositionPatient"},
     "PlaneOrientationSequence": {"ImageOrientationPatient": "ImageOrientationPatient"},
@@ -51,8 +54,8 @@ GROUPS: dict[str, dict[str, str]] = {
     "PixelValueTransformationSequence": {
         name: name for name in ("RescaleSlope", "RescaleIntercept", "RescaleType")
     },
-    # A converted object keeps here what its sources say and the functional groups have no place
-    # for.
+    # A converted object keeps here the attributes of its sources for which the functional groups
+    # have no place.
     "UnassignedSharedConvertedAttributesSequence": {
         name: name for name in (*ACQUISITION, *CONTRAST)
     },
@@ -76,13 +79,17 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 # A group with an item for each contrast agent.
 USAGE = "ContrastBolusUsageSequence"
-# What a series can be read without: a value that makes no sense is none.
+# Attributes that a series can be read without: a value that cannot be converted counts as missing.
 OPTIONAL = ("PixelPaddingValue", "PixelPaddingRangeLimit", *ACQUISITION, *KIND, *CONTRAST)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One slice: a dataset with the attributes of a single-frame CT image, and its place in the object's pixels."""
+    """One slice of an object.
+
+    dataset: the attributes of a single-frame CT image. source: the object that holds the pixels.
+    index: of the frame among the ``count`` frames of the object.
+    """
 
     dataset: Dataset
     source: FileDataset
@@ -96,33 +103,29 @@ class Frame:
 
     @property
     def num_bytes(self) -> int:
-        """What the header says that the slice takes uncompressed."""
-        return (
-            int(self.dataset.Rows)
-            * int(self.dataset.Columns)
-            * int(self.dataset.BitsAllocated)
-            // 8
-        )
+        """Size of the uncompressed slice according to the header."""
+        num_pixels = int(self.dataset.Rows) * int(self.dataset.Columns)
+        return num_pixels * int(self.dataset.BitsAllocated) // 8
 
     def stream(self) -> bytes | memoryview:
-        """The slice's own bytes; uncompressed ones are not copied."""
+        """Return the bytes of this slice; uncompressed ones are not copied."""
         if self.syntax in PLAIN_SYNTAXES:
             start = self.index * self.num_bytes
             return memoryview(self.source.PixelData)[start : start + self.num_bytes]
         return get_frame(self.source.PixelData, self.index, number_of_frames=self.count)
 
 
-def frames_of(datasets: AnySequence[FileDataset]) -> list[Frame]:
-    """All frames of a series' objects.
+def read_frames(datasets: AnySequence[FileDataset]) -> list[Frame]:
+    """Return all frames of a series' objects.
 
     Raises:
-        StudyError: ``unreadable`` where a multi-frame object does not describe each of its frames.
+        StudyError: ``unreadable`` if a multi-frame object does not describe each of its frames.
     """
     return [frame for dataset in datasets for frame in _frames(dataset)]
 
 
-def is_sound(dataset: Dataset, name: str) -> bool:
-    """Whether an attribute is missing, or of its kind and can be converted, as far down as it goes."""
+def is_convertible(dataset: Dataset, name: str) -> bool:
+    """Return whether an attribute is missing, or can be converted with everything nested in it."""
     try:
         if name not in dataset:
             return True
@@ -132,9 +135,8 @@ def is_sound(dataset: Dataset, name: str) -> bool:
             for item in element.value:
                 collections.deque(item.iterall(), maxlen=0)
         return is_sequence == (dictionary_VR(name) == "SQ")
-    except (
-        Exception
-    ):  # pydicom converts a value when it is first asked for, with errors of many kinds
+    # pydicom converts a value at the first access, and raises many kinds of errors then.
+    except Exception:
         return False
 
 
@@ -143,35 +145,45 @@ def _frames(dataset: FileDataset) -> Iterator[Frame]:
         yield Frame(dataset, dataset)
         return
     count = int(dataset.get("NumberOfFrames") or 1)
-    shared, per_frame = (
-        dataset.get(name) or []
-        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-    )
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
     if len(per_frame) != count:
         raise StudyError(
             Reason.UNREADABLE, f"an object of {count} frames describes {len(per_frame)} of them"
         )
-    groups = shared[0] if len(shared) else Dataset()
-    for index, own in enumerate(per_frame):
-        frame = Dataset()
-        frame.SOPClassUID = CTImageStorage  # what it is once it stands alone
-        for name in COMMON:
-            if name in dataset:
-                frame[name] = dataset[name]
-        for sequence, names in GROUPS.items():
-            items = own.get(sequence) or groups.get(sequence) or []
-            for name, name_in_group in names.items():
-                if not len(items) or name_in_group not in items[0]:
-                    continue
-                if name in OPTIONAL and not is_sound(items[0], name_in_group):
-                    continue
-                element = items[0][name_in_group]
-                frame[name] = (
-                    element
-                    if name == name_in_group
-                    else DataElement(name, element.VR, element.value)
-                )
-        group = own if USAGE in own else groups
-        if USAGE in group and is_sound(group, USAGE):
-            frame[USAGE] = group[USAGE]
-        yield Frame(frame, dataset, index, count)
+    shared_groups = shared[0] if len(shared) else Dataset()
+    for index, frame_groups in enumerate(per_frame):
+        yield Frame(_single_frame(dataset, shared_groups, frame_groups), dataset, index, count)
+
+
+def _single_frame(dataset: FileDataset, shared_groups: Dataset, frame_groups: Dataset) -> Dataset:
+    """Return a frame's attributes under the names of a single-frame CT image.
+
+    A group of the frame goes before the shared group, and both before the object's attributes.
+    """
+    frame = Dataset()
+    frame.SOPClassUID = CTImageStorage
+    for name in COMMON:
+        if name in dataset:
+            frame[name] = dataset[name]
+    for group, names in GROUPS.items():
+        items = frame_groups.get(group) or shared_groups.get(group) or []
+        if len(items):
+            _copy_attributes(items[0], names, frame)
+    groups = frame_groups if USAGE in frame_groups else shared_groups
+    if USAGE in groups and is_convertible(groups, USAGE):
+        frame[USAGE] = groups[USAGE]
+    return frame
+
+
+def _copy_attributes(item: Dataset, names: dict[str, str], frame: Dataset) -> None:
+    """Copy attributes of a functional group, in place. names: to the frame's name, the group's."""
+    for name, name_in_group in names.items():
+        if name_in_group not in item:
+            continue
+        if name in OPTIONAL and not is_convertible(item, name_in_group):
+            continue
+        element = item[name_in_group]
+        if name != name_in_group:
+            element = DataElement(name, element.VR, element.value)
+        frame[name] = element

@@ -1,8 +1,8 @@
-"""What kind of CT image an object says it is: a localizer, a projection, or slices computed from others.
+"""The kind of CT image that an object is: a localizer, a projection, or computed from other slices.
 
-By ImageType, whose values from the third on are the vendors' own (PS3.3 C.8.2.1.1.1), by what an
-Enhanced CT says of its frames (PS3.3 C.8.16.2) and by the codes of a derivation (CID 7203). Derived
-and secondary alone say nothing: anonymizers and compressors write that.
+By ImageType (vendors choose its values from the third on, PS3.3 C.8.2.1.1.1), by the
+attributes of an Enhanced CT's frames (PS3.3 C.8.16.2) and by the codes of a derivation (CID 7203).
+DERIVED and SECONDARY say nothing by themselves: anonymizers and compressors write them.
 
 Not covered: free text, as in SeriesDescription.
 """
@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 LOCALIZER = re.compile(
     r"\b(LOCALI[SZ]ERS?|SCOUT|SCANOGRAM|TOPOGRAM|SURVIEW|SCANOSCOPE|CT SOM\d TOP)\b"
 )
-# CSA MIP, MIP_SAG, MIN_IP; renderings; curved reformats, whose pixels lie in no plane.
+# CSA MIP, MIP_SAG, MIN_IP; renderings; curved reformats, with pixels that do not lie in a plane.
 PROJECTION = re.compile(
     r"\b(\w*MIPS?\d*|MINIP|MAXIP|M(AX|IN) IP|MAXIMUM|MINIMUM|CPR|CURVED|VOLREN|VRT|SSD"
     r"|(VOLUME|SURFACE) RENDER(ING|ED)?)\b|^(MAX|MIN)$"
@@ -34,48 +34,43 @@ REFORMATTED_CODES = {"113049", "113072"}  # pixel by pixel mean, multiplanar ref
 
 
 def is_localizer(header: Dataset) -> bool:
-    """Whether the object is an overview image, from which slices are planned."""
-    return any(LOCALIZER.search(value) for value in _image_type(header))
+    """Return whether the object is an overview image, from which slices are planned."""
+    return _any_matches(LOCALIZER, _image_type(header))
 
 
 def is_projection(header: Dataset) -> bool:
-    """Whether a pixel is the extreme of many, or of a rendering: the values of such an image are no volume's."""
+    """Return whether pixels are extremes of many or of a rendering, which make no volume."""
     values = _image_type(header)
-    if (
-        any(PROJECTION.search(value) for value in values)
-        or _technique(header) in PROJECTION_TECHNIQUES
-    ):
+    if _any_matches(PROJECTION, values) or _technique(header) in PROJECTION_TECHNIQUES:
         return True
-    if (
-        _text(header, "VolumetricProperties") == "DISTORTED"
-        or _derivation_codes(header) & PROJECTION_CODES
-    ):
+    if _text(header, "VolumetricProperties") == "DISTORTED":
         return True
-    return any(ANY_PROJECTION.search(value) for value in values) and not _is_average(values)
+    if _derivation_codes(header) & PROJECTION_CODES:
+        return True
+    return _any_matches(ANY_PROJECTION, values) and not _any_matches(AVERAGE, values)
 
 
 def is_reformatted(header: Dataset) -> bool:
-    """Whether slices were computed from other slices: in another plane, at other places, or as an average."""
+    """Return whether slices were computed from others: in another plane, or as an average."""
     values = _image_type(header)
-    if _is_average(values) or any(REFORMATTED.search(value) for value in values):
+    if _any_matches(AVERAGE, values) or _any_matches(REFORMATTED, values):
         return True
-    if (
-        _text(header, "VolumetricProperties") == "SAMPLED"
-        or _technique(header) in REFORMATTED_TECHNIQUES
-    ):
+    if _text(header, "VolumetricProperties") == "SAMPLED":
+        return True
+    if _technique(header) in REFORMATTED_TECHNIQUES:
         return True
     return bool(_derivation_codes(header) & REFORMATTED_CODES)
 
 
-def _is_average(values: list[str]) -> bool:
-    return any(AVERAGE.search(value) for value in values)
+def _any_matches(pattern: re.Pattern[str], values: list[str]) -> bool:
+    return any(pattern.search(value) for value in values)
 
 
 def _image_type(header: Dataset) -> list[str]:
-    """The values of ImageType in capitals, with a blank for whatever else is no letter or digit."""
+    """Return the values of ImageType in capitals; other characters become one blank."""
     value: Any = header.get("ImageType") or []
     values = [value] if isinstance(value, str) else list(value)
-    return [" ".join(re.findall(r"[A-Z0-9]+", str(each).upper())) for each in values]
+    return [" ".join(re.findall(r"[A-Z0-9]+", str(text).upper())) for text in values]
 
 
 def _text(header: Dataset, name: str) -> str:
@@ -87,12 +82,9 @@ def _technique(header: Dataset) -> str:
 
 
 def _derivation_codes(header: Dataset) -> set[str]:
-    """The codes of DCM that say how the image was derived."""
+    """Return the codes of DCM that say how the image was derived."""
     items = header.get("DerivationCodeSequence")
     if not isinstance(items, pydicom.Sequence):
         return set()
-    return {
-        _text(item, "CodeValue")
-        for item in items
-        if _text(item, "CodingSchemeDesignator") in ("DCM", "")
-    }
+    dcm_items = [item for item in items if _text(item, "CodingSchemeDesignator") in ("DCM", "")]
+    return {_text(item, "CodeValue") for item in dcm_items}

@@ -1,0 +1,129 @@
+"""Screening of one study: a decoder slot reads it, model replicas answer its slices."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Histogram
+
+from covtanet.errors import NoSeriesError, UnavailableError
+from covtanet.screening.config import for_model
+from covtanet.screening.study import StudyLimits
+from covtanet.tracking import software_version
+from serve.decoders import BusyError, DeadlineError, Decoders, Slot
+from serve.refusals import RefusedError, busy
+from serve.remote_network import RemoteNetwork, StudyScreener
+from serve.settings import ServeConfig
+
+# A model replica that hangs answers no caller; the request is refused as busy after this time.
+DESCRIBE_TIMEOUT_S = 10.0
+SECONDS_BUCKETS = [0.5, 1, 2, 5, 10, 30, 60, 120]
+
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRequest:
+    """A study to screen."""
+
+    locate: Callable[[Check], str]
+    """Return the location of the study's objects; called in the study's thread.
+
+    Its argument raises ``DeadlineError`` once the request has ended.
+    """
+    limits: StudyLimits
+    source: str = ""
+    """Replaces that location in the rows if it is not empty, as for an upload."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenedStudy:
+    """The rows of a study's series and the version of the model that answered."""
+
+    rows: list[dict[str, Any]]
+    model: dict[str, Any]
+
+
+class Studies:
+    """Screens studies, each in a decoder slot and with one version of the model."""
+
+    def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
+        self.segmenter = segmenter
+        self.settings = settings
+        self.screening = settings.screening
+        self.software_version = software_version()
+        self.decoders = Decoders(
+            settings.num_decoders, settings.max_waiting, settings.request_timeout_s
+        )
+        self.answered = Counter(
+            "covtanet_http_studies", "Series answered over HTTP.", ("status", "reason")
+        )
+        self.seconds = Histogram(
+            "covtanet_http_study_seconds", "From body to answer.", SECONDS_BUCKETS
+        )
+
+    async def describe_model(self) -> dict[str, Any]:
+        """Return name, version, digest and preprocessing of the model that answers now.
+
+        Raises:
+            RefusedError: 503, no model replica answers.
+        """
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                described: dict[str, Any] = await self.segmenter.describe.remote()
+        except (ray.exceptions.RayError, BackPressureError, TimeoutError):
+            raise busy(self.settings.retry_after_s) from None
+        return described
+
+    async def screen(self, study: StudyRequest, resources: ExitStack) -> ScreenedStudy:
+        """Screen all series of a study with one version of the model.
+
+        resources: files that the study's thread reads; the thread takes them over and closes them.
+
+        Raises:
+            RefusedError: 422, there is no series; 503, busy; 504, the deadline has passed.
+        """
+        model = await self.describe_model()
+        started = time.monotonic()
+        rows = await self._run(partial(self._read, study, model), resources)
+        self.seconds.observe(time.monotonic() - started)
+        for row in rows:
+            self.answered.inc(tags={"status": row["status"], "reason": row["reason"] or ""})
+            row["source_uri"] = study.source or row["source_uri"]
+            row["model_name"] = model["name"]
+            row["model_version"] = model["version"]
+        return ScreenedStudy(rows=rows, model=model)
+
+    async def _run(
+        self, work: Callable[[Slot], list[dict[str, Any]]], resources: ExitStack
+    ) -> list[dict[str, Any]]:
+        try:
+            return await self.decoders.run(work, resources)
+        except NoSeriesError:
+            raise RefusedError(422, "no_series", "no series in it, expected a chest CT") from None
+        except (UnavailableError, BusyError):
+            raise busy(self.settings.retry_after_s) from None
+        except DeadlineError:
+            limit_s = self.settings.request_timeout_s
+            message = f"the study took over {limit_s:g} s; submit an archive as a batch"
+            raise RefusedError(504, "deadline", message) from None
+
+    def _read(self, study: StudyRequest, model: dict[str, Any], slot: Slot) -> list[dict[str, Any]]:
+        """Read and screen a study in the thread that holds this slot."""
+        location = study.locate(slot.check)
+        screener = slot.screener(model["digest"], partial(self._make_screener, model))
+        return list(screener(location, study.limits))
+
+    def _make_screener(self, model: dict[str, Any]) -> StudyScreener:
+        config = for_model(self.screening, model["preprocessing"])
+        network = RemoteNetwork(self.segmenter, model)
+        return StudyScreener(
+            network, model["window"], config, model["digest"], self.software_version
+        )
