@@ -20,8 +20,11 @@ class FocalTverskyConfig:
     """
 
     false_negative_weight: float = 0.7
+    """Weight of lesion pixels that are missed."""
     false_positive_weight: float = 0.3
+    """Weight of pixels that are marked without lesion."""
     exponent: float = 0.75
+    """Exponent of 1 minus the Tversky index; below 1 it keeps the slope of easy lesions."""
     smooth: float = 1.0
     """Added to both sides of the ratio, in pixels."""
 
@@ -60,7 +63,9 @@ class JointLossConfig:
     """
 
     infected_weight: float = 1.0
+    """Weight of infected volumes in the diagnosis loss."""
     severe_weight: float = 1.0
+    """Weight of severe volumes in the severity loss."""
 
 
 def overlap_sums(logits: Tensor, lesion_mask: Tensor) -> Tensor:
