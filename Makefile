@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve stop test test-all check bench faults fuzz audit lock clean
+.PHONY: help install demo screen serve stop test test-all check docs bench faults fuzz audit lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,9 @@ check: .venv/.installed ## run ruff (lint and format), mypy, and biome for the w
 	@$(BIN)/mypy
 	@if test -x $(BIN)/biome; then $(BIN)/biome ci --error-on-warnings covtanet/report/page; \
 	else echo "biome has no wheel for this machine: the worklist page is not linted"; fi
+
+docs: .venv/.installed ## write the reference pages that are generated from the code
+	@$(BIN)/python -m docs.generate
 
 bench: .venv/.installed ## measure ratios side by side, keep them under benchmarks/: make bench PART=network
 	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))

@@ -65,4 +65,5 @@ def read_ledger(uri: str | Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         LedgerVersionError: a run was written with another schema version.
     """
-    return newest_rows(str(uri), columns)
+    rows = newest_rows(str(uri), columns)
+    return rows if columns is None else rows.select(columns)

@@ -15,10 +15,10 @@ from ray import serve as ray_serve
 
 from covtanet import tracking
 from covtanet.inference.predictor import (
-    Part,
     Predictor,
     Probabilities,
-    Segmented,
+    SegmentedChunk,
+    SliceChunk,
     refuse_without_segmentation,
 )
 from covtanet.model.checkpoint import load_model
@@ -36,7 +36,7 @@ MODELS_KEPT = 2
 RELOAD_WAIT_S = 10.0
 
 
-def count_slices(requests: list[tuple[str, Part]]) -> int:
+def count_slices(requests: list[tuple[str, SliceChunk]]) -> int:
     """Return the size of a batch of requests, in slices."""
     return sum(len(part.slices) for _, part in requests)
 
@@ -129,26 +129,26 @@ class Segmenter:
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))
         size = predictor.window.size_px
-        next(predictor.segment([Part(np.zeros((1, size, size), np.uint16), [0])]))
+        next(predictor.segment([SliceChunk(np.zeros((1, size, size), np.uint16), [0])]))
 
     def seconds_since_answer(self) -> float:
         """Return the seconds since the model last passed a health check."""
         return time.monotonic() - self.answered_at
 
-    async def segment(self, digest: str, part: Part) -> Segmented | None:
+    async def segment(self, digest: str, part: SliceChunk) -> SegmentedChunk | None:
         """Segment a chunk of slices with this version; None if this replica does not hold it."""
-        answer: Segmented | None = await self._segment((digest, part))
+        answer: SegmentedChunk | None = await self._segment((digest, part))
         return answer
 
     @ray_serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=BATCH_SLICES, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=count_slices
     )
-    async def _segment(self, requests: list[tuple[str, Part]]) -> list[Segmented | None]:
+    async def _segment(self, requests: list[tuple[str, SliceChunk]]) -> list[SegmentedChunk | None]:
         return await asyncio.to_thread(self._segment_all, requests)
 
-    def _segment_all(self, requests: list[tuple[str, Part]]) -> list[Segmented | None]:
+    def _segment_all(self, requests: list[tuple[str, SliceChunk]]) -> list[SegmentedChunk | None]:
         """Segment chunks of several studies, those of one version together."""
-        answers: list[Segmented | None] = [None] * len(requests)
+        answers: list[SegmentedChunk | None] = [None] * len(requests)
         digests = {digest for digest, _ in requests}
         for digest in digests & self.models.keys():
             indices = [index for index, request in enumerate(requests) if request[0] == digest]

@@ -13,7 +13,13 @@ from ray.serve.handle import DeploymentHandle
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
-from covtanet.inference.predictor import Part, Prediction, Probabilities, Segmented, predict
+from covtanet.inference.predictor import (
+    Prediction,
+    Probabilities,
+    SegmentedChunk,
+    SliceChunk,
+    predict,
+)
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import Screener
 
@@ -42,7 +48,7 @@ class RemoteNetwork:
         """
         return predict(self, slices, CHUNK_SLICES)
 
-    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
+    def segment(self, parts: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
         """Segment chunks in their order, a few of them in flight at a time."""
         remaining = iter(parts)
         responses = deque[Any]()
@@ -54,7 +60,7 @@ class RemoteNetwork:
                 # The next chunk is sent before this one is used, so that the model does not idle.
                 for part in islice(remaining, 1):
                     responses.append(self._ask(self.segmenter.segment, part))
-                yield Segmented(*answer)
+                yield SegmentedChunk(*answer)
         finally:
             # After an error, requests in flight would take slots of the model's queue.
             for response in responses:

@@ -13,7 +13,7 @@ from covtanet import drawing, storage
 from covtanet.data import prepared_file
 from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
-from covtanet.inference.predictor import Part, Predictor
+from covtanet.inference.predictor import Predictor, SliceChunk
 from covtanet.model.checkpoint import MODEL_FILES, load_model
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def _predicted_tiles(
             predictor = _load(models[name, fold])
             for rank in ranks:
                 levels, truth = slices[rank]
-                (segmented,) = predictor.segment([Part(levels[None], [])])
+                (segmented,) = predictor.segment([SliceChunk(levels[None], [])])
                 predicted = segmented.lesion_levels[0] >= THRESHOLD
                 tiles[rank, name] = drawing.errors_of(levels, predicted, truth)
     return tiles

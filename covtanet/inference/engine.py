@@ -1,8 +1,7 @@
 """Engines that run TA-SegNet: eager PyTorch, channels last, compiled PyTorch, OpenVINO.
 
-All give the same probability within 1e-4. Measured at the paper's widths on two CPU
-cores, OpenVINO takes a third of eager PyTorch's time (``make bench``), so it is the default without a
-GPU.
+All give the same probability within 1e-4. Measured at the paper's widths on two CPU cores, OpenVINO
+takes a third of eager PyTorch's time (``make bench``), so it is the default without a GPU.
 """
 
 import logging
@@ -22,7 +21,8 @@ from covtanet.model.covtanet import CovTANet
 
 ENGINES = ("eager", "channels_last", "compiled", "openvino")
 
-# Intensity (B, 1, H, W) -> lesion probability (B, H, W), pooled fusion vectors (B, C, P, P); float32.
+# Intensity (B, 1, H, W) to lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), all
+# float32.
 Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 

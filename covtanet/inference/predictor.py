@@ -1,4 +1,8 @@
-"""One checkpoint loaded once, volumes answered. No ray, no files, no HTTP."""
+"""Lesion maps and probabilities of whole volumes, from one model that is loaded once.
+
+No Ray, no files, no HTTP: ``Predictor`` runs the network in this process; the endpoint has another
+``Network`` that asks a replica.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,82 +22,90 @@ from covtanet.model.checkpoint import SavedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the network says of one volume.
-
-    lesion_levels: (S, H, W) uint8, lesion probability in steps of 1/254, so that 127 is one half.
-    p_infected, p_severe: null of a network whose diagnosis was not trained.
-    """
+    """The network's output for one volume."""
 
     lesion_levels: NDArray[np.uint8]
+    """Lesion probability in steps of 1/254, (S, H, W), so that 127 is one half."""
     p_infected: float | None
+    """Null if the model's diagnosis was not trained."""
     p_severe: float | None
+    """Null if the model's diagnosis was not trained."""
 
 
 Probabilities = tuple[float, float] | tuple[None, None]
 
 
-class Part(NamedTuple):
-    """Some slices of a volume (S, size, size), and which of them the diagnosis reads."""
+class SliceChunk(NamedTuple):
+    """Some slices of a volume, so that memory does not grow with the volume."""
 
     slices: NDArray[np.uint16]
-    wanted: list[int]
+    """Stored intensity, (S, size, size)."""
+    diagnosed: list[int]
+    """Indices of the slices in this chunk that the diagnosis reads."""
 
 
-class Segmented(NamedTuple):
-    """Lesion levels of a part (S, H, W), and pooled fusion vectors of its wanted slices (W, C, P, P)."""
+class SegmentedChunk(NamedTuple):
+    """The network's output for a chunk of slices."""
 
     lesion_levels: NDArray[np.uint8]
+    """Lesion probability in steps of 1/254, (S, H, W)."""
     pooled: NDArray[np.float32]
+    """Pooled fusion vectors of the slices that the diagnosis reads, (D, C, P, P)."""
 
 
-class Answers(Protocol):
-    """What answers whole volumes."""
+class VolumePredictor(Protocol):
+    """Predicts whole volumes."""
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
-        """Answer one volume (S, size, size)."""
+        """Predict one volume (S, size, size)."""
         ...
 
 
 class Network(Protocol):
-    """What answers slices, in this process or elsewhere. num_slices: of a volume, for its diagnosis."""
+    """Runs the network on slices, in this process or elsewhere."""
 
     num_slices: int
+    """Slices of a volume that the diagnosis reads."""
 
-    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
-        """Answer the parts of one volume, in their order."""
+    def segment(self, chunks: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
+        """Segment the chunks of one volume, in their order."""
         ...
 
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
-        """Pooled fusion vectors of a volume (num_slices, C, P, P) to probabilities of infected and of severe."""
+        """Return p_infected and p_severe from fusion vectors (num_slices, C, P, P)."""
         ...
 
 
-def predict(network: Network, slices: NDArray[np.uint16], part_slices: int) -> Prediction:
-    """Answer one volume. slices: (S, size, size) as ``window.to_input`` makes them, S at least 1.
+def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> Prediction:
+    """Predict one volume, at most ``chunk_slices`` slices at a time.
 
-    At most ``part_slices`` go to the network together, so memory does not grow with the volume.
+    slices: (S, size, size) as ``window.to_input`` returns them, S at least 1.
     """
+    # A volume with fewer slices than the diagnosis reads repeats some of them.
     picked = spread_slices(len(slices), network.num_slices)
-    starts = range(0, len(slices), part_slices)
-    parts = (
-        Part(
-            slices[start : start + part_slices],
-            [k - start for k in np.unique(picked) if 0 <= k - start < part_slices],
-        )
-        for start in starts
+    distinct = np.unique(picked)
+    chunks = (
+        _chunk(slices, start, chunk_slices, distinct)
+        for start in range(0, len(slices), chunk_slices)
     )
-    levels, pooled = zip(*network.segment(parts), strict=True)
-    by_slice = dict(zip(np.unique(picked).tolist(), np.concatenate(pooled), strict=True))
-    p_infected, p_severe = network.diagnose(
-        np.stack([by_slice[index] for index in picked.tolist()])
-    )
+    levels, pooled = zip(*network.segment(chunks), strict=True)
+    by_slice = dict(zip(distinct.tolist(), np.concatenate(pooled), strict=True))
+    vectors = np.stack([by_slice[index] for index in picked.tolist()])
+    p_infected, p_severe = network.diagnose(vectors)
     return Prediction(
         lesion_levels=np.concatenate(levels), p_infected=p_infected, p_severe=p_severe
     )
 
 
+def _chunk(
+    slices: NDArray[np.uint16], start: int, chunk_slices: int, picked: NDArray[np.intp]
+) -> SliceChunk:
+    inside = picked[(picked >= start) & (picked < start + chunk_slices)]
+    return SliceChunk(slices[start : start + chunk_slices], (inside - start).tolist())
+
+
 class Predictor:
-    """Segments and diagnoses prepared volumes with one model; a ``Network`` of this process."""
+    """Segments and diagnoses prepared volumes with one model in this process."""
 
     def __init__(
         self,
@@ -112,54 +124,58 @@ class Predictor:
         torch.set_num_threads(num_threads)
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
-        """Answer one volume, see ``predict``."""
+        """Predict one volume; see ``predict``."""
         return predict(self, slices, self.max_batch_slices)
 
-    def segment(self, parts: Iterable[Part]) -> Iterator[Segmented]:
-        """Answer parts one by one.
+    def segment(self, chunks: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
+        """Segment chunks one by one.
 
         Raises:
-            FloatingPointError: where the network's answer is no number.
+            FloatingPointError: the network's output is NaN or infinite.
         """
-        for slices, wanted in parts:
+        for slices, diagnosed in chunks:
             probability, pooled = self.engine.segment(to_intensity(slices))
             if not np.isfinite(probability).all():
-                raise FloatingPointError("the network's answer is no number")
-            yield Segmented(
-                np.rint(probability * PROBABILITY_STEPS).astype(np.uint8), pooled[wanted]
-            )
+                raise FloatingPointError("the network's output is NaN or infinite")
+            levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
+            yield SegmentedChunk(levels, pooled[diagnosed])
 
-    def segment_together(self, parts: Sequence[Part]) -> Iterator[Segmented]:
-        """Answer parts of several volumes, whose slices share the network's batches."""
-        slices = np.concatenate([part.slices for part in parts])
-        size = self.max_batch_slices
-        every = [
-            Part(slices[k : k + size], list(range(len(slices[k : k + size]))))
-            for k in range(0, len(slices), size)
-        ]
-        levels, pooled = (np.concatenate(each) for each in zip(*self.segment(every), strict=True))
+    def segment_together(self, chunks: Sequence[SliceChunk]) -> Iterator[SegmentedChunk]:
+        """Segment chunks of several volumes, whose slices share the network's batches."""
+        slices = np.concatenate([chunk.slices for chunk in chunks])
+        levels, pooled = self._segment_all(slices)
         start = 0
-        for part in parts:
-            end = start + len(part.slices)
-            yield Segmented(levels[start:end], pooled[start:end][part.wanted])
+        for chunk in chunks:
+            end = start + len(chunk.slices)
+            yield SegmentedChunk(levels[start:end], pooled[start:end][chunk.diagnosed])
             start = end
 
+    def _segment_all(
+        self, slices: NDArray[np.uint16]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return lesion levels and pooled vectors of every slice."""
+        batches = []
+        for start in range(0, len(slices), self.max_batch_slices):
+            batch = slices[start : start + self.max_batch_slices]
+            batches.append(SliceChunk(batch, list(range(len(batch)))))
+        levels, pooled = zip(*self.segment(batches), strict=True)
+        return np.concatenate(levels), np.concatenate(pooled)
+
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
-        """Answer a volume's pooled vectors; nulls where phase 2 was not trained.
+        """Return p_infected and p_severe of a volume; nulls if phase 2 was not trained.
 
         Raises:
-            FloatingPointError: where the network's answer is no number.
+            FloatingPointError: the network's output is NaN or infinite.
         """
         if not self.diagnoses:
             return None, None
         with torch.inference_mode():
             device = next(self.network.parameters()).device
-            logits = torch.cat(
-                self.network.classifier(torch.from_numpy(pooled)[None].to(device))
-            ).float()
+            vectors = torch.from_numpy(pooled)[None].to(device)
+            logits = torch.cat(self.network.classifier(vectors)).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()
         if not math.isfinite(p_infected + p_severe):
-            raise FloatingPointError("the network's answer is no number")
+            raise FloatingPointError("the network's output is NaN or infinite")
         return p_infected, p_severe
 
 
@@ -167,7 +183,7 @@ def refuse_without_segmentation(model: SavedModel) -> None:
     """Refuse a model that cannot screen.
 
     Raises:
-        CheckpointError: where it marks no lesions: an involvement of 0 would be made up.
+        CheckpointError: the model marks no lesions; an involvement of 0 would be invented.
     """
     if not model.capabilities.segments:
         raise CheckpointError(

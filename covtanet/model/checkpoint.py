@@ -127,13 +127,14 @@ def model_digest(folder: Path) -> str:
     return _sha256(path)
 
 
-def load_model(folder: Path, expected_digest: str | None = None) -> SavedModel:
+def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedModel:
     """Read a model, in eval mode on the CPU.
 
     Raises:
         CheckpointError: files missing or too large, another digest than expected, an unknown
             format, or weights that do not fit the network.
     """
+    folder = Path(folder)
     _check_sizes(folder)
     digest = model_digest(folder)
     if expected_digest and digest != expected_digest:

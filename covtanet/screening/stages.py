@@ -47,7 +47,7 @@ from covtanet.storage import ContentDigest
 
 # Workers that decode or measure do without torch, whose import takes seconds.
 if TYPE_CHECKING:
-    from covtanet.inference.predictor import Answers
+    from covtanet.inference.predictor import VolumePredictor
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def prepare_series(
     )
 
 
-def predict_series(series: PreparedSeries, predictor: "Answers") -> PredictedSeries:
+def predict_series(series: PreparedSeries, predictor: "VolumePredictor") -> PredictedSeries:
     """Let the network mark lesions and diagnose; a series that has ended passes."""
     if not len(series.slices):
         return without_prediction(series)

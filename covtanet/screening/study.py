@@ -16,7 +16,7 @@ from covtanet.decoding import headers
 from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import NoSeriesError, UploadError
-from covtanet.inference.predictor import Answers
+from covtanet.inference.predictor import VolumePredictor
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import digest_of
 from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
@@ -47,7 +47,7 @@ class Screener:
 
     def __init__(
         self,
-        predictor: Answers,
+        predictor: VolumePredictor,
         window: WindowConfig,
         config: ScreeningConfig,
         model_digest: str,

@@ -9,20 +9,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a slice; each but the intensity's hits the mask alike.
-
-    flip_vertical_probability: for collections that hold some of their scans upside down.
+    """Random changes of a slice; those of its shape also change the mask.
 
     Choice: all of it; the paper uses none.
     """
 
     is_on: bool = False
+    """Whether slices are changed."""
     flip_probability: float = 0.5
+    """Probability of a flip from left to right."""
     flip_vertical_probability: float = 0.0
+    """Probability of a flip from front to back, for collections that hold scans upside down."""
     rotation_deg: float = 10.0
+    """Largest rotation in degrees."""
     scale: float = 0.1
+    """Largest change of the size, as a share."""
     gamma: float = 0.2
+    """Largest change of the intensity's exponent, as a share."""
     noise: float = 0.01
+    """Standard deviation of added noise, in intensity."""
 
     def __post_init__(self) -> None:
         flips = (self.flip_probability, self.flip_vertical_probability)

@@ -1,4 +1,4 @@
-"""What steers a training; the defaults are the paper's values or our documented choices."""
+"""Settings of a training; the defaults are the paper's values or documented choices."""
 
 import hashlib
 import json
@@ -16,44 +16,54 @@ from covtanet.training.augment import AugmentConfig
 from covtanet.training.feed import Sampling
 from covtanet.training.loop import PhaseConfig
 
-# What may differ between two starts of one experiment: which part of it runs, and on what.
+# Settings that may differ between two starts of one experiment: its part, and its machine.
 NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """An experiment.
-
-    dataset: a name of DATASETS. size: a key of SIZES. size_px: side of the slices, 0 for the size's own. network: a row
-    of Tables I to IV (see ``model.registry``). encoder: V8's, a key of EFFICIENTNETS.
-    folds: those that this start trains, of ``num_folds``. phases: 1 alone trains the segmentation; a classifier of
-    Table IV has phase 2 alone. exclude_rejected: go on without volumes that cannot be
-    read; the data report lists them. lesion_free_share, slices_per_volume: see ``Sampling``, of phase 1.
-    cache_features: phase 2 computes TA-SegNet's features once, not every epoch. cache_bytes: up to here the
-    workers together keep a phase's samples in memory; beyond it every epoch is streamed. num_workers must divide
-    micro_batches.
-    """
+    """An experiment: data, network, folds, and the optimization of both phases."""
 
     dataset: str = "manifest"
+    """Layout of the data set: ``mosmed``, ``covid20``, ``stacks`` or ``manifest``."""
     size: str = "paper"
+    """Widths of the network: ``paper`` or ``small``."""
     size_px: int = 0
+    """Side of the square slices; 0 for the size's own."""
     network: str = "V7"
+    """A row of Tables I to IV (``python -m covtanet.model list``)."""
     encoder: str = V8_ENCODER
+    """V8's pretrained encoder."""
     low_hu: float = -1000.0
+    """HU that become intensity 0."""
     high_hu: float = 400.0
+    """HU that become intensity 1."""
     slice_step_mm: float = 2.5
+    """Smallest distance of the slices that are read, as in screening."""
     num_folds: int = 5
+    """Folds by patient, as in the paper."""
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Folds that this start trains."""
     phases: tuple[int, ...] = (1, 2)
+    """1 alone trains the segmentation; a classifier of Table IV has phase 2 alone."""
     validation_share: float = 0.15
+    """Share of the training patients that are held back for early stopping."""
     exclude_rejected: bool = False
+    """Go on without volumes that cannot be read; the data report lists them."""
     lesion_free_share: float = 1.0
+    """Share of the slices without lesion that an epoch of phase 1 draws."""
     slices_per_volume: int = 0
+    """Slices of a volume that an epoch of phase 1 draws; 0 draws all."""
     cache_features: bool = True
+    """Compute TA-SegNet's features once for phase 2, not every epoch."""
     cache_bytes: int = 4 << 30
+    """Largest set of samples that the workers together keep in memory; larger ones are streamed."""
     num_workers: int = 2
+    """Training workers; must divide ``micro_batches`` of both phases."""
     max_failures: int = 3
+    """Worker deaths after which a training ends."""
     seed: int = 0
+    """Seed of folds, weights, order of samples and augmentation."""
     phase1: PhaseConfig = field(default_factory=PhaseConfig)
     phase2: PhaseConfig = field(default_factory=PhaseConfig)
     loss: FocalTverskyConfig = field(default_factory=FocalTverskyConfig)
@@ -67,32 +77,47 @@ class TrainingConfig:
         _one_of("encoder", self.encoder, EFFICIENTNETS)
         if self.size_px < 0 or self.size_px % 32:
             raise ValueError(
-                f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of {self.size}"
+                f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of "
+                f"{self.size}"
             )
-        if (
-            self.num_folds < 2
-            or not self.folds
-            or not set(self.folds) <= set(range(self.num_folds))
-        ):
+        self._check_folds()
+        self._check_phases()
+        self._check_ranges()
+        # Refuses an empty window.
+        WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+
+    def _check_folds(self) -> None:
+        possible = range(self.num_folds)
+        if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(possible):
             raise ValueError(
                 f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}"
             )
-        possible = (
-            ((2,),)
-            if self.network in CLASSIFIERS
-            else ((1,),)
-            if self.network in SEGMENTERS
-            else ((1,), (1, 2))
-        )
+
+    def _check_phases(self) -> None:
+        possible: tuple[tuple[int, ...], ...] = ((1,), (1, 2))
+        if self.network in CLASSIFIERS:
+            possible = ((2,),)
+        elif self.network in SEGMENTERS:
+            possible = ((1,),)
         if self.phases not in possible:
+            expected = " or ".join(str(list(phases)) for phases in possible)
             raise ValueError(
-                f"phases of {self.network} are {list(self.phases)}, "
-                f"expected {' or '.join(str(list(each)) for each in possible)}"
+                f"phases of {self.network} are {list(self.phases)}, expected {expected}"
             )
         if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
             raise ValueError(
-                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per volume"
+                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per "
+                "volume"
             )
+        for name in ("phase1", "phase2"):
+            micro_batches = getattr(self, name).micro_batches
+            if self.num_workers < 1 or micro_batches % self.num_workers:
+                raise ValueError(
+                    f"{name}.micro_batches is {micro_batches}, expected a multiple of "
+                    f"{self.num_workers} workers"
+                )
+
+    def _check_ranges(self) -> None:
         for name, low, high in (
             ("validation_share", 0, 0.9),
             ("lesion_free_share", 0, 1),
@@ -104,19 +129,9 @@ class TrainingConfig:
             raise ValueError(
                 "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
             )
-        for name in ("phase1", "phase2"):
-            micro_batches = getattr(self, name).micro_batches
-            if self.num_workers < 1 or micro_batches % self.num_workers:
-                raise ValueError(
-                    f"{name}.micro_batches is {micro_batches}, expected a multiple of {self.num_workers} workers"
-                )
-
-        WindowConfig(
-            low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px
-        )  # refuses an empty window
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
-        """How an epoch of a phase draws its samples."""
+        """Return how an epoch of a phase draws its samples."""
         return Sampling(
             batch_size=phase.batch_size,
             seed=self.seed,
@@ -140,14 +155,13 @@ class TrainingConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all networks and starts of one experiment have in common."""
+        """Settings that all networks and starts of one experiment share."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
 
     def key(self, data: Sequence[str]) -> str:
-        """The experiment's identity, twelve hex digits. data: keys of all its volumes."""
-        return hashlib.sha256(
-            json.dumps([self.identity, sorted(data)], sort_keys=True).encode()
-        ).hexdigest()[:12]
+        """Return the experiment's identity, twelve hex digits. data: keys of all its volumes."""
+        values = json.dumps([self.identity, sorted(data)], sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:12]
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
-from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import phase2
 from covtanet.training.ranks import Ranks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from covtanet.errors import UnavailableError
-from covtanet.inference.predictor import Part
+from covtanet.inference.predictor import SliceChunk
 from serve.readiness import Readiness
 from serve.remote_network import RemoteNetwork
 
@@ -95,5 +95,5 @@ def test_late_answer_is_never_given_to_the_next_study() -> None:
     network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
-    segmented: list[Any] = list(network.segment([Part(np.zeros((1, 2, 2), np.uint16), [0])]))
+    segmented: list[Any] = list(network.segment([SliceChunk(np.zeros((1, 2, 2), np.uint16), [0])]))
     assert segmented == [("levels", "pooled")]

@@ -19,7 +19,7 @@ from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.model.covtanet import CovTANet
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
-from covtanet.training.loop import Phase, PhaseConfig, Progress, fit
+from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import load_progress, save_progress
 
