@@ -35,8 +35,9 @@ from covtanet.phantoms.training_set import write_training_set
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
 from covtanet.training.lanes import slice_rows
-from covtanet.training.loop import PhaseConfig, Progress, fit
+from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 

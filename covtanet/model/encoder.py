@@ -51,6 +51,19 @@ class PlainEncoder(nn.Module):
         return features
 
 
+class FullSizeStem(nn.Module):
+    """A level of the slice's full size, E_0: one 3x3 convolution with batch norm and ReLU."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """Map slices (B, C, H, W) to (B, channels, H, W)."""
+        return F.relu(self.norm(self.conv(slices)))
+
+
 # Channels of E_1 .. E_5, which have 1/2 to 1/32 of the slice's size: EfficientNets have no level of
 # the full size. The lite ones have neither squeeze-and-excitation nor swish.
 EFFICIENTNETS = {

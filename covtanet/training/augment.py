@@ -63,7 +63,9 @@ class Augmenter:
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
-            RandAdjustContrastd(("slice",), prob=1.0, gamma=(1 - config.gamma, 1 / (1 - config.gamma))),
+            RandAdjustContrastd(
+                ("slice",), prob=1.0, gamma=(1 - config.gamma, 1 / (1 - config.gamma))
+            ),
             RandGaussianNoised(("slice",), prob=1.0, std=config.noise),
         ])  # fmt: skip
 

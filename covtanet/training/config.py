@@ -14,7 +14,7 @@ from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
 from covtanet.training.augment import AugmentConfig
 from covtanet.training.feed import Sampling
-from covtanet.training.loop import PhaseConfig
+from covtanet.training.phase_config import PhaseConfig
 
 # Settings that may differ between two starts of one experiment: its part, and its machine.
 NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")

@@ -1,102 +1,80 @@
-"""Epochs, learning rate, validation, early stop and the best weights; no cluster, no tracker, no disk: torch alone."""
+"""Epochs, learning rate, validation, early stop and the best weights.
+
+Torch only: no cluster, no tracking, no disk.
+"""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from covtanet.training.feed import Lane, Rows, seed_of, steps
+from covtanet.training.optimizer import (
+    AVERAGE,
+    WeightAverage,
+    clip_gradients,
+    make_optimizer,
+    set_rate,
+)
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.step import Named, backward, check_gradients
 
 B = TypeVar("B", bound=Named)
 State = dict[str, Tensor]
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """One phase's optimization. The defaults are the paper's: Adam, 1e-5, decayed by 0.99 every 10 epochs.
-
-    batch_size: samples of a micro-batch, over which batch norm takes its statistics. micro_batches: how many make an
-    optimizer step, shared out over the workers; more than one for each is gradient accumulation.
-    stop_after_epochs: without a better validation, the phase ends. precision: ``auto`` is bfloat16 on a GPU with it.
-
-    Choice: number of epochs, batch size and early stop, which the paper does not give.
-    """
-
-    num_epochs: int = 100
-    batch_size: int = 4
-    micro_batches: int = 2
-    learning_rate: float = 1e-5
-    decay: float = 0.99
-    decay_epochs: int = 10
-    stop_after_epochs: int = 20
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        counts = (
-            self.num_epochs,
-            self.batch_size,
-            self.micro_batches,
-            self.decay_epochs,
-            self.stop_after_epochs,
-        )
-        if min(counts) < 1 or not self.learning_rate > 0 or not self.decay > 0:
-            raise ValueError(
-                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be at least 1, "
-                "learning_rate and decay above 0"
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision is {self.precision}, expected one of {', '.join(PRECISIONS)}"
-            )
-
-    def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch (Section III-B)."""
-        return self.learning_rate * self.decay ** (epoch // self.decay_epochs)
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of every forward pass."""
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        enabled = self.precision == "bfloat16" or (self.precision == "auto" and has_bf16)
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase(Generic[B]):
-    """What a phase optimizes and how it is judged.
-
-    module: the network; model: the same, wrapped where there are several ranks. batch_of: rows and a seed to a
-    micro-batch on the device. sums, loss: see ``step.backward``. score: of validated metrics, the larger the better.
-    """
+    """Network, loss and validation of a phase."""
 
     module: nn.Module
+    """The network."""
     model: nn.Module
+    """The network, wrapped if there are several ranks."""
     batch_of: Callable[[Rows, int], B]
+    """Map rows and a seed to a micro-batch on the device."""
     sums: Callable[[B], Tensor]
+    """Map a micro-batch to the loss's sums, see ``step.backward``."""
     loss: Callable[[Tensor], Tensor]
+    """Map the added-up sums to the loss."""
     validate: Callable[[], dict[str, float]]
+    """Return the metrics of the validation data."""
     score: Callable[[dict[str, float]], float]
+    """Map validation metrics to a number; larger is better."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """All that a training needs to go on. history: metrics of every epoch so far."""
+    """State from which a training continues."""
 
     history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of every epoch so far."""
     weights: State = field(default_factory=dict)
     best: State = field(default_factory=dict)
     optimizer: State = field(default_factory=dict)
 
     @property
     def best_epoch(self) -> int:
-        """The epoch whose weights count."""
+        """Number of the epoch with the best validation; -1 before the first epoch."""
         return int(self.history[-1]["best_epoch"]) if self.history else -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training(Generic[B]):
+    """Objects that all epochs of a phase share."""
+
+    config: PhaseConfig
+    phase: Phase[B]
+    lanes: dict[int, Lane]
+    seed: int
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    statistics: LaneStatistics
 
 
 def fit(
@@ -108,80 +86,117 @@ def fit(
     progress: Progress,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Train from where ``progress`` stands to the last epoch or the early stop; reports after every epoch.
+    """Train from ``progress`` to the last epoch or the early stop; report after every epoch.
 
     lanes: this rank's, by number.
 
     Raises:
-        FloatingPointError: for a loss or gradient that is not finite; the epoch is not reported.
-        ValueError: where a lane has less than one micro-batch.
+        FloatingPointError: a loss or gradient is not finite; the epoch is not reported.
+        ValueError: a lane has less than one micro-batch.
     """
-    named = {name: value for name, value in phase.module.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.Adam(named.values(), lr=config.learning_rate)
+    optimizer = make_optimizer(config, phase.module)
+    average = WeightAverage(phase.module, config.average_decay) if config.average_decay else None
     if progress.history:
-        phase.module.load_state_dict(progress.weights)
-        _load_optimizer(optimizer, named, progress.optimizer)
+        _restore(phase.module, optimizer, average, progress)
+    # After restoring: the lanes' statistics start from those of the module.
     statistics = LaneStatistics(phase.module, len(lanes), ranks)
+    training = _Training(
+        config=config,
+        phase=phase,
+        lanes=lanes,
+        seed=seed,
+        optimizer=optimizer,
+        average=average,
+        statistics=statistics,
+    )
     while not is_finished(config, progress):
-        epoch = len(progress.history)
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(epoch)
-        metrics = {"epoch": float(epoch), "learning_rate": config.rate(epoch)}
-        metrics |= _train_epoch(phase, lanes, optimizer, statistics, seed, epoch)
-        statistics.average()
-        metrics |= phase.validate() | attention_weights(phase.module)
-        best = progress.history[progress.best_epoch] if progress.history else None
-        # Without any number to compare, as where nothing is held back to validate, the last epoch counts.
-        is_better = (
-            best is None
-            or math.isnan(phase.score(best))
-            or phase.score(metrics) > phase.score(best)
-        )
-        metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
-        weights = _copy(phase.module.state_dict())
-        progress = Progress(
-            history=[*progress.history, metrics],
-            weights=weights,
-            best=weights if is_better else progress.best,
-            optimizer=_optimizer_state(optimizer, named),
-        )
+        progress = _next_epoch(training, progress)
         report(progress)
     return progress
 
 
+def _restore(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    progress: Progress,
+) -> None:
+    module.load_state_dict(progress.weights)
+    _load_optimizer(optimizer, _trained(module), progress.optimizer)
+    if average:
+        average.restore(progress.optimizer)
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def _next_epoch(training: _Training[B], progress: Progress) -> Progress:
+    """Train and validate one epoch."""
+    phase = training.phase
+    epoch = len(progress.history)
+    metrics = {"epoch": float(epoch), "learning_rate": training.config.rate(epoch)}
+    metrics |= _train_epoch(training, epoch)
+    training.statistics.average()
+    weights = _copy(phase.module.state_dict())
+    validated, validation = _validate(training, weights)
+    metrics |= validation
+    is_better = _is_better(phase, progress, metrics)
+    metrics["best_epoch"] = float(epoch if is_better else progress.best_epoch)
+    optimizer = _optimizer_state(training.optimizer, _trained(phase.module))
+    if training.average:
+        optimizer |= training.average.checkpoint()
+    return Progress(
+        history=[*progress.history, metrics],
+        weights=weights,
+        best=validated if is_better else progress.best,
+        optimizer=optimizer,
+    )
+
+
+def _validate(training: _Training[B], weights: State) -> tuple[State, dict[str, float]]:
+    """Return the validated weights, averaged if there is an average, and their metrics."""
+    module = training.phase.module
+    if training.average is None:
+        return weights, training.phase.validate() | attention_weights(module)
+    module.load_state_dict(training.average.parameters(), strict=False)
+    averaged = _copy(module.state_dict())
+    metrics = training.phase.validate() | attention_weights(module)
+    module.load_state_dict(weights)
+    return averaged, metrics
+
+
+def _is_better(phase: Phase[B], progress: Progress, metrics: dict[str, float]) -> bool:
+    if not progress.history:
+        return True
+    best_score = phase.score(progress.history[progress.best_epoch])
+    # Without validation data the scores are NaN and the last epoch counts.
+    return math.isnan(best_score) or phase.score(metrics) > best_score
+
+
 def is_finished(config: PhaseConfig, progress: Progress) -> bool:
-    """Whether all epochs are done, or too many went by without a better validation."""
+    """Return whether all epochs are done, or too many passed without a better validation."""
     done = len(progress.history)
     return done >= config.num_epochs or done - 1 - progress.best_epoch >= config.stop_after_epochs
 
 
-def _train_epoch(
-    phase: Phase[B],
-    lanes: dict[int, Lane],
-    optimizer: torch.optim.Optimizer,
-    statistics: LaneStatistics,
-    seed: int,
-    epoch: int,
-) -> dict[str, float]:
-    """One pass; mean loss, steps, and the share of the time that went into waiting for data."""
+def _train_epoch(training: _Training[B], epoch: int) -> dict[str, float]:
+    """Train on all samples once; return mean loss, steps, and the share of time spent on data."""
+    phase = training.phase
     phase.module.train()
-    started, waited, losses = time.perf_counter(), 0.0, []
-    num_steps = statistics.ranks.lowest(min(lane.num_batches(epoch) for lane in lanes.values()))
-    if not num_steps:
-        raise ValueError(
-            "a lane has fewer samples than batch_size; take a smaller batch_size or fewer micro_batches"
-        )
-    feed = steps(list(lanes.values()), epoch, num_steps)
+    started = time.perf_counter()
+    waited = 0.0
+    losses = []
+    num_steps = _num_steps(training, epoch)
+    feed = steps(list(training.lanes.values()), epoch, num_steps)
     for number in range(num_steps):
+        set_rate(training.optimizer, training.config.rate(epoch + number / num_steps))
         asked = time.perf_counter()
         rows = next(feed)
         waited += time.perf_counter() - asked
-        seeds = [seed_of(seed, epoch, number, lane) for lane in lanes]
-        batches = [phase.batch_of(each, one) for each, one in zip(rows, seeds, strict=True)]
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds))
-        check_gradients(phase.module, batches, statistics.ranks)
-        optimizer.step()
+        seeds = [seed_of(training.seed, epoch, number, lane) for lane in training.lanes]
+        losses.append(_step(training, rows, seeds))
     spent = time.perf_counter() - started
     return {
         "train_loss": sum(losses) / num_steps,
@@ -191,13 +206,41 @@ def _train_epoch(
     }
 
 
-def in_order(lanes: Sequence[Lane], batch_of: Callable[[Rows, int], B]) -> Any:
-    """Every sample of this rank's validation lanes once."""
+def _num_steps(training: _Training[B], epoch: int) -> int:
+    fewest = min(lane.num_batches(epoch) for lane in training.lanes.values())
+    num_steps = training.statistics.ranks.lowest(fewest)
+    if not num_steps:
+        raise ValueError(
+            "a lane has fewer samples than batch_size; "
+            "take a smaller batch_size or fewer micro_batches"
+        )
+    return num_steps
+
+
+def _step(training: _Training[B], rows: Sequence[Rows], seeds: list[int]) -> float:
+    """Take one optimizer step, a micro-batch per lane, and return its loss."""
+    phase = training.phase
+    statistics = training.statistics
+    pairs = zip(rows, seeds, strict=True)
+    batches = [phase.batch_of(lane_rows, seed) for lane_rows, seed in pairs]
+    training.optimizer.zero_grad(set_to_none=True)
+    loss = backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds)
+    # Before clipping, which would spread one NaN over all gradients.
+    check_gradients(phase.module, batches, statistics.ranks)
+    clip_gradients(training.config, phase.module.parameters())
+    training.optimizer.step()
+    if training.average:
+        training.average.update()
+    return loss
+
+
+def in_order(lanes: Sequence[Lane], batch_of: Callable[[Rows, int], B]) -> Iterator[B]:
+    """Return every sample of this rank's validation lanes once."""
     return (batch_of(rows, 0) for lane in lanes for rows in lane.in_order())
 
 
 def attention_weights(module: nn.Module) -> dict[str, float]:
-    """The learned alpha of every tri-level attention unit (Eq. 6)."""
+    """Return the learned alpha of every tri-level attention unit (Eq. 6)."""
     return {
         f"alpha/{name.removesuffix('.alpha')}": float(value.detach())
         for name, value in module.named_parameters()
@@ -210,7 +253,7 @@ def _copy(state: State) -> State:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> State:
-    """Adam's moments and steps as flat names."""
+    """Return Adam's moments and steps under flat names."""
     entries = ((name, optimizer.state[parameter].items()) for name, parameter in named.items())
     return _copy({f"{name}/{entry}": value for name, items in entries for entry, value in items})
 
@@ -219,9 +262,10 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State
 ) -> None:
     for key, value in state.items():
+        if key.startswith(AVERAGE):
+            continue
         name, _, entry = key.rpartition("/")
         parameter = named[name]
         # Adam keeps its count of steps on the CPU.
-        optimizer.state[parameter][entry] = (
-            value.clone() if entry == "step" else value.to(parameter.device)
-        )
+        stored = value.clone() if entry == "step" else value.to(parameter.device)
+        optimizer.state[parameter][entry] = stored

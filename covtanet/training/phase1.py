@@ -9,17 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covtanet.model.baselines.blocks import Outputs
-from covtanet.model.losses import FocalTverskyConfig, focal_tversky, overlap_sums
+from covtanet.model.losses import (
+    CrossEntropyDiceConfig,
+    FocalTverskyConfig,
+    LossTerms,
+    loss_terms,
+)
 from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, PhaseConfig
+from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.validation import sum_over_lanes
 
 
 class SliceBatch(NamedTuple):
-    """Slices (B, 1, H, W) in [0, 1] and lesion masks alike, with the names of their series."""
+    """Slices (B, C, H, W) in [0, 1], lesion masks (B, 1, H, W) and names of their series."""
 
     slices: Tensor
     lesion_mask: Tensor
@@ -27,11 +33,11 @@ class SliceBatch(NamedTuple):
 
 
 def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
-    """Stored levels and masks (B, H, W) to a micro-batch on the device."""
-    levels, lesion = rows["levels"], rows["lesion"]
+    """Return stored levels and masks (B, H, W) as a micro-batch on the device."""
+    levels = rows["levels"]
     scale = np.float32(np.iinfo(levels.dtype).max)
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
-    mask = torch.from_numpy(lesion.astype(np.float32))[:, None]
+    mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
     return SliceBatch(
         slices.to(device, memory_format=layout),
@@ -40,32 +46,44 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     )
 
 
-def supervised_sums(found: Tensor | Outputs, lesion_mask: Tensor) -> Tensor:
-    """``overlap_sums`` of every map that a network gives in training, (3 K,).
+def supervised_sums(
+    outputs: Tensor | Outputs, lesion_mask: Tensor, terms: LossTerms | None = None
+) -> Tensor:
+    """Return the loss's sums of every map that a network gives in training, (K * num_sums,).
 
-    Choice: the same loss on all of them, its mean over them, so that every network of a table is trained alike; an edge
-    map is held against the masks' outline.
+    Choice: the same loss on all maps, and its mean over them, so that every network of a table is
+    trained in the same way; an edge map is compared with the masks' outline.
     """
-    if isinstance(found, Tensor):
-        return overlap_sums(found, lesion_mask)
-    parts = [overlap_sums(each, lesion_mask) for each in torch.split(found.masks, 1, 1)]
-    if found.edge is not None:
+    terms = terms or loss_terms(FocalTverskyConfig())
+    if isinstance(outputs, Tensor):
+        return terms.sums(outputs, lesion_mask)
+    sums = [terms.sums(logits, lesion_mask) for logits in torch.split(outputs.masks, 1, 1)]
+    if outputs.edge is not None:
         outline = F.max_pool2d(lesion_mask, 3, 1, 1) + F.max_pool2d(-lesion_mask, 3, 1, 1)
-        parts.append(overlap_sums(found.edge, outline))
-    return torch.cat(parts)
+        sums.append(terms.sums(outputs.edge, outline))
+    return torch.cat(sums)
+
+
+def supervised_loss(total: Tensor, terms: LossTerms) -> Tensor:
+    """Return the mean loss of all maps from their added-up sums, a scalar."""
+    return torch.stack([terms.loss(sums) for sums in total.view(-1, terms.num_sums)]).mean()
 
 
 def phase1(
     segnet: nn.Module,
     model: nn.Module,
     config: PhaseConfig,
-    loss_config: FocalTverskyConfig,
+    loss_config: FocalTverskyConfig | CrossEntropyDiceConfig,
     validation: Sequence[Lane],
     ranks: Ranks,
     augmenter: Augmenter | None = None,
 ) -> Phase[SliceBatch]:
-    """Segmentation by the focal Tversky loss, judged by pooled Dice. model: segnet, wrapped where there are ranks."""
+    """Return segmentation by the configured loss, validated by pooled Dice.
+
+    model: ``segnet``, wrapped if there are several ranks.
+    """
     device = next(segnet.parameters()).device
+    terms = loss_terms(loss_config)
 
     def batch_of(rows: Rows, seed: int) -> SliceBatch:
         batch = slice_batch(rows, device)
@@ -77,7 +95,7 @@ def phase1(
     def sums(batch: SliceBatch) -> Tensor:
         with config.autocast(device):
             logits = model(batch.slices)
-        return supervised_sums(logits, batch.lesion_mask)
+        return supervised_sums(logits, batch.lesion_mask, terms)
 
     def validate() -> dict[str, float]:
         pixels = sum_over_lanes(
@@ -98,9 +116,7 @@ def phase1(
         model=model,
         batch_of=batch_of,
         sums=sums,
-        loss=lambda total: torch.stack(
-            [focal_tversky(each, loss_config) for each in total.view(-1, 3)]
-        ).mean(),
+        loss=lambda total: supervised_loss(total, terms),
         validate=validate,
         score=lambda metrics: metrics["val_dice"],
     )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
 from covtanet.training.feed import Lane, Rows, volumes_of
-from covtanet.training.loop import Phase, PhaseConfig
+from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.validation import sum_over_lanes
 
@@ -21,7 +22,7 @@ Features = Callable[[np.ndarray], Tensor]
 
 
 class VolumeBatch(NamedTuple):
-    """Pooled fusion vectors (B, S, C, P, P), is_infected and is_severe (B,), with the names of their series."""
+    """Pooled fusion vectors (B, S, C, P, P), labels (B,) and names of their series."""
 
     pooled: Tensor
     is_infected: Tensor
@@ -32,9 +33,10 @@ class VolumeBatch(NamedTuple):
 def frozen_features(
     segment: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device, config: PhaseConfig
 ) -> Features:
-    """TA-SegNet's pooled features of whole volumes, without gradient. segment: a network's, in eval mode.
+    """Return TA-SegNet's pooled features of whole volumes, without gradient.
 
-    A few slices at a time: a whole volume's F_fus would take gigabytes.
+    segment: a network's, in eval mode. It maps a few slices at a time, since a whole volume's F_fus
+    would take gigabytes.
     """
 
     def features(levels: np.ndarray) -> Tensor:
@@ -56,7 +58,10 @@ def frozen_features(
 
 
 def volume_batch(rows: Rows, device: torch.device, features: Features | None) -> VolumeBatch:
-    """Rows to a micro-batch on the device; ``features`` where the rows hold slices rather than pooled features."""
+    """Return rows as a micro-batch on the device.
+
+    features: computes pooled features if the rows hold slices; null if the rows hold features.
+    """
     pooled = torch.from_numpy(rows["pooled"]) if features is None else features(rows["levels"])
     is_infected, is_severe = (
         torch.from_numpy(rows[name].astype(np.float32)).to(device)

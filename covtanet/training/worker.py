@@ -27,9 +27,10 @@ from covtanet.training.augment import Augmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
 from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, memory_lane
-from covtanet.training.loop import Phase, PhaseConfig, Progress, State, fit
+from covtanet.training.loop import Phase, Progress, State, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import frozen_features, phase2
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import FILES, load_progress, save_progress
 

@@ -18,6 +18,7 @@ from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import phase2
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 
 PX = 32

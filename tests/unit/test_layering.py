@@ -39,7 +39,17 @@ ALLOWED = {
     },
     "tracking": {"model.checkpoint", "storage"},
     "training": {"ct", "data", "model", "ray_data", "storage", "tracking"},
-    "evaluation": {"data", "drawing", "inference", "model", "ray_data", "report", "storage"},
+    "evaluation": {
+        "ct.lung_box",
+        "ct.window",
+        "data",
+        "drawing",
+        "inference",
+        "model",
+        "ray_data",
+        "report",
+        "storage",
+    },
     "experiments": {
         "ct",
         "data",

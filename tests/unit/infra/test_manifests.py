@@ -197,7 +197,7 @@ def test_dashboard_queries_existing_metrics() -> None:
         for panel in panels
         for name in re.findall(r"ray_(covtanet_\w+)", panel["targets"][0]["expr"])
     }
-    code = "".join(path.read_text() for path in ((ROOT / "serve" / "app.py"), PIPELINE))
+    code = "".join(path.read_text() for path in ((ROOT / "serve" / "studies.py"), PIPELINE))
     counted = set(re.findall(r'"(covtanet_\w+)"', code))
     assert {re.sub(r"_bucket$|_total$|$", "", name, count=1) for name in asked} == counted
 

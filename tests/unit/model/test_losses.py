@@ -1,4 +1,4 @@
-"""Focal Tversky and the joint loss (Eq. 8) against hand-worked values and identities."""
+"""Focal Tversky, cross-entropy plus Dice and the joint loss (Eq. 8) against hand-worked values and identities."""
 
 import math
 
@@ -7,12 +7,16 @@ import torch
 from monai.losses import TverskyLoss
 
 from covtanet.model.losses import (
+    CrossEntropyDiceConfig,
     FocalTverskyConfig,
     JointLossConfig,
+    cross_entropy_dice,
+    cross_entropy_dice_sums,
     focal_tversky,
     focal_tversky_loss,
     joint_loss,
     joint_sums,
+    loss_terms,
     overlap_sums,
 )
 
@@ -113,3 +117,49 @@ def test_weight_of_the_positive_class_counts_for_positives_alone() -> None:
     truth = torch.tensor([INFECTED, NORMAL])
     found = joint_sums(logits, zeros, truth, zeros, weighted)
     assert found[:2].tolist() == pytest.approx([-3 * math.log(0.8) - math.log(0.7), 2.0], rel=1e-5)
+
+
+# Two slices of two pixels: lesion on the first pixel of the first slice only.
+TWO_SLICES = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(2, 1, 1, 2)
+# Cross-entropy -log(0.8), -log(0.6), -log(0.9) and -log(0.5).
+CROSS_ENTROPY = -math.log(0.8 * 0.6 * 0.9 * 0.5)
+
+
+def test_cross_entropy_dice_sums_by_hand() -> None:
+    """Dice of the slices with a smoothing of 1: (1.6 + 1) / (1 + 1.2 + 1) and 1 / (0.6 + 1)."""
+    logits = logits_of(0.8, 0.4, 0.1, 0.5).view(2, 1, 1, 2)
+    sums = cross_entropy_dice_sums(logits, TWO_SLICES, 1.0)
+    slice_dice = 2.6 / 3.2 + 1 / 1.6
+    expected = [CROSS_ENTROPY, 4, slice_dice, 2, 0.8, 1, 1.8]
+    assert sums.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_dice_by_hand() -> None:
+    """Dice of the step: (1.6 + 1) / (1 + 1.8 + 1)."""
+    config = CrossEntropyDiceConfig(
+        cross_entropy_weight=2, slice_dice_weight=3, step_dice_weight=5, smooth=1
+    )
+    sums = torch.tensor([CROSS_ENTROPY, 4, 2.6 / 3.2 + 1 / 1.6, 2, 0.8, 1, 1.8])
+    mean_slice_dice = (2.6 / 3.2 + 1 / 1.6) / 2
+    expected = 2 * CROSS_ENTROPY / 4 + 3 * (1 - mean_slice_dice) + 5 * (1 - 2.6 / 3.8)
+    assert float(cross_entropy_dice(sums, config)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_dice_of_a_perfect_map_is_zero() -> None:
+    logits = (TWO_SLICES * 2 - 1) * 100
+    terms = loss_terms(CrossEntropyDiceConfig())
+    assert float(terms.loss(terms.sums(logits, TWO_SLICES))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [FocalTverskyConfig(), CrossEntropyDiceConfig()])
+def test_sums_of_micro_batches_add_up_to_those_of_the_batch(
+    config: FocalTverskyConfig | CrossEntropyDiceConfig,
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(4, 1, 8, 8, generator=generator)
+    mask = (torch.rand(4, 1, 8, 8, generator=generator) > 0.7).float()
+    terms = loss_terms(config)
+    parts = terms.sums(logits[:1], mask[:1]) + terms.sums(logits[1:], mask[1:])
+    whole = terms.sums(logits, mask)
+    assert whole.shape == (terms.num_sums,)
+    assert torch.allclose(parts, whole, rtol=1e-5)

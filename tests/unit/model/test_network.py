@@ -1,6 +1,7 @@
 """TA-SegNet, the joint classifier and the saved model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_parameter_counts_of_table_i_at_the_papers_widths(row: str, expected: fl
     assert millions(TASegNet(TASegNetConfig().row_of_table_i(row))) == pytest.approx(
         expected, abs=0.006
     )
+
+
+def test_stem_gives_v8_logits_of_the_full_size() -> None:
+    """The stem's level adds its convolution, 16 * (9 + 2) weights, and a decoder level."""
+    plain = TASegNetConfig(fusion_channels=4).row_of_table_i("V8")
+    with_stem = replace(plain, stem_channels=16)
+    assert (plain.stride, with_stem.stride) == (2, 1)
+    assert plain.multiple == with_stem.multiple == 32
+    network = TASegNet(with_stem).eval()
+    assert network.stem is not None
+    assert sum(parameter.numel() for parameter in network.stem.parameters()) == 16 * (9 + 2)
+    with torch.inference_mode():
+        assert network(torch.rand(1, 1, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_stem_of_a_plain_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="stem_channels is 16 with encoder plain"):
+        TASegNetConfig(stem_channels=16)
 
 
 def test_parameter_counts_of_the_classifier_at_the_papers_size() -> None:

@@ -19,8 +19,9 @@ from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Rows, Sampling, assign_lanes
 from covtanet.training.lanes import regroup
-from covtanet.training.loop import PhaseConfig, Progress, attention_weights, fit
+from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.state import load_progress, save_progress
 from covtanet.training.step import backward

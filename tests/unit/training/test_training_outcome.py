@@ -20,6 +20,7 @@ from covtanet.model.covtanet import CovTANet
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
+from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.state import load_progress, save_progress
 
