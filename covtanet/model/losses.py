@@ -20,8 +20,11 @@ class FocalTverskyConfig:
     """
 
     false_negative_weight: float = 0.7
+    """Weight of missed lesion."""
     false_positive_weight: float = 0.3
+    """Weight of false alarms."""
     exponent: float = 0.75
+    """Exponent of 1 - Tversky index."""
     smooth: float = 1.0
     """Added to both sides of the ratio, in pixels."""
 
@@ -35,8 +38,11 @@ class CrossEntropyDiceConfig:
     """
 
     cross_entropy_weight: float = 2.0
+    """Weight of the mean cross-entropy of all pixels."""
     slice_dice_weight: float = 0.5
+    """Weight of 1 - mean Dice of the slices."""
     step_dice_weight: float = 0.5
+    """Weight of 1 - Dice of all pixels of a step."""
     smooth: float = 10.0
     """Added to both sides of each Dice, in pixels: an empty slice without prediction gives 1."""
 
@@ -60,7 +66,9 @@ class JointLossConfig:
     """
 
     infected_weight: float = 1.0
+    """Weight of infected volumes in the diagnosis loss."""
     severe_weight: float = 1.0
+    """Weight of severe volumes in the severity loss."""
 
 
 def overlap_sums(logits: Tensor, lesion_mask: Tensor) -> Tensor:

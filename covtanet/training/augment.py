@@ -9,20 +9,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a slice; each but the intensity's hits the mask alike.
+    """Random changes of a slice; changes of geometry also change the mask.
 
-    flip_vertical_probability: for collections that hold some of their scans upside down.
-
-    Choice: all of it; the paper uses none.
+    Choice: all values; the paper does not augment.
     """
 
     is_on: bool = False
+    """Whether training changes its slices."""
     flip_probability: float = 0.5
+    """Of a flip left to right."""
     flip_vertical_probability: float = 0.0
+    """Of a flip top to bottom, for collections with some scans upside down."""
     rotation_deg: float = 10.0
+    """Largest rotation in either direction, in degrees."""
     scale: float = 0.1
+    """Largest change of size, as a share."""
     gamma: float = 0.2
+    """Largest change of gamma: between 1 - gamma and 1 / (1 - gamma)."""
     noise: float = 0.01
+    """Standard deviation of white noise; intensities are in [0, 1]."""
 
     def __post_init__(self) -> None:
         flips = (self.flip_probability, self.flip_vertical_probability)
@@ -35,7 +40,7 @@ class AugmentConfig:
 
 
 class Augmenter:
-    """Changes micro-batches; the same seed gives the same changes."""
+    """Change micro-batches; the same seed gives the same changes."""
 
     def __init__(self, config: AugmentConfig) -> None:
         from monai.transforms import (  # costs seconds, and only where it is used

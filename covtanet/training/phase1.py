@@ -1,6 +1,6 @@
 """Phase 1: TA-SegNet on slices (Alg. 1, first loop)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +15,14 @@ from covtanet.model.losses import (
     LossTerms,
     loss_terms,
 )
-from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.validation import sum_over_lanes
+
+Augment = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class SliceBatch(NamedTuple):
@@ -76,20 +77,21 @@ def phase1(
     loss_config: FocalTverskyConfig | CrossEntropyDiceConfig,
     validation: Sequence[Lane],
     ranks: Ranks,
-    augmenter: Augmenter | None = None,
+    augment: Augment | None = None,
 ) -> Phase[SliceBatch]:
     """Return segmentation by the configured loss, validated by pooled Dice.
 
-    model: ``segnet``, wrapped if there are several ranks.
+    model: ``segnet``, wrapped if there are several ranks. augment: maps slices, masks and a seed to
+    changed slices and masks.
     """
     device = next(segnet.parameters()).device
     terms = loss_terms(loss_config)
 
     def batch_of(rows: Rows, seed: int) -> SliceBatch:
         batch = slice_batch(rows, device)
-        if augmenter is None:
+        if augment is None:
             return batch
-        slices, lesion_mask = augmenter(batch.slices, batch.lesion_mask, seed)
+        slices, lesion_mask = augment(batch.slices, batch.lesion_mask, seed)
         return SliceBatch(slices, lesion_mask, batch.names)
 
     def sums(batch: SliceBatch) -> Tensor:
