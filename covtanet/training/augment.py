@@ -9,25 +9,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a slice; changes of geometry also change the mask.
+    """Random changes of a slice; those of its shape also change the mask.
 
-    Choice: all values; the paper does not augment.
+    Choice: all of it; the paper uses none.
     """
 
     is_on: bool = False
-    """Whether training changes its slices."""
+    """Whether slices are changed."""
     flip_probability: float = 0.5
-    """Of a flip left to right."""
+    """Probability of a flip from left to right."""
     flip_vertical_probability: float = 0.0
-    """Of a flip top to bottom, for collections with some scans upside down."""
+    """Probability of a flip from front to back, for collections that hold scans upside down."""
     rotation_deg: float = 10.0
-    """Largest rotation in either direction, in degrees."""
+    """Largest rotation in degrees."""
     scale: float = 0.1
-    """Largest change of size, as a share."""
+    """Largest change of the size, as a share."""
     gamma: float = 0.2
-    """Largest change of gamma: between 1 - gamma and 1 / (1 - gamma)."""
+    """Largest change of the intensity's exponent, as a share."""
     noise: float = 0.01
-    """Standard deviation of white noise; intensities are in [0, 1]."""
+    """Standard deviation of added noise, in intensity."""
 
     def __post_init__(self) -> None:
         flips = (self.flip_probability, self.flip_vertical_probability)
@@ -40,7 +40,7 @@ class AugmentConfig:
 
 
 class Augmenter:
-    """Change micro-batches; the same seed gives the same changes."""
+    """Changes micro-batches; the same seed gives the same changes."""
 
     def __init__(self, config: AugmentConfig) -> None:
         from monai.transforms import (  # costs seconds, and only where it is used
@@ -63,7 +63,9 @@ class Augmenter:
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
-            RandAdjustContrastd(("slice",), prob=1.0, gamma=(1 - config.gamma, 1 / (1 - config.gamma))),
+            RandAdjustContrastd(
+                ("slice",), prob=1.0, gamma=(1 - config.gamma, 1 / (1 - config.gamma))
+            ),
             RandGaussianNoised(("slice",), prob=1.0, std=config.noise),
         ])  # fmt: skip
 

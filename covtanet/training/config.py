@@ -1,4 +1,4 @@
-"""Configuration of an experiment; the defaults are the paper's values or documented choices."""
+"""Settings of a training; the defaults are the paper's values or documented choices."""
 
 import hashlib
 import json
@@ -17,26 +17,25 @@ from covtanet.training.batch_augment import BatchAugmentConfig
 from covtanet.training.feed import Sampling
 from covtanet.training.phase_config import PhaseConfig
 
-# Settings that may differ between two starts of one experiment: the part that a start runs, and its
-# resources.
+# Settings that may differ between two starts of one experiment: its part, and its machine.
 NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
 SEGMENTATION_LOSSES = ("focal_tversky", "cross_entropy_dice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """An experiment: data, network and optimization of both phases."""
+    """An experiment: data, network, folds, and the optimization of both phases."""
 
     dataset: str = "manifest"
-    """Data set, a name of ``DATASETS``."""
+    """Layout of the data set: ``mosmed``, ``covid20``, ``stacks`` or ``manifest``."""
     size: str = "paper"
-    """Size of the networks: ``paper``, ``small`` or ``tiny``."""
+    """Widths of the network: ``paper`` or ``small``."""
     size_px: int = 0
-    """Side of the slices, a multiple of 32; 0 for that of ``size``."""
+    """Side of the square slices; 0 for the size's own."""
     network: str = "V7"
-    """Row of Tables I to IV, see ``model.registry``."""
+    """A row of Tables I to IV (``python -m covtanet.model list``)."""
     encoder: str = V8_ENCODER
-    """V8's encoder, a key of ``EFFICIENTNETS``."""
+    """V8's pretrained encoder."""
     stem_channels: int = 0
     """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
     low_hu: float = -1000.0
@@ -44,33 +43,33 @@ class TrainingConfig:
     high_hu: float = 400.0
     """HU that become intensity 1."""
     slice_step_mm: float = 2.5
-    """Smallest distance of the slices that are read, in mm; 0 reads all."""
+    """Smallest distance of the slices that are read, as in screening."""
     num_folds: int = 5
-    """Folds by patient."""
+    """Folds by patient, as in the paper."""
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Folds that this start trains."""
     phases: tuple[int, ...] = (1, 2)
-    """Phases to train: 1 only for a segmentation, 2 only for a classifier of Table IV."""
+    """1 alone trains the segmentation; a classifier of Table IV has phase 2 alone."""
     validation_share: float = 0.15
-    """Share of the training patients that choose the best epoch."""
+    """Share of the training patients that are held back for early stopping."""
     exclude_rejected: bool = False
-    """Continue without volumes that cannot be read; the data report lists them."""
+    """Go on without volumes that cannot be read; the data report lists them."""
     lesion_free_share: float = 1.0
     """Share of the slices without lesion that an epoch of phase 1 draws."""
     slices_per_volume: int = 0
-    """Largest number of slices of a volume in an epoch of phase 1; 0 for all."""
+    """Slices of a volume that an epoch of phase 1 draws; 0 draws all."""
     cache_features: bool = True
-    """Compute TA-SegNet's features once for phase 2, not in every epoch."""
+    """Compute TA-SegNet's features once for phase 2, not every epoch."""
     cache_bytes: int = 4 << 30
-    """Memory in which all workers together hold a phase's samples; larger phases are streamed."""
+    """Largest set of samples that the workers together keep in memory; larger ones are streamed."""
     num_workers: int = 2
-    """Training processes; a divisor of ``micro_batches`` of both phases."""
+    """Training workers; must divide ``micro_batches`` of both phases."""
     max_failures: int = 3
-    """Restarts of the workers before a fold counts as failed."""
+    """Worker deaths after which a training ends."""
     seed: int = 0
-    """Seed of folds, initial weights, draws and augmentation."""
+    """Seed of folds, weights, order of samples and augmentation."""
     segmentation_loss: str = "focal_tversky"
-    """Loss of phase 1: ``focal_tversky`` (the paper's) or ``cross_entropy_dice``."""
+    """Loss of phase 1: ``focal_tversky`` (the paper's, ``loss``) or ``cross_entropy_dice``."""
     phase1: PhaseConfig = field(default_factory=PhaseConfig)
     phase2: PhaseConfig = field(default_factory=PhaseConfig)
     loss: FocalTverskyConfig = field(default_factory=FocalTverskyConfig)
@@ -85,42 +84,58 @@ class TrainingConfig:
         _one_of("network", self.network, NAMES)
         _one_of("encoder", self.encoder, EFFICIENTNETS)
         _one_of("segmentation_loss", self.segmentation_loss, SEGMENTATION_LOSSES)
-        self._check_folds_and_phases()
+        if self.size_px < 0 or self.size_px % 32:
+            raise ValueError(
+                f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of "
+                f"{self.size}"
+            )
+        self._check_folds()
+        self._check_phases()
         self._check_ranges()
-        self._check_workers()
         if self.augment.is_on and self.batch_augment.is_on:
             raise ValueError("augment and batch_augment are both on, expected at most one of them")
         # Refuses an empty window.
         WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
 
-    def _check_folds_and_phases(self) -> None:
-        all_folds = set(range(self.num_folds))
-        if self.num_folds < 2 or not self.folds or not set(self.folds) <= all_folds:
+    def _check_folds(self) -> None:
+        possible = range(self.num_folds)
+        if self.num_folds < 2 or not self.folds or not set(self.folds) <= set(possible):
             raise ValueError(
                 f"folds are {list(self.folds)}, expected some of 0 .. {self.num_folds - 1}"
             )
-        possible = _possible_phases(self.network)
+
+    def _check_phases(self) -> None:
+        possible: tuple[tuple[int, ...], ...] = ((1,), (1, 2))
+        if self.network in CLASSIFIERS:
+            possible = ((2,),)
+        elif self.network in SEGMENTERS:
+            possible = ((1,),)
         if self.phases not in possible:
             expected = " or ".join(str(list(phases)) for phases in possible)
             raise ValueError(
                 f"phases of {self.network} are {list(self.phases)}, expected {expected}"
             )
+        if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
+            raise ValueError(
+                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per "
+                "volume"
+            )
+        for name in ("phase1", "phase2"):
+            micro_batches = getattr(self, name).micro_batches
+            if self.num_workers < 1 or micro_batches % self.num_workers:
+                raise ValueError(
+                    f"{name}.micro_batches is {micro_batches}, expected a multiple of "
+                    f"{self.num_workers} workers"
+                )
 
     def _check_ranges(self) -> None:
-        if self.size_px < 0 or self.size_px % 32:
-            raise ValueError(
-                f"size_px is {self.size_px}, expected a multiple of 32, "
-                f"or 0 for that of {self.size}"
-            )
-        ranges = {
-            "validation_share": (0, 0.9),
-            "lesion_free_share": (0, 1),
-            "slice_step_mm": (0, 100),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}, expected {low} .. {high}")
+        for name, low, high in (
+            ("validation_share", 0, 0.9),
+            ("lesion_free_share", 0, 1),
+            ("slice_step_mm", 0, 100),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
         if self.stem_channels < 0:
             raise ValueError(f"stem_channels is {self.stem_channels}, expected at least 0")
         if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
@@ -128,22 +143,8 @@ class TrainingConfig:
                 "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
             )
 
-    def _check_workers(self) -> None:
-        if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
-            raise ValueError(
-                f"phase2.batch_size is 1, expected at least 2: "
-                f"{self.network} leaves one value per volume"
-            )
-        for name in ("phase1", "phase2"):
-            micro_batches = getattr(self, name).micro_batches
-            if self.num_workers < 1 or micro_batches % self.num_workers:
-                raise ValueError(
-                    f"{name}.micro_batches is {micro_batches}, "
-                    f"expected a multiple of {self.num_workers} workers"
-                )
-
     def sampling(self, phase: PhaseConfig) -> Sampling:
-        """Return the draws of samples of a phase."""
+        """Return how an epoch of a phase draws its samples."""
         return Sampling(
             batch_size=phase.batch_size,
             seed=self.seed,
@@ -153,20 +154,20 @@ class TrainingConfig:
 
     @property
     def phase1_loss(self) -> FocalTverskyConfig | CrossEntropyDiceConfig:
-        """Configuration of the loss of phase 1."""
+        """Configuration of phase 1's loss."""
         if self.segmentation_loss == "cross_entropy_dice":
             return self.cross_entropy_dice
         return self.loss
 
     @property
     def architecture(self) -> CovTANetConfig:
-        """Network that is trained."""
+        """The network that is trained."""
         size = SIZES[self.size]
         return architecture(self.network, size, self._input_px, self.encoder, self.stem_channels)
 
     @property
     def window(self) -> WindowConfig:
-        """Preprocessing of the network."""
+        """Its preprocessing."""
         return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
 
     @property
@@ -175,21 +176,13 @@ class TrainingConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Settings that all networks and starts of one experiment have in common."""
+        """Settings that all networks and starts of one experiment share."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_IDENTITY}
 
     def key(self, data: Sequence[str]) -> str:
-        """Return the experiment's key, twelve hex digits. data: keys of all its volumes."""
-        text = json.dumps([self.identity, sorted(data)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _possible_phases(network: str) -> tuple[tuple[int, ...], ...]:
-    if network in CLASSIFIERS:
-        return ((2,),)
-    if network in SEGMENTERS:
-        return ((1,),)
-    return ((1,), (1, 2))
+        """Return the experiment's identity, twelve hex digits. data: keys of all its volumes."""
+        values = json.dumps([self.identity, sorted(data)], sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:12]
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

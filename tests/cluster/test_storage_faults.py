@@ -204,7 +204,7 @@ def test_object_overwritten_during_broken_stream_fails_as_changed(
         server.put_object(Bucket="bucket", Key=key, Body=bytes(num_bytes))
 
     proxy = CuttingProxy(upstream_of(s3.environment), num_cuts=1, after_cut=overwrite)
-    with through(proxy), pytest.raises(storage.ObjectChangedError):
+    with through(proxy), pytest.raises(storage.ObjectChangedError, match="another than was listed"):
         list(storage.read_chunks(uri, info))
     assert len(proxy.ranges) == 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.services import start_ray, write_private
+from infra.local.services import ROOT, start_ray, write_private
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def own_ray(
             # Ray's sockets need a short path.
             short = stack.enter_context(tempfile.TemporaryDirectory(prefix="cov"))
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            environment = {"PATH": path, **variables}
+            # Jobs import this checkout, also if another one is installed.
+            environment = {"PATH": path, "PYTHONPATH": str(ROOT), **variables}
             ray = start_ray(folder / "ray.log", environment, token, Path(short))
             stack.callback(ray.stop)
             return {**os.environ, **environment, **ray.environment}
