@@ -99,26 +99,31 @@ def phase1(
             logits = model(batch.slices)
         return supervised_sums(logits, batch.lesion_mask, terms)
 
-    def validate() -> dict[str, float]:
-        pixels = sum_over_lanes(
-            segnet,
-            validation,
-            lambda rows, _: slice_batch(rows, device),
-            lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
-            4,
-            config.autocast(device),
-            ranks,
-        )
-        metrics = metrics_of(pixels)
-        names = ("dice", "iou", "sensitivity", "specificity")
-        return {f"val_{name}": metrics[name] for name in names}
-
     return Phase(
         module=segnet,
         model=model,
         batch_of=batch_of,
         sums=sums,
         loss=lambda total: supervised_loss(total, terms),
-        validate=validate,
+        validate=lambda: _validate(segnet, validation, config.autocast(device), ranks),
         score=lambda metrics: metrics["val_dice"],
     )
+
+
+def _validate(
+    segnet: nn.Module, validation: Sequence[Lane], autocast: torch.autocast, ranks: Ranks
+) -> dict[str, float]:
+    """Return the pooled metrics of the validation slices of all ranks."""
+    device = next(segnet.parameters()).device
+    pixels = sum_over_lanes(
+        segnet,
+        validation,
+        lambda rows, _: slice_batch(rows, device),
+        lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+        4,
+        autocast,
+        ranks,
+    )
+    metrics = metrics_of(pixels)
+    names = ("dice", "iou", "sensitivity", "specificity")
+    return {f"val_{name}": metrics[name] for name in names}
