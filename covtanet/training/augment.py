@@ -70,7 +70,7 @@ class Augmenter:
         ])  # fmt: skip
 
     def __call__(self, slices: Tensor, lesion_mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: (B, 1, H, W), 0 or 1."""
+        """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: 0 or 1."""
         self.transforms.set_random_state(seed=seed)
         changed = [
             self.transforms({"slice": image, "lesion": mask})
