@@ -20,11 +20,11 @@ class FocalTverskyConfig:
     """
 
     false_negative_weight: float = 0.7
-    """Weight of missed lesion."""
+    """Weight of lesion pixels that are missed."""
     false_positive_weight: float = 0.3
-    """Weight of false alarms."""
+    """Weight of pixels that are marked without lesion."""
     exponent: float = 0.75
-    """Exponent of 1 - Tversky index."""
+    """Exponent of 1 minus the Tversky index; below 1 it keeps the slope of easy lesions."""
     smooth: float = 1.0
     """Added to both sides of the ratio, in pixels."""
 
