@@ -52,7 +52,8 @@ def lung_box(lung_mask: NDArray[np.bool_], aspect: float = 1.0, margin: float = 
     lung_height = int(rows[-1] - rows[0] + 1)
     lung_width = int(columns[-1] - columns[0] + 1)
     width = max(lung_height * aspect, lung_width) * (1 + margin)
-    side_rows, side_columns = round(width / aspect), round(width)
+    side_rows = round(width / aspect)
+    side_columns = round(width)
     return LungBox(
         top=int(rows[0]) - (side_rows - lung_height) // 2,
         left=int(columns[0]) - (side_columns - lung_width) // 2,

@@ -18,6 +18,7 @@ from covtanet.model.registry import (
     build_segmenter,
 )
 from covtanet.model.segnet import TASegNetConfig
+from covtanet.model.table_i import PRETRAINED_ROW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,16 @@ INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 
 
 def architecture(
-    name: str, size: CovTANetConfig, input_px: int, encoder: str = V8_ENCODER
+    name: str,
+    size: CovTANetConfig,
+    input_px: int,
+    encoder: str = V8_ENCODER,
+    stem_channels: int = 0,
 ) -> CovTANetConfig:
-    """Return the network of one row of Tables I to IV at a size of SIZES. encoder: V8's."""
+    """Return the network of one row of Tables I to IV at a size of SIZES.
+
+    encoder, stem_channels: V8's; the other rows have neither.
+    """
     ta_segnet = size.segnet
     if not isinstance(ta_segnet, TASegNetConfig):
         raise ValueError(f"size with {type(ta_segnet).__name__}, expected TA-SegNet's widths")
@@ -89,7 +97,10 @@ def architecture(
             name=name, in_channels=ta_segnet.in_channels, widths=ta_segnet.widths
         )
         return replace(size, segnet=baseline)
-    return replace(size, segnet=ta_segnet.row_of_table_i(name, encoder))
+    row = ta_segnet.row_of_table_i(name, encoder)
+    if name == PRETRAINED_ROW:
+        row = replace(row, stem_channels=stem_channels)
+    return replace(size, segnet=row)
 
 
 class JointClassifier(nn.Module):

@@ -38,8 +38,11 @@ class CrossEntropyDiceConfig:
     """
 
     cross_entropy_weight: float = 2.0
+    """Weight of the mean cross-entropy of all pixels."""
     slice_dice_weight: float = 0.5
+    """Weight of 1 - mean Dice of the slices."""
     step_dice_weight: float = 0.5
+    """Weight of 1 - Dice of all pixels of a step."""
     smooth: float = 10.0
     """Added to both sides of each Dice, in pixels: an empty slice without prediction gives 1."""
 

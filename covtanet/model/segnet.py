@@ -141,8 +141,8 @@ class TASegNet(nn.Module):
 
     def _level_channels(self, level: int) -> int:
         widths = self.config.level_widths
-        width, is_bottom = widths[level], level == len(widths) - 1
-        return width * (
+        is_bottom = level == len(widths) - 1
+        return widths[level] * (
             int(self.config.encoder_in_fusion)
             + int(self.config.decoder_in_fusion and not is_bottom)
         )

@@ -70,12 +70,12 @@ class Augmenter:
         ])  # fmt: skip
 
     def __call__(self, slices: Tensor, lesion_mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: alike, of 0 and 1."""
+        """Change a micro-batch. slices: (B, 1, H, W) in [0, 1]; lesion_mask: 0 or 1."""
         self.transforms.set_random_state(seed=seed)
         changed = [
-            self.transforms({"slice": one, "lesion": mask})
-            for one, mask in zip(slices, lesion_mask, strict=True)
+            self.transforms({"slice": image, "lesion": mask})
+            for image, mask in zip(slices, lesion_mask, strict=True)
         ]
-        images = torch.stack([torch.as_tensor(each["slice"]) for each in changed]).clamp(0, 1)
-        masks = torch.stack([torch.as_tensor(each["lesion"]) for each in changed])
+        images = torch.stack([torch.as_tensor(pair["slice"]) for pair in changed]).clamp(0, 1)
+        masks = torch.stack([torch.as_tensor(pair["lesion"]) for pair in changed])
         return images.as_subclass(Tensor), masks.as_subclass(Tensor)

@@ -143,6 +143,12 @@ class BatchAugmenter:
         cropped, mask = _sample(slices, lesion_mask, grid)
         return self._change_intensity(cropped, draw), mask
 
+    def whole(self, slices: Tensor, lesion_mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Change slices of square pixels without a box: crops are drawn around the whole slice."""
+        size_px = slices.shape[-1]
+        box = torch.tensor([0.0, 0.0, *slices.shape[2:]], device=slices.device)
+        return self(slices, lesion_mask, seed, box.expand(len(slices), 4), size_px)
+
     def _affine(self, draw: _Draw) -> Tensor:
         """Draw (B, 2, 3) maps from output to box coordinates, both in [-1, 1]."""
         config = self.config

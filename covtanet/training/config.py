@@ -10,14 +10,16 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data.datasets import DATASETS
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architecture
 from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER
-from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
+from covtanet.model.losses import CrossEntropyDiceConfig, FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
 from covtanet.training.augment import AugmentConfig
+from covtanet.training.batch_augment import BatchAugmentConfig
 from covtanet.training.feed import Sampling
 from covtanet.training.phase_config import PhaseConfig
 
 # Settings that may differ between two starts of one experiment: its part, and its machine.
 NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
+SEGMENTATION_LOSSES = ("focal_tversky", "cross_entropy_dice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class TrainingConfig:
     """A row of Tables I to IV (``python -m covtanet.model list``)."""
     encoder: str = V8_ENCODER
     """V8's pretrained encoder."""
+    stem_channels: int = 0
+    """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
     low_hu: float = -1000.0
     """HU that become intensity 0."""
     high_hu: float = 400.0
@@ -64,17 +68,22 @@ class TrainingConfig:
     """Worker deaths after which a training ends."""
     seed: int = 0
     """Seed of folds, weights, order of samples and augmentation."""
+    segmentation_loss: str = "focal_tversky"
+    """Loss of phase 1: ``focal_tversky`` (the paper's, ``loss``) or ``cross_entropy_dice``."""
     phase1: PhaseConfig = field(default_factory=PhaseConfig)
     phase2: PhaseConfig = field(default_factory=PhaseConfig)
     loss: FocalTverskyConfig = field(default_factory=FocalTverskyConfig)
+    cross_entropy_dice: CrossEntropyDiceConfig = field(default_factory=CrossEntropyDiceConfig)
     joint_loss: JointLossConfig = field(default_factory=JointLossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_augment: BatchAugmentConfig = field(default_factory=BatchAugmentConfig)
 
     def __post_init__(self) -> None:
         _one_of("dataset", self.dataset, DATASETS)
         _one_of("size", self.size, SIZES)
         _one_of("network", self.network, NAMES)
         _one_of("encoder", self.encoder, EFFICIENTNETS)
+        _one_of("segmentation_loss", self.segmentation_loss, SEGMENTATION_LOSSES)
         if self.size_px < 0 or self.size_px % 32:
             raise ValueError(
                 f"size_px is {self.size_px}, expected a multiple of 32, or 0 for that of "
@@ -83,6 +92,8 @@ class TrainingConfig:
         self._check_folds()
         self._check_phases()
         self._check_ranges()
+        if self.augment.is_on and self.batch_augment.is_on:
+            raise ValueError("augment and batch_augment are both on, expected at most one of them")
         # Refuses an empty window.
         WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
 
@@ -125,6 +136,8 @@ class TrainingConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
+        if self.stem_channels < 0:
+            raise ValueError(f"stem_channels is {self.stem_channels}, expected at least 0")
         if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
             raise ValueError(
                 "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
@@ -140,9 +153,17 @@ class TrainingConfig:
         )
 
     @property
+    def phase1_loss(self) -> FocalTverskyConfig | CrossEntropyDiceConfig:
+        """Configuration of phase 1's loss."""
+        if self.segmentation_loss == "cross_entropy_dice":
+            return self.cross_entropy_dice
+        return self.loss
+
+    @property
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
-        return architecture(self.network, SIZES[self.size], self._input_px, self.encoder)
+        size = SIZES[self.size]
+        return architecture(self.network, size, self._input_px, self.encoder, self.stem_channels)
 
     @property
     def window(self) -> WindowConfig:

@@ -1,6 +1,6 @@
 """Phase 1: TA-SegNet on slices (Alg. 1, first loop)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +15,14 @@ from covtanet.model.losses import (
     LossTerms,
     loss_terms,
 )
-from covtanet.training.augment import Augmenter
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.validation import sum_over_lanes
+
+Augment = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class SliceBatch(NamedTuple):
@@ -76,20 +77,21 @@ def phase1(
     loss_config: FocalTverskyConfig | CrossEntropyDiceConfig,
     validation: Sequence[Lane],
     ranks: Ranks,
-    augmenter: Augmenter | None = None,
+    augment: Augment | None = None,
 ) -> Phase[SliceBatch]:
     """Return segmentation by the configured loss, validated by pooled Dice.
 
-    model: ``segnet``, wrapped if there are several ranks.
+    model: ``segnet``, wrapped if there are several ranks. augment: maps slices, masks and a seed to
+    changed slices and masks.
     """
     device = next(segnet.parameters()).device
     terms = loss_terms(loss_config)
 
     def batch_of(rows: Rows, seed: int) -> SliceBatch:
         batch = slice_batch(rows, device)
-        if augmenter is None:
+        if augment is None:
             return batch
-        slices, lesion_mask = augmenter(batch.slices, batch.lesion_mask, seed)
+        slices, lesion_mask = augment(batch.slices, batch.lesion_mask, seed)
         return SliceBatch(slices, lesion_mask, batch.names)
 
     def sums(batch: SliceBatch) -> Tensor:
@@ -97,26 +99,31 @@ def phase1(
             logits = model(batch.slices)
         return supervised_sums(logits, batch.lesion_mask, terms)
 
-    def validate() -> dict[str, float]:
-        pixels = sum_over_lanes(
-            segnet,
-            validation,
-            lambda rows, _: slice_batch(rows, device),
-            lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
-            4,
-            config.autocast(device),
-            ranks,
-        )
-        metrics = metrics_of(pixels)
-        names = ("dice", "iou", "sensitivity", "specificity")
-        return {f"val_{name}": metrics[name] for name in names}
-
     return Phase(
         module=segnet,
         model=model,
         batch_of=batch_of,
         sums=sums,
         loss=lambda total: supervised_loss(total, terms),
-        validate=validate,
+        validate=lambda: _validate(segnet, validation, config.autocast(device), ranks),
         score=lambda metrics: metrics["val_dice"],
     )
+
+
+def _validate(
+    segnet: nn.Module, validation: Sequence[Lane], autocast: torch.autocast, ranks: Ranks
+) -> dict[str, float]:
+    """Return the pooled metrics of the validation slices of all ranks."""
+    device = next(segnet.parameters()).device
+    pixels = sum_over_lanes(
+        segnet,
+        validation,
+        lambda rows, _: slice_batch(rows, device),
+        lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+        4,
+        autocast,
+        ranks,
+    )
+    metrics = metrics_of(pixels)
+    names = ("dice", "iou", "sensitivity", "specificity")
+    return {f"val_{name}": metrics[name] for name in names}

@@ -32,7 +32,7 @@ class PhaseConfig:
     """Rate of the encoder over ``learning_rate``. Below 1 it preserves a pretrained encoder: at a
     rate of 5e-3 for all weights its convolutions moved by 58 % of their norm."""
     weight_decay: float = 0.0
-    """Decay of weights with two or more axes; biases, norms and the units' alpha have none."""
+    """Decay of weights with two or more axes; biases, norms and the units' alpha do not decay."""
     schedule: str = "step"
     """``step`` (the paper's decay) or ``cosine`` to zero over all epochs."""
     decay: float = 0.99

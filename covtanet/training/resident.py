@@ -98,7 +98,7 @@ class ResidentSlices:
 
 
 def _neighbour_span(slices: SliceFile, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return first and last possible neighbour of each slice; the slice itself if it has none."""
+    """Return first and last possible neighbour of each slice, the slice itself if it is single."""
     count = len(slices.grey)
     if not slices.is_continuous:
         indices = np.arange(start, start + count)

@@ -24,11 +24,13 @@ from covtanet.model.covtanet import CovTANet, JointClassifier
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import Augmenter
+from covtanet.training.batch_augment import BatchAugmenter
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
 from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, memory_lane
 from covtanet.training.loop import Phase, Progress, State, fit
-from covtanet.training.phase1 import phase1
+from covtanet.training.optimizer import set_final_bias
+from covtanet.training.phase1 import Augment, phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
@@ -112,6 +114,7 @@ def _build_module(job: WorkerJob) -> nn.Module:
     segnet = build_segmenter(network.segnet)
     if job.encoder_state is not None and isinstance(segnet, TASegNet):
         segnet.encoder.load_state_dict(job.encoder_state)
+    set_final_bias(job.config.phase1, segnet)
     return segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -122,8 +125,9 @@ def _phase(job: WorkerJob, module: nn.Module, validation: list[Lane], ranks: Ran
     options = {"forward_sync_buffers": False}
     model = ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
     if job.phase == 1:
-        augmenter = Augmenter(config.augment) if config.augment.is_on else None
-        return phase1(module, model, config.phase1, config.loss, validation, ranks, augmenter)
+        augment = _augment(config, ranks.device)
+        loss = config.phase1_loss
+        return phase1(module, model, config.phase1, loss, validation, ranks, augment)
     features = None
     if job.segnet_state is not None:
         network = CovTANet(config.architecture)
@@ -133,6 +137,13 @@ def _phase(job: WorkerJob, module: nn.Module, validation: list[Lane], ranks: Ran
         network.eval().requires_grad_(False).to(ranks.device)
         features = frozen_features(network.segment, ranks.device, config.phase2)
     return phase2(module, model, config.phase2, config.joint_loss, validation, ranks, features)
+
+
+def _augment(config: TrainingConfig, device: torch.device) -> Augment | None:
+    """Return the augmentation of phase 1; null without any."""
+    if config.batch_augment.is_on:
+        return BatchAugmenter(config.batch_augment, device).whole
+    return Augmenter(config.augment) if config.augment.is_on else None
 
 
 def _lane(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:

@@ -63,7 +63,7 @@ def test_crop_fills_pixels_beyond_the_slice() -> None:
     assert cropped.tolist() == [[[-7, -7, -7], [1, 2, -7], [4, 5, -7]]]
 
 
-def test_box_beside_the_slice_has_only_fill() -> None:
+def test_box_outside_the_slice_has_only_fill() -> None:
     cropped = crop_to_box(np.ones((1, 3, 3)), LungBox(top=5, left=5, height=2, width=2), 0)
     assert not cropped.any()
 
