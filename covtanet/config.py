@@ -3,6 +3,7 @@
 An unknown name is an error. Defaults stand in those dataclasses alone.
 """
 
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ from covtanet.screening.config import ScreeningConfig
 from covtanet.training.config import TrainingConfig
 
 T = TypeVar("T")
+# Of a checkout, and of an installed package.
+RECIPES = (
+    Path(__file__).resolve().parents[1] / "recipes",
+    Path(sys.prefix) / "share" / "covtanet" / "recipes",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,28 @@ class RunConfig:
 
 
 def load_config(path: Path | None) -> RunConfig:
-    """Read a TOML file; without a file, return the defaults of every table.
+    """Read a TOML file or a recipe; without either, return the defaults of every table.
 
     Raises:
         ConfigError: missing file, not TOML, an unknown name or a value out of range.
     """
-    return RunConfig() if path is None else read_toml(path, RunConfig)
+    return RunConfig() if path is None else read_toml(find_recipe(path), RunConfig)
+
+
+def find_recipe(path: Path) -> Path:
+    """Return a file that exists, or the recipe of that name that ships with the package.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    if path.exists():
+        return path
+    name = path.name if path.suffix else f"{path.name}.toml"
+    is_name = path.parent in (Path(), Path("recipes"))
+    for folder in RECIPES:
+        if is_name and (folder / name).exists():
+            return folder / name
+    raise ConfigError(f"the configuration {path} cannot be read")
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
