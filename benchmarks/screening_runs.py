@@ -152,7 +152,9 @@ def _start_job(folder: Path, ledger: str) -> "subprocess.Popen[str]":
 
 
 def _follow(process: "subprocess.Popen[str]") -> tuple[float, str]:
-    """Read a job's output to its end; return the time when its first series began, and the output."""
+    """Read a job's output to its end; return the time when its first series began, and
+    the output.
+    """
     assert process.stdout is not None
     started = 0.0
     lines = []

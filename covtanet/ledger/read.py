@@ -143,7 +143,9 @@ def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
 
 
 def _last_by_series(tables: list[pa.Table]) -> pa.Table:
-    """Join runs, oldest first, and keep each series' last row by run, time and order in the file."""
+    """Join runs, oldest first, and keep each series' last row by run, time and order in
+    the file.
+    """
     joined = pa.concat_tables(
         [table.replace_schema_metadata(LEDGER_SCHEMA.metadata) for table in tables]
     )

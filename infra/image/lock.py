@@ -36,8 +36,9 @@ PLATFORMS = [
     *(f"manylinux_2_{minor}" for minor in range(5, 60)),
 ]
 HEADER = """\
-# Made by `make lock` from constraints.txt, not by hand. Hashes are those of every wheel for CPython 3.11 on Linux,
-# x86_64 and aarch64. torch and torchvision come from an index of their own, see infra/Containerfile.
+# Made by `make lock` from constraints.txt, not by hand. Hashes are those of every wheel for CPython
+# 3.11 on Linux, x86_64 and aarch64. torch and torchvision come from an index of their own, see
+# infra/Containerfile.
 """
 
 
@@ -66,7 +67,9 @@ def main() -> int:
 
 
 def read_pins() -> dict[str, str]:
-    """Version by canonical name; setuptools, which `pip freeze` leaves out, at the version that is installed."""
+    """Version by canonical name; setuptools, which `pip freeze` leaves out, at the version that is
+    installed.
+    """
     lines = [line.partition("==") for line in CONSTRAINTS.read_text().splitlines()]
     pins: dict[str, str] = {canonicalize_name(name): version for name, _, version in lines}
     return {"setuptools": metadata.version("setuptools"), **pins}

@@ -1,6 +1,6 @@
 """The whole system on one machine, in .demo/: phantoms, training, registry, screening, ledger.
 
-python -m infra.local.demo     called by ``make demo``; ends with 0 if the ledger agrees with the truth
+python -m infra.local.demo     ``make demo``; ends with 0 if the ledger agrees with the truth
 
 It starts an S3 server and a Ray, and stops both, also if it fails.
 """
@@ -120,9 +120,18 @@ def run_jobs(environment: dict[str, str], clock: Clock) -> None:
 def submit(environment: dict[str, str], script: str, *arguments: str) -> None:
     """Submit a job to the cluster as a user would, and follow it."""
     command = [
-        str(Path(sys.executable).with_name("ray")), "job", "submit", "--log-style=record",
-        "--log-color=false", "--working-dir", str(ROOT), "--", "python", f"jobs/{script}", *arguments,
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
+        "--log-style=record",
+        "--log-color=false",
+        "--working-dir",
+        str(ROOT),
+        "--",
+        "python",
+        f"jobs/{script}",
+        *arguments,
+    ]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -166,15 +166,26 @@ def start_ray(
     check_token(token)
     port, dashboard, agent, agent_grpc, metrics, client, manager, raylet = free_ports(8)
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
-        f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--num-cpus={num_cpus}",
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        f"--node-ip-address={LOOPBACK}",
+        f"--port={port}",
+        f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_folder}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
-        "--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
-        f"--object-manager-port={manager}", f"--node-manager-port={raylet}",
-    ]  # fmt: skip
+        "--include-dashboard=true",
+        f"--dashboard-host={LOOPBACK}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--metrics-export-port={metrics}",
+        f"--ray-client-server-port={client}",
+        f"--object-manager-port={manager}",
+        f"--node-manager-port={raylet}",
+    ]
     variables = {
         **environment,
         **QUIET,
@@ -197,9 +208,19 @@ def start_mlflow(folder: Path, port: int, host: str = LOOPBACK) -> Service:
     check_address("MLflow", host, is_authenticated=False)
     log = folder / "mlflow.log"
     command = [
-        str(Path(sys.executable).with_name("mlflow")), "server", "--host", host, "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("mlflow")),
+        "server",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
     with log.open("ab") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, start_new_session=True, env={**os.environ}

@@ -23,7 +23,9 @@ from infra.local.services import LOOPBACK, free_ports
 
 @pytest.fixture
 def strict(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """moto's server, as a process of its own; the storage module's client is that server's meanwhile."""
+    """moto's server, as a process of its own; the storage module's client is that server's
+    meanwhile.
+    """
     (port,) = free_ports(1)
     url = f"http://{LOOPBACK}:{port}"
     with (tmp_path / "moto.log").open("wb") as out:

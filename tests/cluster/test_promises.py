@@ -89,7 +89,9 @@ def listener() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_nightly_screens_new_and_changed_series_and_alerts(
     screening: Screening, cluster: Cluster
 ) -> None:
-    """New, changed and failed series are screened; a night without any commits no row; the view has all, once."""
+    """New, changed and failed series are screened; a night without any commits no row; the view has
+    all, once.
+    """
     archive = screening.folder / "nightly"
     for name in ("a", "b", "c"):
         (archive / name).mkdir(parents=True)
@@ -99,11 +101,21 @@ def test_nightly_screens_new_and_changed_series_and_alerts(
 
     def night(date: str, expect: int = 0) -> tuple[list[tuple[str, str]], str]:
         output = cluster.run_job(
-            "nightly.py", "--archive", str(archive), "--ledger", str(ledger),
-            "--model", str(screening.folder / "model"), "--config", str(screening.folder / "screening.toml"),
-            "--night", date, "--alert-url-file", str(url_file),
+            "nightly.py",
+            "--archive",
+            str(archive),
+            "--ledger",
+            str(ledger),
+            "--model",
+            str(screening.folder / "model"),
+            "--config",
+            str(screening.folder / "screening.toml"),
+            "--night",
+            date,
+            "--alert-url-file",
+            str(url_file),
             expect=expect,
-        )  # fmt: skip
+        )
         (path,) = ledger.glob(f"date={date}/*.parquet")
         rows = read_run(str(path)).to_pylist()
         found = [
@@ -140,9 +152,13 @@ def test_nightly_screens_new_and_changed_series_and_alerts(
     assert len(rows) == 5
     assert Counter(row["status"] for row in rows) == {"screened": 4, "rejected": 1}
     shown = subprocess.run(
-        [sys.executable, "jobs/ledger.py", str(ledger), "runs"], cwd=ROOT, env=screening.environment,
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [sys.executable, "jobs/ledger.py", str(ledger), "runs"],
+        cwd=ROOT,
+        env=screening.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "4 series: 3 screened, 0 rejected, 1 failed" in shown
     assert "0 series: 0 screened" in shown
 
@@ -156,9 +172,19 @@ def with_canaries() -> list[bytes]:
     for data in slices():
         dataset = pydicom.dcmread(BytesIO(data))
         for name in (
-            "PatientID", "PatientName", "PatientComments", "InstitutionName", "StudyDescription", "SeriesDescription",
-            "AccessionNumber", "ReferringPhysicianName", "OperatorsName", "ProtocolName", "StudyID", "PatientAddress",
-        ):  # fmt: skip
+            "PatientID",
+            "PatientName",
+            "PatientComments",
+            "InstitutionName",
+            "StudyDescription",
+            "SeriesDescription",
+            "AccessionNumber",
+            "ReferringPhysicianName",
+            "OperatorsName",
+            "ProtocolName",
+            "StudyID",
+            "PatientAddress",
+        ):
             setattr(dataset, name, f"{CANARY}^{name}"[:16])
         dataset.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
         buffer = BytesIO()
@@ -172,7 +198,7 @@ def test_deidentify_hides_identities_and_malformed_input_is_refused(
 ) -> None:
     objects = with_canaries()
     archive = f"s3://bucket/{CANARY}-archive"
-    everything = f"s3://bucket/{CANARY}-and-malformed"  # one run for both, since each run's start takes its time
+    everything = f"s3://bucket/{CANARY}-and-malformed"
     for place in (archive, everything):
         for index, data in enumerate(objects):
             storage.write_bytes(f"{place}/{CANARY}-study/{CANARY}{index}", data)

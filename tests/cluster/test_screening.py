@@ -66,7 +66,8 @@ def test_killed_job_continues_to_an_equal_ledger(screening: Screening) -> None:
     assert len(list((screening.bucket / name / "_work").iterdir())) == 1
     table = screening.table(name)
     assert differences(screening.clean, table) == []
-    # The rows that the dead run left stand in the ledger as they were: no finished series was screened again.
+    # The rows that the dead run left stand in the ledger as they were: no finished series was
+    # screened again.
     after = {row["series_key"]: row["screened_at"] for row in table.to_pylist()}
     assert {key: after[key] for key in before} == before
 
@@ -92,11 +93,27 @@ def test_run_names_ignored_objects_and_a_store_without_create(screening: Screeni
 def test_submitted_job_refuses_relative_paths(cluster: Cluster, model_folder: Path) -> None:
     process = subprocess.run(
         [
-            Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", ROOT, "--",
-            "python", "jobs/screen.py", "--archive", "my/archive", "--ledger", "/tmp/x", "--model", str(model_folder),
+            Path(sys.executable).with_name("ray"),
+            "job",
+            "submit",
+            "--working-dir",
+            ROOT,
+            "--",
+            "python",
+            "jobs/screen.py",
+            "--archive",
+            "my/archive",
+            "--ledger",
+            "/tmp/x",
+            "--model",
+            str(model_folder),
         ],
-        env=cluster.environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     output = process.stdout + process.stderr
     assert process.returncode == 1
     assert "--archive my/archive is relative" in output

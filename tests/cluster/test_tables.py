@@ -42,9 +42,18 @@ def test_train_fills_the_rows_of_several_networks(
     recipe, name = tmp_path / "recipe.toml", f"tables-{len(asked)}"
     recipe.write_text(RECIPE)
     arguments = [
-        "--config", str(recipe), "--data", training_setup.data, "--storage", f"s3://bucket/{name}", "--experiment", name,
-        "--artifacts", str(tmp_path / "artifacts"), *(word for each in asked for word in ("--network", each)),
-    ]  # fmt: skip
+        "--config",
+        str(recipe),
+        "--data",
+        training_setup.data,
+        "--storage",
+        f"s3://bucket/{name}",
+        "--experiment",
+        name,
+        "--artifacts",
+        str(tmp_path / "artifacts"),
+        *(word for each in asked for word in ("--network", each)),
+    ]
     job = cluster.start_job("train.py", *arguments)
     assert job.finish(LIMIT_S) == 0, job.output
     assert "trainings, 2 at a time" in job.output

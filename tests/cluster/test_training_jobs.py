@@ -1,4 +1,6 @@
-"""Training on a real Ray cluster: folds to a registered model that is promoted, screens, and answers as pyfunc."""
+"""Training on a real Ray cluster: folds to a registered model that is promoted, screens, and
+answers as pyfunc.
+"""
 
 import json
 import re
@@ -215,10 +217,24 @@ def test_screening_by_champion_alias_names_its_version(
 
 
 VALUES = (
-    "status", "p_infected", "diagnosis", "p_severe", "severity", "severity_by_involvement", "lesion_volume_ml",
-    "lung_volume_ml", "involvement", "lesion_slices", "num_slices", "num_slices_segmented", "spacing_z_mm",
-    "source_digest", "series_uid", "source_format", "model_digest",
-)  # fmt: skip
+    "status",
+    "p_infected",
+    "diagnosis",
+    "p_severe",
+    "severity",
+    "severity_by_involvement",
+    "lesion_volume_ml",
+    "lung_volume_ml",
+    "involvement",
+    "lesion_slices",
+    "num_slices",
+    "num_slices_segmented",
+    "spacing_z_mm",
+    "source_digest",
+    "series_uid",
+    "source_format",
+    "model_digest",
+)
 
 
 def test_pyfunc_returns_the_values_of_the_job(screened: list[dict[str, Any]], s3: S3) -> None:
@@ -245,16 +261,21 @@ def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
     segnet.filter[-1].bias.fill_(bias)
     save_model(folder / f"model{bias}", model)
     address = tracking.RunAddress(
-        uri=cluster.environment["MLFLOW_TRACKING_URI"], experiment="altered", name=f"bias {bias}", key=f"bias {bias}",
+        uri=cluster.environment["MLFLOW_TRACKING_URI"],
+        experiment="altered",
+        name=f"bias {bias}",
+        key=f"bias {bias}",
         artifacts=str(folder / "artifacts"),
-    )  # fmt: skip
+    )
     return tracking.register_model(address, folder / f"model{bias}", {})
 
 
 def test_promotion_takes_only_a_better_challenger(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
-    """One that calls every pixel a lesion has some Dice, one that calls none has none; all else of them is equal."""
+    """One that calls every pixel a lesion has some Dice, one that calls none has none; all else of
+    them is equal.
+    """
     everything, nothing = (register_with_bias(bias, cluster, tmp_path) for bias in (100.0, -100.0))
     write_mosmed(str(tmp_path / "others"), configs(6, 77, size_px=64, num_slices=14), 2)
     data = (
@@ -278,7 +299,9 @@ def test_promotion_takes_only_a_better_challenger(
 def test_evaluate_reads_images_and_masks_of_stacks(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
-    """--images and --masks: a grey stack with lung and lesion labels, and one with a lesion mask alone."""
+    """--images and --masks: a grey stack with lung and lesion labels, and one with a lesion mask
+    alone.
+    """
     (config,) = configs(1, 64, size_px=64, num_slices=14)
     phantom = make_phantom(replace(config, involvement=0.2))
     grey = np.clip((phantom.hu + 1000) / 1400 * 255, 0, 255).astype(np.uint8)

@@ -46,7 +46,9 @@ def module_environment() -> Iterator[dict[str, str]]:
 def own_ray(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[dict[str, str]], dict[str, str]]]:
-    """Return a function that starts a Ray with some variables, and returns the environment of jobs."""
+    """Return a function that starts a Ray with some variables, and returns the
+    environment of jobs.
+    """
     folder = tmp_path_factory.mktemp("ray")
     token = folder / "token"
     write_private(token, secrets.token_hex(32))

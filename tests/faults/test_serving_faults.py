@@ -1,4 +1,6 @@
-"""A real endpoint under kills, floods, slow and hostile callers, and a store that is slow or down."""
+"""A real endpoint under kills, floods, slow and hostile callers, and a store that is
+slow or down.
+"""
 
 import contextlib
 import json

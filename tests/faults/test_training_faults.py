@@ -1,4 +1,5 @@
-"""Training under real kills: workers, driver and tracker; a cut checkpoint, a NaN loss, a bad volume.
+"""Training under real kills: workers, driver and tracker; a cut checkpoint, a NaN loss, a bad
+volume.
 
 Every continued training is compared with one that was not disturbed.
 """

@@ -1,4 +1,6 @@
-"""What holds the model behind the endpoint: it follows the registry's alias, there and back, and answers meanwhile."""
+"""What holds the model behind the endpoint: it follows the registry's alias, there and back, and
+answers meanwhile.
+"""
 
 import asyncio
 import shutil

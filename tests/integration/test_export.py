@@ -1,4 +1,6 @@
-"""Export parses only bytes that were screened, gives each series an outcome, and puts SEG where the source lies."""
+"""Export parses only bytes that were screened, gives each series an outcome, and puts SEG where the
+source lies.
+"""
 
 import logging
 import os
@@ -75,14 +77,18 @@ def screened_row(archive: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chest() -> Phantom:
-    """Sparse, but with plausible steps along all axes, so that its coronal and sagittal slices are a series too."""
+    """Sparse, but with plausible steps along all axes, so that its coronal and sagittal slices are
+    a series too.
+    """
     return make_phantom(
         PhantomConfig(seed=5, involvement=0.1, size_px=96, num_slices=34, pixel_mm=3.7, slice_mm=8)
     )
 
 
 def turned(chest: Phantom, plane: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """HU and mask of the left lung, (slices, rows, columns), in a plane, and the affine of their index -> LPS mm."""
+    """HU and mask of the left lung, (slices, rows, columns), in a plane, and the affine of their
+    index -> LPS mm.
+    """
     axes, flips, shear = {
         "axial": ((0, 1, 2), (), 1),
         "downwards": ((0, 1, 2), (0,), 1),
@@ -147,10 +153,17 @@ def points_mm(seg: Dataset, segment: int) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     "plane",
     [
-        "axial", "downwards", "non-square", "coronal", "coronal-backwards", "sagittal", "sagittal-backwards", "prone",
+        "axial",
+        "downwards",
+        "non-square",
+        "coronal",
+        "coronal-backwards",
+        "sagittal",
+        "sagittal-backwards",
+        "prone",
         "oblique",
     ],
-)  # fmt: skip
+)
 def test_segment_has_the_patient_positions_of_its_mask(
     plane: str, chest: Phantom, tmp_path: Path
 ) -> None:
@@ -264,7 +277,9 @@ def test_object_without_preamble_is_exported(start: int, tmp_path: Path) -> None
 
 
 def test_series_without_attributes_is_exported(tmp_path: Path) -> None:
-    """One source lacks what de-identification removes; one has lost a slice since. All have an outcome."""
+    """One source lacks what de-identification removes; one has lost a slice since. All have an
+    outcome.
+    """
     outcomes, results = [], tmp_path / "results"
     for number, edit in enumerate((lambda _: None, remove_identity, lambda datasets: datasets[4:])):
         archive = tmp_path / f"archive{number}"

@@ -13,7 +13,8 @@ def test_only_folders_of_killed_replicas_are_removed(
     tmp_path: Path,
 ) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from serve.uploads import ReplicaFolder; "
+        "import os, signal, sys; from pathlib import Path; "
+        "from serve.uploads import ReplicaFolder; "
         "folder = ReplicaFolder(Path(sys.argv[1])); (folder.path / 'study').write_bytes(b'image'); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

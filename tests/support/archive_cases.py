@@ -1,7 +1,7 @@
 """Cases of real archives beside plain series, each with the ledger row that is right for it.
 
-python tests/support/archive_cases.py FOLDER           write every case into its own folder below FOLDER
-python tests/support/archive_cases.py --check LEDGER   compare a ledger of that archive with the right rows
+python tests/support/archive_cases.py FOLDER           write every case into a folder below FOLDER
+python tests/support/archive_cases.py --check LEDGER   compare a ledger of it with the right rows
 
 FOLDER is a local path; LEDGER a folder, an s3:// prefix or one committed file. The numbers in the
 names group cases of one kind. The right row follows from the standards and ``docs/input.md``, not

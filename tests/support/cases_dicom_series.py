@@ -51,7 +51,9 @@ def interleaved(
     shift_mm: float = 5.5,
     num_second: int = 24,
 ) -> Right:
-    """Write two breath-holds whose slices lie between each other. by: the attribute that differs."""
+    """Write two breath-holds whose slices lie between each other. by: the attribute
+    that differs.
+    """
     first, second = datasets(name), datasets(name, chest(seed=5))[:num_second]
     for dataset in second:
         x, y, z = dataset.ImagePositionPatient

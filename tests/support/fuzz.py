@@ -76,6 +76,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("reader", choices=READERS)
     options.add_argument("--minutes", type=float, default=10)
+    options.add_argument("--runs", type=int, default=0, help="end after so many inputs instead")
     options.add_argument("--corpus", type=Path, default=Path(".fuzz"))
     options.add_argument(
         "--seed", type=int, default=0, help="of the search; 0: a new one every time"
@@ -86,10 +87,19 @@ def main() -> None:
     corpus = arguments.corpus / arguments.reader
     seeds(arguments.reader, corpus)
     command = [
-        sys.argv[0], str(corpus), f"-max_total_time={int(arguments.minutes * 60)}", "-timeout=100000",
-        f"-rss_limit_mb={MEMORY_MIB}", "-max_len=200000", f"-artifact_prefix={arguments.corpus}/crash-", "-verbosity=0",
-        "-print_final_stats=1", f"-seed={arguments.seed}",
-    ]  # fmt: skip
+        sys.argv[0],
+        str(corpus),
+        f"-runs={arguments.runs}"
+        if arguments.runs
+        else f"-max_total_time={int(arguments.minutes * 60)}",
+        "-timeout=100000",
+        f"-rss_limit_mb={MEMORY_MIB}",
+        "-max_len=200000",
+        f"-artifact_prefix={arguments.corpus}/crash-",
+        "-verbosity=0",
+        "-print_final_stats=1",
+        f"-seed={arguments.seed}",
+    ]
     atheris.Setup(command, in_time(READERS[arguments.reader]))
     atheris.Fuzz()
 

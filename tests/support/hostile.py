@@ -103,7 +103,9 @@ def edited(change: Edit, **how: bool) -> Objects:
 
 
 def nested_modality() -> Objects:
-    """Modality as a sequence whose item holds an element of a kind that there is not. Found by the fuzzer."""
+    """Modality as a sequence whose item holds an element of a kind that there is not. Found by the
+    fuzzer.
+    """
     element = b"\x28\x00\x10\x00U\t\x00\x00"
     item = b"\xfe\xff\x00\xe0" + struct.pack("<I", len(element)) + element
     objects = list(slices())
@@ -140,7 +142,9 @@ def on_slice(number: int, **values: object) -> Objects:
 
 
 def replaced_text(old: bytes, new: bytes) -> Objects:
-    """The value of an element overwritten by one of the same length, past every check of the writer."""
+    """The value of an element overwritten by one of the same length, past every check of the
+    writer.
+    """
     assert len(old) == len(new)
     assert old in slices()[0]
     return named([data.replace(old, new) for data in slices()])
@@ -346,9 +350,13 @@ NIFTI: dict[str, tuple[str, Callable[[], Objects]]] = {
     "one bit of the gzip stream": ("undecodable", lambda: gz_with(30000, 0x10)),
     "a gzip in a gzip": ("unreadable", lambda: {"a.nii.gz": gz(gz(plain_nifti()))}),
     "a bomb behind the volume": ("too_large", padded_gzip_bomb),
-    "32767 cubed": ("too_large", lambda: patched((DIM, "8h", (3, 32767, 32767, 32767, 1, 1, 1, 1)))),
+    "32767 cubed": (
+        "too_large",
+        lambda: patched((DIM, "8h", (3, 32767, 32767, 32767, 1, 1, 1, 1))),
+    ),
     "more than a gzip can hold": (
-        "truncated", lambda: {"a.nii.gz": gz(patched((DIM, "4h", (3, 1024, 1024, 400)))["a.nii"][:4000])}
+        "truncated",
+        lambda: {"a.nii.gz": gz(patched((DIM, "4h", (3, 1024, 1024, 400)))["a.nii"][:4000])},
     ),
     "voxels within the header": ("unreadable", lambda: patched((VOX_OFFSET, "f", 0.0))),
     "a negative dimension": ("truncated", lambda: patched((DIM + 2, "h", -64))),
@@ -363,26 +371,41 @@ NIFTI: dict[str, tuple[str, Callable[[], Objects]]] = {
     "offset without end": ("unreadable", lambda: patched((VOX_OFFSET, "f", float("inf")))),
     "offset behind the end": ("truncated", lambda: patched((VOX_OFFSET, "f", 1e8))),
     "no orientation": ("missing_position", lambda: patched((QFORM_CODE, "2h", (0, 0)))),
-    "an affine of zeros": ("missing_position", lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "12f", (0.0,) * 12))),
-    "an affine that is no number": (
-        "missing_position", lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "f", float("nan")))
+    "an affine of zeros": (
+        "missing_position",
+        lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "12f", (0.0,) * 12)),
     ),
-    "an endless affine": ("missing_position", lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "f", float("inf")))),
+    "an affine that is no number": (
+        "missing_position",
+        lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "f", float("nan"))),
+    ),
+    "an endless affine": (
+        "missing_position",
+        lambda: patched((QFORM_CODE, "2h", (0, 1)), (SROW, "f", float("inf"))),
+    ),
     "a quaternion that is none": (
-        "missing_position", lambda: patched((QFORM_CODE, "2h", (1, 0)), (QUATERN, "3f", (3.0, 3.0, 3.0)))
+        "missing_position",
+        lambda: patched((QFORM_CODE, "2h", (1, 0)), (QUATERN, "3f", (3.0, 3.0, 3.0))),
     ),
     "a unit that is none": ("missing_position", lambda: patched((UNITS, "B", 6))),
     "a length below nothing": ("unreadable", lambda: patched((PIXDIM + 4, "f", -5.625))),
     "metres": ("missing_position", lambda: patched((UNITS, "B", 1))),
     "left in sform, right in qform": ("orientation_conflict", qform_flipped),
     "voxel size against affine": (
-        "orientation_conflict", lambda: patched((PIXDIM + 4, "3f", (1.0, 1.0, 1.0)), (QFORM_CODE, "h", 0))
+        "orientation_conflict",
+        lambda: patched((PIXDIM + 4, "3f", (1.0, 1.0, 1.0)), (QFORM_CODE, "h", 0)),
     ),
     "a sheared affine": ("gantry_tilt", sheared),
     "an endless slope": ("missing_rescale", lambda: patched((SLOPE, "f", float("inf")))),
-    "an endless intercept": ("missing_rescale", lambda: patched((INTER, "f", float("inf")), (SLOPE, "f", 1.0))),
+    "an endless intercept": (
+        "missing_rescale",
+        lambda: patched((INTER, "f", float("inf")), (SLOPE, "f", 1.0)),
+    ),
     "a slope of a million": ("not_hu", lambda: patched((SLOPE, "2f", (1e6, 0.0)))),
-    "voxels that are no numbers": ("not_hu", lambda: stored(np.where(voxels() > 0, np.nan, voxels()).astype("f4"))),
+    "voxels that are no numbers": (
+        "not_hu",
+        lambda: stored(np.where(voxels() > 0, np.nan, voxels()).astype("f4")),
+    ),
     "8-bit picture": ("not_hu", lambda: stored(_lesser())),
     "nothing but air": ("not_hu", lambda: stored(np.full_like(voxels(), -1000))),
     "a label map": ("label_map", lambda: stored((voxels() > 0).astype(np.int16))),
@@ -391,7 +414,7 @@ NIFTI: dict[str, tuple[str, Callable[[], Objects]]] = {
     "5 slices": ("too_few_slices", lambda: small(5)),
     "5000 slices": ("too_large", long_axis),
     "no lung": ("no_lung", lambda: {"a.nii.gz": OTHER_DAMAGE["no_lung"](phantom())[1]}),
-}  # fmt: skip
+}
 
 
 def damaged(kind: str) -> Objects:
@@ -411,14 +434,20 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "magic alone": ("unreadable", lambda: {"a.dcm": bytes(128) + b"DICM"}),
     "deflated": ("unsupported_syntax", deflated),
     "deflated bomb": ("unsupported_syntax", lambda: deflated(64)),
-    "a JPEG of 8 bits": ("unsupported_syntax", lambda: compressed(lambda pixels: b"\xff\xd8", JPEGBaseline8Bit)),
+    "a JPEG of 8 bits": (
+        "unsupported_syntax",
+        lambda: compressed(lambda pixels: b"\xff\xd8", JPEGBaseline8Bit),
+    ),
     "a sequence in the place of a text": ("unreadable", nested_modality),
     "pixels of an unknown VR": ("unreadable", unknown_vr),
     "two syntaxes": ("unsupported_syntax", two_syntaxes),
     "unknown transfer syntax": ("unsupported_syntax", lambda: compressed(bytes, "1.2.3.4.5")),
     "a billion frames": ("unsupported_syntax", lambda: with_values(NumberOfFrames=1_000_000_000)),
     "no rows": ("truncated", lambda: with_values(Rows=0)),
-    "rows for more pixels than there are": ("truncated", lambda: with_values(Rows=65535, Columns=65535)),
+    "rows for more pixels than there are": (
+        "truncated",
+        lambda: with_values(Rows=65535, Columns=65535),
+    ),
     "rows for fewer pixels than there are": ("undecodable", lambda: with_values(Rows=32)),
     "4 GiB declared": ("truncated", declared_4gib),
     "cut in the pixels": ("truncated", lambda: cut(4, 0.8)),
@@ -427,7 +456,10 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "JPEG 2000 cut": ("undecodable", lambda: compressed(lambda pixels: jpeg2000(pixels)[:80])),
     "JPEG 2000 of 60,000 x 60,000": ("undecodable", lambda: compressed(huge_siz)),
     "RLE of nothing": ("undecodable", lambda: compressed(lambda pixels: bytes(64), RLELossless)),
-    "RLE with segments far away": ("undecodable", lambda: compressed(lambda pixels: FAR_SEGMENTS, RLELossless)),
+    "RLE with segments far away": (
+        "undecodable",
+        lambda: compressed(lambda pixels: FAR_SEGMENTS, RLELossless),
+    ),
     "slope is text": ("unreadable", lambda: element("RescaleSlope", b"steep")),
     "slope NaN": ("missing_rescale", lambda: element("RescaleSlope", b"NaN")),
     "slope of nothing": ("missing_rescale", lambda: with_values(RescaleSlope="0")),
@@ -435,21 +467,33 @@ DICOM: dict[str, tuple[str, Callable[[], Objects]]] = {
     "no orientation": ("missing_position", lambda: without("ImageOrientationPatient")),
     "no pixel spacing": ("missing_position", lambda: without("PixelSpacing")),
     "pixel spacing of nothing": ("missing_position", lambda: with_values(PixelSpacing=["0", "0"])),
-    "position is no number": ("missing_position", lambda: element("ImagePositionPatient", b"nan\\nan\\nan")),
+    "position is no number": (
+        "missing_position",
+        lambda: element("ImagePositionPatient", b"nan\\nan\\nan"),
+    ),
     "two numbers for a position": ("unreadable", lambda: element("ImagePositionPatient", b"1\\2")),
     "two patients": ("mixed_patients", lambda: on_slice(3, PatientID="SOMEONE ELSE")),
     "two studies": ("mixed_patients", lambda: on_slice(3, StudyInstanceUID="1.2.3.4")),
-    "localizers alone": ("not_ct", lambda: with_values(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
+    "localizers alone": (
+        "not_ct",
+        lambda: with_values(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+    ),
     "secondary capture": ("not_ct", lambda: with_values(SOPClassUID=SecondaryCaptureImageStorage)),
     "three colours": ("not_ct", lambda: with_values(SamplesPerPixel=3)),
     "a palette": ("not_ct", lambda: with_values(PhotometricInterpretation="PALETTE COLOR")),
-    "a slice of another size": ("mixed_orientation", lambda: on_slice(2, Rows=32, PixelData=bytes(32 * 64 * 2))),
+    "a slice of another size": (
+        "mixed_orientation",
+        lambda: on_slice(2, Rows=32, PixelData=bytes(32 * 64 * 2)),
+    ),
     "a head of 500,000 items": ("unreadable", lambda: {"a.dcm": bomb_of_items()}),
     "2000 nested sequences": ("unreadable", lambda: nested(2000)),
     "frames without a description": ("unreadable", lambda: enhanced(num_described=5)),
     "more frames than pixels": ("unreadable", lambda: enhanced(NumberOfFrames=500)),
-    "frames of a localizer": ("not_ct", lambda: enhanced(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"])),
-}  # fmt: skip
+    "frames of a localizer": (
+        "not_ct",
+        lambda: enhanced(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]),
+    ),
+}
 
 OTHER: dict[str, tuple[str, Callable[[], Objects]]] = {
     "zip": ("container", lambda: {"a.zip": b"PK\x05\x06" + bytes(18)}),

@@ -1,4 +1,6 @@
-"""DICOM series as archives hold them: odd and sound, or to be refused. All from one small phantom, 12 slices of 64."""
+"""DICOM series as archives hold them: odd and sound, or to be refused. All from one small phantom,
+12 slices of 64.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -213,7 +215,9 @@ def dataset_meta_bytes(data: bytes) -> int:
 
 
 def with_groups(change: Callable[[int, Dataset], None], **values: object) -> FileDataset:
-    """The series as one Enhanced CT, each frame's functional groups changed, with attributes of the whole."""
+    """The series as one Enhanced CT, each frame's functional groups changed, with attributes of the
+    whole.
+    """
     dataset = pydicom.dcmread(BytesIO(enhanced()["enhanced.dcm"]))
     for index, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
         change(index, frame)

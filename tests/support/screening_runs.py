@@ -1,4 +1,6 @@
-"""Screenings of phantoms in a real S3 server on a real Ray: started, watched, disturbed, compared."""
+"""Screenings of phantoms in a real S3 server on a real Ray: started, watched,
+disturbed, compared.
+"""
 
 import contextlib
 import json
@@ -53,12 +55,21 @@ class Screening:
     def arguments(
         self, name: str, archive: str = "s3://bucket/archive", ledger: str = ""
     ) -> list[str]:
-        """Return the arguments of a run; its ledger is named after it unless ``ledger`` is given."""
+        """Return the arguments of a run; its ledger is named after it unless ``ledger``
+        is given.
+        """
         return [
-            "--archive", archive, "--ledger", ledger or f"s3://bucket/{name}",
-            "--model", str(self.folder / "model"), "--config", str(self.folder / "screening.toml"),
-            "--run-date", DATE,
-        ]  # fmt: skip
+            "--archive",
+            archive,
+            "--ledger",
+            ledger or f"s3://bucket/{name}",
+            "--model",
+            str(self.folder / "model"),
+            "--config",
+            str(self.folder / "screening.toml"),
+            "--run-date",
+            DATE,
+        ]
 
     def start(self, name: str, *more: str, **locations: str) -> Job:
         """Start a run."""

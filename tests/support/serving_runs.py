@@ -31,7 +31,8 @@ RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 30.0
 NUM_CALLERS = 8
 SLOW_STUDY, LEDGER = "s3://bucket/slow/study", "s3://bucket/ledger"
 BACK_WITHIN_S = 30.0
-# Columns in which two answers about one study may differ; source_version is an upload's time on disk.
+# Columns in which two answers about one study may differ; source_version is an upload's time on
+# disk.
 NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")
 # Texts in the command lines of Ray Serve's processes.
 API = "ServeReplica:default:Api"
@@ -56,7 +57,9 @@ class Serving:
     others: list[tuple[bytes, Any]] = field(default_factory=list)
 
     def post(self, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, Any, float]:
-        """Post a study; return status, answer and Retry-After, or status 0 if the connection breaks."""
+        """Post a study; return status, answer and Retry-After, or status 0 if the connection
+        breaks.
+        """
         try:
             status, answer, received = self.endpoint.ask("POST", "/v1/studies", body, headers)
         except requests.RequestException:

@@ -1,4 +1,6 @@
-"""Tiny trainings without a cluster, for the tests of the loop: builders that several processes can import."""
+"""Tiny trainings without a cluster, for the tests of the loop: builders that several processes can
+import.
+"""
 
 import json
 from pathlib import Path
@@ -76,7 +78,9 @@ def lane(number: int, phase: int, config: PhaseConfig) -> Lane:
 
 
 def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase[Any]:
-    """Return a phase with its network from a fixed seed, data parallel if there are several ranks."""
+    """Return a phase with its network from a fixed seed, data parallel if there are
+    several ranks.
+    """
     torch.manual_seed(0)
     module: nn.Module = build_segmenter(NETWORK.segnet) if phase == 1 else JointClassifier(NETWORK)
     if phase == 1:
@@ -129,7 +133,9 @@ def curve(progress: Progress) -> list[dict[str, float]]:
 
 
 def train_rank(index: int, count: int, folder: str) -> None:
-    """Train both phases as one of several ranks, in this process; rank 0 writes curves and weights."""
+    """Train both phases as one of several ranks, in this process; rank 0 writes curves
+    and weights.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=index, world_size=count

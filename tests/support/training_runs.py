@@ -1,4 +1,6 @@
-"""Trainings of phantoms on a real Ray: started, killed, continued, and compared with an undisturbed one."""
+"""Trainings of phantoms on a real Ray: started, killed, continued, and compared with an undisturbed
+one.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,6 @@
-"""The log that a machine reads: one JSON object a line, with the run's id and the series' key as fields."""
+"""The log that a machine reads: one JSON object a line, with the run's id and the series' key as
+fields.
+"""
 
 import json
 import logging

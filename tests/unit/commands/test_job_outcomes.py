@@ -1,4 +1,6 @@
-"""Jobs that loop over series: one that fails has an outcome, the others go on, the end has a count and an exit code."""
+"""Jobs that loop over series: one that fails has an outcome, the others go on, the end has a count
+and an exit code.
+"""
 
 import argparse
 import logging
@@ -45,7 +47,9 @@ def committed(folder: Path, table: pa.Table) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A committed run of six series; of the four screened one has a picture, one has one that cannot be read."""
+    """A committed run of six series; of the four screened one has a picture, one has one that
+    cannot be read.
+    """
     folder = committed(tmp_path / "ledger", ledger()) / "_results" / RUN_ID
     picture = BytesIO()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(picture, "png")

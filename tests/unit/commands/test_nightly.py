@@ -1,4 +1,6 @@
-"""Nights tell the truth: their exit code follows from the committed ledger, and whatever is not 0 raises one alert."""
+"""Nights tell the truth: their exit code follows from the committed ledger, and whatever is not 0
+raises one alert.
+"""
 
 import json
 import subprocess
@@ -32,7 +34,9 @@ NIGHT = date(2026, 11, 23)
 
 
 class Nights:
-    """Starts of one night, as a scheduler makes them, with a screening job that has committed these rows."""
+    """Starts of one night, as a scheduler makes them, with a screening job that has committed these
+    rows.
+    """
 
     def __init__(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run, self.tmp_path, self.alerts, self.commands = (
@@ -55,7 +59,9 @@ class Nights:
         name_batch(self.run, nightly.batch_of(NIGHT))
 
     def _screen(self, command: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
-        """What jobs/screen.py says of a run that is committed; or as it is told, of one that is not."""
+        """What jobs/screen.py says of a run that is committed; or as it is told, of one that is
+        not.
+        """
         self.commands.append(command)
         code = self.code
         if code is None:
@@ -70,9 +76,19 @@ class Nights:
         before = len(self.alerts)
         self.monkeypatch.setattr(
             "sys.argv",
-            ["nightly.py", "--archive", "/archive", "--ledger", self.run.ledger, "--model", "m", "--night",
-             NIGHT.isoformat(), *more],
-        )  # fmt: skip
+            [
+                "nightly.py",
+                "--archive",
+                "/archive",
+                "--ledger",
+                self.run.ledger,
+                "--model",
+                "m",
+                "--night",
+                NIGHT.isoformat(),
+                *more,
+            ],
+        )
         return nightly.main(), [each["alert"] for each in self.alerts[before:]]
 
     @property
@@ -326,8 +342,16 @@ def test_screening_refuses_a_run_date_in_the_future_with_3(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "archive").mkdir()
-    arguments = ["--archive", str(tmp_path / "archive"), "--ledger", str(tmp_path / "ledger"), "--model",
-                 str(model_folder), "--run-date", "9999-12-31"]  # fmt: skip
+    arguments = [
+        "--archive",
+        str(tmp_path / "archive"),
+        "--ledger",
+        str(tmp_path / "ledger"),
+        "--model",
+        str(model_folder),
+        "--run-date",
+        "9999-12-31",
+    ]
     monkeypatch.setattr("sys.argv", ["screen.py", *arguments])
     assert screen.main() == 3
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]

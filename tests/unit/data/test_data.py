@@ -33,9 +33,13 @@ def touch(folder: Path, *paths: str) -> None:
 
 def test_mosmed_grades_follow_the_folders_and_masks_the_names(tmp_path: Path) -> None:
     touch(
-        tmp_path, "studies/CT-0/study_0001.nii.gz", "studies/CT-1/study_0255.nii.gz", "studies/CT-4/study_1109.nii.gz",
-        "masks/study_0255_mask.nii.gz", "dataset_registry.xlsx",
-    )  # fmt: skip
+        tmp_path,
+        "studies/CT-0/study_0001.nii.gz",
+        "studies/CT-1/study_0255.nii.gz",
+        "studies/CT-4/study_1109.nii.gz",
+        "masks/study_0255_mask.nii.gz",
+        "dataset_registry.xlsx",
+    )
     found = {
         v.patient: (v.diagnosis, v.severity, v.lesion_mask_path)
         for v in read_volumes("mosmed", str(tmp_path))

@@ -20,9 +20,14 @@ Row = dict[str, Any]
 
 
 def row(
-    volume: str, grade: str = "mild", p: float = 0.9, severe: float = 0.2, fold: int = 0, network: str = "V7",
+    volume: str,
+    grade: str = "mild",
+    p: float = 0.9,
+    severe: float = 0.2,
+    fold: int = 0,
+    network: str = "V7",
     counts: tuple[tuple[int, ...], ...] | None = None,
-) -> Row:  # fmt: skip
+) -> Row:
     """counts: (TP, FP, FN, TN) of each slice."""
     columns = (
         dict(zip(rows.COUNTS, zip(*counts, strict=True), strict=True))
@@ -30,10 +35,16 @@ def row(
         else dict.fromkeys(rows.COUNTS)
     )
     return {
-        "volume": volume, "source_digest": volume, "network": network, "fold": fold, "grade": grade,
-        "p_infected": p, "p_severe": severe, "slice": list(range(len(counts or ()))),
+        "volume": volume,
+        "source_digest": volume,
+        "network": network,
+        "fold": fold,
+        "grade": grade,
+        "p_infected": p,
+        "p_severe": severe,
+        "slice": list(range(len(counts or ()))),
         **{name: None if values is None else list(values) for name, values in columns.items()},
-    }  # fmt: skip
+    }
 
 
 TWO = [row("a", counts=((6, 2, 2, 90), (0, 0, 0, 100))), row("b", counts=((1, 0, 3, 96),))]
@@ -74,7 +85,9 @@ GRADED = [
 
 
 def test_pairs_of_table_iv_by_hand() -> None:
-    """Mild against severe uses p_severe of every infected volume, m2 and s2 too, which were called normal."""
+    """Mild against severe uses p_severe of every infected volume, m2 and s2 too, which were called
+    normal.
+    """
     found = metrics.classification(GRADED)
     mild = found["normal_vs_mild"]
     assert (mild["tp"], mild["fp"], mild["fn"], mild["tn"]) == (1, 1, 1, 2)
@@ -179,7 +192,9 @@ def test_second_data_set_gives_table_iii() -> None:
 
 
 def test_printed_tables_have_a_value_for_every_row_and_column() -> None:
-    """Every network of Tables II to IV has a figure in every column; the best Dice is TA-SegNet's."""
+    """Every network of Tables II to IV has a figure in every column; the best Dice is
+    TA-SegNet's.
+    """
     assert (
         {len(each) for each in TABLE_II.values()}
         == {len(each) for each in TABLE_III.values()}

@@ -1,4 +1,6 @@
-"""The container image: every package by version and hash, a base by digest, bytecode of the project."""
+"""The container image: every package by version and hash, a base by digest, bytecode of the
+project.
+"""
 
 import re
 import tomllib
@@ -48,7 +50,9 @@ def required(name: str, extras: set[str], machine: str) -> set[tuple[str, frozen
 
 
 def needed(name: str, extras: frozenset[str]) -> set[str]:
-    """Every distribution that the image needs for one, itself left out unless something refers to it."""
+    """Every distribution that the image needs for one, itself left out unless something refers to
+    it.
+    """
     waiting, seen = [(name, extras)], {(name, extras)}
     while waiting:
         each, wanted = waiting.pop()
@@ -118,7 +122,9 @@ def test_image_compiles_the_project() -> None:
 
 
 def test_make_test_prints_skip_reasons() -> None:
-    """Of pytest's short summary, which -q does not hide; the Makefile passes no -r of its own that would replace it."""
+    """Of pytest's short summary, which -q does not hide; the Makefile passes no -r of its own that
+    would replace it.
+    """
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"][
         "addopts"
     ]

@@ -1,4 +1,6 @@
-"""Manifests against KubeRay's schemas, and rules without a schema: not root, secrets by reference."""
+"""Manifests against KubeRay's schemas, and rules without a schema: not root, secrets by
+reference.
+"""
 
 import json
 import re
@@ -86,8 +88,8 @@ def test_pods_run_without_root_writes_or_secrets(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RAY_MANIFESTS, ids=lambda path: path.stem)
 def test_ray_resources_ask_operator_for_token(path: Path) -> None:
-    # Without authOptions operator and submitter are answered 401. A hand-made variable in a pod would win over the
-    # secret that authOptions names, and the two could differ.
+    # Without authOptions operator and submitter are answered 401. A hand-made variable in a pod
+    # would win over the secret that authOptions names, and the two could differ.
     (spec,) = cluster_specs(load(path))
     assert spec["authOptions"] == {"mode": "token", "secretName": "covtanet-ray"}
     assert spec["rayVersion"] == metadata.version("ray")
@@ -197,7 +199,7 @@ def test_dashboard_queries_existing_metrics() -> None:
         for panel in panels
         for name in re.findall(r"ray_(covtanet_\w+)", panel["targets"][0]["expr"])
     }
-    code = "".join(path.read_text() for path in ((ROOT / "serve" / "app.py"), PIPELINE))
+    code = "".join(path.read_text() for path in ((ROOT / "serve" / "studies.py"), PIPELINE))
     counted = set(re.findall(r'"(covtanet_\w+)"', code))
     assert {re.sub(r"_bucket$|_total$|$", "", name, count=1) for name in asked} == counted
 
@@ -245,7 +247,8 @@ def test_ingress_ends_tls_with_the_endpoint_limits() -> None:
     assert given["redirect-to-https"] == given["hsts"] == "true"
     assert int(given["hsts-max-age"]) >= 365 * 86400
     assert int(given["client-max-body-size"].removesuffix("m")) << 20 == IntakeLimits().max_bytes
-    # The endpoint's own time limits come first, so that the caller gets its reason and not the proxy's 504.
+    # The endpoint's own time limits come first, so that the caller gets its reason and not the
+    # proxy's 504.
     assert int(given["proxy-read-timeout"].removesuffix("s")) > serve["request_timeout_s"]
     assert int(given["proxy-send-timeout"].removesuffix("s")) > settings.upload_timeout_s
 

@@ -200,13 +200,18 @@ def test_ledgers_are_equal_within_their_tolerances(run: Run) -> None:
 
 def test_schema_is_the_promise() -> None:
     """Names and types of version 1, in order; a change needs a new version."""
-    expected = """schema_version: int16|run_id: string|run_date: date32[day]|screened_at: timestamp[us, tz=UTC]
-series_key: string|source_uri: string|source_format: string|source_version: string|source_digest: string
-num_objects: int32|num_bytes: int64|study_uid: string|series_uid: string|status: string|reason: string
+    expected = """schema_version: int16|run_id: string|run_date: date32[day]
+screened_at: timestamp[us, tz=UTC]
+series_key: string|source_uri: string|source_format: string
+source_version: string|source_digest: string
+num_objects: int32|num_bytes: int64|study_uid: string|series_uid: string
+status: string|reason: string
 reason_detail: string|qc_flags: list<item: string>|num_slices: int32|num_slices_segmented: int32
-spacing_z_mm: double|spacing_y_mm: double|spacing_x_mm: double|p_infected: float|diagnosis: string|p_severe: float
+spacing_z_mm: double|spacing_y_mm: double|spacing_x_mm: double|p_infected: float
+diagnosis: string|p_severe: float
 severity: string|severity_by_involvement: string|lesion_volume_ml: double|lung_volume_ml: double
-involvement: double|lesion_slices: int32|model_name: string|model_version: string|model_digest: string
+involvement: double|lesion_slices: int32|model_name: string
+model_version: string|model_digest: string
 config_digest: string|software_version: string|decode_s: double|predict_s: double"""
     assert [
         f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA
@@ -303,7 +308,9 @@ completed = complete_row
 def test_newest_row_is_of_the_run_that_began_last_even_in_old_files(
     run: Run, tmp_path: Path
 ) -> None:
-    """Files of older software bear no begun_at; their rows' times are a worker's, and say nothing between runs."""
+    """Files of older software bear no begun_at; their rows' times are a worker's, and say nothing
+    between runs.
+    """
     commit_one(run, tmp_path, reason="no_lung")
     later = replace(run, run_date=date(2026, 11, 24))
     commit_one(later, tmp_path, reason="not_hu")
@@ -345,7 +352,9 @@ def known_reasons(night: Run) -> set[str]:
 
 
 def test_challenger_never_hides_a_study_from_the_night(run: Run, tmp_path: Path) -> None:
-    """Whichever way it is tried: as an alias, as a version, in the ledger of the nights and on the same day."""
+    """Whichever way it is tried: as an alias, as a version, in the ledger of the nights and on the
+    same day.
+    """
     night = replace(
         run, model_ref="models:/covtanet@champion", since_last=True, run_date=date(2026, 11, 24)
     )

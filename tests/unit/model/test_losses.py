@@ -1,4 +1,6 @@
-"""Focal Tversky, cross-entropy plus Dice and the joint loss (Eq. 8) against hand-worked values and identities."""
+"""Focal Tversky, cross-entropy plus Dice and the joint loss (Eq. 8) against hand-worked values and
+identities.
+"""
 
 import math
 

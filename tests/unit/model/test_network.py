@@ -110,7 +110,9 @@ def test_logits_have_the_input_size_and_fusion_the_stated_channels(row: str) -> 
 
 
 def test_pretrained_stem_is_that_of_three_equal_channels(tmp_path: Path) -> None:
-    """V8's encoder from a local file of RGB weights: one channel in gives what the slice three times would."""
+    """V8's encoder from a local file of RGB weights: one channel in gives what the slice three
+    times would.
+    """
     torch.manual_seed(1)
     rgb = EfficientNetEncoder("efficientnet_b0", 3).net
     torch.nn.init.normal_(rgb.conv_stem.weight)
@@ -155,7 +157,9 @@ def test_missing_imagenet_weights_say_how_to_get_them(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
-    """A lite EfficientNet has all layers of the other by the same names, but for squeeze-and-excitation."""
+    """A lite EfficientNet has all layers of the other by the same names, but for
+    squeeze-and-excitation.
+    """
     other = timm().create_model("efficientnet_b0", pretrained=False).state_dict()
     save_file(
         {name: value.contiguous() for name, value in other.items()}, tmp_path / "b0.safetensors"

@@ -1,4 +1,6 @@
-"""Every network of the paper's tables: as large as published, every parameter with a gradient, saved and loaded."""
+"""Every network of the paper's tables: as large as published, every parameter with a gradient,
+saved and loaded.
+"""
 
 import pickle
 from pathlib import Path
@@ -23,15 +25,27 @@ from covtanet.model.registry import (
 )
 from covtanet.training.phase1 import supervised_sums
 
-# Exact counts; where another implementation is public, within 3 % of it, but for CPF-Net (its unused decoder blocks
-# are left out) and MiniSeg (0.083 M are published).
+# Exact counts; where another implementation is public, within 3 % of it, but for CPF-Net (its
+# unused decoder blocks are left out) and MiniSeg (0.083 M are published).
 PARAMETERS = {
-    "V1": 7_762_465, "V7": 11_580_449, "FCN": 134_264_547, "Vnet": 9_357_924,
-    "Unet++": 9_118_756, "CPF-Net": 32_354_790, "COPLE-Net": 10_517_681, "Mini-SegNet": 77_359,
-    "Inf-Net": 31_072_145, "MultiResUnet": 7_242_864, "Attention-Unet": 7_939_745, "Gated-Unet": 10_530_028,
-    "VGG-19": 149_540_002, "ResNet-50": 32_948_386, "Xception": 30_253_002, "DenseNet121": 16_132_066,
+    "V1": 7_762_465,
+    "V7": 11_580_449,
+    "FCN": 134_264_547,
+    "Vnet": 9_357_924,
+    "Unet++": 9_118_756,
+    "CPF-Net": 32_354_790,
+    "COPLE-Net": 10_517_681,
+    "Mini-SegNet": 77_359,
+    "Inf-Net": 31_072_145,
+    "MultiResUnet": 7_242_864,
+    "Attention-Unet": 7_939_745,
+    "Gated-Unet": 10_530_028,
+    "VGG-19": 149_540_002,
+    "ResNet-50": 32_948_386,
+    "Xception": 30_253_002,
+    "DenseNet121": 16_132_066,
     "InceptionV3": 31_231_618,
-}  # fmt: skip
+}
 SIDE_PX = 96
 TINY = SIZES["tiny"]
 

@@ -225,7 +225,9 @@ def test_ledger_volumes_are_those_of_the_written_masks(
 
 
 class BrightnessPredictor:
-    """A predictor without training: ground glass by its HU, infected if it covers enough of what it sees."""
+    """A predictor without training: ground glass by its HU, infected if it covers enough of what it
+    sees.
+    """
 
     def predict(self, slices: np.ndarray) -> Prediction:
         hu = slices / 65535 * 1400.0 - 1000
@@ -256,12 +258,16 @@ def screened(
 
 
 def test_axial_coronal_and_sagittal_series_of_one_chest_agree() -> None:
-    """Reformats of one volume, 2.8 and 5.6 mm thick; turned to axial, their voxels are long along y or x."""
+    """Reformats of one volume, 2.8 and 5.6 mm thick; turned to axial, their voxels are long along y
+    or x.
+    """
     phantom = chest(256, 90, involvement=0.25)
     records = {}
     for name, factors, axes in (
-        ("axial", (2, 1, 1), (0, 1, 2)), ("coronal", (1, 2, 1), (1, 0, 2)), ("sagittal", (1, 1, 4), (2, 0, 1)),
-    ):  # fmt: skip
+        ("axial", (2, 1, 1), (0, 1, 2)),
+        ("coronal", (1, 2, 1), (1, 0, 2)),
+        ("sagittal", (1, 1, 4), (2, 0, 1)),
+    ):
         hu = np.rint(averaged(phantom.hu, factors)).astype(np.int16)
         affine = (phantom.affine @ np.diag([*factors, 1]))[:, [*axes, 3]]
         volume = canonical_volume(hu.transpose(axes), affine)
@@ -373,7 +379,9 @@ def test_blank_slices_are_not_segmented_and_hold_no_lesion(mild_volume: Volume) 
 
 
 def test_lesion_that_makes_lungs_implausible_is_flagged(mild_volume: Volume) -> None:
-    """The lung mask alone holds less than 12 litres, with the lesion in the cavity it holds more."""
+    """The lung mask alone holds less than 12 litres, with the lesion in the cavity it
+    holds more.
+    """
 
     class Everywhere:
         def predict(self, slices: np.ndarray) -> Prediction:
@@ -473,7 +481,9 @@ def test_an_answer_that_is_no_number_is_no_diagnosis(model_folder: Path) -> None
 def test_a_network_without_a_trained_diagnosis_says_nothing_of_it(
     model_folder: Path, mild: Phantom, tmp_path: Path
 ) -> None:
-    """Null and a flag; the rule of the paper still gives a severity, and the involvement its number."""
+    """Null and a flag; the rule of the paper still gives a severity, and the involvement its
+    number.
+    """
     model = load_model(model_folder)
     untrained = Predictor(
         replace(model, capabilities=Capabilities(segments=True, diagnoses=False)),
@@ -550,9 +560,15 @@ def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
     (row,) = manifest_rows(tmp_path)
     record = prepare(row, tmp_path).record
     run = Run(
-        archive=str(tmp_path), ledger=str(tmp_path / "ledger"), run_date=date(2026, 11, 26), model_name="m",
-        model_version="1", model_digest="d", config_digest="c", software_version="0",
-    )  # fmt: skip
+        archive=str(tmp_path),
+        ledger=str(tmp_path / "ledger"),
+        run_date=date(2026, 11, 26),
+        model_name="m",
+        model_version="1",
+        model_digest="d",
+        config_digest="c",
+        software_version="0",
+    )
     sound = store_record(run, replace(record, status=Status.SCREENED))
     assert sound["status"] == "screened"
     for lie in (

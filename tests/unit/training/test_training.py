@@ -64,7 +64,9 @@ def test_lesion_free_slices_are_drawn_anew_every_epoch() -> None:
 
 
 def test_a_long_volume_does_not_outweigh_a_short_one() -> None:
-    """At most so many slices of each volume, others every epoch, and all of one that has no more."""
+    """At most so many slices of each volume, others every epoch, and all of one that
+    has no more.
+    """
     rows = slice_rows(40, 0)
     rows["name"] = np.array([f"{'long' if index < 30 else 'short'}:{index}" for index in range(40)])
     own = MemoryLane(rows, Sampling(batch_size=2, slices_per_volume=12), 0)
@@ -76,7 +78,9 @@ def test_a_long_volume_does_not_outweigh_a_short_one() -> None:
 
 
 def test_epochs_draw_independently() -> None:
-    """Of two epochs' halves of the slices without lesion, a quarter is in both; the ways of drawing do not clash."""
+    """Of two epochs' halves of the slices without lesion, a quarter is in both; the ways of drawing
+    do not clash.
+    """
     rows = slice_rows(4000, 0)
     rows["name"] = np.array([f"v{index % 2}:{index:04}" for index in range(4000)])
     without = {
@@ -291,7 +295,9 @@ def test_side_of_the_slices_is_the_sizes_own_or_a_multiple_of_32() -> None:
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_golden_curve(phase: int) -> None:
-    """A change that is not meant to move results shows the same curve; delete the file to write it anew."""
+    """A change that is not meant to move results shows the same curve; delete the file to write it
+    anew.
+    """
     path = GOLDEN / f"phase{phase}.json"
     found = curve(train(phase))
     if not path.exists():

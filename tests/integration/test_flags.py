@@ -10,7 +10,7 @@ import pytest
 from covtanet.__main__ import COMMANDS, main
 from covtanet.runtime import ExitCode
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "flags.json"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "flags.json"
 SUBCOMMANDS = {"ledger": ("view", "runs", "run", "diff")}
 
 
