@@ -21,6 +21,8 @@ FINAL_BIAS = -2.0
 PRETRAINED_RATE = 3e-3
 RATE = 2e-3
 FCN_RATE = 2e-4
+# MONAI's VNet refuses three channels, so it has no neighbours in z.
+SINGLE_CHANNEL = ("Vnet",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ TOY = Scale(
 
 
 def networks(scale: Scale) -> dict[str, Network]:
-    """Return all networks by name, all with neighbours in z: rows differ in the network only."""
+    """Return all networks by name; all but the Vnet read neighbours in z."""
     plain = TASegNetConfig(
         in_channels=3, widths=scale.widths, fusion_channels=scale.fusion_channels
     )
@@ -73,7 +75,8 @@ def networks(scale: Scale) -> dict[str, Network]:
     rows["Unet"] = Network(segnet=plain.row_of_table_i("V1"))
     rows["V7"] = Network(segnet=plain.row_of_table_i("V7"))
     for name in SEGMENTERS:
-        baseline = BaselineConfig(name=name, in_channels=plain.in_channels, widths=plain.widths)
+        channels = 1 if name in SINGLE_CHANNEL else plain.in_channels
+        baseline = BaselineConfig(name=name, in_channels=channels, widths=plain.widths)
         rows[name] = Network(segnet=baseline, rate=FCN_RATE if name == "FCN" else RATE)
     return rows
 
