@@ -8,7 +8,7 @@ from covtanet import storage
 from covtanet.archive import manifest
 from covtanet.ct import dicom_headers
 from covtanet.inference.predictor import Predictor, window_of
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 from covtanet.screening import stages
 from covtanet.screening.config import ScreeningConfig
 

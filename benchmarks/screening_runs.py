@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.measure import CORES, ROOT, WORK, say
-from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
 from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.saved_model import SavedModel, save_model
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
 

@@ -18,7 +18,7 @@ from benchmarks.measure import CORES, WORK, Result, say, seconds, side_by_side
 from benchmarks.screening_runs import archive, held_bytes, model_folder, run_job
 from covtanet.ct import nifti
 from covtanet.inference.predictor import Predictor
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs

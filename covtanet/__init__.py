@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from covtanet.ct.volume import Volume
     from covtanet.errors import ConfigError, CovtanetError, QcFlag, Reason, Status, StudyError
     from covtanet.inference.predictor import Predictor
-    from covtanet.model.checkpoint import SavedModel, load_model
+    from covtanet.model.saved_model import SavedModel, load_model
     from covtanet.screening.config import ScreeningConfig
 
 __all__ = [
@@ -38,12 +38,12 @@ _MODULES = {
     "Predictor": "covtanet.inference.predictor",
     "QcFlag": "covtanet.errors",
     "Reason": "covtanet.errors",
-    "SavedModel": "covtanet.model.checkpoint",
+    "SavedModel": "covtanet.model.saved_model",
     "ScreeningConfig": "covtanet.screening.config",
     "Status": "covtanet.errors",
     "StudyError": "covtanet.errors",
     "Volume": "covtanet.ct.volume",
-    "load_model": "covtanet.model.checkpoint",
+    "load_model": "covtanet.model.saved_model",
     "read_ledger": "covtanet.api",
     "read_volume": "covtanet.api",
     "screen_study": "covtanet.api",

@@ -8,7 +8,7 @@ from covtanet.runtime import ExitCode
 
 COMMANDS = {
     "screen": "screen an archive of chest CT into a ledger",
-    "nightly": "screen what is new tonight, report, alert",
+    "nightly": "screen the new studies of a night, report, alert",
     "ledger": "read a ledger: current view, counts, difference of two runs",
     "report": "write a run as one HTML page",
     "export": "write a run's results as DICOM SEG and SR",
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: covtanet COMMAND ...", "", *lines, "", "covtanet COMMAND --help tells more.", ""]
+        ["usage: covtanet COMMAND ...", "", *lines, "", "See covtanet COMMAND --help.", ""]
     )
 
 

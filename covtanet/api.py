@@ -9,7 +9,7 @@ from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import Volume
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation
 from covtanet.ledger.read import newest_rows
-from covtanet.model.checkpoint import SavedModel
+from covtanet.model.saved_model import SavedModel
 from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
 
@@ -39,8 +39,8 @@ def screen_study(
 
     uri: a path or s3:// URI. config: default settings if it is left out.
 
-    Returns one row per series in the ledger's columns (``docs/ledger.md``); those that belong to a
-    run of the screening job are null.
+    The network runs on one thread. Returns one row per series in the ledger's columns
+    (``docs/ledger.md``); those that belong to a run of the screening job are null.
 
     Raises:
         CheckpointError: the model marks no lesions.

@@ -25,12 +25,12 @@ RECIPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Locations as paths or s3:// URIs; flags of the commands replace them."""
+    """Locations as paths or s3:// URIs; options of the commands override them."""
 
     data: str = ""
-    """Data set of a training; empty if the flag gives it."""
+    """Data set of a training; empty if the option gives it."""
     storage: str = ""
-    """Folder for everything a training keeps; empty if the flag gives it."""
+    """Folder for everything a training keeps; empty if the option gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)

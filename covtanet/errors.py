@@ -6,12 +6,12 @@ CovtanetError
 │   ├── LedgerVersionError  a ledger was written by a version of this software with another schema
 │   └── WeakSandboxError  the kernel cannot confine the decoder's child process
 ├── AlreadyCommittedError  another driver of the run was first
-├── CheckpointError  a saved model is missing, damaged or not what its digest says
-├── TrainingError    a training cannot go on; what it has done so far is kept
+├── CheckpointError  a saved model is missing, damaged or differs from its digest
+├── TrainingError    a training cannot go on; its finished work is kept
 ├── StudyError       one series cannot be screened, by its own fault
 ├── StudyTimeoutError  one series takes longer than it may
-├── UploadError      what a caller sent is no study, or more than may be sent
-├── UnavailableError  what answers studies is not there now; worth another try
+├── UploadError      an upload is no study or exceeds a limit
+├── UnavailableError  the model is unavailable for now; try again
 ├── SandboxClosedError  another thread closed the sandbox under a request
 └── DecoderError     a fault of this software, found in the decoder's child process
     └── DecoderStartError  the child process does not start
@@ -59,8 +59,8 @@ class Reason(StrEnum):
     MIXED_ACQUISITIONS = "mixed_acquisitions"
     MISSING_POSITION = "missing_position"
     IMPLAUSIBLE_SPACING = "implausible_spacing"
-    MISSING_RESCALE = "missing_rescale"
     ORIENTATION_CONFLICT = "orientation_conflict"
+    MISSING_RESCALE = "missing_rescale"
     MIXED_ORIENTATION = "mixed_orientation"
     GANTRY_TILT = "gantry_tilt"
     DUPLICATE_SLICE = "duplicate_slice"
@@ -146,11 +146,11 @@ class CheckpointError(CovtanetError):
 
 
 class TrainingError(CovtanetError):
-    """A training cannot go on; what it has done so far is kept."""
+    """A training cannot go on; its finished work is kept."""
 
 
 class StudyError(CovtanetError):
-    """One series is refused.
+    """One series is refused; named after the study, of which a series is a part.
 
     The message says found, expected and where without any text of the input, since it goes into
     logs and the ledger.

@@ -1,4 +1,4 @@
-"""What the commands share: the log, Ray, locations, exit codes, and the one way to end.
+"""Shared parts of the commands: log, Ray, locations, exit codes, and the one way to end.
 
 Ray is imported when a command joins it: commands that only read a ledger start without it.
 """
@@ -35,7 +35,8 @@ class ExitCode(IntEnum):
     DONE = 0
     """Everything is done, now or by an earlier start."""
     ERROR = 1
-    """Storage, Ray, a node or this software failed; the same command continues."""
+    """Storage, Ray, a node or this software failed; the same command continues, unless the ledger
+    is committed with rows of ``internal_error``."""
     USAGE = 2
     """The arguments are wrong; given by argparse."""
     REFUSED = 3
@@ -107,10 +108,11 @@ def describe_exit(code: int) -> str:
     """Return an exit code in words, for the last line of the log."""
     return {
         ExitCode.DONE: "done",
-        ExitCode.ERROR: "failed, see the error above; the same command continues",
+        ExitCode.ERROR: "failed, see the error above; the same command continues, unless the "
+        "ledger is committed",
         ExitCode.USAGE: "wrong arguments",
         ExitCode.REFUSED: "refused to start",
-        ExitCode.BELOW_BOUND: "done, but the result is below a bound",
+        ExitCode.BELOW_BOUND: "done, but the result is outside its limits",
         ExitCode.NOT_PUBLISHED: "not published, another run was first",
     }[ExitCode(code)]
 
@@ -143,7 +145,7 @@ def _leave_ray() -> None:
 def start_logging(**fields: str) -> None:
     """Log to standard error: lines for people, or JSON objects if COVTANET_LOG is ``json``.
 
-    fields: added to every JSON object from here on, such as the run's id; call again to add more.
+    fields: added to every JSON object, such as the run's id; a later call replaces them.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_formatter(os.environ, fields))

@@ -51,7 +51,7 @@ class Slot:
             return self._screener
 
     def check(self) -> None:
-        """Raise if nobody waits for the answer any more.
+        """Raise if the caller does not wait for the answer any more.
 
         Raises:
             DeadlineError: the request has ended.

@@ -21,7 +21,7 @@ from covtanet.inference.predictor import (
     SliceChunk,
     refuse_without_segmentation,
 )
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 from covtanet.screening.config import ScreeningConfig
 
 logger = logging.getLogger("ray.serve")

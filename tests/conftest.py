@@ -21,7 +21,7 @@ import torch
 from saved_models import small_model
 
 from covtanet.ct.volume import Volume, canonical_volume
-from covtanet.model.checkpoint import save_model
+from covtanet.model.saved_model import save_model
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
 
 # Modules that bring in Ray's client, MLflow or psutil load inside the fixtures that need them: the

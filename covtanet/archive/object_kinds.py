@@ -1,6 +1,6 @@
 """The kinds of objects in an archive, by name, first bytes and header.
 
-A series of DICOM objects is told by its UIDs; every other object by its name and magic number.
+A series of DICOM objects is recognised by its UIDs, any other object by name and magic number.
 Debris are a DICOMDIR, and the AppleDouble files that a Mac leaves next to other files.
 """
 

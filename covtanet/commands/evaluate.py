@@ -48,7 +48,7 @@ from covtanet.experiments.model_evaluation import (
     prepare_for,
     seen_sources,
 )
-from covtanet.model.checkpoint import SavedModel, load_model
+from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.runtime import (
     ExitCode,

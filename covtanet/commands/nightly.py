@@ -1,12 +1,13 @@
-"""One night: screen what is new or changed, alert if something is wrong, report, remove old files.
+"""One night: screen new and changed series, alert if something is wrong, report, remove old files.
 
 covtanet nightly --archive URI --ledger URI --model REF [--alert-url-file FILE]
 covtanet nightly --ledger URI --night DATE --acknowledge "why"
 ray job submit --submission-id screen-20261123 --working-dir . -- python jobs/nightly.py ...
 
 The night is today's date in --time-zone. A night whose ledger is committed is marked by
-LEDGER/_nightly/DATE.json with its exit code; started again it does nothing and ends with that code,
-until a person acknowledges it. Exit codes are those of covtanet screen. Each start that ends
+LEDGER/_nightly/DATE.json with its exit code; started again it does nothing and ends with that
+code, until a person acknowledges it. Exit codes are those of covtanet screen, but with a bound of
+half the series for rejected ones (--max-rejected 0.5; screen alone has 1.0). Each start that ends
 otherwise than with 0 raises one alert: a log line that begins with ALERT and, with
 --alert-url-file, a POST of the same as JSON; it holds counts and dates, nothing of any study.
 

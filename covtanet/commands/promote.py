@@ -28,7 +28,7 @@ from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.promotion import Comparison, Margins
 from covtanet.experiments.challenge import Contender, compare_models
 from covtanet.experiments.model_evaluation import DataSource, describe_outcomes, prepare_for
-from covtanet.model.checkpoint import SavedModel, load_model
+from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.report.summary import table
 from covtanet.runtime import (

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/train.py --config recipes/mosmed.t
 
 Started again, the same command goes on from the point at which the last one stopped. Runs and
 models go to MLFLOW_TRACKING_URI; if that does not answer, the training goes on, and the command,
-started again, logs and registers what is finished.
+started again, logs and registers finished work.
 
 Exit codes: 0 done and registered; 1 a fold failed, a loss or gradient was NaN, the tracker did not
 take everything, or storage, Ray or this software failed: the same command continues; 2 usage;

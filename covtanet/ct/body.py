@@ -1,4 +1,4 @@
-"""The patient's body told from room air, on a coarse grid.
+"""Segmentation of the patient's body from room air, on a coarse grid.
 
 The edge of an image does not prove room air: it may cut a lung.
 """

@@ -1,1 +1,1 @@
-"""What the data sets say: manifests, labels, samples, and phantoms with known truth."""
+"""Labelled data sets: layouts, labels, folds, prepared volumes."""

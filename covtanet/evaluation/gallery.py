@@ -14,7 +14,7 @@ from covtanet.data import prepared_file
 from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
 from covtanet.inference.predictor import Predictor, SliceChunk
-from covtanet.model.checkpoint import MODEL_FILES, load_model
+from covtanet.model.saved_model import MODEL_FILES, load_model
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about

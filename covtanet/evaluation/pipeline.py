@@ -19,7 +19,7 @@ from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import TrainingError, error_location
 from covtanet.evaluation.rows import EVALUATION_SCHEMA, evaluate_volume
 from covtanet.inference.predictor import Predictor
-from covtanet.model.checkpoint import SavedModel
+from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from covtanet.experiments.model_evaluation import (
     predict,
     seen_sources,
 )
-from covtanet.model.checkpoint import SavedModel
+from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from covtanet.evaluation.pipeline import Task, evaluate
 from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.experiments.results import evaluation_uri, model_uri
-from covtanet.model.checkpoint import SavedModel, save_model
 from covtanet.model.covtanet import CovTANet
 from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.saved_model import SavedModel, save_model
 from covtanet.training.trainer import train_phase1, train_phase2
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from covtanet.data.prepared import PreparedVolume
 from covtanet.evaluation.pipeline import Evaluated, Task, evaluate_each
 from covtanet.experiments.preparation import prepare_volumes
 from covtanet.inference.predictor import window_of
-from covtanet.model.checkpoint import SavedModel
+from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from covtanet.evaluation import metrics
 from covtanet.experiments.experiment import FOLDS, Experiment
 from covtanet.experiments.outcomes import describe_outcome
 from covtanet.experiments.results import evaluation_rows, evaluation_uri, model_uri, read_rows
-from covtanet.model.checkpoint import MODEL_FILES, load_model
+from covtanet.model.saved_model import MODEL_FILES, load_model
 from covtanet.report import plots
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from covtanet.ct.window import WindowConfig, spread_slices
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine, to_intensity
 from covtanet.inference.quantization import PROBABILITY_STEPS
-from covtanet.model.checkpoint import SavedModel
+from covtanet.model.saved_model import SavedModel
 
 
 @dataclass(frozen=True, kw_only=True)

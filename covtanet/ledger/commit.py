@@ -43,13 +43,14 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
         RuntimeError: rows and manifest differ; nothing is published then.
         AlreadyCommittedError: another driver of this run was first.
     """
-    driver = uuid.uuid4().hex.encode()
+    # Not Run.driver: it distinguishes this commit from another start of the same driver.
+    commit_token = uuid.uuid4().hex.encode()
     keys = _expected_keys(run)
     accounting = Accounting()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.parquet"
         linkage_path = Path(folder) / "linkage.parquet"
-        num_rows = _write_ledger(run, keys, accounting, path, linkage_path, driver)
+        num_rows = _write_ledger(run, keys, accounting, path, linkage_path, commit_token)
         num_accounted = accounting.screened + accounting.rejected.total() + accounting.failed
         if not num_rows == num_accounted == len(keys):
             raise RuntimeError(
@@ -63,7 +64,7 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
         is_new = storage.create(path, run.committed_uri)
     # A PUT whose answer was lost counts as refused although it was ours: the file tells whose it
     # is.
-    if not (is_new and is_exclusive) and _driver_of(run) != driver:
+    if not (is_new and is_exclusive) and _commit_token_of(run) != commit_token:
         raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
     remove_work(run)
     return accounting
@@ -89,11 +90,20 @@ def _expected_keys(run: Run) -> list[str]:
 
 
 def _write_ledger(
-    run: Run, keys: list[str], accounting: Accounting, path: Path, linkage_path: Path, driver: bytes
+    run: Run,
+    keys: list[str],
+    accounting: Accounting,
+    path: Path,
+    linkage_path: Path,
+    commit_token: bytes,
 ) -> int:
     """Write all rows in the manifest's order to a local file; return their number."""
     now = datetime.now(UTC)
-    metadata = {**LEDGER_SCHEMA.metadata, DRIVER: driver, BEGUN_AT: _begun_at(run, now).encode()}
+    metadata = {
+        **LEDGER_SCHEMA.metadata,
+        DRIVER: commit_token,
+        BEGUN_AT: _begun_at(run, now).encode(),
+    }
     schema = LEDGER_SCHEMA.with_metadata(metadata)
     with pq.ParquetWriter(linkage_path, LINKAGE_SCHEMA) as linkage:
         rows = _correct_times(_read_rows(run, keys, accounting), now)
@@ -123,8 +133,8 @@ def _correct_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[di
         )
 
 
-def _driver_of(run: Run) -> bytes:
-    """Return the driver that wrote the committed file."""
+def _commit_token_of(run: Run) -> bytes:
+    """Return the token of the commit that wrote the file."""
     filesystem, path = storage.filesystem(run.committed_uri)
     metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
     return bytes(metadata.get(DRIVER, b""))

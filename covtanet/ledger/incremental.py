@@ -1,4 +1,4 @@
-"""What earlier runs settle: the series and folders that the next run need not read again."""
+"""Series and folders that earlier runs settled, so that the next run need not read them again."""
 
 import logging
 from collections.abc import Collection
@@ -75,7 +75,7 @@ def read_previous_runs(run: Run) -> PreviousRuns:
     """Return the rows of the archive's committed runs, and the folders of the last whole listing.
 
     A run counts if its model was asked for by the same name: rows of another model, such as a
-    challenger, do not tell what this run has to screen. Runs with a date in the future do not
+    challenger, do not settle a series for this run. Runs with a date in the future do not
     count.
     """
     committed = [known for known in known_runs(run.ledger, run.work_root) if known.is_committed]

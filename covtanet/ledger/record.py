@@ -5,7 +5,7 @@ from typing import Any
 
 from covtanet.errors import QcFlag, Reason, Status
 
-# Fields that a record without a measurement keeps; what the listing knew of the series.
+# Fields that the listing knows; a record without a measurement keeps them.
 IDENTITY = (
     "series_key", "source_uri", "source_format", "source_version", "num_objects", "num_bytes",
     "study_uid", "series_uid", "started_at",

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Digest of archive, model, configuration, limit and date."""
+        """Digest of archive, model, configuration, limit, since_last and date."""
         return digest_of({**self.key, "run_date": self.run_date.isoformat()})[:RUN_ID_DIGITS]
 
     @property
@@ -79,7 +79,7 @@ class Run:
         return storage.join(self.work_root, self.run_id, *parts)
 
     @property
-    def model_line(self) -> str:
+    def requested_model(self) -> str:
         """The name by which the model was asked for, else the model's name."""
         return self.model_ref or self.model_name
 
@@ -124,8 +124,8 @@ class KnownRun:
     @property
     def listing_of(self) -> tuple[str, str]:
         """The archive that the run listed, and the name by which it asked for its model."""
-        model_line = self.description.get("model_ref") or self.description.get("model", "")
-        return str(self.description.get("archive")), str(model_line)
+        requested_model = self.description.get("model_ref") or self.description.get("model", "")
+        return str(self.description.get("archive")), str(requested_model)
 
     def is_of(self, run: Run) -> bool:
         """Return whether this run screened the same archive with a model of the same name.
@@ -134,9 +134,9 @@ class KnownRun:
         """
         if self.description.get("archive") != run.archive:
             return False
-        model_line = self.description.get("model_ref")
-        if model_line:
-            return bool(model_line == run.model_line)
+        requested_model = self.description.get("model_ref")
+        if requested_model:
+            return bool(requested_model == run.requested_model)
         return str(self.description.get("model", "")).rpartition("/")[0] == run.model_name
 
 

@@ -40,7 +40,8 @@ COLUMNS = (
     ),
     Column(
         name="run_id", type=pa.string(),
-        meaning="Digest of archive, model, configuration, limit and date; name of the file.",
+        meaning="Digest of archive, model, configuration, limit, `--since` and date; name of the "
+        "file.",
     ),
     Column(name="run_date", type=pa.date32(), meaning="Date of the run."),
     Column(
@@ -162,7 +163,8 @@ COLUMNS = (
     ),
     Column(
         name="lesion_slices", type=pa.int32(),
-        meaning="Segmented slices that show a lesion within the chest.", null=NOT_SCREENED,
+        meaning="Segmented slices with a lesion pixel in the lung mask or the chest cavity; "
+        "slices between segmented ones do not count.", null=NOT_SCREENED,
     ),
     Column(name="model_name", type=pa.string(), meaning="Name of the model."),
     Column(

@@ -29,7 +29,8 @@ class ScreeningConfig:
     severe_involvement: float = 0.25
     """Involvement above which a series is severe by the paper's rule (Section III-A)."""
     engine: str = "auto"
-    """``auto``, ``eager``, ``channels_last`` or ``openvino``; auto takes OpenVINO on a CPU."""
+    """``auto``, ``eager``, ``channels_last``, ``compiled`` or ``openvino``; auto takes OpenVINO on
+    a CPU and channels_last on a GPU."""
     decode_memory_mib: int = 3072
     """Memory of the decoder's process in MiB; 3 GiB hold the largest volume that is read."""
     decode_timeout_s: float = 60.0

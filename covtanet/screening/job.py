@@ -25,7 +25,7 @@ from covtanet.ledger.run import (
     latest_date,
 )
 from covtanet.ledger.work import remove_work
-from covtanet.model.checkpoint import SavedModel, load_model
+from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.runtime import ExitCode
 from covtanet.screening import pipeline
 from covtanet.screening.config import ScreeningConfig, config_values, for_model
@@ -65,7 +65,7 @@ class ScreeningJob:
         if self.results:
             check_locations(self.archive, self.results)
         if self.run_date is not None and self.run_date > latest_date():
-            # It would be the newest run of all for as long.
+            # Until that day it would count as the newest run.
             raise ConfigError(
                 f"--run-date {self.run_date} lies in the future, expected at most {latest_date()}"
             )
@@ -98,7 +98,7 @@ def run_screening(job: ScreeningJob, *, plan_only: bool = False) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         model = tracking.resolve_model(job.model, Path(folder))
         loaded = load_model(model.folder, model.digest)
-        warn_of_limits(loaded)
+        check_model(loaded)
         window = window_of(loaded)
         config = for_model(job.config, loaded.preprocessing)
         run = make_run(job, model, window, config)
@@ -114,7 +114,7 @@ def run_screening(job: ScreeningJob, *, plan_only: bool = False) -> Outcome:
 
 
 def _committed_before(run: Run) -> Outcome:
-    """Return a run that an earlier start committed; what is left of its work is removed."""
+    """Return a run that an earlier start committed; the rest of its work is removed."""
     remove_work(run)
     logger.info("this run is committed; nothing to do: %s", run.committed_uri)
     return Outcome(run=run, accounting=account_run(run.committed_uri), is_new=False)
@@ -161,8 +161,8 @@ def _is_known_as_committed(run: Run) -> bool:
         return False
 
 
-def warn_of_limits(model: SavedModel) -> None:
-    """Refuse a model that cannot screen; log what a model cannot tell.
+def check_model(model: SavedModel) -> None:
+    """Refuse a model that cannot screen; log a model's limits.
 
     Raises:
         CheckpointError: the model marks no lesions.
@@ -222,20 +222,20 @@ def _with_pseudonyms(run: Run, job: ScreeningJob) -> Run:
 def judge(accounting: Accounting, max_rejected: float, max_failed: float) -> ExitCode:
     """Return the exit code of a committed run.
 
-    max_rejected, max_failed: the largest shares of the series; a run of rejected series alone is
-    below any bound.
+    max_rejected, max_failed: the largest shares of the series; a run whose series
+    are all rejected always exceeds its limits.
     """
     num_rejected = accounting.rejected.total()
     num_series = accounting.series
     if num_faults := accounting.failures[Reason.INTERNAL_ERROR]:
         logger.error("%d series met a fault of this software", num_faults)
         return ExitCode.ERROR
-    is_below_bound = (
+    exceeds_limits = (
         num_rejected > max_rejected * num_series
         or accounting.failed > max_failed * num_series
         or num_rejected == num_series
     )
-    if num_series and is_below_bound:
+    if num_series and exceeds_limits:
         logger.error(
             "%d rejected and %d failed of %d series", num_rejected, accounting.failed, num_series
         )

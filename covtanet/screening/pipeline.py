@@ -34,7 +34,7 @@ STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # At most so many prepared series wait for a predictor, so that they do not fill the object store.
 SERIES_WAITING_PER_PREDICTOR = 8
-SLICES_PER_SERIES = 64
+SLICES_PER_SERIES = 64  # typical of a chest CT at 2.5 to 5 mm
 BYTES_PER_PIXEL = 2
 
 
@@ -46,7 +46,7 @@ def screen(
     window: the model's preprocessing. results: location for masks and previews; empty for none.
     """
     # Importing torch takes seconds, which the modules of the other workers do without.
-    from covtanet.model.checkpoint import MODEL_FILES
+    from covtanet.model.saved_model import MODEL_FILES
 
     ray_data.configure(preserve_order=False)
     finished = finished_keys(run)

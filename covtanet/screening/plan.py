@@ -144,7 +144,7 @@ def _ignored_row(item: storage.ObjectInfo) -> dict[str, Any]:
 
 
 def make_plan(run: Run) -> Plan:
-    """Count what is to be done and choose the workers among the CPUs that are free.
+    """Count the remaining work and choose the workers among the CPUs that are free.
 
     One predictor per GPU, or one that uses all cores of its node; decoders on the other CPUs.
 

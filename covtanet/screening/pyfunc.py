@@ -13,7 +13,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
 

@@ -59,7 +59,7 @@ Decoder = Callable[[str, Iterable[Iterable[bytes]]], Prepared]
 WORKER_DIED = Refusal(
     status=Status.FAILED,
     reason=Reason.WORKER_DIED,
-    detail="worker_died: as often as a series is tried",
+    detail="the worker died or hung in each of 3 attempts",
 )
 # The listing itself rejects a series for these.
 LISTING_DETAILS = {
@@ -304,8 +304,8 @@ def lesion_in_source(
 ) -> tuple[NDArray[np.bool_], int]:
     """Return the lesion mask in the volume's grid, and how many segmented slices show a lesion.
 
-    A slice between segmented slices repeats the nearest one, which weights every segmented slice by
-    the extent for which it stands.
+    A slice in between takes the mask of the nearest segmented slice, so that volumes count it. The
+    mask is not cut to the lungs yet.
     """
     shape = masks.lungs.lung_mask.shape
     aspect = pixel_aspect(masks.spacing_mm)

@@ -76,11 +76,11 @@ class PredictorWorker:
 
     def __init__(self, run: Run, config: ScreeningConfig) -> None:
         from covtanet.inference.predictor import Predictor
-        from covtanet.model import checkpoint
+        from covtanet.model.saved_model import MODEL_FILES, load_model
 
         with tempfile.TemporaryDirectory() as folder:
-            storage.download_files(run.work_uri("model"), checkpoint.MODEL_FILES, Path(folder))
-            model = checkpoint.load_model(Path(folder), run.model_digest)
+            storage.download_files(run.work_uri("model"), MODEL_FILES, Path(folder))
+            model = load_model(Path(folder), run.model_digest)
         self.run = run
         self.config = config
         self.predictor = Predictor(

@@ -25,7 +25,7 @@ from mlflow.utils.rest_utils import http_request
 
 from covtanet import storage
 from covtanet.errors import CheckpointError
-from covtanet.model.checkpoint import DESCRIPTION, MODEL_FILES, model_digest
+from covtanet.model.saved_model import DESCRIPTION, MODEL_FILES, model_digest
 from covtanet.tracking.registry import (
     DIGEST_TAG,
     FILES_IN_VERSION,

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from covtanet import storage
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import MODEL_FILES, model_digest
+from covtanet.model.saved_model import MODEL_FILES, model_digest
 from covtanet.tracking.runs import RunAddress, open_run
 
 MODEL_NAME = "covtanet"

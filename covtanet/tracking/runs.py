@@ -1,6 +1,6 @@
 """Runs of MLflow: opened by their identity, described, and logged epoch by epoch.
 
-Every function may be called again: what a run has already is not logged twice.
+Every function may be called again: a run's existing values are not logged twice.
 """
 
 import logging

@@ -10,7 +10,7 @@ from typing import Any
 import ray.train
 
 from covtanet import tracking
-from covtanet.training.state import STATE
+from covtanet.training.checkpoint import STATE
 
 # A store that does not answer is left alone for so long: the workers wait for every attempt.
 SILENT_S = 300.0

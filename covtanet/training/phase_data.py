@@ -166,7 +166,7 @@ def _cached_datasets(
     """Return datasets whose volumes, or features of them, Ray keeps.
 
     All shards pass through one actor, which loads TA-SegNet once. Ray keeps the rows in its object
-    store and spills what does not fit.
+    store and spills the rest.
     """
     dataset = _items([row for items in rows.values() for row in items]).map(load, num_cpus=1)
     if not config.architecture.backbone:

@@ -23,10 +23,10 @@ from covtanet.model.encoder import pretrained_state
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training import worker
 from covtanet.training.callbacks import MetricsToMlflow
+from covtanet.training.checkpoint import load_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.loop import Progress, State
 from covtanet.training.phase_data import PhaseData, slice_data, volume_data
-from covtanet.training.state import load_progress
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

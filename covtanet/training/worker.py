@@ -25,6 +25,7 @@ from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import Augmenter
 from covtanet.training.batch_augment import BatchAugmenter
+from covtanet.training.checkpoint import FILES, load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
 from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, memory_lane
@@ -34,7 +35,6 @@ from covtanet.training.phase1 import Augment, phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
-from covtanet.training.state import FILES, load_progress, save_progress
 
 logger = logging.getLogger(__name__)
 

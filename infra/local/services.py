@@ -119,7 +119,7 @@ def start_s3(
     host: str = LOOPBACK,
 ) -> Service:
     """Serve a folder as S3: its subfolders are buckets. port: 0 takes a free one."""
-    # LOOPBACK_SECRET stands in this file, so it authenticates nobody.
+    # LOOPBACK_SECRET stands in this file, so it protects nothing.
     check_address("S3", host, is_authenticated=secret not in ("", LOOPBACK_SECRET))
     port = port or free_ports(1)[0]
     binary = Path(sys.executable).with_name("rclone")

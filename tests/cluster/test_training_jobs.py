@@ -20,8 +20,8 @@ from training_runs import EPOCHS, TrainingRun
 from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.errors import CheckpointError
-from covtanet.model.checkpoint import load_model, save_model
 from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.saved_model import load_model, save_model
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs

@@ -33,7 +33,7 @@ from serving_runs import (
     register,
     start_serving,
 )
-from slow_door import SlowDoor
+from slow_proxy import SlowDoor
 
 from covtanet import tracking
 from covtanet.phantoms import bombs

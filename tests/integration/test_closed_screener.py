@@ -9,7 +9,7 @@ from stage_rows import CONFIG, WINDOW
 
 from covtanet.errors import SandboxClosedError
 from covtanet.inference.predictor import Predictor
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening.study import Screener
 

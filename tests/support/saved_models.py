@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from covtanet.model.checkpoint import SavedModel
 from covtanet.model.covtanet import SIZES, CovTANet
 from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.saved_model import SavedModel
 
 
 def small_model(seed: int = 0) -> SavedModel:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from saved_models import small_model
 
 from covtanet.ledger.diff import differences
-from covtanet.model.checkpoint import save_model
+from covtanet.model.saved_model import save_model
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
 from infra.local.jobs import Job, start_job

@@ -16,11 +16,11 @@ import psutil
 import requests
 from saved_models import small_model
 from screening_runs import ray_processes
-from slow_door import SlowDoor
+from slow_proxy import SlowDoor
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
-from covtanet.model.checkpoint import save_model
+from covtanet.model.saved_model import save_model
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.phantoms.sampling import configs

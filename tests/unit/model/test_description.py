@@ -10,9 +10,9 @@ from saved_models import rewrite_as_version_1, small_model
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import CheckpointError
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation, window_of
-from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, architecture
 from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.saved_model import SavedModel, load_model, save_model
 
 
 def rewrite(folder: Path, **values: Any) -> None:

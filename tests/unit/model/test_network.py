@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from saved_models import small_model
 
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.checkpoint import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, CovTANetConfig, JointClassifier, architecture
 from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrained_state
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
+from covtanet.model.saved_model import MODEL_FILES, SavedModel, load_model, save_model
 from covtanet.model.segnet import TASegNet, TASegNetConfig
 from covtanet.model.table_i import SWITCHES
 

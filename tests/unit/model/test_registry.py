@@ -11,7 +11,6 @@ import torch
 
 from covtanet.model.__main__ import cost
 from covtanet.model.baselines.blocks import Outputs
-from covtanet.model.checkpoint import SavedModel, load_model, save_model
 from covtanet.model.covtanet import SIZES, CovTANet, JointClassifier, architecture
 from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.losses import focal_tversky, joint, joint_sums
@@ -23,6 +22,7 @@ from covtanet.model.registry import (
     BaselineConfig,
     build_segmenter,
 )
+from covtanet.model.saved_model import SavedModel, load_model, save_model
 from covtanet.training.phase1 import supervised_sums
 
 # Exact counts; where another implementation is public, within 3 % of it, but for CPF-Net (its

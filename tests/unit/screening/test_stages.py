@@ -29,8 +29,8 @@ from covtanet.errors import SandboxClosedError, Status
 from covtanet.inference.predictor import Prediction, Predictor
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
-from covtanet.model.checkpoint import load_model
 from covtanet.model.description import Capabilities
+from covtanet.model.saved_model import load_model
 from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages

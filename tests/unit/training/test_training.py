@@ -16,6 +16,7 @@ from training import CONFIG, NETWORK, build, curve, lane, slice_rows, train
 from covtanet.errors import CheckpointError
 from covtanet.model.registry import build_segmenter
 from covtanet.training.augment import AugmentConfig, Augmenter
+from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import MemoryLane, Rows, Sampling, assign_lanes
 from covtanet.training.lanes import regroup
@@ -23,7 +24,6 @@ from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
-from covtanet.training.state import load_progress, save_progress
 from covtanet.training.step import backward
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -17,12 +17,12 @@ from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.fold import assemble_model
 from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.model.covtanet import CovTANet
+from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
-from covtanet.training.state import load_progress, save_progress
 
 DECAYING = PhaseConfig(
     num_epochs=4, batch_size=1, micro_batches=1, learning_rate=1.0, decay=0.5, decay_epochs=1

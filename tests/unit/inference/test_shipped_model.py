@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 from covtanet.inference.predictor import Predictor
-from covtanet.model.checkpoint import load_model
+from covtanet.model.saved_model import load_model
 
 MODELS = sorted(path.parent for path in (ROOT / "models").glob("*/model.json"))
 MAX_BYTES = 25 << 20
