@@ -48,6 +48,7 @@ class ExitCode(IntEnum):
     """Not published because of another run: another driver committed first."""
 
 
+# Decoding, prediction and measuring each hold a CPU at the same time.
 MIN_LOGICAL_CPUS = 4
 # Without these glibc keeps freed volumes for reuse, and the memory of every worker grows towards
 # that of the largest series it has read.
@@ -99,6 +100,7 @@ def run_job(job: Callable[[], int]) -> int:
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("internal error, %s\n%s", error_location(error), frames)
     finally:
+        # Before the last line of the log, so that Ray's own messages do not follow it.
         _leave_ray()
         logger.info("exit code %d: %s", code, describe_exit(code))
     return code
@@ -183,6 +185,7 @@ def connect(*, with_dashboard: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
         return
+    # Before ray.init, which would create the file readable for every user.
     _write_private_token()
     ray.init(
         address="local",

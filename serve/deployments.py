@@ -67,10 +67,12 @@ class Segmenter:
         with tempfile.TemporaryDirectory() as folder:
             resolved = tracking.resolve_model(self.ref, Path(folder))
             model = load_model(resolved.folder, resolved.digest)
+        # Before the engine is built, so that a model that cannot screen costs no conversion.
         refuse_without_segmentation(model)
         predictor = Predictor(
             model,
             engine=self.config.engine,
+            # The CPUs that this process may use, which a container limits.
             num_threads=len(os.sched_getaffinity(0)),
             max_batch_slices=self.config.max_batch_slices,
         )
@@ -82,6 +84,7 @@ class Segmenter:
             "preprocessing": model.preprocessing,
             "window": predictor.window,
         }
+        # The newest stands last; the oldest is dropped first.
         self.models[resolved.digest] = (predictor, described)
         while len(self.models) > MODELS_KEPT:
             self.models.popitem(last=False)
@@ -99,11 +102,13 @@ class Segmenter:
         Only the inference decides about the health of this replica: a fault of a new version leaves
         this one serving.
         """
+        # In a thread: the event loop goes on answering requests.
         await asyncio.to_thread(self._infer)
         self.answered_at = time.monotonic()
         if self.reloading is not None and self.reloading.done():
             self.reloading = None
         if self._is_reload_due() and self.reloading is None:
+            # Noted before the reload: a registry that hangs is not asked again at the next check.
             self.checked_ref_at = time.monotonic()
             self.reloading = asyncio.create_task(self._reload())
             await asyncio.wait({self.reloading}, timeout=RELOAD_WAIT_S)
@@ -129,6 +134,8 @@ class Segmenter:
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))
         size = predictor.window.size_px
+        # The smallest real inference: one slice of zeros, (1, size, size), which the diagnosis
+        # reads.
         next(predictor.segment([SliceChunk(np.zeros((1, size, size), np.uint16), [0])]))
 
     def seconds_since_answer(self) -> float:
@@ -149,6 +156,7 @@ class Segmenter:
     def _segment_all(self, requests: list[tuple[str, SliceChunk]]) -> list[SegmentedChunk | None]:
         """Segment chunks of several studies, those of one version together."""
         answers: list[SegmentedChunk | None] = [None] * len(requests)
+        # Studies of two versions may share a batch while a new version is taken over.
         digests = {digest for digest, _ in requests}
         for digest in digests & self.models.keys():
             indices = [index for index, request in enumerate(requests) if request[0] == digest]

@@ -24,6 +24,7 @@ class Readiness:
         """Return an answer that is at most ``keep_s`` old."""
         if not self._is_stale():
             return self._is_ready
+        # One question at a time, however many requests ask.
         async with self._lock:
             # Another request may have asked while this one waited for the lock.
             if self._is_stale():
@@ -37,6 +38,8 @@ class Readiness:
     async def _ask(self) -> bool:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
+                # Asks for the time of the last health check instead of an inference, which costs
+                # the model nothing.
                 seconds: float = await self.segmenter.seconds_since_answer.remote()
         except Exception:  # any error means that the model does not answer
             return False

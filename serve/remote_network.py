@@ -25,6 +25,7 @@ from covtanet.screening.study import Screener
 
 # A long study is cut into chunks, so that a short study that came later takes turns with it.
 CHUNK_SLICES = 16
+# One that the model works on and one that waits for it, so that the model does not idle.
 CHUNKS_IN_FLIGHT = 2
 ANSWER_TIMEOUT_S = 120.0
 
@@ -74,7 +75,9 @@ class RemoteNetwork:
 
     def cancel(self) -> None:
         """Cancel all requests in flight, from another thread; the waiting thread gets an error."""
+        # Set before the loop, so that no request starts that the loop would miss.
         self._is_cancelled = True
+        # A copy: the waiting thread changes the set meanwhile.
         for response in tuple(self._in_flight):
             response.cancel()
 
@@ -101,6 +104,7 @@ def _result(response: Any) -> Any:
         answer = response.result(timeout_s=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError:
         raise  # a bug in the model replica, not an outage
+    # The exceptions of an outage become a refusal that the caller may retry.
     except (
         ray.exceptions.RayError,
         RequestCancelledError,

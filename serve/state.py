@@ -20,6 +20,7 @@ from serve.uploads import Uploads
 T = TypeVar("T")
 
 READY_FOR_S = 5.0
+# Threads wait for storage and Ray's job server; they compute nothing.
 BATCH_THREADS = 4
 
 

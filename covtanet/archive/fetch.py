@@ -9,6 +9,7 @@ from covtanet import storage
 from covtanet.archive.manifest import Series
 
 NUM_FETCH_THREADS = 8
+# Larger objects are not read ahead, which bounds the memory by threads times this size.
 SMALL_OBJECT_BYTES = 8 << 20
 
 Pending = tuple[storage.ObjectInfo, Future[list[bytes]] | None]
@@ -35,10 +36,13 @@ def fetch_series(
                     ahead.append((item, _read_ahead(pool, series, archive, item)))
                 if not ahead:
                     return
+                # In the order of the listing, whichever read ends first: the digest depends on the
+                # order.
                 item, future = ahead.popleft()
                 chunks = _chunks(archive, item) if future is None else iter(future.result())
                 yield digest.tee(item.path.removeprefix(folder), chunks)
         finally:
+            # If the reader stops early, reads that have not begun are left out.
             for _, future in ahead:
                 if future is not None:
                     future.cancel()

@@ -40,7 +40,9 @@ def overlap(counts: Mapping[str, Counts], seed: int = 0) -> dict[str, Any]:
 def _intervals(terms: NDArray[np.float64], seed: int) -> dict[str, dict[str, float | None]]:
     """Return every mean with its interval over resampled patients."""
     rng = np.random.default_rng(seed)
+    # Patients are resampled, not slices: slices of one patient are not independent.
     draws = rng.integers(0, len(terms), (NUM_BOOTSTRAPS, len(terms)))
+    # terms[draws]: (NUM_BOOTSTRAPS, patients, 8)
     resampled = _means(terms[draws])
     tail = (1 - CONFIDENCE) / 2
     # A mean without a denominator in every resample stays NaN.
@@ -62,6 +64,7 @@ def by_lesion_size(
     limits_px: ascending; a row has the slices with more pixels than one limit and at most the next.
     """
     slices = np.concatenate(list(counts.values()))
+    # TP + FN: pixels of the true lesion.
     size = slices[:, 0] + slices[:, 2]
     rows: list[dict[str, float | int | None]] = []
     for low, high in itertools.pairwise(limits_px):
@@ -87,7 +90,9 @@ def _terms(counts: Counts) -> NDArray[np.float64]:
     slices and their number; the volume's Dice and 1; twice TP and 2 TP + FP + FN of all pixels.
     """
     rows = counts.astype(np.float64)
+    # Slices with a lesion in truth or prediction.
     marked = rows[rows.sum(axis=1) > 0]
+    # TP + FN above 0.
     with_lesion = rows[rows[:, 0] + rows[:, 2] > 0]
     tp, fp, fn = rows.sum(axis=0)
     pixels = 2 * tp + fp + fn
@@ -100,6 +105,7 @@ def _terms(counts: Counts) -> NDArray[np.float64]:
 def _means(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the means (N, MEANS) of terms (N, patients, 8); NaN without a denominator."""
     sums = terms.sum(axis=1)
+    # Numerators and denominators alternate, see ``_terms``.
     numerator = sums[:, 0::2]
     denominator = sums[:, 1::2]
     means: NDArray[np.float64] = np.full(numerator.shape, np.nan)

@@ -44,6 +44,7 @@ class _Segmenter(nn.Module):
 
     def forward(self, slices: Tensor) -> tuple[Tensor, Tensor]:
         logits, pooled = self.network.segment(slices)
+        # (B, 1, H, W) -> (B, H, W)
         return torch.sigmoid(logits.squeeze(1)), pooled
 
 
@@ -91,13 +92,16 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
 
     logging.getLogger("openvino").setLevel(logging.ERROR)
     example = torch.zeros(1, segmenter.network.config.segnet.in_channels, size_px, size_px)
+    # Converted within the process in seconds; an export to ONNX takes up to a minute.
     model = openvino.convert_model(segmenter, example_input=example)
+    # Any number of slices at a fixed size, since the last chunk of a volume is smaller.
     model.reshape({0: [-1, *example.shape[1:]]})
     # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the
     # tolerance.
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": num_threads,
+        # One request at a time, with all threads.
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino.Core().compile_model(model, "CPU", options)

@@ -83,13 +83,16 @@ def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> 
     """
     # A volume with fewer slices than the diagnosis reads repeats some of them.
     picked = spread_slices(len(slices), network.num_slices)
+    # Each slice is segmented once, even if the diagnosis reads it twice.
     distinct = np.unique(picked)
     chunks = (
         _chunk(slices, start, chunk_slices, distinct)
         for start in range(0, len(slices), chunk_slices)
     )
+    # levels: (S, H, W) in chunks. pooled: (D, C, P, P) in chunks.
     levels, pooled = zip(*network.segment(chunks), strict=True)
     by_slice = dict(zip(distinct.tolist(), np.concatenate(pooled), strict=True))
+    # (num_slices, C, P, P), repeats included.
     vectors = np.stack([by_slice[index] for index in picked.tolist()])
     p_infected, p_severe = network.diagnose(vectors)
     return Prediction(
@@ -100,6 +103,7 @@ def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> 
 def _chunk(
     slices: NDArray[np.uint16], start: int, chunk_slices: int, picked: NDArray[np.intp]
 ) -> SliceChunk:
+    # Indices within the chunk, not within the volume.
     inside = picked[(picked >= start) & (picked < start + chunk_slices)]
     return SliceChunk(slices[start : start + chunk_slices], (inside - start).tolist())
 
@@ -135,6 +139,7 @@ class Predictor:
         """
         for slices, diagnosed in chunks:
             probability, pooled = self.engine.segment(to_intensity(slices))
+            # Checked before rounding: a cast of NaN to uint8 gives an arbitrary number.
             if not np.isfinite(probability).all():
                 raise FloatingPointError("the network's output is NaN or infinite")
             levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
@@ -142,6 +147,7 @@ class Predictor:
 
     def segment_together(self, chunks: Sequence[SliceChunk]) -> Iterator[SegmentedChunk]:
         """Segment chunks of several volumes, whose slices share the network's batches."""
+        # (S of all chunks, size, size)
         slices = np.concatenate([chunk.slices for chunk in chunks])
         levels, pooled = self._segment_all(slices)
         start = 0
@@ -171,6 +177,7 @@ class Predictor:
             return None, None
         with torch.inference_mode():
             device = next(self.network.parameters()).device
+            # (1, num_slices, C, P, P)
             vectors = torch.from_numpy(pooled)[None].to(device)
             logits = torch.cat(self.network.classifier(vectors)).float()
             p_infected, p_severe = torch.sigmoid(logits).tolist()

@@ -6,6 +6,7 @@ import os
 from covtanet import storage
 from covtanet.ledger.run import Run
 
+# Per stage and driver.
 MAX_ATTEMPTS = 3
 
 
@@ -25,5 +26,6 @@ def count_attempt(run: Run, series_key: str, stage: str) -> bool:
         return False
     counts[stage] = counts.get(stage, 0) + 1
     counts["pid"] = os.getpid()  # Ray names a worker's log by its process
+    # Written before the attempt begins: a worker that dies in it cannot count any more.
     storage.write_bytes(uri, json.dumps(counts).encode())
     return True

@@ -23,6 +23,7 @@ from covtanet.ledger.work import batched, finished_keys, read_manifest, remove_w
 
 logger = logging.getLogger(__name__)
 
+# A row is a small object: the time goes to waiting for storage.
 NUM_READ_THREADS = 16
 # Metadata of a committed file: the driver that wrote it, and when its run began by the clock of the
 # first driver.
@@ -52,10 +53,12 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
         linkage_path = Path(folder) / "linkage.parquet"
         num_rows = _write_ledger(run, keys, accounting, path, linkage_path, commit_token)
         num_accounted = accounting.screened + accounting.rejected.total() + accounting.failed
+        # Before anything is published: a run is visible whole or not at all.
         if not num_rows == num_accounted == len(keys):
             raise RuntimeError(
                 f"{num_accounted} of {num_rows} rows have a known status, expected {len(keys)}"
             )
+        # The linkage comes first: pseudonyms in a committed ledger can always be resolved.
         if run.site_key:
             name = f"{run.run_id}.parquet"
             storage.upload(
@@ -66,6 +69,7 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
     # is.
     if not (is_new and is_exclusive) and _commit_token_of(run) != commit_token:
         raise AlreadyCommittedError("another driver of this run committed first; its ledger stands")
+    # Last, since until the commit the rows of the work are the only checkpoint.
     remove_work(run)
     return accounting
 
@@ -76,6 +80,7 @@ def _expected_keys(run: Run) -> list[str]:
     Raises:
         RuntimeError: two series share a key, or a series has no row.
     """
+    # The manifest, not the rows, says which series a run has.
     keys = [row["series_key"] for row in read_manifest(run, ["series_key"])]
     if len(set(keys)) != len(keys):
         raise RuntimeError(
@@ -122,6 +127,7 @@ def _correct_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[di
     """Replace times after the commit, of workers with a wrong clock, by the commit's time."""
     num_ahead = 0
     for row in rows:
+        # The newest row of a series counts, so that a clock far ahead would hide later rows.
         if row["screened_at"] > now + CLOCK_TOLERANCE:
             num_ahead += 1
             row = {**row, "screened_at": now}
@@ -149,6 +155,7 @@ def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[di
 
     with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
         for group in batched(keys, ROWS_PER_GROUP):
+            # map keeps the manifest's order; groups bound the rows in memory.
             for row in pool.map(read, group):
                 accounting.add(row)
                 yield row

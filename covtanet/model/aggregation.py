@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from covtanet.model.attention import TriLevelAttention
 from covtanet.model.encoder import conv_block
 
+# The paper names dilated convolutions, not their rates.
 DILATIONS = (1, 2, 3, 4)
 
 
@@ -25,6 +26,7 @@ class VolumePath(nn.Module):
         self.depth_reduction = nn.Sequential(
             nn.Conv2d(regional_channels * num_slices, channels, 1), nn.ReLU()
         )
+        # Padding by the rate keeps H and W, so that the four maps can be concatenated.
         self.dilated = nn.ModuleList(
             nn.Conv2d(channels, channels // len(DILATIONS), 3, padding=rate, dilation=rate)
             for rate in DILATIONS
@@ -39,10 +41,15 @@ class VolumePath(nn.Module):
 
     def forward(self, regional: Tensor) -> Tensor:
         """Map F_reg of all slices (B, S, C, H, W) to one logit per volume (B,)."""
+        # The attention unit works slice by slice: (B, S, C, H, W) -> (B * S, C, H, W).
         batch, num_slices = regional.shape[:2]
         attended = self.tau(regional.flatten(0, 1))
+        # Slices become channels, (B, S * C, H, W); their order in z is the order of the channels.
         aggregated = attended.reshape(batch, num_slices * attended.shape[1], *attended.shape[2:])
+        # (B, channels, H, W): the pointwise convolution is the only step that sees all slices
+        # together.
         reduced = self.depth_reduction(aggregated)
         fused = self.fuse(torch.cat([torch.relu(conv(reduced)) for conv in self.dilated], 1))
+        # Global average, (B, channels, H, W) -> (B, channels) -> (B, 1).
         logit: Tensor = self.head(fused.mean((2, 3)))
         return logit.squeeze(1)

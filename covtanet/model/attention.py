@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Expand to 2C and squeeze to C/8: Eq. 1-3 give the order of the projections, not their ratios.
 EXPAND = 2
 SQUEEZE = 8
+# Channels to which the one-channel map of the spatial attention is expanded.
 SPATIAL_EXPAND = 8
 
 
@@ -40,6 +42,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, C, H, W) to A_C."""
+        # (B, C, H, W) -> (B, C, 1, 1)
         descriptor = features.mean((2, 3), keepdim=True)
         # Eq. 1-3 as printed:
         #     recalibrated = features * self.recalibrate(descriptor)            # F_r = F_in * A_r
@@ -78,6 +81,7 @@ class SpatialAttention(nn.Module):
         # (B, C, H, W) is never built.
         weight = self.describe_recalibrated.weight
         descriptor = F.conv2d(features, weight) * recalibration + bias.view(1, 1, 1, 1)
+        # (B, 1, H, W) -> (B, 1, H / 2, W / 2), rounded up
         squeezed = F.relu(self.squeeze(descriptor))
         size = (features.shape[2], features.shape[3])
         enlarged = F.interpolate(squeezed, size=size, mode="bilinear", align_corners=False)
@@ -98,6 +102,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, C, H, W) to A_P."""
+        # Both maps are (B, C, H, W): a weight for every value, without a mean over pixels or
+        # channels.
         attention: Tensor = self.generalize(features * self.recalibrate(features))
         return attention
 
@@ -113,10 +119,12 @@ class TriLevelAttention(nn.Module):
         self.channel = ChannelAttention(channels)
         self.spatial = SpatialAttention(channels)
         self.pixel = PixelAttention(channels)
+        # The literal reading of Eq. 6, which names no bound.
         self.alpha = nn.Parameter(torch.tensor(0.5))
 
     def attention(self, features: Tensor) -> Tensor:
         """Return A_T = A_P * (A_S * A_C) (Eq. 4), (B, C, H, W)."""
+        # (B, 1, H, W) * (B, C, 1, 1) broadcasts to (B, C, H, W), the shape of the pixel attention.
         attention: Tensor = self.pixel(features) * (self.spatial(features) * self.channel(features))
         return attention
 

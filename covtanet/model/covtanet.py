@@ -33,6 +33,7 @@ class CovTANetConfig:
     backbone: str = ""
     """Name of a classifier of Table IV that replaces the regional feature extractor; empty for
     the paper's extractor."""
+    # Volumes of the paper have 30 to 46 slices, and the aggregation needs a fixed number.
     num_slices: int = 32
     """Slices per volume that the diagnosis reads."""
     pooled_px: int = 64
@@ -46,6 +47,7 @@ class CovTANetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regional_widths", tuple(self.regional_widths))
+        # Three poolings between four stages, each of which needs even sides.
         shrink = 2 ** (len(self.regional_widths) - 1)
         if not self.backbone and self.pooled_px % shrink:
             raise ValueError(f"pooled_px is {self.pooled_px}, expected a multiple of {shrink}")
@@ -71,6 +73,7 @@ SIZES: dict[str, CovTANetConfig] = {
         dropout=0.3,
     ),
 }
+# Pixels of a slice's side. "small" and "tiny" are for the demo and the tests on a CPU.
 INPUT_PX = {"paper": 512, "small": 128, "tiny": 96}
 
 
@@ -128,7 +131,9 @@ class JointClassifier(nn.Module):
         """
         if pooled.shape[1] != self.num_slices:
             raise ValueError(f"{pooled.shape[1]} slices per volume, expected {self.num_slices}")
+        # (B, S, C, P, P) -> (B * S, C, P, P): the extractor sees single slices.
         regional = self.regional(pooled.flatten(0, 1))
+        # Back to volumes, (B, S, C', H, W).
         regional = regional.reshape(*pooled.shape[:2], *regional.shape[1:])
         return self.diagnosis(regional), self.severity(regional)
 
@@ -147,11 +152,13 @@ class CovTANet(nn.Module):
 
         Logits: (B, 1, H, W). Vectors: (B, fused_channels, pooled_px, pooled_px).
         """
+        # Averaged at once: F_fus of a whole volume at 512 x 512 pixels would take 6.7 GB.
         logits, fused = self.segnet.segment(slices)
         return logits, F.adaptive_avg_pool2d(fused, self.config.pooled_px)
 
     def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
         """Map volumes (B, S, 1, H, W) to logits of infected and of severe, (B,) each."""
+        # (B, S, 1, H, W) -> (B * S, 1, H, W)
         _, pooled = self.segment(volumes.flatten(0, 1))
         logits: tuple[Tensor, Tensor] = self.classifier(
             pooled.reshape(*volumes.shape[:2], *pooled.shape[1:])

@@ -46,6 +46,7 @@ class PlainEncoder(nn.Module):
         """Map slices (B, C, H, W) to [E_1 .. E_N], E_i of size H / 2^(i-1)."""
         features: list[Tensor] = []
         for level, block in enumerate(self.blocks):
+            # Pooling comes before the block, so that E_1 keeps the slice's size.
             slices = block(F.max_pool2d(slices, 2) if level else slices)
             features.append(slices)
         return features
@@ -109,6 +110,7 @@ class EfficientNetEncoder(nn.Module):
 
         H and W are multiples of 32.
         """
+        # The buffers are scalars, so that one channel or several are scaled in the same way.
         features: list[Tensor] = self.net((slices - self.mean) / self.deviation)
         return features
 

@@ -79,6 +79,7 @@ def overlap_sums(logits: Tensor, lesion_mask: Tensor) -> Tensor:
     p = torch.sigmoid(logits.float())
     truth = lesion_mask.float()
     tp = (p * truth).sum()
+    # FN = lesion pixels - TP, FP = sum of probabilities - TP.
     return torch.stack([tp, truth.sum() - tp, p.sum() - tp])
 
 
@@ -91,6 +92,7 @@ def focal_tversky(sums: Tensor, config: FocalTverskyConfig | None = None) -> Ten
     """
     config = config or FocalTverskyConfig()
     tp, fn, fp = sums.unbind()
+    # TI = TP / (TP + 0.7 FN + 0.3 FP) with the default weights.
     weighted = config.false_negative_weight * fn + config.false_positive_weight * fp
     index = (tp + config.smooth) / (tp + weighted + config.smooth)
     return (1 - index).clamp(min=1e-6) ** config.exponent
@@ -111,12 +113,15 @@ def cross_entropy_dice_sums(logits: Tensor, lesion_mask: Tensor, smooth: float) 
     """
     logits = logits.float()
     truth = lesion_mask.float()
+    # A sum, not a mean: it is divided by the pixels of all micro-batches later.
     cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
     p = torch.sigmoid(logits)
+    # One number per slice, (B,), for the Dice of the slices.
     tp = (p * truth).sum((1, 2, 3))
     lesion = truth.sum((1, 2, 3))
     predicted = p.sum((1, 2, 3))
     slice_dice = (2 * tp + smooth) / (lesion + predicted + smooth)
+    # Counts travel with the sums, so that ranks with other numbers of slices can be added up.
     num_pixels = torch.full_like(cross_entropy, float(logits.numel()))
     num_slices = torch.full_like(cross_entropy, float(len(logits)))
     pixel_sums = [tp.sum(), lesion.sum(), predicted.sum()]
@@ -130,6 +135,7 @@ def cross_entropy_dice(sums: Tensor, config: CrossEntropyDiceConfig) -> Tensor:
     sums: of ``cross_entropy_dice_sums``, over the whole batch.
     """
     cross_entropy, num_pixels, slice_dice, num_slices, tp, lesion, predicted = sums.unbind()
+    # Dice of the step pools the pixels of all slices.
     step_dice = (2 * tp + config.smooth) / (lesion + predicted + config.smooth)
     return (
         config.cross_entropy_weight * cross_entropy / num_pixels
@@ -165,12 +171,14 @@ def joint_sums(
     config = config or JointLossConfig()
     infected = is_infected.float()
     severe = is_severe.float()
+    # (B,), a loss for each volume.
     diagnosis = _cross_entropy(infected_logits, infected, config.infected_weight)
     severity = _cross_entropy(severe_logits, severe, config.severe_weight)
     return torch.stack(
         [
             diagnosis.sum(),
             torch.ones_like(diagnosis).sum(),
+            # Severity is learned from infected volumes only.
             (infected * severity).sum(),
             infected.sum(),
         ]
@@ -183,6 +191,7 @@ def joint(sums: Tensor) -> Tensor:
     A batch without infected volumes contributes 0 to the severity term and keeps it in the graph.
     """
     diagnosis_sum, num_volumes, severity_sum, num_infected = sums.unbind()
+    # The clamp divides by 1 if no volume is infected; the numerator is 0 then.
     return diagnosis_sum / num_volumes + severity_sum / num_infected.clamp(min=1)
 
 

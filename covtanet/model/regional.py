@@ -21,6 +21,7 @@ class RegionalFeatures(nn.Module):
         stages: list[nn.Module] = []
         for index, (before, width) in enumerate(itertools.pairwise(channels)):
             if index:
+                # Between stages only: four stages halve the sides three times.
                 stages.append(nn.MaxPool2d(2))
             stages += [conv_block(before, width), TriLevelAttention(width)]
         self.stages = nn.Sequential(*stages)

@@ -119,10 +119,12 @@ class TASegNet(nn.Module):
         if config.stem_channels:
             self.stem = FullSizeStem(config.in_channels, config.stem_channels)
         self.encoder_taus = _units(widths, config.encoder_tau)
+        # (B, deep, H, W) -> (B, width, 2 H, 2 W)
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(deep, width, 2, stride=2)
             for width, deep in itertools.pairwise(widths)
         )
+        # Twice the width: the encoder's map and the one from below are concatenated.
         self.decoder = nn.ModuleList(conv_block(2 * width, width) for width in widths[:-1])
         self.decoder_taus = _units(widths[:-1], config.decoder_tau)
         if config.has_fusion:
@@ -166,6 +168,7 @@ class TASegNet(nn.Module):
             raise ValueError(
                 f"slices are {tuple(slices.shape[2:])} pixels, expected multiples of {multiple}"
             )
+        # [E_1 .. E_N], from the largest map to the smallest.
         levels = self.encoder(slices)
         if self.stem is not None:
             levels = [self.stem(slices), *levels]
@@ -173,6 +176,7 @@ class TASegNet(nn.Module):
         decoded = self._decode(encoded)
         fused = self._fuse(encoded, decoded)
         logits: Tensor = self.filter(fused)
+        # An EfficientNet's first level has half the slice's size.
         if self.config.stride > 1:
             logits = F.interpolate(
                 logits, size=slices.shape[2:], mode="bilinear", align_corners=False
@@ -185,6 +189,7 @@ class TASegNet(nn.Module):
         Choice: the refined map goes up to the next level.
         """
         decoded: list[Tensor] = []
+        # From the bottom up.
         deep = encoded[-1]
         for level in range(len(self.decoder) - 1, -1, -1):
             deep = self.decoder[level](torch.cat([encoded[level], self.ups[level](deep)], 1))
@@ -200,9 +205,11 @@ class TASegNet(nn.Module):
         """
         if not self.config.has_fusion:
             return decoded[0]
+        # Every level is enlarged to the size of the first one.
         size = encoded[0].shape[2:]
         fused = []
         for level, reduce in enumerate(self.reduce):
+            # At most two maps of one size, (B, 2 * width, H_level, W_level).
             maps = [encoded[level]] if self.config.encoder_in_fusion else []
             if self.config.decoder_in_fusion and level < len(decoded):
                 maps.append(decoded[level])
@@ -212,4 +219,5 @@ class TASegNet(nn.Module):
                 if level
                 else reduced
             )
+        # (B, fused_channels, H, W); each level has the same number of channels in it.
         return torch.cat(fused, 1)

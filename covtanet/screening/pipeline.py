@@ -28,13 +28,16 @@ from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_sto
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+# Series may end several a second: a line for each would fill the log.
 PROGRESS_EVERY_S = 10.0
+# Bounds of the histogram, two a decade.
 STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 # Two, so that the next series is there when one is finished.
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # At most so many prepared series wait for a predictor, so that they do not fill the object store.
 SERIES_WAITING_PER_PREDICTOR = 8
 SLICES_PER_SERIES = 64  # typical of a chest CT at 2.5 to 5 mm
+# Prepared slices are uint16.
 BYTES_PER_PIXEL = 2
 
 
@@ -48,6 +51,7 @@ def screen(
     # Importing torch takes seconds, which the modules of the other workers do without.
     from covtanet.model.saved_model import MODEL_FILES
 
+    # One slow series must not hold back those behind it; the commit restores the order.
     ray_data.configure(preserve_order=False)
     finished = finished_keys(run)
     plan = make_plan(run)
@@ -58,6 +62,7 @@ def screen(
         return
     logger.info("screening %d series with %d decoders", num_remaining, plan.num_decoders)
     remaining_uri = _write_remaining(run, finished)
+    # After the check for remaining series: a run that is finished uploads nothing.
     for name in MODEL_FILES:  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, remaining_uri, plan), num_remaining)
@@ -87,6 +92,7 @@ def _pipeline(
     filesystem, path = storage.filesystem(remaining_uri)
     series = ray.data.read_parquet(path, filesystem=filesystem)
     return (
+        # One series per block: a block that is lost or repeated costs one series.
         series.repartition(target_num_rows_per_block=1)
         .map(
             Decoder,
@@ -116,6 +122,7 @@ def _limit_waiting_series(window: WindowConfig, num_predictors: int) -> None:
     """Bound the object store by the prepared series that may wait for the predictors."""
     series_bytes = SLICES_PER_SERIES * window.size_px**2 * BYTES_PER_PIXEL
     waiting_bytes = SERIES_WAITING_PER_PREDICTOR * series_bytes * num_predictors
+    # Ray Data stops the decoders when the store holds this much.
     limits = ray.data.ExecutionResources(object_store_memory=waiting_bytes)
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
 
@@ -166,6 +173,7 @@ def _follow(rows: ray.data.Dataset, num_series: int) -> None:
     reported_at = 0.0
     for num_done, row in enumerate(rows.iter_rows(), start=1):
         is_first = num_done == 1
+        # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])
         if row["status"] == Status.FAILED:
             _warn_of_failure(row["series_key"], row["reason"])

@@ -34,6 +34,7 @@ from covtanet.screening.listing import (
     split_scan,
 )
 
+# A second driver on a cluster with room for one waits this long and then refuses to start.
 FREE_CPUS_TIMEOUT_S = 60.0
 
 
@@ -56,7 +57,9 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
     Raises:
         ConfigError: the archive is empty, or this machine cannot confine the sandbox.
     """
+    # Before anything is listed or written.
     refuse_weak_sandbox(config.decode_limits)
+    # A manifest is frozen: a run that continues has the series of its first start.
     if storage.exists(run.work_uri("manifest.parquet")):
         return
     ray_data.configure(preserve_order=True)  # so that a limit means the same series each time
@@ -82,6 +85,7 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
     storage.upload(listing, listing_uri)
     rows = _scan(run, config, listing_uri) if num_to_read else iter(())
+    # Series that are joined by UID must all be read before the first of them is complete.
     limit = 0 if by_uid else run.limit
     uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
     uid_counts.update(
@@ -92,6 +96,7 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     remaining = _unsettled(arranged, run, previous_runs)
     if run.limit:
         remaining = islice(remaining, run.limit)
+    # Before the manifest, whose write ends the planning.
     note_series_keys(run, folders, keys_by_folder, previous_runs)
     # A run with a limit has not listed all: its folders settle nothing.
     write_manifest(run, remaining, ignored, None if run.limit else folders)

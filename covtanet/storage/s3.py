@@ -25,6 +25,8 @@ from covtanet.errors import AccessError, ObjectChangedError
 from covtanet.storage.store import CHUNK_BYTES, Folder, ObjectInfo, check_count
 from covtanet.storage.uri import S3, split_s3
 
+# A thread that waits for a slow object store ends with the read under way, at most READ_TIMEOUT_S
+# later.
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 5
@@ -57,6 +59,7 @@ class S3Store:
             check_count(num_objects, max_objects)
             path = str(item["Key"])[len(prefix) :]
             folder = path[: path.rfind("/") + 1]
+            # Deeper folders stand above their parents on the stack and are complete first.
             while open_folders and not folder.startswith(open_folders[-1][0]):
                 yield open_folders.pop()
             if not open_folders or open_folders[-1][0] != folder:
@@ -109,15 +112,18 @@ class S3Store:
                 yield from body.iter_chunks(CHUNK_BYTES)
             return
         num_read = 0
+        # botocore retries requests, but not a body that breaks off while it is read.
         for attempt in range(MAX_ATTEMPTS):
             try:
                 for chunk in _read_from(bucket, key, num_read, expected):
                     num_read += len(chunk)
                     yield chunk
                 return
+            # Final answers: another attempt gets the same.
             except (FileNotFoundError, ObjectChangedError, AccessError):
                 raise
             except OSError:
+                # With all bytes read there is no range left to ask for.
                 if attempt == MAX_ATTEMPTS - 1 or num_read >= expected.num_bytes:
                     raise
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
@@ -193,6 +199,7 @@ def errors_as_os_error() -> Iterator[None]:
     except ClientError as error:
         code = str(error.response["Error"].get("Code", ""))
         if _status(error) == NOT_FOUND:
+            # "from None": the error's text would quote the key, which may name a patient.
             raise FileNotFoundError("the object or bucket is missing in the object store") from None
         if code in NO_ACCESS:
             raise AccessError(f"the object store refuses the credentials: {code}") from None
@@ -213,6 +220,7 @@ def _list_objects(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     with errors_as_os_error():
         for page in _pages(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", ()):
+                # Markers of folders are objects without content, which some clients write.
                 if not str(item["Key"]).endswith("/"):
                     yield item
 
@@ -225,6 +233,7 @@ def _read_from(bucket: str, key: str, start: int, expected: ObjectInfo) -> Itera
     """
     extra = {"Range": f"bytes={start}-"} if start else {}
     with errors_as_os_error():
+        # Not If-Match: some servers ignore it (rclone), so that size and ETag are compared here.
         answer = client().get_object(Bucket=bucket, Key=key, **extra)
         num_bytes = int(answer["ContentLength"]) + start
         if (num_bytes, _etag(answer)) != (expected.num_bytes, expected.version):
@@ -233,6 +242,7 @@ def _read_from(bucket: str, key: str, start: int, expected: ObjectInfo) -> Itera
 
 
 def _etag(answer: dict[str, Any]) -> str:
+    # S3 puts an ETag in quotation marks.
     return str(answer.get("ETag", "")).strip('"')
 
 

@@ -60,6 +60,7 @@ class Augmenter:
                 prob=1.0,
                 rotate_range=config.rotation_deg * torch.pi / 180,
                 scale_range=(config.scale, config.scale),
+                # Nearest for masks, which stay 0 or 1.
                 mode=("bilinear", "nearest"),
                 padding_mode="zeros",
             ),
@@ -76,6 +77,8 @@ class Augmenter:
             self.transforms({"slice": image, "lesion": mask})
             for image, mask in zip(slices, lesion_mask, strict=True)
         ]
+        # (B, 1, H, W); contrast and noise may leave [0, 1], hence the clamp.
         images = torch.stack([torch.as_tensor(pair["slice"]) for pair in changed]).clamp(0, 1)
         masks = torch.stack([torch.as_tensor(pair["lesion"]) for pair in changed])
+        # MONAI returns tensors of its own class.
         return images.as_subclass(Tensor), masks.as_subclass(Tensor)

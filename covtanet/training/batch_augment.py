@@ -139,6 +139,7 @@ class BatchAugmenter:
             return _sample(slices, lesion_mask, grid)
         draw = _Draw(self.generator, count, ~draw.happens(self.config.all_off_probability))
         grid = _affine_grid(self._affine(draw), boxes, slices.shape[2:], size_px)
+        # Added to the grid, so that slices are interpolated only once.
         grid = grid + self._elastic(draw, boxes, slices.shape[2:], size_px)
         cropped, mask = _sample(slices, lesion_mask, grid)
         return self._change_intensity(cropped, draw), mask
@@ -156,6 +157,7 @@ class BatchAugmenter:
         limit = math.radians(config.rotation_deg)
         angle = draw.uniform(-limit, limit) * is_moved
         scale = 1 + (draw.uniform(config.scale_low, config.scale_high) - 1) * is_moved
+        # Half of the change to each side: the area of the crop stays.
         stretch = torch.exp(draw.uniform(-config.aspect, config.aspect) / 2 * is_moved)
         # Coordinates run over 2 along a side, hence the factor of the shift.
         shift = draw.uniform(-config.shift, config.shift, 2) * 2 * is_moved[:, None]
@@ -175,7 +177,9 @@ class BatchAugmenter:
         amount = draw.happens(config.elastic_probability).float() * config.elastic_deviation * 2
         nodes = draw.normal(2, config.elastic_nodes, config.elastic_nodes)
         nodes = nodes * amount[:, None, None, None] * _box_share(boxes, shape)[:, :, None, None]
+        # (B, 2, nodes, nodes) -> (B, 2, size, size)
         field = F.interpolate(nodes, size=(size_px, size_px), mode="bicubic", align_corners=True)
+        # (B, size, size, 2), as grid_sample expects.
         return field.permute(0, 2, 3, 1)
 
     def _change_intensity(self, slices: Tensor, draw: _Draw) -> Tensor:
@@ -195,6 +199,7 @@ class BatchAugmenter:
         contrast = 1 + (draw.uniform(config.contrast_low, config.contrast_high) - 1) * is_contrast
         is_brightness = draw.happens(config.brightness_probability).float()
         shift = draw.uniform(-config.brightness, config.brightness) * is_brightness
+        # (B, 1, 1, 1): neighbours in z share one mean.
         mean = slices.mean((1, 2, 3), keepdim=True)
         slices = (slices - mean) * contrast[:, None, None, None] + mean
         return slices + shift[:, None, None, None]
@@ -221,6 +226,7 @@ def _affine_grid(theta: Tensor, boxes: Tensor, shape: torch.Size, size_px: int) 
     middle_x = (2 * boxes[:, 1] + boxes[:, 3]) / shape[1] - 1
     middle_y = (2 * boxes[:, 0] + boxes[:, 2]) / shape[0] - 1
     middle = torch.stack([middle_x, middle_y], 1)
+    # From the box's coordinates to those of the whole slice.
     scaled = theta * share[:, :, None]
     in_slice = torch.cat([scaled[:, :, :2], scaled[:, :, 2:] + middle[:, :, None]], 2)
     return F.affine_grid(in_slice, [len(theta), 1, size_px, size_px], align_corners=False)
@@ -231,6 +237,7 @@ def _sample(slices: Tensor, lesion_mask: Tensor, grid: Tensor) -> tuple[Tensor, 
 
     Beyond the slice its border is repeated, which is air.
     """
+    # (B, C + 1, H, W): masks cannot drift from their slices.
     both = torch.cat([slices, lesion_mask.to(slices.dtype)], 1)
     sampled = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[:, :-1], (sampled[:, -1:] >= 0.5).to(slices.dtype)
@@ -249,6 +256,7 @@ def _blur(slices: Tensor, deviation_px: Tensor) -> Tensor:
     """Blur with one deviation per slice; 7 x 7 pixels hold three deviations of 1."""
     height, width = slices.shape[2:]
     offsets = torch.arange(-3, 4, device=slices.device, dtype=slices.dtype)
+    # (B, 7), one Gaussian for each slice.
     weights = torch.exp(-0.5 * (offsets[None] / deviation_px[:, None]) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
     padded = F.pad(slices, (3, 3, 3, 3), mode="replicate")

@@ -53,7 +53,10 @@ class Sampling:
         """Return the names of the samples that an epoch uses. A name is SERIES or SERIES:SLICE."""
         by_volume: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for name, is_marked in zip(names, has_lesion, strict=True):
+            # A lot from a digest, not from a generator: it depends on neither lanes nor the order
+            # of samples.
             digest = hashlib.blake2b(f"{self.seed}:{epoch}:{name}".encode(), digest_size=4).digest()
+            # In [0, 1), since the digest has four bytes.
             lot = int.from_bytes(digest, "big") / 2**32
             if is_marked:
                 by_volume[series_of(name)].append((lot, name))
@@ -98,9 +101,11 @@ class MemoryLane:
 
     def batches(self, epoch: int) -> Iterator[Rows]:
         """Yield the epoch's micro-batches, shuffled."""
+        # Epoch and lane are part of the seed: a restart repeats the order of an undisturbed run.
         rng = np.random.default_rng([self.sampling.seed, epoch, self.lane])
         order = rng.permutation(self._drawn(epoch))
         size = self.sampling.batch_size
+        # Whole micro-batches only; the incomplete last one is dropped.
         for start in range(0, len(order) - size + 1, size):
             yield {name: values[order[start : start + size]] for name, values in self.rows.items()}
 
@@ -115,6 +120,7 @@ def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
     """Deal volumes out over lanes, the largest first to the lane with the fewest samples."""
     lanes: list[list[str]] = [[] for _ in range(num_lanes)]
     load = [0] * num_lanes
+    # Ties are broken by name, so that every start deals in the same way.
     for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
         lightest = load.index(min(load))
         lanes[lightest].append(key)
@@ -126,6 +132,7 @@ def steps(lanes: Sequence[Lane], epoch: int, num_steps: int) -> Iterator[list[Ro
     """Yield the epoch's steps: one micro-batch of every lane."""
     streams = [lane.batches(epoch) for lane in lanes]
     for _ in range(num_steps):
+        # One micro-batch of every lane: the global batch does not depend on the number of workers.
         yield [next(stream) for stream in streams]
 
 

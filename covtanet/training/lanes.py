@@ -18,6 +18,7 @@ from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling, seed_of
 # The shuffle buffer holds at most so many rows and so many bytes.
 SHUFFLE_ROWS = 512
 SHUFFLE_BYTES = 1 << 30
+# Rows per batch of Ray Data; the lane cuts them into micro-batches afterwards.
 READ_SLICES = 32
 READ_VOLUMES = 2
 NUM_FETCH_THREADS = 4
@@ -85,6 +86,7 @@ def slice_rows(table: pa.Table, size_px: int) -> Rows:
     samples = samples_of(table, size_px)
     if samples.lesion is None:
         raise RuntimeError("phase 1 got slices without lesion masks")
+    # A sample is named by its volume and slice, which a draw and an error message use.
     pairs = zip(table["volume"].to_pylist(), table["slice"].to_pylist(), strict=True)
     return {
         "name": np.array([slice_name(volume, index) for volume, index in pairs]),
@@ -127,14 +129,17 @@ class StreamLane:
 
     def batches(self, epoch: int) -> Iterator[Rows]:
         """Yield the epoch's micro-batches in the buffer's order."""
+        # Bounded by rows and by bytes; at least one row, however large.
         buffer = max(1, min(SHUFFLE_ROWS, SHUFFLE_BYTES // self.spec.bytes_per_sample))
         blocks = _read(
             self.spec,
             self.size_px,
             self.open_shard,
             local_shuffle_buffer_size=buffer,
+            # By epoch and lane: an epoch that is repeated after a restart has the same order.
             local_shuffle_seed=seed_of(self.sampling.seed, epoch, self.lane),
         )
+        # Drawn by name, so that the choice does not depend on the order in which blocks come.
         drawn = self._names(epoch)
         yield from regroup((_select(block, drawn) for block in blocks), self.sampling.batch_size)
 
@@ -158,6 +163,7 @@ def regroup(blocks: Iterator[Rows], batch_size: int) -> Iterator[Rows]:
     """Cut a stream of rows into whole batches; the rest is dropped."""
     pending: Rows = {}
     for block in blocks:
+        # The rest of a block opens the next micro-batch.
         pending = _join([pending, block]) if pending else block
         while len(pending["name"]) >= batch_size:
             yield {name: values[:batch_size] for name, values in pending.items()}

@@ -138,6 +138,7 @@ def _next_epoch(training: _Training[B], progress: Progress) -> Progress:
     epoch = len(progress.history)
     metrics = {"epoch": float(epoch), "learning_rate": training.config.rate(epoch)}
     metrics |= _train_epoch(training, epoch)
+    # Before weights are copied: validation and checkpoint hold the mean over lanes.
     training.statistics.average()
     weights = _copy(phase.module.state_dict())
     validated, validation = _validate(training, weights)
@@ -163,6 +164,7 @@ def _validate(training: _Training[B], weights: State) -> tuple[State, dict[str, 
     module.load_state_dict(training.average.parameters(), strict=False)
     averaged = _copy(module.state_dict())
     metrics = training.phase.validate() | attention_weights(module)
+    # Training goes on from the weights themselves, not from their average.
     module.load_state_dict(weights)
     return averaged, metrics
 
@@ -178,6 +180,7 @@ def _is_better(phase: Phase[B], progress: Progress, metrics: dict[str, float]) -
 def is_finished(config: PhaseConfig, progress: Progress) -> bool:
     """Return whether all epochs are done, or too many passed without a better validation."""
     done = len(progress.history)
+    # Epochs count from 0: after the best epoch itself nothing has passed yet.
     return done >= config.num_epochs or done - 1 - progress.best_epoch >= config.stop_after_epochs
 
 
@@ -191,8 +194,10 @@ def _train_epoch(training: _Training[B], epoch: int) -> dict[str, float]:
     num_steps = _num_steps(training, epoch)
     feed = steps(list(training.lanes.values()), epoch, num_steps)
     for number in range(num_steps):
+        # The rate may change within an epoch, hence the fraction.
         set_rate(training.optimizer, training.config.rate(epoch + number / num_steps))
         asked = time.perf_counter()
+        # Timed apart from the step: the share of time spent on data shows whether reading limits.
         rows = next(feed)
         waited += time.perf_counter() - asked
         seeds = [seed_of(training.seed, epoch, number, lane) for lane in training.lanes]
@@ -208,6 +213,7 @@ def _train_epoch(training: _Training[B], epoch: int) -> dict[str, float]:
 
 def _num_steps(training: _Training[B], epoch: int) -> int:
     fewest = min(lane.num_batches(epoch) for lane in training.lanes.values())
+    # Ranks step together: the lane with the fewest micro-batches ends the epoch for all.
     num_steps = training.statistics.ranks.lowest(fewest)
     if not num_steps:
         raise ValueError(

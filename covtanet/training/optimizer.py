@@ -85,8 +85,10 @@ class WeightAverage:
     def update(self) -> None:
         """Add the module's present state to the average."""
         self.num_updates += 1
+        # 1 at the first update, which replaces the random initial weights.
         share = (1 - self.decay) / (1 - self.decay**self.num_updates)
         averages = list(self.average.values())
+        # One call for all tensors instead of one per tensor.
         torch._foreach_lerp_(averages, list(self.source.values()), share)
 
     def state(self) -> dict[str, Tensor]:

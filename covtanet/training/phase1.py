@@ -37,6 +37,7 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     """Return stored levels and masks (B, H, W) as a micro-batch on the device."""
     levels = rows["levels"]
     scale = np.float32(np.iinfo(levels.dtype).max)
+    # (B, H, W) -> (B, 1, H, W), in [0, 1]
     slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
     mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
@@ -58,8 +59,10 @@ def supervised_sums(
     terms = terms or loss_terms(FocalTverskyConfig())
     if isinstance(outputs, Tensor):
         return terms.sums(outputs, lesion_mask)
+    # masks: (B, K, H, W), of a network with deep supervision.
     sums = [terms.sums(logits, lesion_mask) for logits in torch.split(outputs.masks, 1, 1)]
     if outputs.edge is not None:
+        # Dilation minus erosion of 3 x 3 pixels: the outline is two pixels wide.
         outline = F.max_pool2d(lesion_mask, 3, 1, 1) + F.max_pool2d(-lesion_mask, 3, 1, 1)
         sums.append(terms.sums(outputs.edge, outline))
     return torch.cat(sums)
@@ -67,6 +70,7 @@ def supervised_sums(
 
 def supervised_loss(total: Tensor, terms: LossTerms) -> Tensor:
     """Return the mean loss of all maps from their added-up sums, a scalar."""
+    # (K * num_sums,) -> (K, num_sums), one row for each map.
     return torch.stack([terms.loss(sums) for sums in total.view(-1, terms.num_sums)]).mean()
 
 
@@ -119,6 +123,7 @@ def _validate(
         segnet,
         validation,
         lambda rows, _: slice_batch(rows, device),
+        # A logit above 0 is a probability above one half.
         lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
         4,
         autocast,

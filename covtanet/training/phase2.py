@@ -15,6 +15,7 @@ from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
 from covtanet.training.validation import sum_over_lanes
 
+# F_fus of a whole volume would take gigabytes.
 SLICES_AT_ONCE = 8
 
 # Levels of whole volumes (B, S, H, W) to pooled fusion vectors (B, S, C, P, P).
@@ -41,6 +42,7 @@ def frozen_features(
 
     def features(levels: np.ndarray) -> Tensor:
         scale = np.float32(np.iinfo(levels.dtype).max)
+        # (B, S, H, W) -> (B * S, 1, H, W)
         flat = levels.reshape(-1, 1, *levels.shape[2:])
         pooled = []
         with torch.no_grad(), config.autocast(device):
@@ -51,7 +53,9 @@ def frozen_features(
                 pooled.append(
                     segment(slices.to(device, memory_format=torch.channels_last))[1].half()
                 )
+        # (B * S, C, P, P)
         joined = torch.cat(pooled)
+        # (B, S, C, P, P)
         return joined.reshape(*levels.shape[:2], *joined.shape[1:])
 
     return features
@@ -76,11 +80,14 @@ def _validation_sums(
     """Return counts of diagnosis and of severity, four each, and the four sums of the loss."""
     infected_logits, severe_logits = classifier(batch.pooled)
     infected = batch.is_infected > 0
+    # A logit above 0 is a probability above one half.
     diagnosis = count(infected_logits > 0, infected)
+    # Of the infected alone, as in Eq. 8.
     severity = count(severe_logits > 0, batch.is_severe > 0, mask=infected)
     losses = joint_sums(
         infected_logits, severe_logits, batch.is_infected, batch.is_severe, loss_config
     )
+    # (12,): 4 + 4 counts and 4 sums of the loss.
     return torch.cat([diagnosis, severity, losses.double()])
 
 
@@ -138,5 +145,6 @@ def phase2(
         sums=sums_of,
         loss=joint,
         validate=validate,
+        # The best epoch has the highest score, hence the sign.
         score=lambda metrics: -metrics["val_loss"],
     )

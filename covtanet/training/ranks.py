@@ -20,6 +20,7 @@ class Ranks:
         """Add up over ranks; without gradient."""
         total = values.detach().clone()
         if self.count > 1:
+            # The backend exchanges tensors of its own device only.
             moved = total.to(self.device)
             dist.all_reduce(moved)
             total = moved.to(values.device)
@@ -78,6 +79,7 @@ class LaneStatistics:
                 total = buffer
                 if self.lanes:
                     total = torch.stack([lane[position] for lane in self.lanes]).sum(0)
+                # Every rank has the same number of lanes.
                 buffer.copy_(self.ranks.sum(total) / (self.num_lanes * self.ranks.count))
             for lane in self.lanes:
                 _copy(self.buffers, lane)

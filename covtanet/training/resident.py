@@ -24,6 +24,7 @@ from covtanet.training.optimizer import WeightAverage, clip_gradients, make_opti
 from covtanet.training.phase1 import supervised_loss, supervised_sums
 from covtanet.training.phase_config import PhaseConfig
 
+# Reading the loss makes the host wait for the device.
 REPORT_STEPS = 100
 # Largest distance of neighbours in z, in slices: 1 to 4 mm in a scan of thin slices. Screening
 # takes slices 2.5 mm apart or, of thick ones, all.
@@ -59,6 +60,7 @@ class ResidentSlices:
         series are equally frequent.
         """
         counts = [len(slices.grey) for slices in series]
+        # Index of the first slice of each series in the joined arrays.
         starts = np.cumsum([0, *counts[:-1]])
         spans = [
             _neighbour_span(slices, start) for slices, start in zip(series, starts, strict=True)
@@ -91,9 +93,11 @@ class ResidentSlices:
             1, FARTHEST_NEIGHBOUR + 1, (count,), generator=generator, device=device
         )
         chance = torch.rand((count, 2), generator=generator, device=device)
+        # Distance 0 repeats the slice itself.
         distance = distance * (chance[:, 0] >= REPEAT_SHARE)
         # A volume may be read from either end.
         distance = torch.where(chance[:, 1] < 0.5, distance, -distance)
+        # (count, 3); at the ends of a series the outermost slice is repeated.
         rows = torch.stack([middle - distance, middle, middle + distance], 1)
         return rows.clamp(self.first[middle, None], self.last[middle, None])
 
@@ -153,10 +157,13 @@ def batch_of(
     """
     seed = seed_of(recipe.seed, step)
     generator = augmenter.generator
+    # Seed and step alone determine the draw.
     generator.manual_seed(seed)
     rows = slices.draw(recipe.phase.batch_size, recipe.channels, generator)
     middle = rows[:, rows.shape[1] // 2]
+    # (B, channels, H, W), in [0, 1]
     grey = slices.grey[rows].float() / GREY_STEPS
+    # (B, 1, H, W), of the middle slice
     lesion = slices.lesion[middle][:, None].float()
     # A seed unlike that of the draw, or the same random numbers would choose and deform.
     changed, mask = augmenter(grey, lesion, seed + 1, slices.boxes[middle], recipe.size_px)
@@ -178,6 +185,7 @@ class _LossReport:
         return time.perf_counter() - self.started_s
 
     def add(self, loss: Tensor, done: int) -> None:
+        # Added up on the device: the host does not wait for this step.
         self.total += loss
         if done % REPORT_STEPS and done != self.num_steps:
             return
@@ -214,6 +222,7 @@ def train(
     report = _LossReport(recipe.num_steps, device, say)
     done = 0
     while done < recipe.num_steps and time.perf_counter() < deadline_s:
+        # The schedule is in epochs; the steps are mapped onto them.
         set_rate(optimizer, config.rate(config.num_epochs * done / recipe.num_steps))
         images, mask = batch_of(slices, recipe, augmenter, done)
         with config.autocast(device):

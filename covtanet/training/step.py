@@ -49,13 +49,16 @@ def backward(
     for lane, batch in enumerate(micro_batches):
         with nullcontext() if is_alone else torch.no_grad():
             parts.append(_forward(sums, batch, lane, statistics, seeds[lane]))
+    # Sums of all micro-batches of all ranks, (k,), the same on every rank.
     total = ranks.sum(torch.stack([part.detach() for part in parts]).sum(0))
+    # Before the first gradient, so that no weight changes by a loss that is NaN.
     _check_finite(total, parts, micro_batches, ranks)
     value = math.nan
     for lane, batch in enumerate(micro_batches):
         is_last = lane == len(micro_batches) - 1
         # Ranks exchange gradients once, with the last micro-batch.
         with nullcontext() if is_last else _without_exchange(model):
+            # The second forward pass draws the same dropout, by the seed of its micro-batch.
             part = parts[0] if is_alone else _forward(sums, batch, lane, statistics, seeds[lane])
             # The value of the whole sum, with the gradient of this micro-batch's part.
             step_loss = loss(total - part.detach() + part)
@@ -77,6 +80,7 @@ def _forward(
     sums: Callable[[B], Tensor], batch: B, lane: int, statistics: LaneStatistics, seed: int
 ) -> Tensor:
     statistics.enter(lane)
+    # Seeded before every forward pass, since a micro-batch may run forward twice.
     torch.manual_seed(seed)
     return sums(batch)
 
@@ -90,6 +94,7 @@ def _check_finite(
     for part, batch in zip(parts, micro_batches, strict=True):
         if not torch.isfinite(part).all():
             names += batch.names
+    # Every rank takes part, also one whose own sums are finite.
     gathered = ", ".join(ranks.gather(names))
     raise FloatingPointError(
         f"the loss is not finite (NaN or inf); series of the batch: {gathered}"
@@ -103,6 +108,7 @@ def check_gradients(model: nn.Module, micro_batches: Sequence[Named], ranks: Ran
         FloatingPointError: names the series of the step's micro-batches.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    # One norm of all gradients: the host waits for the device once, not once per tensor.
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
         return
     names = ranks.gather([name for batch in micro_batches for name in batch.names])
