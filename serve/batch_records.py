@@ -39,6 +39,7 @@ class BatchRecords:
 
     def read(self, batch_id: str, caller: Caller) -> dict[str, Any] | None:
         """Return a record; None if it is missing or unreadable."""
+        # Checked before it becomes part of a path.
         if len(batch_id) != ID_DIGITS or set(batch_id) - set("0123456789abcdef"):
             return None
         try:
@@ -70,11 +71,13 @@ class BatchRecords:
     def list_as_newest(self, batch_id: str, caller: Caller, submitted_at: datetime) -> None:
         """Put a batch at the head of the caller's list."""
         order = LAST_ORDER - int(submitted_at.timestamp() * 1000)
+        # An empty object: its name sorts the list, the newest first.
         storage.write_bytes(self.uri(caller, "newest", f"{order}-{batch_id}"), b"")
 
     def newest(self, caller: Caller, offset: int, limit: int) -> list[dict[str, Any]]:
         """Return some of a caller's records, the newest first."""
         names = storage.list_names(self.uri(caller, "newest"))
         batch_ids = [name.rpartition("-")[2] for name in names[offset : offset + limit]]
+        # Only the page is read, not all records.
         records = [self.read(batch_id, caller) for batch_id in batch_ids]
         return [record for record in records if record is not None]

@@ -97,11 +97,14 @@ class Batches:
         with self._submitting:
             record = self.records.read(batch_id, caller)
             if record is not None:
+                # Without the date, which is filled in if the caller gives none.
                 if {**record["asked"], "run_date": None} != {**values, "run_date": None}:
                     raise BatchConflictError("this idempotency key was used for another request")
                 state = self._state(record, caller)
+                # A request that is repeated returns its batch and starts nothing.
                 if state.state not in RESTARTABLE:
                     return state
+            # After the earlier batch is looked up: its answer needs no room.
             self._check_room(caller)
             new = {"batch_id": batch_id, "asked": values, "jobs": []}
             return self._start(record or new, caller)
@@ -118,8 +121,10 @@ class Batches:
 
     def _start(self, record: dict[str, Any], caller: Caller) -> BatchState:
         batch_id = record["batch_id"]
+        # Numbered: Ray refuses an identifier that was used before.
         job_id = f"screen-{batch_id}-{len(record['jobs']) + 1}"
         now = datetime.now(UTC)
+        # A batch that starts again keeps its position in the list.
         if not record["jobs"]:
             self.records.list_as_newest(batch_id, caller, now)
         record = {
@@ -218,6 +223,7 @@ class Batches:
             "submitted_at": record["submitted_at"],
             **record["asked"],
         }
+        # One read, without a question to Ray.
         if record.get("ended"):
             return BatchState(**request, **record["ended"])
         run = run_of_batch(self.ledger, record["batch_id"])
@@ -231,6 +237,8 @@ class Batches:
 
     def _outcome(self, run: BatchRun | None, job: Any) -> dict[str, Any]:
         """Return state and progress of a batch, from its run's ledger and its Ray job."""
+        # The ledger decides before Ray's job does: a committed run is finished, however its driver
+        # ended.
         if run is not None and self._is_committed(run):
             return self._committed(run, job)
         if job is None:

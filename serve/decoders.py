@@ -44,6 +44,7 @@ class Slot:
         """
         with self._lock:
             self.check()
+            # One version per screener: no study mixes two.
             if self._screener is None or self._screener.model_digest != digest:
                 if self._screener is not None:
                     self._screener.close()
@@ -82,6 +83,7 @@ class Decoders:
         self.max_waiting = max_waiting
         self.timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(num_slots, "decoder")
+        # First come, first served.
         self._free: asyncio.Queue[Slot] = asyncio.Queue()
         for _ in range(num_slots):
             self._free.put_nowait(Slot())
@@ -97,6 +99,7 @@ class Decoders:
             BusyError: ``max_waiting`` requests wait already.
             DeadlineError: the answer takes over ``timeout_s``.
         """
+        # Waiting for a slot counts.
         deadline = time.monotonic() + self.timeout_s
         slot = await self._take(deadline)
         # No await between taking a slot and starting its thread: a cancellation cannot come between
@@ -105,9 +108,11 @@ class Decoders:
         thread = loop.run_in_executor(
             self._threads, partial(_work_with, work, slot, resources.pop_all())
         )
+        # The end of the thread alone frees the slot, whatever became of the request.
         thread.add_done_callback(partial(self._give_back, slot))
         try:
             async with asyncio.timeout(deadline - time.monotonic()) as limit:
+                # A thread cannot be cancelled; it keeps its slot until it ends.
                 return await asyncio.shield(thread)
         except TimeoutError:
             if not limit.expired():  # the work itself raised it

@@ -72,7 +72,7 @@ class Segmenter:
         predictor = Predictor(
             model,
             engine=self.config.engine,
-            # The CPUs that this process may use, which a container limits.
+            # The CPUs that this process may use, which may be fewer than those of the machine.
             num_threads=len(os.sched_getaffinity(0)),
             max_batch_slices=self.config.max_batch_slices,
         )

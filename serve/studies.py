@@ -90,7 +90,9 @@ class Studies:
         Raises:
             RefusedError: 422, there is no series; 503, busy; 504, the deadline has passed.
         """
+        # First, so that all series of the study get one version.
         model = await self.describe_model()
+        # Not the time of day, which may be set back.
         started = time.monotonic()
         rows = await self._run(partial(self._read, study, model), resources)
         self.seconds.observe(time.monotonic() - started)

@@ -59,7 +59,9 @@ class Uploads:
             RefusedError: 408, the body takes too long.
             OSError: the disk is full.
         """
+        # The stated length refuses early; the bytes are counted all the same.
         self._check_length(int(request.headers.get("content-length") or 0))
+        # No await until the count goes up, so that no other request comes between.
         self._check_room(caller)
         self._num_by_caller[caller.name] += 1
         try:
@@ -85,6 +87,7 @@ class Uploads:
                 with path.open("wb") as file:
                     async for chunk in request.stream():
                         num_bytes += len(chunk)
+                        # Before the chunk is written to disk.
                         self._check_length(num_bytes)
                         digest.update(chunk)
                         file.write(chunk)
@@ -109,6 +112,7 @@ class ReplicaFolder:
         parent = parent or Path(tempfile.gettempdir())
         for folder in parent.glob(f"{PREFIX}*"):
             _remove_if_abandoned(folder)
+        # The dot keeps it out of the pattern above.
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         self._lock = os.open(hidden / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -123,6 +127,7 @@ def _remove_if_abandoned(folder: Path) -> None:
     except OSError:  # it belongs to another user, or was removed meanwhile
         return
     try:
+        # Without waiting: the lock of a living process stays.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return  # its process lives

@@ -19,6 +19,7 @@ from covtanet.ct.dicom_headers import SeriesIdentity, read_identities
 from covtanet.errors import QcFlag, Reason
 from covtanet.storage import ObjectInfo, version_digest
 
+# Hexadecimal: 128 bits of the digest.
 KEY_DIGITS = 32
 
 OBJECT_TYPE = pa.struct([
@@ -122,6 +123,7 @@ def scan_folder(
     series: list[Series] = []
     ignored: list[ObjectInfo] = []
     members: dict[SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
+    # An object is a series of its own, a member of a DICOM series, or ignored with a record.
     for item, kind in find_kinds(objects, read_header, identify):
         if isinstance(kind, SeriesIdentity):
             members[kind].append(item)
@@ -145,6 +147,7 @@ def _dicom_series(folder: str, identity: SeriesIdentity, items: list[ObjectInfo]
     return Series(
         source_path=folder,
         source_format="dicom",
+        # Sorted by path, so that the order of a listing changes no digest.
         objects=tuple(sorted(items, key=lambda item: item.path)),
         study_uid=identity.study_uid,
         series_uid=identity.series_uid,
@@ -160,6 +163,7 @@ def _join_studies(
     """
     joined: dict[str, tuple[SeriesIdentity, list[ObjectInfo]]] = {}
     for identity, items in members.items():
+        # The first study that is listed gives the identity.
         joined.setdefault(identity.series_uid, (identity, []))[1].extend(items)
     return dict(joined.values())
 
@@ -188,6 +192,7 @@ def join_by_uid(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterato
         else:
             yield row
     for parts in repeated.values():
+        # The first path gives the key, whichever folder was read first.
         first = min(parts, key=lambda part: part.source_path)
         objects = [item for part in parts for item in part.objects]
         objects.sort(key=lambda item: item.path)

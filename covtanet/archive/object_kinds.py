@@ -27,6 +27,7 @@ NIFTI_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in 
 # Most headers name their series within the first; a few have thousands of elements before it.
 HEADER_BYTES, LONG_HEADER_BYTES = 16 << 10, 4 << 20
 # Headers in memory at a time: 1 MiB of them, or 16 MiB of long ones.
+# Long ones are read only if the first bytes hold no UIDs.
 HEADERS_AT_A_TIME, LONG_HEADERS_AT_A_TIME = 64, 4
 
 # (First bytes of objects, how many were asked for) -> their UIDs, None for an object without UIDs.
@@ -75,6 +76,7 @@ def _kinds_of_group(
             headers[item] = header
         else:
             kinds[item] = kind
+    # One call for the group: the headers go to the sandbox together.
     identities = identify(list(headers.values()), HEADER_BYTES)
     longer: list[ObjectInfo] = []
     for (item, header), identity in zip(headers.items(), identities, strict=True):
@@ -110,6 +112,7 @@ def _kind_by_name(item: ObjectInfo, read_header: ReadHeader) -> tuple[ObjectKind
         return None, header
     if is_debris:  # by its name, but a NIfTI file by its content
         return ObjectKind.NIFTI, b""
+    # An object that claims to be DICOM gets a row, so that no series is lost silently.
     is_claimed = name.endswith(DICOM_SUFFIXES)
     return (ObjectKind.UNREADABLE if is_claimed else ObjectKind.IGNORED), b""
 

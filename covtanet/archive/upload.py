@@ -27,7 +27,9 @@ CHUNK_BYTES = 1 << 20
 ZIP = b"PK\x03\x04"
 # Enough for a preamble and the magic, or for the first elements of an object without them.
 HEADER_BYTES = 4096
+# Magic bytes of zip, 7z, RAR, xz, bzip2 and gzip.
 NESTED = (ZIP, b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\xfd7zXZ", b"BZh", GZIP)
+# Bit 0 of a member's flags.
 ENCRYPTED = 1
 # A few zeros compress well in any honest file; the ratio counts from this size on.
 RATIO_FROM_BYTES = 10 << 20
@@ -88,13 +90,17 @@ def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[],
     size = upload.stat().st_size
     inflated = 0
     try:
+        # Before the zip is opened: ZipFile makes an object of every entry.
         _check_directory(upload, limits)
         with zipfile.ZipFile(upload) as archive:
             for index, member in enumerate(_members(archive, limits)):
                 target = folder / _file_name(index, member)
                 with archive.open(member) as source, target.open("wb") as file:
                     for chunk in _chunks(source):
+                        # With every chunk, so that the work ends soon after its request.
                         check()
+                        # Counted while inflating: the sizes that a zip states for its members may
+                        # be wrong.
                         inflated += len(chunk)
                         _check_size(inflated, size, limits)
                         file.write(chunk)
@@ -113,11 +119,13 @@ def _unzip(upload: Path, folder: Path, limits: IntakeLimits, check: Callable[[],
 
 def _path_in_zip(member: zipfile.ZipInfo) -> str:
     """Return a member's path in the zip, for checks; it is never a path on a disk."""
+    # Windows programs write backslashes.
     return member.filename.replace("\\", "/")
 
 
 def _file_name(index: int, member: zipfile.ZipInfo) -> str:
     suffix = ".dcm" if member.filename.lower().endswith(DICOM_SUFFIXES) else ""
+    # The number alone: no name of a member becomes a name on the disk.
     return f"{index:06d}{suffix}"
 
 
@@ -169,6 +177,7 @@ def _check_member(member: zipfile.ZipInfo) -> None:
     is_absolute = name.startswith(("/", "\\")) or "\0" in name or ":" in name
     if is_absolute or ".." in _path_in_zip(member).split("/"):
         raise UploadError("bad_zip", "a member's name leads out of the zip")
+    # The upper 16 bits hold the mode of the file on Unix.
     if stat.S_ISLNK(member.external_attr >> 16):
         raise UploadError("bad_zip", "the zip has a link")
     if member.flag_bits & ENCRYPTED:

@@ -62,11 +62,13 @@ def split(
     Choice: the paper names no validation part; stopping on the test fold would be optimistic. Every
     stratum of at least two patients gives at least one to validation.
     """
+    # By patient: no patient is in two parts.
     rest = [case for case in cases if folds[case.patient] != fold]
     held: set[str] = set()
     for patients in _strata(rest).values():
         ranked = sorted(patients, key=lambda patient: _rank(patient, f"validation {seed} {fold}"))
         if validation_share and len(ranked) > 1:
+            # At least one patient of a stratum.
             held.update(ranked[: max(1, round(validation_share * len(ranked)))])
     return Split(
         train=_keys(case for case in rest if case.patient not in held),
@@ -85,6 +87,7 @@ def _strata(cases: Sequence[Case]) -> dict[tuple[int, bool], list[str]]:
         by_patient[case.patient].append(case)
     strata: dict[tuple[int, bool], list[str]] = defaultdict(list)
     for patient, volumes in by_patient.items():
+        # -1 if no volume has a grade.
         worst = max(GRADES.index(case.grade) if case.grade else -1 for case in volumes)
         strata[worst, any(case.has_lesion_mask for case in volumes)].append(patient)
     return strata

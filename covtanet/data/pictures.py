@@ -42,6 +42,7 @@ def to_square(grey: NDArray[np.uint8], side_px: int, quarter_turns: int) -> NDAr
     height, width = grey.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
+    # Padded before the resize, so that pixels stay square.
     square = np.pad(grey, ((top, side - height - top), (left, side - width - left)))
     return np.asarray(Image.fromarray(square).resize((side_px, side_px), Image.Resampling.BOX))
 
@@ -73,6 +74,7 @@ def join(
                 f"the mask of {path.name} has {mask.shape} pixels, expected {grey.shape}"
             )
         slices.append(to_square(grey, side_px, quarter_turns))
+        # Averaged by the resize: a pixel is lesion if more than half of it is.
         lesions.append(to_square(mask, side_px, quarter_turns) > HALF)
     if not np.any(lesions):
         raise ConfigError(f"no mask has anything brighter than {HALF}, expected lesion in white")
@@ -82,6 +84,7 @@ def join(
 def write_stack(path: Path, slices: NDArray[np.uint8]) -> None:
     """Write slices (S, H, W) as NIfTI: the spine at the bottom, the spacing without a unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # (S, y, x) -> (x, y, S), the order of NIfTI.
     nib.Nifti1Image(slices.transpose(2, 1, 0), LPS_TO_RAS).to_filename(path)
 
 

@@ -28,8 +28,11 @@ from covtanet.data.folds import Case
 from covtanet.data.labels import LabelledVolume, grade_of, label_values, severity_of
 from covtanet.errors import Reason, StudyError
 
+# Part of every key: another version prepares all volumes again.
 FORMAT_VERSION = 2
+# Hexadecimal: 64 bits of the digest.
 KEY_DIGITS = 16
+# Mapped to 0..1 without a window: half of the paper's second data set is windowed at its source.
 GREY8 = (0.0, 255.0)
 # Reasons to refuse a volume or its mask, in addition to those of screening.
 REASONS = (
@@ -164,8 +167,10 @@ def _prepare(
     has_spacing = nifti.has_spacing(data)
     # A spacing without a unit is no distance: then every slice is taken.
     step_mm = slice_step_mm if has_spacing else 0.0
+    # Slices as in screening, a step apart at least.
     chosen = thin_slices(lung_slices, ct.spacing_mm[0], step_mm)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
+    # Chosen slices alone are resized, (S, size, size).
     samples = _samples(ct, chosen, lesion, intensity, window)
     lesion_px = None
     if samples.lesion is not None:
@@ -203,6 +208,7 @@ def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
     if intensity == "hu":
         return "hu", nifti.read(data)
     try:
+        # Grey values first: their reader refuses values outside 0..255, which HU have.
         return "grey8", nifti.read_grey8(data)
     except StudyError:
         if intensity == "grey8":
@@ -219,6 +225,7 @@ def _mask(
         values = nifti.read_labels(contents[path])
     except StudyError as error:
         raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
+    # Both (z, y, x).
     if values.shape != ct.hu.shape:
         raise StudyError(
             Reason.MASK_MISMATCH,
@@ -238,6 +245,7 @@ def _lung_slices(
     if lung is not None:
         return _slices_of_mask(lung, lesion)
     if intensity == "grey8":
+        # Without HU no lung is found and no involvement is measured.
         return np.arange(len(ct.hu)), None
     lungs = find_lungs(ct)
     voxel_ml = ct.voxel_ml if ct.has_known_spacing else None
@@ -257,6 +265,7 @@ def _slices_of_mask(
     involvement = None
     if lesion is not None:
         involvement = float(np.count_nonzero(lesion) / np.count_nonzero(whole))
+    # (z, y, x) -> (z,)
     return np.flatnonzero(whole.any(axis=(1, 2))), involvement
 
 

@@ -38,6 +38,7 @@ class SliceFile:
 
 def to_grey(slices_hu: NDArray[Any], window: WindowConfig) -> NDArray[np.uint8]:
     """Map HU to 0..GREY_STEPS over a window."""
+    # Steps per HU.
     scale = GREY_STEPS / (window.high_hu - window.low_hu)
     clipped = np.clip(slices_hu.astype(np.float32), window.low_hu, window.high_hu)
     grey: NDArray[np.uint8] = np.rint((clipped - window.low_hu) * scale).astype(np.uint8)
@@ -73,12 +74,15 @@ def save_slices(path: Path, slices: SliceFile, context_px: int) -> None:
 
 def load_slices(path: Path, fill: int) -> SliceFile:
     """Read a file of ``save_slices``. fill: grey value of pixels that were not written."""
+    # No pickles: a file of data must not run code.
     with np.load(path, allow_pickle=False) as arrays:
+        # Undoes the differences; uint8 wraps modulo 256 as they did.
         grey = np.add.accumulate(arrays["grey"], axis=0, dtype=np.uint8)
         has_lung = arrays["has_lung"]
         top, left, height, width = (int(value) for value in arrays["frame"])
         box_top, box_left, box_height, box_width = (int(value) for value in arrays["box"])
         masks = [
+            # The count drops the bits that fill the last byte.
             np.unpackbits(arrays[name], count=grey.size).reshape(grey.shape).astype(bool)
             for name in ("lesion", "inside")
         ]
@@ -98,6 +102,7 @@ def _paste(
     slices: NDArray[Any], corner: tuple[int, int], shape: tuple[int, int], fill: int
 ) -> NDArray[Any]:
     """Put cropped slices at ``corner`` of whole ones of ``shape``."""
+    # (S, y, x) of the source.
     whole = np.full((len(slices), *shape), fill, slices.dtype)
     rows = slice(corner[0], corner[0] + slices.shape[1])
     columns = slice(corner[1], corner[1] + slices.shape[2])

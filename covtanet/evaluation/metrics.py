@@ -46,7 +46,9 @@ def segmentation(rows: Sequence[Row]) -> Metrics:
     if not masked:
         return {"num_volumes": 0}
     volumes = [np.array([row[name] for name in COUNTS], np.int64) for row in masked]
+    # (4, slices of all volumes)
     slices = np.concatenate(volumes, axis=1)
+    # (4, volumes)
     by_volume = np.stack([volume.sum(axis=1) for volume in volumes], axis=1)
     return {
         "num_volumes": len(volumes),
@@ -86,6 +88,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _by_size(slices: NDArray[np.int64]) -> list[Metrics]:
+    # (TP + FN) / all pixels
     share = (slices[0] + slices[2]) / slices.sum(axis=0)
     bins = []
     for low, high in SIZE_BINS:
@@ -104,6 +107,7 @@ def classification(rows: Sequence[Row], threshold: float = 0.5) -> Metrics:
     graded = [row for row in rows if row["grade"] and row["p_infected"] is not None]
     if not graded:
         return {"num_volumes": 0}
+    # By the true grade, not by the predicted diagnosis.
     infected = [row for row in graded if row["grade"] != "normal"]
     is_infected = np.array([row["grade"] != "normal" for row in graded])
     is_severe = np.array([row["grade"] == "severe" for row in infected])
@@ -162,11 +166,13 @@ def _interval(truth: NDArray[np.bool_], p: NDArray[np.float64]) -> tuple[float, 
 
     Each class is resampled separately.
     """
+    # A fixed seed: the same rows give the same interval.
     rng = np.random.default_rng(0)
     positive = p[truth]
     negative = p[~truth]
     # The AUC is the share of pairs (positive, negative) in the right order. A resample changes the
     # weights of the pairs alone, so that all resamples together are two products of matrices.
+    # (positives, negatives); ties count one half.
     right = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
     weights = [
         rng.multinomial(len(values), [1 / len(values)] * len(values), NUM_BOOTSTRAPS)
@@ -183,6 +189,7 @@ def calibration(truth: NDArray[np.bool_], p: NDArray[np.float64]) -> Metrics:
     if not len(truth) or truth.all() or not truth.any():
         return {"num_volumes": len(truth)}
     observed, predicted = calibration_curve(truth, p, n_bins=NUM_CALIBRATION_BINS)
+    # A probability of 1 belongs to the last bin.
     bins = np.minimum((p * NUM_CALIBRATION_BINS).astype(int), NUM_CALIBRATION_BINS - 1)
     gaps = []
     for index in np.unique(bins):

@@ -58,6 +58,7 @@ def evaluate_volume(
     lesions; else no pixels are counted.
     """
     prediction = predictor.predict(samples.levels)
+    # (S, H, W) bool
     lesion_mask = prediction.lesion_levels >= THRESHOLD
     row: dict[str, Any] = {
         "volume": volume.key,
@@ -78,6 +79,7 @@ def evaluate_volume(
 def _count_pixels(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dict[str, list[int]]:
     """Return TP, FP, FN and TN of each slice. Both masks: (S, H, W)."""
     pairs = (predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth)
+    # (S, H, W) -> (S,)
     sums = [pair.sum(axis=(1, 2)).tolist() for pair in pairs]
     return dict(zip(COUNTS, sums, strict=True))
 
@@ -85,6 +87,7 @@ def _count_pixels(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dic
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """Return rows as one file, in the order of their volumes."""
     buffer = BytesIO()
+    # Sorted, so that equal evaluations give equal files.
     ordered = sorted(rows, key=lambda row: row["volume"])
     pq.write_table(pa.Table.from_pylist(ordered, schema=EVALUATION_SCHEMA), buffer)
     return buffer.getvalue()

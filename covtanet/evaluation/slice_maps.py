@@ -43,7 +43,9 @@ def lung_slices_with_neighbours(
     shown = np.flatnonzero(slices.has_lung)
     reach = 1 if slices.is_continuous and channels > 1 else 0
     distances = (-reach, 0, reach) if channels > 1 else (0,)
+    # (S, channels), clipped at the ends of the series.
     rows = np.stack([np.clip(shown + step, 0, len(levels) - 1) for step in distances], axis=1)
+    # (S, channels, size, size)
     return levels[rows]
 
 
@@ -57,6 +59,7 @@ def predict_maps(
     device = next(module.parameters()).device
     levels = lung_slices_with_neighbours(slices, size_px, channels, fill)
     shape = (slices.grey.shape[1], slices.grey.shape[2])
+    # (S, y, x), in the pixels of the source.
     single = np.empty((len(levels), *shape), np.float32)
     flipped = np.empty_like(single)
     for start in range(0, len(levels), BATCH_SIZE):
@@ -75,7 +78,9 @@ def _probabilities(module: nn.Module, batch: Tensor) -> Tensor:
     maps = []
     for axes in FLIPS:
         logits = module(torch.flip(images, axes))
+        # Flipped back, so that the four maps lie upon each other.
         maps.append(torch.flip(torch.sigmoid(logits.float()), axes))
+    # (B, 1, size, size) twice
     return torch.cat([maps[0], torch.stack(maps).mean(0)], 1)
 
 
@@ -91,6 +96,7 @@ def slice_counts(
     for threshold in thresholds:
         predicted = probabilities >= threshold
         tp = (predicted & truth).sum((1, 2))
+        # (S, 3): TP, FP and FN
         rows.append(torch.stack([tp, predicted.sum((1, 2)) - tp, lesion - tp], 1))
     counts: NDArray[np.int64] = torch.stack(rows).cpu().numpy()
     return counts

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 REPORT_EVERY = 50
+# Descriptions are small objects: the time goes to waiting for storage.
 NUM_FETCH_THREADS = 16
 
 
@@ -41,6 +42,7 @@ def prepare_volumes(
     go on. For an evaluation; the folds of a training would be others the next time.
     """
     keys = volume_keys(volumes, data_uri, window, slice_step_mm)
+    # One listing tells which volumes are done: a killed preparation continues.
     names = set(storage.list_names(prepared_uri))
     done = [key for key in keys if f"{key}.json" in names]
     descriptions = _read_descriptions(prepared_uri, done)
@@ -60,6 +62,7 @@ def prepare_volumes(
     )
     if rows:
         descriptions += _prepare_on_ray(rows, prepare_one)
+    # Old and new descriptions in one order, whatever was prepared now.
     return sorted(descriptions, key=lambda volume: volume.key)
 
 
@@ -147,6 +150,7 @@ def prepare_row(
         raise storage.AccessError("the store refuses our credentials") from None
     except OSError as error:
         if not refuses_unread:
+            # The key, not the path, which may name a study.
             raise OSError(f"volume {key}: storage: {type(error).__name__}") from None
         description = refused(volume, key, window, "storage", type(error).__name__)
     except Exception as error:

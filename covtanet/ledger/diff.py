@@ -35,10 +35,12 @@ def differences(left: pa.Table, right: pa.Table) -> list[str]:
 
 
 def _is_equal(name: str, left: Any, right: Any) -> bool:
+    # A missing number is null and equals null only.
     if left is None or right is None:
         return left is right
     if name in PROBABILITIES:
         return bool(abs(left - right) <= PROBABILITY_TOLERANCE)
     if name in MEASUREMENTS:
+        # Relative, since volumes range from millilitres to litres.
         return bool(abs(left - right) <= MEASUREMENT_TOLERANCE * max(abs(left), abs(right)))
     return bool(left == right)

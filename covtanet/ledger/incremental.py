@@ -38,8 +38,10 @@ class KnownSeries:
         """
         if self.source_version not in source_versions:
             return False
+        # Another version of the software may be able to read the series.
         if self.status == Status.REJECTED:
             return self.software_version == software_version
+        # A failed series was not at fault and is tried again.
         return self.status == Status.SCREENED
 
 
@@ -62,6 +64,7 @@ class PreviousRuns:
     def settles_folder(self, folder: str, version: str, software_version: str) -> bool:
         """Return whether a folder has not changed and all its series are settled."""
         listed_version, series_keys = self.folders.get(folder, UNLISTED)
+        # Names, sizes and versions of the objects: something was added, removed or replaced.
         if listed_version != version:
             return False
         return all(self._is_settled(key, software_version) for key in series_keys)
@@ -83,6 +86,7 @@ def read_previous_runs(run: Run) -> PreviousRuns:
     if num_ahead := sum(known.is_ahead for known in committed):
         logger.warning("%d runs with a date in the future are left out", num_ahead)
     series = known_series(run.ledger, {known.run_id for known in runs})
+    # A run with a limit has not listed all folders.
     whole = [known.run_id for known in runs if not known.description.get("limit")]
     folders = read_folders(run.work_root, whole[-1]) if whole else {}
     logger.info("%d series are known from %d runs", len(series), len(runs))

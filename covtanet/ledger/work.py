@@ -20,6 +20,7 @@ from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
 
+# Rows in memory at a time: a row of the manifest lists all objects of its series.
 SERIES_PER_GROUP = 64
 FOLDERS_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
@@ -41,6 +42,7 @@ def write_manifest(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.parquet"
         write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
+        # Created, not replaced: a second driver takes the manifest of the first.
         storage.create(path, run.work_uri("manifest.parquet"))
 
 
@@ -69,6 +71,7 @@ def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]
 
 def finished_keys(run: Run) -> set[str]:
     """Return the keys of the series that have a row."""
+    # A listing instead of a read of every row: the name is the key.
     names = storage.list_names(run.work_uri("rows"))
     return {
         name.removesuffix(".parquet")
@@ -100,6 +103,7 @@ def store_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
     row = complete_row(run, record)
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist([row], schema=LEDGER_SCHEMA), buffer)
+    # A series that two workers finish leaves one row, since the key is its name.
     storage.write_bytes(run.row_uri(row["series_key"]), buffer.getvalue())
     return row
 

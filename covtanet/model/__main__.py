@@ -12,6 +12,7 @@ from covtanet.errors import ConfigError
 from covtanet.model.covtanet import SIZES, JointClassifier, architecture
 from covtanet.model.registry import NAMES, SOURCES, build_segmenter
 
+# Sides of the slices of the sizes "small" and "paper".
 SIDES_PX = (128, 512)
 
 

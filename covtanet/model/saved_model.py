@@ -115,6 +115,7 @@ def _write_description(folder: Path, model: SavedModel) -> None:
         # The weights are written first, so that the description's digest stands for both files.
         "weights_sha256": _sha256(folder / WEIGHTS),
     }
+    # Sorted: equal models have equal digests.
     text = json.dumps(description, indent=2, sort_keys=True)
     (folder / DESCRIPTION).write_text(f"{text}\n")
 
@@ -135,6 +136,7 @@ def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedM
             format, or weights that do not fit the network.
     """
     folder = Path(folder)
+    # Before anything is read into memory.
     _check_sizes(folder)
     digest = model_digest(folder)
     if expected_digest and digest != expected_digest:
@@ -153,6 +155,7 @@ def _load(folder: Path, digest: str) -> SavedModel:
     if version not in READABLE_VERSIONS:
         expected = " or ".join(str(number) for number in READABLE_VERSIONS)
         raise CheckpointError(f"model format {version}, expected {expected}")
+    # Before the weights are parsed.
     if _sha256(folder / WEIGHTS) != description["weights_sha256"]:
         raise CheckpointError("the weights differ from the digest in the model's description")
     config = network_config(description["network"], version)

@@ -78,6 +78,7 @@ def add_skeleton(hu: NDArray[np.float32], at: Coordinates, lung: Mask) -> None:
     processes, canal = ellipse(at, 0, 88, 26, 7) < 1, ellipse(at, 0, 83, 8, 7) < 1
     breast_bone = (ellipse(at, 0, -84, 17, 5) < 1) & (at.z > 0.35)
     hu[np.broadcast_to(vertebra, hu.shape)] = 230.0
+    # After the vertebra, whose rim it leaves.
     hu[np.broadcast_to(marrow, hu.shape)] = 160.0
     hu[np.broadcast_to(processes, hu.shape)] = BONE
     hu[np.broadcast_to(canal, hu.shape)] = 20.0
@@ -105,6 +106,7 @@ def smooth_noise(
     coarse = rng.standard_normal((at.num_slices, coarse_px, coarse_px), dtype=np.float32)
     sigma = correlation_mm / at.pixel_mm / step
     coarse = ndimage.gaussian_filter(coarse, (correlation_mm / at.slice_mm, sigma, sigma))
+    # After the blur, which lowers the variance.
     coarse /= coarse.std()
     full = ndimage.zoom(coarse, (1, step, step), order=1)
     return np.asarray(full[:, : at.size_px, : at.size_px])
@@ -121,8 +123,10 @@ def vessels(lung: Mask, rng: np.random.Generator, at: Coordinates) -> NDArray[np
         path = hilum + (end - hilum) * steps + bend * np.sin(np.pi * steps)
         index = np.rint(path).astype(int)
         inside = ((index >= 0) & (index < lung.shape)).all(axis=1)
+        # (z, y, x)
         k, j, i = index[inside].T
         out[k, j, i] = np.maximum(out[k, j, i], (1.25 - steps[inside, 0]).astype(np.float32))
+    # In the plane only: a slice is several times as thick as a pixel.
     blurred = ndimage.gaussian_filter(out, (0, 0.8, 0.8))
     return np.asarray(np.clip(blurred * 2.6, 0, 1) * lung)
 

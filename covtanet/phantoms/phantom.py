@@ -78,6 +78,7 @@ def make_phantom(config: PhantomConfig) -> Phantom:
     at = _coordinates(config, rng)
     left, right = (lung_shape(at, side, rng) for side in (1, -1))
     heart = (ellipse(at, 22, -28, 52, 44) + ((at.z - 0.36) / 0.24) ** 2) < 1
+    # (z, y, x) bool
     lung = (left | right) & ~heart
     hu = _tissues(at, lung, heart)
     texture = smooth_noise(rng, at, TEXTURE_MM)
@@ -90,8 +91,10 @@ def make_phantom(config: PhantomConfig) -> Phantom:
         hu, lesion_mask = add_lesions(
             hu, lung, at, rng, involvement=config.involvement, consolidation=config.consolidation
         )
+    # After the lesions, which must not fill the airways.
     hu[airways(at, lung)] = AIR
     hu = ndimage.gaussian_filter(hu, (0, 0.6, 0.6))
+    # Noise comes after the blur of the tissues and has a blur of its own.
     noise = rng.standard_normal(hu.shape, dtype=np.float32)
     hu += config.noise_hu * ndimage.gaussian_filter(noise, (0, 0.5, 0.5)) * NOISE_GAIN
     return Phantom(

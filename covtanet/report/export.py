@@ -66,6 +66,7 @@ def export_series(row: dict[str, Any], results: str) -> dict[str, Any]:
         AccessError: the store refuses the credentials, which concerns every series.
     """
     key = row["series_key"]
+    # Before any path is made of them.
     if not all(SAFE_NAME.fullmatch(row[name]) for name in ("run_id", "series_key")):
         return outcome_of("", "run_id or series_key is not of letters and digits")
     try:
@@ -76,6 +77,7 @@ def export_series(row: dict[str, Any], results: str) -> dict[str, Any]:
         return outcome_of(key, str(error))
     except storage.AccessError:
         raise
+    # Before OSError, of which it is a kind.
     except storage.ObjectChangedError:
         return outcome_of(key, Reason.CHANGED)
     except OSError as error:
@@ -92,6 +94,7 @@ def outcome_of(series_key: str, outcome: str, detail: str = "") -> dict[str, Any
 def _write(row: dict[str, Any], folder: str) -> str:
     """Write a row's objects unless they are there; return ``written`` or ``there already``."""
     targets = [storage.join(folder, name) for name in (SEG, SR)]
+    # Both files: an export that was killed between them writes both again.
     if all(storage.exists(target) for target in targets):
         return THERE_ALREADY
     with quiet():
@@ -114,9 +117,11 @@ def _make_objects(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
     )
     source = source_headers(row)
     num_slices = math.prod(lesion_file.shape) // (int(source[0].Rows) * int(source[0].Columns))
+    # Voxels of the mask over pixels of a frame, whatever the order of the mask's axes.
     if len(source) != num_slices:
         message = f"{len(source)} slices, expected {num_slices} as in the mask"
         raise StudyError(Reason.MISSING_SLICES, message)
+    # The files of masks are NIfTI, in RAS; the matrix is its own inverse.
     affine = LPS_TO_RAS @ lesion_file.affine
     lesion, lung = (
         frames_of(source, np.asarray(mask.dataobj) > 0, affine) for mask in (lesion_file, lung_file)
@@ -131,6 +136,7 @@ def _make_objects(row: dict[str, Any], folder: str) -> tuple[bytes, bytes]:
         involvement=row["involvement"],
         p_infected=row["p_infected"],
     )
+    # The report refers to the segmentation, which therefore comes first.
     seg = dicom_results.segmentation(source, lesion, lung, finding)
     sr = dicom_results.structured_report(source, seg, finding)
     return dicom_results.to_bytes(seg), dicom_results.to_bytes(sr)

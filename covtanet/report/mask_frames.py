@@ -27,6 +27,7 @@ def frames_of(
         StudyError: ``missing_position`` if a slice is off the grid of the mask.
     """
     grid = _MaskGrid(affine)
+    # (slices, rows, columns)
     return np.stack([_frame(header, mask, grid) for header in headers])
 
 
@@ -51,9 +52,11 @@ def _frame(header: pydicom.Dataset, mask: NDArray[np.bool_], grid: _MaskGrid) ->
     is_on_grid = (off_corner_mm <= grid.limits_mm).all() and np.max(off_steps) < MAX_OFF_STEP
     rows = np.arange(header.Rows)[:, None]
     columns = np.arange(header.Columns)[None, :]
+    # Three index arrays (rows, columns), one for each axis of the mask.
     index = [start[k] + by_row[k] * rows + by_column[k] * columns for k in range(3)]
     if not is_on_grid or not _is_inside(index, mask.shape):
         raise StudyError(Reason.MISSING_POSITION, "a slice is off the grid of its mask")
+    # Indexing, not resampling: the slices lie on the grid of the mask.
     frame: NDArray[np.bool_] = mask[index[0], index[1], index[2]]
     return frame
 
@@ -62,10 +65,12 @@ def _pixel_grid(
     header: pydicom.Dataset, to_index: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return the index of the first pixel, and its steps to the next row and column."""
+    # LPS, mm, as DICOM has it.
     corner = np.array([*header.ImagePositionPatient, 1.0], float)
     # Along a row of the image the column grows, and the other way round.
     along_row = np.array([*header.ImageOrientationPatient[0:3], 0.0], float)
     along_column = np.array([*header.ImageOrientationPatient[3:6], 0.0], float)
+    # PixelSpacing gives the distance of rows first.
     row_mm, column_mm = (float(value) for value in header.PixelSpacing)
     return (
         (to_index @ corner)[:3],

@@ -55,6 +55,7 @@ def _studies_per_minute(table: pa.Table) -> float | None:
         return None
     ends = pc.min_max(table["screened_at"]).as_py()
     minutes = (ends["max"] - ends["min"]).total_seconds() / 60
+    # n rows have n - 1 intervals between them.
     return (table.num_rows - 1) / minutes if minutes else None
 
 
@@ -74,6 +75,7 @@ def order(table: pa.Table, sort: str) -> pa.Table:
     by reason. Rows without these values come last.
     """
     is_screened = pc.equal(table["status"], Status.SCREENED)
+    # Rows without the values of the order come last.
     is_last = is_screened if sort == "refused" else pc.invert(is_screened)
     distance = pc.abs(pc.subtract(table["p_infected"], 0.5))
     keyed = table.append_column("_rank", pc.cast(is_last, pa.int8()))
@@ -129,6 +131,7 @@ def page(
     The summary is of all rows of the table.
     """
     selected = select(table, status, grade, text)
+    # The limit holds whatever the caller asks for.
     rows = order(selected, sort).slice(offset, min(limit, MAX_ROWS))
     return {
         "summary": summary(table),

@@ -44,9 +44,11 @@ def list_folders(
             for folder, objects in group:
                 version = storage.version_digest(objects)
                 versions.append({"folder": folder, "version": version, "series_keys": []})
+                # Folders that have not changed are not read again.
                 if not previous_runs.settles_folder(folder, version, run.software_version):
                     rows.append({"folder": folder, "objects": [_as_row(item) for item in objects]})
             to_read.write_table(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
+            # Every folder, also those that are skipped: the next run compares with them.
             all_folders.write_table(pa.Table.from_pylist(versions, schema=FOLDERS_SCHEMA))
             num_folders += len(group)
             num_to_read += len(rows)
@@ -87,6 +89,7 @@ def split_scan(
                 folder = row["source_path"][: row["source_path"].rfind("/") + 1]
                 keys_by_folder.setdefault(folder, []).append(row["series_key"])
             num_series += len(series_rows)
+            # After the group is written, hence at least so many series.
             if limit and num_series >= limit:
                 break
     return uid_counts, keys_by_folder

@@ -88,7 +88,9 @@ def prepare_series(
     digest = ContentDigest()
     work = partial(_fetch_and_decode, series, row, archive, config, decoder, digest)
     result = refuse_on_error(record.series_key, work)
+    # Also of a refused series: the time was spent.
     record = replace(record, decode_s=time.perf_counter() - started)
+    # A digest of some of the objects would be taken for that of the series.
     if digest.num_objects == len(series.objects):
         record = replace(record, source_digest=digest.hexdigest())
     if isinstance(result, Refusal):
@@ -143,6 +145,7 @@ def measure_series(series: PredictedSeries, config: ScreeningConfig) -> Measured
     if isinstance(result, Refusal):
         return MeasuredSeries(record=record.refused(result))
     masks, involvement, lesion_slices = result
+    # A flag, not a refusal: the numbers are reported all the same.
     if involvement.is_implausible:
         record = record.with_flag(QcFlag.IMPLAUSIBLE_LUNGS)
     record = replace(
@@ -167,6 +170,7 @@ def new_record(series: Series, row: Row, archive: str) -> ScreeningRecord:
         source_version=row["source_version"],
         num_objects=row["num_objects"],
         num_bytes=row["num_bytes"],
+        # Time of day: it is compared with that of other machines.
         started_at=time.time(),
         study_uid=series.study_uid,
         series_uid=series.series_uid,
@@ -178,6 +182,7 @@ def ended_before_prediction(record: ScreeningRecord, window: WindowConfig) -> Pr
     """Return a series that is not decoded: its record alone."""
     return PreparedSeries(
         record=record,
+        # An empty array of the same type: all blocks of a stage have one schema.
         slices=np.empty((0, window.size_px, window.size_px), np.uint16),
         chosen=np.empty(0, np.int64),
         masks=b"",
@@ -210,6 +215,7 @@ def refuse_on_error(series_key: str, work: Callable[[], T]) -> T | Refusal:
         return Refusal(status=Status.REJECTED, reason=error.reason, detail=str(error))
     except StudyTimeoutError as error:
         return _failure(Reason.TIMEOUT, str(error))
+    # Before OSError, since they concern every series and not this one.
     except (storage.AccessError, UnavailableError, WeakSandboxError, SandboxClosedError):
         raise
     except FileNotFoundError:

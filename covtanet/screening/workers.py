@@ -37,6 +37,7 @@ from covtanet.screening.stages import (
 )
 
 Row = dict[str, Any]
+# The file descriptor: faulthandler writes to it without Python's streams.
 STDERR = 2
 
 
@@ -54,6 +55,7 @@ class Decoder:
 
     def __call__(self, row: Row) -> Row:
         """Turn a row of the manifest into a prepared series."""
+        # Before the work: a series that kills this process has been counted.
         if not count_attempt(self.run, row["series_key"], "decode"):
             record = new_record(series_from_row(row), row, self.run.archive)
             return ended_before_prediction(record.refused(WORKER_DIED), self.window).to_row()
@@ -80,6 +82,7 @@ class PredictorWorker:
 
         with tempfile.TemporaryDirectory() as folder:
             storage.download_files(run.work_uri("model"), MODEL_FILES, Path(folder))
+            # The digest is checked: a run has one model on all nodes.
             model = load_model(Path(folder), run.model_digest)
         self.run = run
         self.config = config
@@ -118,6 +121,7 @@ def measure_and_store(
             measured = MeasuredSeries(record=series.record.refused(WORKER_DIED))
         else:
             measured = measure_series(series, config)
+        # Pictures first: a series with a row is finished and would not get them later.
         if results:
             write_results(series, measured, window, storage.join(results, run.run_id))
         return measured.record, store_record(run, measured.record)

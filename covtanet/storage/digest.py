@@ -13,7 +13,9 @@ def version_digest(objects: list[ObjectInfo]) -> str:
     """
     digest = hashlib.sha256()
     for item in sorted(objects, key=lambda item: item.path):
+        # NUL and line feed separate the fields.
         line = f"{item.path}\0{item.num_bytes}\0{item.version}\n"
+        # surrogateescape: names on a disk need not be UTF-8.
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -44,5 +46,6 @@ class ContentDigest:
 
     def hexdigest(self) -> str:
         """Return the digest of all objects that were read to their end."""
+        # Sorted: objects may be read in any order.
         lines = "".join(line for _, line in sorted(self._lines.items()))
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

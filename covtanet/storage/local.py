@@ -42,6 +42,7 @@ class LocalStore:
             top, onerror=_raise_listing_error, followlinks=True
         ):
             status = Path(folder).stat()
+            # Device and inode: two paths to one folder have the same pair.
             if (status.st_dev, status.st_ino) in visited:  # a link back into the tree
                 subfolders.clear()
                 continue
@@ -49,6 +50,7 @@ class LocalStore:
             outside: set[str] = set()
             if not leaves_root:
                 outside = _names_leading_out(Path(folder), [*subfolders, *names], top)
+            # In place: os.walk goes on with this list, in this order.
             subfolders[:] = sorted(set(subfolders) - outside)
             prefix = _prefix_of(Path(folder), top)
             objects = _list_files(Path(folder), prefix, sorted({*names, *outside}), outside)
@@ -77,6 +79,7 @@ class LocalStore:
     def read_chunks(self, uri: str, expected: ObjectInfo | None) -> Iterator[bytes]:
         """Read a file in chunks; compare size and time of change with the listing first."""
         with _path_on_disk(uri).open("rb") as file:
+            # Of the open file: a file that is renamed over the path meanwhile has another one.
             status = os.fstat(file.fileno())
             version = (status.st_size, str(status.st_mtime_ns))
             if expected is not None and version != (expected.num_bytes, expected.version):
@@ -88,6 +91,7 @@ class LocalStore:
         """Write a file next to its target and rename it: a reader sees all of it or nothing."""
         target = Path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
+        # In the folder of the target, since a rename works within one file system only.
         descriptor, partial = tempfile.mkstemp(prefix="._", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as out:
@@ -95,6 +99,7 @@ class LocalStore:
                 out.flush()
                 # Before the rename: a crash must not leave an empty file under the name.
                 os.fsync(out.fileno())
+            # mkstemp gives mode 0600, and other users read the ledger.
             Path(partial).chmod(0o644)
             if only_new:
                 # A link fails if the target exists; a rename would replace it.
@@ -183,4 +188,5 @@ def _shifted(character: str, source_at: int, target_at: int) -> str:
 
 
 def _raise_listing_error(error: OSError) -> None:
+    # os.walk skips such a folder by default, and its series would be lost.
     raise OSError(f"a folder of the archive cannot be listed: {type(error).__name__}") from None

@@ -102,17 +102,20 @@ def register_model(
     run_id = open_run(address)
     digest = model_digest(folder)
     for registered in client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'"):
+        # A restart finds the version that it registered before.
         if registered.tags.get(DIGEST_TAG) == digest:
             return str(registered.version)
     # Networks of one experiment share the run, so each model has a folder named by its digest.
     artifact = f"{ARTIFACT}/{digest[:12]}"
     _log_model(client, run_id, folder, artifact)
+    # A model that is created twice is an error in MLflow.
     if not client.search_registered_models(f"name='{MODEL_NAME}'"):
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/{artifact}"
     created = client.create_model_version(
         MODEL_NAME, source, run_id, tags={DIGEST_TAG: digest, **tags}
     )
+    # Last: an alias never names a version that is incomplete.
     if alias:
         client.set_registered_model_alias(MODEL_NAME, alias, created.version)
     return str(created.version)

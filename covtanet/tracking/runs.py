@@ -52,11 +52,13 @@ def open_run(address: RunAddress) -> str:
     client = MlflowClient(tracking_uri=address.uri)
     experiment_id = _experiment(client, address)
     query = f"tags.`{RUN_KEY_TAG}` = '{address.key}'"
+    # By key and not by name: MLflow allows several runs of one name.
     runs = client.search_runs([experiment_id], query, max_results=1)
     if runs:
         return str(runs[0].info.run_id)
     tags = {RUN_KEY_TAG: address.key, "covtanet.software_version": software_version()}
     if address.parent is not None:
+        # The parent first; MLflow's page nests runs by this tag.
         tags[MLFLOW_PARENT_RUN_ID] = open_run(address.parent)
     return str(client.create_run(experiment_id, run_name=address.name, tags=tags).info.run_id)
 
@@ -72,6 +74,7 @@ def _experiment(client: MlflowClient, address: RunAddress) -> str:
 def log_history(run_id: str, history: Sequence[Mapping[str, float]], uri: str) -> None:
     """Log the epochs that the run does not have yet, one call per epoch, from any process."""
     client = MlflowClient(tracking_uri=uri)
+    # MLflow keeps every value that is logged, so an epoch is logged only once.
     logged = {metric.step for metric in client.get_metric_history(run_id, "epoch")}
     now = _milliseconds()
     for metrics in history:
@@ -97,6 +100,7 @@ def describe_run(
     missing = [
         Param(name, str(value)[:MAX_PARAMETER_CHARACTERS])
         for name, value in flatten(parameters or {}).items()
+        # MLflow refuses to change a parameter once it is logged.
         if name not in logged.params
     ]
     client.log_batch(run_id, params=missing)
@@ -111,6 +115,7 @@ def describe_run(
         client.set_tag(run_id, name, value)
     if files:
         _log_files(client, run_id, files)
+    # Last: a run that is marked as finished has all its files.
     if is_finished:
         client.set_terminated(run_id)
     return run_id

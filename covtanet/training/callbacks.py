@@ -33,6 +33,7 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
     ) -> None:
         """Log the checkpoint's history, which is reduced over ranks; no error ends a training."""
         with tracking.tolerated("an epoch's metrics"):
+            # The checkpoint, not the report: it also has the epochs that could not be logged.
             with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
                 history = json.loads(file.read())["history"]
             # Of the process that Ray starts for the controller, this is the log.

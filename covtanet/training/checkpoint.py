@@ -30,6 +30,8 @@ def save_progress(folder: Path, progress: Progress) -> None:
         save_file(getattr(progress, part), path)
         digests[part] = _sha256(path)
     state = {"history": progress.history, "sha256": digests}
+    # Last: it holds the digests of the other files, so that a checkpoint that was cut short is
+    # refused.
     (folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
 
 
@@ -44,6 +46,7 @@ def load_progress(folder: Path) -> Progress:
         parts = {}
         for part in PARTS:
             path = folder / f"{part}.safetensors"
+            # Compared before the file is parsed.
             if _sha256(path) != state["sha256"][part]:
                 raise CheckpointError(f"{path.name} differs from the digest in {STATE}")
             parts[part] = dict(load_file(path))

@@ -141,6 +141,7 @@ def _volume_lanes(
 ) -> list[LaneSpec]:
     """Return the lanes of phase 2 for one part of the split."""
     graded = {key: 1 for key in keys if volumes[key].grade}
+    # Two bytes a value: uint16 slices or float16 features.
     num_bytes = 2 * _values_per_volume(config)
     lanes = assign_lanes(graded, config.phase2.micro_batches)
     return [
@@ -177,9 +178,11 @@ def _cached_datasets(
             num_cpus=1,
             num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
         )
+    # Ends of the shards in the one dataset, in the order of its rows.
     ends: list[int] = []
     for items in rows.values():
         ends.append((ends[-1] if ends else 0) + len(items))
+    # Materialized once: every epoch then reads the kept features.
     shards = dataset.materialize().split_at_indices(ends[:-1])
     return dict(zip(rows, shards, strict=True))
 
@@ -213,12 +216,14 @@ class _FrozenSegNet:
 
     def __call__(self, row: Row) -> Row:
         levels = row.pop("levels")
+        # (S, H, W) -> (1, S, H, W) -> (S, C, P, P)
         return {**row, "pooled": self.features(levels[None])[0].cpu().numpy()}
 
 
 def _items(rows: list[Row]) -> ray.data.Dataset:
     """Return a dataset of small rows, one per block, that keeps its order for every start."""
     ray_data.configure(preserve_order=True)
+    # One row per block spreads the reads over all CPUs.
     return ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
 
 
@@ -239,6 +244,7 @@ def _refuse_small(lanes: Sequence[LaneSpec], phase: str, kind: str, sampling: Sa
     if not all(lane.names for lane in lanes):
         raise ConfigError(f"{phase} has fewer {kind} to train on than micro_batches, {len(lanes)}")
     for lane in lanes:
+        # Of the first epoch; the others draw about as many.
         num_drawn = len(sampling.drawn(lane.names, lane.has_lesion, 0))
         if num_drawn < sampling.batch_size:
             raise ConfigError(

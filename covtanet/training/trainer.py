@@ -131,6 +131,7 @@ def _trainer(
 ) -> "ray.train.torch.TorchTrainer":
     config = job.config
     filesystem, path = storage.filesystem(phase_run.storage_uri)
+    # Two runs then see the same batches.
     options = ray.data.ExecutionOptions(preserve_order=True)
     return ray.train.torch.TorchTrainer(
         worker.train,
@@ -158,6 +159,7 @@ def _num_threads(num_workers: int) -> int:
     """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
     num_nodes = len([node for node in ray.nodes() if node["Alive"]])
     num_cores = len(os.sched_getaffinity(0))
+    # Shared by all trainings at once, and no more than a node has.
     return max(1, min(num_cores, num_nodes * num_cores // num_workers))
 
 

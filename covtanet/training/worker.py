@@ -104,6 +104,7 @@ def _ranks() -> Ranks:
 
 def _numbers(lanes: Sequence[LaneSpec], ranks: Ranks) -> range:
     """Return the numbers of the lanes that belong to this rank."""
+    # Whole lanes, dealt out in turn.
     return range(ranks.index, len(lanes), ranks.count)
 
 
@@ -134,6 +135,7 @@ def _phase(job: WorkerJob, module: nn.Module, validation: list[Lane], ranks: Ran
         network.segnet.load_state_dict(job.segnet_state)
         # The classifier that learns is the module; this one would take memory for nothing.
         network.classifier = nn.Identity()  # type: ignore[assignment]
+        # In eval mode batch norm uses its stored statistics.
         network.eval().requires_grad_(False).to(ranks.device)
         features = frozen_features(network.segment, ranks.device, config.phase2)
     return phase2(module, model, config.phase2, config.joint_loss, validation, ranks, features)
@@ -179,6 +181,7 @@ def _resume(job: WorkerJob, ranks: Ranks) -> Progress:
             continue
         logger.warning("phase %d continues after epoch %d", job.phase, len(progress.history))
         break
+    # Ranks that start from different epochs would train different networks.
     if ranks.lowest(len(progress.history)) != len(progress.history):
         raise OSError("the workers found different checkpoints")
     return progress
@@ -196,6 +199,7 @@ def _report(progress: Progress, ranks: Ranks) -> None:
     """Report to the controller; rank 0 hands over the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
+        # Every rank reports, as Ray Train expects; one of them writes.
         if ranks.index == 0:
             save_progress(Path(folder), progress)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
