@@ -25,7 +25,7 @@ from covtanet.screening.study import Screener
 
 # A long study is cut into chunks, so that a short study that came later takes turns with it.
 CHUNK_SLICES = 16
-# One that the model works on and one that waits for it, so that the model does not idle.
+# The model works on one chunk while the next waits for it, so that it does not idle.
 CHUNKS_IN_FLIGHT = 2
 ANSWER_TIMEOUT_S = 120.0
 

@@ -25,9 +25,9 @@ from covtanet.errors import AccessError, ObjectChangedError
 from covtanet.storage.store import CHUNK_BYTES, Folder, ObjectInfo, check_count
 from covtanet.storage.uri import S3, split_s3
 
-# A thread that waits for a slow object store ends with the read under way, at most READ_TIMEOUT_S
-# later.
 CONNECT_TIMEOUT_S = 10
+# A thread that waits for a slow object store ends with the read under way, so at most this much
+# later.
 READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 5
 # Before a broken stream is resumed; the pause doubles with each attempt.

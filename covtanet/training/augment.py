@@ -77,7 +77,7 @@ class Augmenter:
             self.transforms({"slice": image, "lesion": mask})
             for image, mask in zip(slices, lesion_mask, strict=True)
         ]
-        # (B, 1, H, W); contrast and noise may leave [0, 1], hence the clamp.
+        # (B, 1, H, W); noise may leave [0, 1], hence the clamp.
         images = torch.stack([torch.as_tensor(pair["slice"]) for pair in changed]).clamp(0, 1)
         masks = torch.stack([torch.as_tensor(pair["lesion"]) for pair in changed])
         # MONAI returns tensors of its own class.

@@ -199,7 +199,7 @@ def _report(progress: Progress, ranks: Ranks) -> None:
     """Report to the controller; rank 0 hands over the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        # Every rank reports, as Ray Train expects; one of them writes.
+        # Every rank reports, as Ray Train expects; rank 0 alone writes.
         if ranks.index == 0:
             save_progress(Path(folder), progress)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
