@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydicom
 import pytest
-from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+from hostile import CATALOGUE, CONTROLS
 from repository import ROOT
 from running import S3, Cluster
 from screening_runs import CONFIG, DeadlySeries, Screening
+from sound_input import gz, plain_nifti, slices
 
 from covtanet import storage
 from covtanet.ledger.diff import differences
