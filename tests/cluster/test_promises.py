@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydicom
 import pytest
-from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+from hostile import CATALOGUE, CONTROLS
 from repository import ROOT
 from running import S3, Cluster
 from screening_runs import CONFIG, DeadlySeries, Screening
+from sound_input import gz, plain_nifti, slices
 
 from covtanet import storage
 from covtanet.ledger.diff import differences
@@ -86,12 +88,47 @@ def listener() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         server.server_close()
 
 
+@dataclass(frozen=True)
+class Nights:
+    """Nights of one archive, each screened by a job."""
+
+    screening: Screening
+    cluster: Cluster
+    archive: Path
+    ledger: Path
+    url_file: Path
+
+    def screen(self, date: str, expect: int = 0) -> tuple[list[tuple[str, str]], str]:
+        """Return folder and reason or status of each row of the night, and the job's output."""
+        output = self.cluster.run_job(
+            "nightly.py",
+            "--archive",
+            str(self.archive),
+            "--ledger",
+            str(self.ledger),
+            "--model",
+            str(self.screening.folder / "model"),
+            "--config",
+            str(self.screening.folder / "screening.toml"),
+            "--night",
+            date,
+            "--alert-url-file",
+            str(self.url_file),
+            expect=expect,
+        )
+        (path,) = self.ledger.glob(f"date={date}/*.parquet")
+        rows = read_run(str(path)).to_pylist()
+        outcomes = [
+            (row["source_uri"].removeprefix(f"{self.archive}/"), row["reason"] or row["status"])
+            for row in rows
+        ]
+        return sorted(outcomes), output
+
+
 def test_nightly_screens_new_and_changed_series_and_alerts(
     screening: Screening, cluster: Cluster
 ) -> None:
-    """New, changed and failed series are screened; a night without any commits no row; the view has
-    all, once.
-    """
+    """A night without new, changed or failed series commits no row; the view has all, once."""
     archive = screening.folder / "nightly"
     for name in ("a", "b", "c"):
         (archive / name).mkdir(parents=True)
@@ -99,31 +136,7 @@ def test_nightly_screens_new_and_changed_series_and_alerts(
     (archive / "gone.nii").symlink_to(screening.folder / "nowhere.nii")
     ledger, url_file = screening.folder / "nightly-ledger", screening.folder / "alert-url"
 
-    def night(date: str, expect: int = 0) -> tuple[list[tuple[str, str]], str]:
-        output = cluster.run_job(
-            "nightly.py",
-            "--archive",
-            str(archive),
-            "--ledger",
-            str(ledger),
-            "--model",
-            str(screening.folder / "model"),
-            "--config",
-            str(screening.folder / "screening.toml"),
-            "--night",
-            date,
-            "--alert-url-file",
-            str(url_file),
-            expect=expect,
-        )
-        (path,) = ledger.glob(f"date={date}/*.parquet")
-        rows = read_run(str(path)).to_pylist()
-        found = [
-            (row["source_uri"].removeprefix(f"{archive}/"), row["reason"] or row["status"])
-            for row in rows
-        ]
-        return sorted(found), output
-
+    night = Nights(screening, cluster, archive, ledger, url_file).screen
     with listener() as (url, heard):
         url_file.write_text(url)
         first = [(f"{name}/ct.nii.gz", "screened") for name in "abc"]
@@ -193,12 +206,9 @@ def with_canaries() -> list[bytes]:
     return out
 
 
-def test_deidentify_hides_identities_and_malformed_input_is_refused(
-    screening: Screening, cluster: Cluster, s3: S3
-) -> None:
+def write_canary_archives(archive: str, everything: str) -> None:
+    """Write two archives with canaries; the second has all malformed and odd series too."""
     objects = with_canaries()
-    archive = f"s3://bucket/{CANARY}-archive"
-    everything = f"s3://bucket/{CANARY}-and-malformed"
     for place in (archive, everything):
         for index, data in enumerate(objects):
             storage.write_bytes(f"{place}/{CANARY}-study/{CANARY}{index}", data)
@@ -209,6 +219,30 @@ def test_deidentify_hides_identities_and_malformed_input_is_refused(
         write(everything, f"bad {name}", build())
     for name, build in CONTROLS.items():
         write(everything, f"good {name}", build())
+
+
+def check_logs(cluster: Cluster) -> None:
+    """No log of the cluster has a canary of a header or of a study's folder."""
+    logs = [
+        path
+        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
+        if path.is_file() and "logs" in path.parts
+    ]
+    assert logs
+    texts = {path.name: path.read_bytes() for path in logs}
+    assert not [
+        name
+        for name, text in texts.items()
+        if f"{CANARY}-study".encode() in text or b"CANARY^" in text
+    ]
+
+
+def test_deidentify_hides_identities_and_malformed_input_is_refused(
+    screening: Screening, cluster: Cluster, s3: S3
+) -> None:
+    archive = f"s3://bucket/{CANARY}-archive"
+    everything = f"s3://bucket/{CANARY}-and-malformed"
+    write_canary_archives(archive, everything)
 
     output = screening.run(
         "canary-open", "--results", "s3://bucket/canary-results", archive=everything
@@ -247,19 +281,7 @@ def test_deidentify_hides_identities_and_malformed_input_is_refused(
     assert Counter(row["reason"] for row in hidden) == Counter(row["reason"] for row in of_canaries)
     (linked,) = (s3.folder / "linkage").glob("date=*/*.parquet")
     assert CANARY in str(pq.ParquetFile(linked).read().to_pylist())
-
-    logs = [
-        path
-        for path in Path(cluster.environment["RAY_TMP"]).rglob("*")
-        if path.is_file() and "logs" in path.parts
-    ]
-    assert logs
-    texts = {path.name: path.read_bytes() for path in logs}
-    assert not [
-        name
-        for name, text in texts.items()
-        if f"{CANARY}-study".encode() in text or b"CANARY^" in text
-    ]
+    check_logs(cluster)
 
 
 @pytest.mark.parametrize(

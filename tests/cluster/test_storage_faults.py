@@ -15,8 +15,8 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from hostile import named, plain_nifti, slices
 from running import S3
+from sound_input import named, plain_nifti, slices
 
 from covtanet import storage
 from covtanet.archive import manifest

@@ -1,6 +1,5 @@
 """A real endpoint under kills, floods, slow and hostile callers, and a store that is
-slow or down.
-"""
+slow or down."""
 
 import contextlib
 import json
@@ -10,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 from mlflow.tracking import MlflowClient
+from serving_callers import Callers, suspended
 from serving_runs import (
     API,
     BACK_WITHIN_S,
@@ -26,7 +24,6 @@ from serving_runs import (
     SEGMENTER,
     UPLOAD_TIMEOUT_S,
     Serving,
-    compared,
     environment_of,
     hang_up,
     kill,
@@ -41,7 +38,11 @@ from infra.local.services import LOOPBACK, start_s3
 
 # A scenario runs several jobs one after the other; each alone may take 500 s.
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+
+
 NUM_HANG_UPS = 10
+
+
 SLOW_BYTES_PER_S = 100e3  # of one connection; eight are read at a time
 
 
@@ -217,35 +218,6 @@ def test_champion_of_another_digest_is_not_served(
     seen(f"version {before} goes on answering")
 
 
-class Callers:
-    """Callers who post studies of theirs until told to end, and check every answer."""
-
-    def __init__(self, serving: Serving) -> None:
-        self.serving = serving
-        self.is_over = threading.Event()
-        self.statuses: Counter[int] = Counter()
-        self.wrong: list[str] = []
-
-    def post(self, index: int) -> None:
-        """Post the study of one caller again and again."""
-        body, expected = self.serving.others[index]
-        while not self.is_over.is_set():
-            status, answer, retry_after_s = self.serving.post(body)
-            self.statuses[status] += 1
-            if status == 200:
-                self._compare(index, compared(answer["series"]), expected)
-            elif status != 503 or not retry_after_s:
-                self.wrong.append(f"caller {index} got {status} {answer}")
-            time.sleep(0.35 if status == 503 else 0.05)
-
-    def _compare(self, index: int, rows: list[Any], expected: list[Any]) -> None:
-        if rows != expected:
-            names = ("status", "num_slices", "lesion_volume_ml", "series_uid")
-            actual_values = [[row[name] for name in names] for row in rows]
-            right_values = [[row[name] for name in names] for row in expected]
-            self.wrong.append(f"caller {index} got {actual_values}, expected {right_values}")
-
-
 def test_hang_up_during_decoding_changes_no_other_answer(
     serving: Serving, seen: Callable[[str], None]
 ) -> None:
@@ -269,32 +241,6 @@ def test_hang_up_during_decoding_changes_no_other_answer(
         f"{statuses[200]} answers of others as without, {statuses[503]} told to come again; "
         f"right after {back_s:.0f} s"
     )
-
-
-@contextlib.contextmanager
-def suspended(find: Callable[[], list[psutil.Process]]) -> Iterator[None]:
-    """Suspend processes, also those that are started meanwhile, and resume them at the end."""
-    is_over = threading.Event()
-    stopped: set[psutil.Process] = set()
-
-    def suspend_all() -> None:
-        while not is_over.wait(0.05):
-            for process in set(find()) - stopped:
-                with contextlib.suppress(psutil.Error):
-                    process.suspend()
-                    stopped.add(process)
-
-    thread = threading.Thread(target=suspend_all)
-    thread.start()
-    time.sleep(1)  # the processes that run now are suspended before anything is asked of them
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-        for process in stopped:
-            with contextlib.suppress(psutil.Error):
-                process.resume()
 
 
 def test_timeout_in_storage_returns_504_and_in_queue_503(

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 import serving_runs
-from hostile import gz, plain_nifti, slices
 from nights import NIGHT, NIGHT_HEADERS, SubmittedBatch
 from running import Cluster
 from screening_runs import Screening
+from sound_input import gz, plain_nifti, slices
 
 from covtanet.ledger.diff import differences
 from covtanet.phantoms.encodings import dicom_objects

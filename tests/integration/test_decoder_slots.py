@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hostile import gz, plain_nifti
 from saved_models import small_model
+from sound_input import gz, plain_nifti
 
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox

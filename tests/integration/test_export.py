@@ -1,6 +1,4 @@
-"""Export parses only bytes that were screened, gives each series an outcome, and puts SEG where the
-source lies.
-"""
+"""Export parses only bytes that were screened, and gives each series an outcome."""
 
 import logging
 import os
@@ -12,27 +10,21 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hostile import deflated, enhanced, slices
-from numpy.typing import NDArray
+from export_rows import keep_masks, screened_row, write_objects
+from hostile_dicom import deflated, enhanced
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from ray import cloudpickle
-from scipy.spatial import KDTree
-from stage_rows import CONFIG, WINDOW, manifest_rows
+from sound_input import slices
 
 from covtanet import storage
 from covtanet.commands.export import report_outcomes
-from covtanet.ct import dicom, nifti
-from covtanet.ct.volume import canonical_volume
+from covtanet.ct import dicom
 from covtanet.errors import StudyError
-from covtanet.phantoms.dicom_writer import write_series
-from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.report import dicom_results, export
+from covtanet.report import export
 from covtanet.report.export import parse_header, source_headers
-from covtanet.screening import stages
 from covtanet.storage import AccessError, ObjectChangedError
 
-RUN_ID = "5e1ec7ed"
 Edit = Callable[[list[Dataset]], None]
 
 
@@ -44,142 +36,6 @@ def screened(tmp_path: Path) -> tuple[dict[str, Any], Path]:
     record = screened_row(tmp_path)
     assert record["source_digest"] is not None
     return record, folder
-
-
-def write_objects(folder: Path, objects: list[bytes]) -> None:
-    folder.mkdir(parents=True)
-    for index, data in enumerate(objects):
-        (folder / f"{index:03d}.dcm").write_bytes(data)
-
-
-def screened_row(archive: Path) -> dict[str, Any]:
-    """The ledger row of the one series of an archive, as far as decoding fills it."""
-    (row,) = manifest_rows(archive)
-    decoder = stages.in_process(WINDOW, CONFIG)
-    prepared = stages.prepare_series(
-        row, archive=str(archive), window=WINDOW, config=CONFIG, decoder=decoder
-    )
-    record = prepared.record.to_columns()
-    measured = {
-        "lesion_volume_ml": 310.25,
-        "lung_volume_ml": 4890.5,
-        "involvement": 0.0634,
-        "p_infected": 0.98,
-    }
-    model = {
-        "model_name": "m",
-        "model_version": "1",
-        "model_digest": "0" * 64,
-        "software_version": "0",
-    }
-    return {**record, **measured, **model, "run_id": RUN_ID}
-
-
-@pytest.fixture(scope="module")
-def chest() -> Phantom:
-    """Sparse, but with plausible steps along all axes, so that its coronal and sagittal slices are
-    a series too.
-    """
-    return make_phantom(
-        PhantomConfig(seed=5, involvement=0.1, size_px=96, num_slices=34, pixel_mm=3.7, slice_mm=8)
-    )
-
-
-def turned(chest: Phantom, plane: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """HU and mask of the left lung, (slices, rows, columns), in a plane, and the affine of their
-    index -> LPS mm.
-    """
-    axes, flips, shear = {
-        "axial": ((0, 1, 2), (), 1),
-        "downwards": ((0, 1, 2), (0,), 1),
-        "non-square": ((0, 1, 2), (), 2),
-        "coronal": ((1, 0, 2), (1,), 1),
-        "coronal-backwards": ((1, 0, 2), (0, 1), 1),
-        "sagittal": ((2, 0, 1), (1,), 1),
-        "sagittal-backwards": ((2, 0, 1), (0, 1), 1),
-        "prone": ((0, 1, 2), (), 1),
-        "oblique": ((0, 1, 2), (0,), 1),
-    }[plane]
-    half = chest.lung_mask.copy()
-    half[:, :, : half.shape[2] // 2] = False  # one lung alone, so that a flip shows
-    hu, mask = (np.flip(array.transpose(axes), flips)[:, ::shear] for array in (chest.hu, half))
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = chest.affine[:3, axes], chest.affine[:3, 3]
-    for axis in flips:
-        affine[:3, 3] += affine[:3, axis] * (chest.hu.shape[axes[axis]] - 1)
-        affine[:3, axis] *= -1
-    affine[:3, 1] *= shear
-    cos, sin = np.cos(np.radians(8)), np.sin(np.radians(8))
-    turn = {
-        "prone": np.diag([-1.0, -1, 1]),
-        "oblique": np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.0]]),
-    }
-    affine[:3] = turn.get(plane, np.eye(3)) @ affine[:3]
-    return hu, mask, affine
-
-
-def keep_masks(
-    row: dict[str, Any], results: Path, lung: NDArray[Any], objects: list[bytes]
-) -> Path:
-    """Masks as a run keeps them; lung and its front half as lesion, in the frame of a Volume."""
-    folder = results / str(row["run_id"]) / str(row["series_key"])
-    folder.mkdir(parents=True)
-    lesion = lung.copy()
-    lesion[:, lung.shape[1] // 2 :] = False
-    grid = dicom.read_series(objects).source
-    for name, mask in (("lesion", lesion), ("lung", lung)):
-        (folder / f"{name}_mask.nii.gz").write_bytes(nifti.write(mask, grid))
-    return folder
-
-
-def points_mm(seg: Dataset, segment: int) -> NDArray[np.float64]:
-    """Centres of a segment's voxels in the patient, from the attributes of the SEG alone."""
-    shared = seg.SharedFunctionalGroupsSequence[0]
-    across, down = np.array(
-        shared.PlaneOrientationSequence[0].ImageOrientationPatient, float
-    ).reshape(2, 3)
-    down_mm, across_mm = (float(mm) for mm in shared.PixelMeasuresSequence[0].PixelSpacing)
-    found = []
-    for pixels, frame in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
-        if frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber == segment:
-            corner = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
-            rows, columns = np.nonzero(pixels)
-            found.append(
-                corner + rows[:, None] * down * down_mm + columns[:, None] * across * across_mm
-            )
-    return np.concatenate(found)
-
-
-@pytest.mark.parametrize(
-    "plane",
-    [
-        "axial",
-        "downwards",
-        "non-square",
-        "coronal",
-        "coronal-backwards",
-        "sagittal",
-        "sagittal-backwards",
-        "prone",
-        "oblique",
-    ],
-)
-def test_segment_has_the_patient_positions_of_its_mask(
-    plane: str, chest: Phantom, tmp_path: Path
-) -> None:
-    hu, mask, affine = turned(chest, plane)
-    objects = write_series(hu, affine, study_uid="1.2.3", series_uid="1.2.3.4")
-    shuffled = [objects[k] for k in np.random.default_rng(0).permutation(len(objects))]
-    write_objects(tmp_path / "archive" / "scan", shuffled)
-    row = screened_row(tmp_path / "archive")
-    canonical = canonical_volume(mask.astype(np.int16), affine).hu > 0
-    folder = keep_masks(row, tmp_path / "results", canonical, objects)
-    assert export.export_series(row, str(tmp_path / "results"))["outcome"] == "written"
-    found = points_mm(pydicom.dcmread(folder / export.SEG), dicom_results.LUNG)
-    truth = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
-    distances_mm, nearest = map(np.asarray, KDTree(truth).query(found))
-    assert len(set(nearest.tolist())) == len(found) == len(truth) > 1000
-    assert distances_mm.max() < 0.05
 
 
 def exported(

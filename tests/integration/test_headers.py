@@ -5,7 +5,8 @@ from functools import partial
 
 import psutil
 import pytest
-from hostile import bomb_of_items, deflated, slices
+from hostile_dicom import bomb_of_items, deflated
+from sound_input import slices
 
 from covtanet.archive.manifest import Series, scan_folder
 from covtanet.archive.object_kinds import HEADER_BYTES

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import CATALOGUE, CONTROLS, Objects, phantom
+from hostile import CATALOGUE, CONTROLS
+from sound_input import Objects, phantom
 from stage_rows import CONFIG, WINDOW, manifest_rows
 
 from covtanet.ct import dicom, nifti

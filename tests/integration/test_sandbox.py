@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 from encoded_ct import ENCODERS, encoded
-from hostile import CONTROLS, gz, plain_nifti, slices
+from hostile import CONTROLS
 from pydicom.uid import RLELossless
+from sound_input import gz, plain_nifti, slices
 
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import child_process as module

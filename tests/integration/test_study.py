@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile import gz, plain_nifti
 from saved_models import small_model
+from sound_input import gz, plain_nifti
 
 from covtanet import storage
 from covtanet.ct.window import WindowConfig

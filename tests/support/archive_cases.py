@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import cases_anatomy
+import cases_dicom_copies
+import cases_dicom_image_types
 import cases_dicom_pixels
 import cases_dicom_series
 import cases_geometry
@@ -29,6 +31,8 @@ CASES: dict[str, Case] = dict(
             *cases_geometry.cases(),
             *cases_anatomy.cases(),
             *cases_nifti.cases(),
+            *cases_dicom_copies.cases(),
+            *cases_dicom_image_types.cases(),
             *cases_dicom_pixels.cases(),
             *cases_dicom_series.cases(),
         ]

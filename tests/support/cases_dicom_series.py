@@ -1,8 +1,7 @@
-"""Cases of DICOM series: acquisitions, projections, localizers, copies, contrast, odd texts."""
+"""Cases of DICOM series: acquisitions, localizers, odd texts, objects beside the series."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from chests import (
     datasets,
     enhanced,
     nifti_gz,
-    pixels,
     save,
     set_pixels,
     set_uid,
@@ -24,13 +22,11 @@ from chests import (
 )
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence as ItemSequence
 from pydicom.uid import (
     ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
 )
-from right_rows import SCREENED, Case, Right, Row, refused, sound
-from scipy import ndimage
+from right_rows import Case, Right, Row, refused, sound
 
 # 00: nothing odd
 
@@ -129,26 +125,6 @@ ONE_ACQUISITION: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# 09: projections
-
-
-def of_image_type(
-    folder: Path,
-    name: str,
-    *,
-    image_type: Sequence[str],
-    row: Row,
-    is_enhanced: bool = False,
-) -> Right:
-    """Write slabs of three slices, which their ImageType names."""
-    slab = ndimage.uniform_filter1d if row.status == SCREENED else ndimage.maximum_filter1d
-    series = datasets(name, replace(chest(), hu=slab(chest().hu, 3, axis=0)))
-    for dataset in series:
-        dataset.ImageType = list(image_type)
-    save(folder, [enhanced(series)] if is_enhanced else series)
-    return Right(rows=(row,))
-
-
 # 14: objects that systems leave beside series
 
 
@@ -195,57 +171,6 @@ def directory(folder: Path, name: str, *, file_name: str) -> Right:
     listed.DirectoryRecordSequence = []
     write(folder, {file_name: to_bytes(listed)})
     return Right(rows=(sound(),), num_ignored=1)
-
-
-# 15: objects that are there twice
-
-
-def twice(folder: Path, name: str, *, copies: Sequence[int], times: int = 1) -> Right:
-    """Write some objects again, byte for byte, under other names."""
-    objects = [to_bytes(dataset) for dataset in datasets(name)]
-    write(folder, {f"IM{index:04d}.dcm": data for index, data in enumerate(objects)})
-    for number in range(1, times + 1):
-        write(folder, {f"IM{index:04d} ({number}).dcm": objects[index] for index in copies})
-    return Right(rows=(sound(chest(), "duplicate_objects"),), hu=chest().hu)
-
-
-def almost_twice(folder: Path, name: str, *, is_other_object: bool) -> Right:
-    """Write a second slice at the place of one: other pixels, or another object with the same."""
-    series = datasets(name)
-    again = copy.deepcopy(series[5])
-    if is_other_object:
-        set_uid(again, f"{again.SOPInstanceUID[:60]}.9")
-    else:
-        set_pixels(again, pixels(again) + 1)
-    save(folder, [*series, again])
-    return Right(rows=(refused("duplicate_slice"),))
-
-
-# 16: contrast
-
-
-def contrast(folder: Path, name: str, *, agent: str, is_given: bool) -> Right:
-    series = datasets(name)
-    for dataset in series:
-        dataset.ContrastBolusAgent = agent
-    save(folder, series)
-    return Right(rows=(sound(chest(), *(("contrast",) if is_given else ())),))
-
-
-def enhanced_contrast(folder: Path, name: str, *, is_given: bool) -> Right:
-    whole = enhanced(datasets(name))
-    agents = []
-    if is_given:
-        agent = Dataset()
-        agent.CodeValue, agent.CodingSchemeDesignator, agent.CodeMeaning = (
-            "C-B0322",
-            "SRT",
-            "Iohexol",
-        )
-        agents = [agent]
-    whole.ContrastBolusAgentSequence = ItemSequence(agents)
-    save(folder, [whole])
-    return Right(rows=(sound(chest(), *(("contrast",) if is_given else ())),), hu=chest().hu)
 
 
 # 22, 42: texts
@@ -403,7 +328,7 @@ def rescale_type(folder: Path, name: str, *, words: str, row: Row) -> Right:
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    """Yield all cases by their names."""
+    """Yield the cases by their names."""
     yield "00_dicom", plain_dicom
     yield "00_enhanced", plain_enhanced
     for by in ("number", "kernel", "time", "all"):
@@ -413,12 +338,10 @@ def cases() -> Iterator[tuple[str, Case]]:
     for kind, attributes in ONE_ACQUISITION.items():
         yield f"07_one_stack_{kind}", partial(timed, attributes=attributes)
     yield "08_two_phases_same_places", same_places
-    yield from _image_types()
     yield "14_apple_double", apple_double
     yield "14_apple_folder", apple_folder
     for file_name in ("DICOMDIR", "dicomdir"):
         yield f"14_{file_name}", partial(directory, file_name=file_name)
-    yield from _copies_and_contrast()
     yield "22_decimal_strings", decimal_strings
     yield "25_localizer", partial(with_localizers, count=1)
     yield "25_two_localizers", partial(with_localizers, count=2)
@@ -446,49 +369,3 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"51_rescale_type_{word}", partial(rescale_type, words=words, row=sound())
     for words in ("Z_EFF", "ED", "EDW", "MGML"):
         yield f"51_rescale_type_{words}", partial(rescale_type, words=words, row=refused("not_hu"))
-
-
-def _copies_and_contrast() -> Iterator[tuple[str, Case]]:
-    yield "15_two_objects_twice", partial(twice, copies=(3, 4))
-    yield "15_all_objects_twice", partial(twice, copies=range(24))
-    yield "15_one_object_thrice", partial(twice, copies=(7,), times=2)
-    yield "15_same_uid_other_pixels", partial(almost_twice, is_other_object=False)
-    yield "15_other_uid_same_pixels", partial(almost_twice, is_other_object=True)
-    for agent in ("NONE", "None", "none ", "NO", "No contrast", "WITHOUT CONTRAST", ""):
-        word = agent.replace(" ", "_") or "empty"
-        yield f"16_contrast_not_{word}", partial(contrast, agent=agent, is_given=False)
-    for agent in ("OMNIPAQUE 350", "IV", "yes", "Nonionic iodine", "APPLIED"):
-        yield (
-            f"16_contrast_{agent.replace(' ', '_')}",
-            partial(contrast, agent=agent, is_given=True),
-        )
-    yield "16_contrast_enhanced", partial(enhanced_contrast, is_given=True)
-    yield "16_contrast_enhanced_not", partial(enhanced_contrast, is_given=False)
-
-
-def _image_types() -> Iterator[tuple[str, Case]]:
-    for word in ("MIP", "MINIP", "MIN_IP", "MAX_IP", "MAXIMUM", "MINIMUM", "CSA MIP"):
-        image_type = ("DERIVED", "SECONDARY", "AXIAL", word)
-        yield (
-            f"09_{word.replace(' ', '_')}",
-            partial(of_image_type, image_type=image_type, row=refused("projection")),
-        )
-    third = ("DERIVED", "SECONDARY", "MIP")
-    yield "09_MIP_third", partial(of_image_type, image_type=third, row=refused("projection"))
-    for word in ("MAXIMUM", "MINIMUM"):
-        image_type = ("DERIVED", "PRIMARY", "VOLUME", word)
-        yield (
-            f"09_enhanced_{word}",
-            partial(
-                of_image_type,
-                image_type=image_type,
-                row=refused("projection"),
-                is_enhanced=True,
-            ),
-        )
-    for word in ("AVERAGE", "MEAN"):
-        image_type = ("DERIVED", "SECONDARY", "AXIAL", word)
-        yield (
-            f"09_{word}",
-            partial(of_image_type, image_type=image_type, row=Row(flags=("reformatted",))),
-        )

@@ -1,7 +1,7 @@
 """Search for bytes that a reader neither reads nor refuses, guided by coverage: ``make fuzz``.
 
 Needs the extra ``fuzz`` (atheris). Bytes that crash a reader are written as
-``crash-*``; each becomes a case of hostile.py.
+``crash-*``; each becomes a case of hostile_dicom.py or hostile_nifti.py.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["covtanet", "nibabel", "pydicom"]):
-    from hostile import CATALOGUE, CONTROLS, gz, plain_nifti, slices
+    from hostile import CATALOGUE, CONTROLS
+    from sound_input import gz, plain_nifti, slices
 
     from covtanet.ct import dicom, dicom_headers, nifti
     from covtanet.errors import StudyError

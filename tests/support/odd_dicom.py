@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from hostile import enhanced, phantom, slices
+from hostile_dicom import enhanced
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from sound_input import phantom, slices
 
 from covtanet.ct import dicom
 from covtanet.ct.volume import Volume

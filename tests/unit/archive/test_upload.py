@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hostile import big_endian_nifti, gz, nifti2, plain_nifti, slices
+from hostile_nifti import big_endian_nifti, nifti2
+from sound_input import gz, plain_nifti, slices
 
 from covtanet.archive.manifest import scan_folder
 from covtanet.archive.upload import IntakeLimits, parse_upload

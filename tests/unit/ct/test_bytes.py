@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hostile import CATALOGUE, gz, plain_nifti, slices
+from hostile import CATALOGUE
+from sound_input import gz, plain_nifti, slices
 
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import Volume

@@ -3,7 +3,6 @@
 import numpy as np
 import pydicom
 import pytest
-from hostile import phantom
 from odd_dicom import (
     item,
     read,
@@ -12,6 +11,7 @@ from odd_dicom import (
     with_values,
 )
 from pydicom.dataset import Dataset
+from sound_input import phantom
 
 from covtanet.ct.dicom_contrast import names_agent
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pydicom
 import pydicom.data
 import pytest
-from hostile import CATALOGUE, CONTROLS, bomb_of_items, nested, slices
+from hostile import CATALOGUE, CONTROLS
+from hostile_dicom import bomb_of_items, nested
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 from repository import REAL_DATA
+from sound_input import slices
 
 from covtanet.archive.object_kinds import HEADER_BYTES, LONG_HEADER_BYTES
 from covtanet.ct import dicom_headers

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from hostile import phantom
 from odd_dicom import (
     copied,
     datasets,
@@ -17,6 +16,7 @@ from odd_dicom import (
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
+from sound_input import phantom
 
 from covtanet.ct.dicom_image_type import is_localizer, is_projection, is_reformatted
 

@@ -5,7 +5,7 @@ import struct
 import nibabel as nib
 import numpy as np
 import pytest
-from hostile import (
+from hostile_nifti import (
     PIXDIM,
     QFORM_CODE,
     QUATERN,
@@ -14,15 +14,12 @@ from hostile import (
     SROW,
     UNITS,
     VOX_OFFSET,
-    Objects,
-    gz,
     patched,
-    phantom,
-    plain_nifti,
     stored,
     voxels,
 )
 from nibabel.quaternions import quat2mat
+from sound_input import Objects, gz, phantom, plain_nifti
 
 from covtanet.ct import nifti
 from covtanet.ct.volume import Volume

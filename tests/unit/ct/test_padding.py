@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import phantom
 from odd_dicom import (
     CORNERS,
     SIZE,
@@ -17,6 +16,7 @@ from odd_dicom import (
     with_values,
 )
 from pydicom.dataset import FileDataset
+from sound_input import phantom
 
 from covtanet.ct import dicom
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pydicom
 import pytest
-from hostile import phantom
 from odd_dicom import (
     bare,
     changed,
@@ -26,6 +25,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
 )
+from sound_input import phantom
 
 from covtanet.ct import dicom
 

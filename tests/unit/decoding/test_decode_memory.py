@@ -10,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from hostile import DATATYPE, DIM, gz, patched, phantom, slices
+from hostile_nifti import DATATYPE, DIM, patched
 from pydicom.uid import JPEGLSLossless
 from repository import ROOT
+from sound_input import gz, phantom, slices
 
 from covtanet.ct import dicom, limits, nifti
 from covtanet.ct.window import WindowConfig

@@ -11,10 +11,10 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
-from hostile import phantom, slices
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
+from sound_input import phantom, slices
 
 from covtanet.ct import dicom
 from covtanet.errors import StudyError

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile import named, plain_nifti, slices
+from sound_input import named, plain_nifti, slices
 from stage_rows import manifest_rows, prepare
 
 from covtanet import storage
