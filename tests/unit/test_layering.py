@@ -37,7 +37,7 @@ ALLOWED = {
         "model.table_i",
         "storage",
     },
-    "tracking": {"model.checkpoint", "storage"},
+    "tracking": {"model.saved_model", "storage"},
     "training": {"ct", "data", "model", "ray_data", "storage", "tracking"},
     "evaluation": {
         "ct.lung_box",
