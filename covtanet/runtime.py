@@ -71,6 +71,12 @@ SILENT_LOGGERS = ("ray._private.authentication", "ray.data._internal.progress")
 JOB_ERRORS = (storage.AccessError, WeakSandboxError, CheckpointError)
 
 
+def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Start the log, run a command on its arguments and return its exit code; see ``run_job``."""
+    start_logging()
+    return run_job(lambda: command(arguments))
+
+
 def run_job(job: Callable[[], int]) -> int:
     """Run a command's job, turn its errors into an exit code, and leave Ray.
 

@@ -49,7 +49,7 @@ from covtanet.report.export import (
     exportable_rows,
     outcome_of,
 )
-from covtanet.runtime import ExitCode, connect, location, parser, run_job, start_logging
+from covtanet.runtime import ExitCode, connect, location, parser, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ SERIES_PER_CPU = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: export(arguments))
+    return run_command(export, parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -34,19 +34,16 @@ from covtanet.ledger.read import (
     newest_rows,
     read_run,
 )
-from covtanet.report.comparison import compare
 from covtanet.report.summary import findings
 from covtanet.report.summary import table as summary_table
-from covtanet.runtime import ExitCode, location, parser, run_job, start_logging
+from covtanet.runtime import ExitCode, location, parser, run_command
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: answer(arguments))
+    return run_command(answer, parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,6 +121,9 @@ def diff(before: pa.Table, after: pa.Table) -> int:
 
 def flips(before: pa.Table, after: pa.Table, out: Path | None) -> int:
     """Print the comparison of two models; write it as a page too if asked to."""
+    # It imports scikit-learn, which the other subcommands do without.
+    from covtanet.report.comparison import compare
+
     comparison = compare(before, after)
     title = f"{model_of(before)} and {model_of(after)}"
     print(comparison.as_table(title))

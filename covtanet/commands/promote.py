@@ -37,8 +37,7 @@ from covtanet.runtime import (
     connect,
     location,
     parser,
-    run_job,
-    start_logging,
+    run_command,
 )
 
 logger = logging.getLogger("covtanet.promote")
@@ -46,9 +45,7 @@ logger = logging.getLogger("covtanet.promote")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: run(arguments))
+    return run_command(run, parse(argv))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

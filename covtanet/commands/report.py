@@ -20,14 +20,12 @@ import argparse
 from collections.abc import Sequence
 
 from covtanet.report.night_report import make_report
-from covtanet.runtime import ExitCode, location, parser, run_job, start_logging
+from covtanet.runtime import ExitCode, location, parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: report(arguments))
+    return run_command(report, parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -33,8 +33,7 @@ from covtanet.runtime import (
     check_tracking,
     location,
     parser,
-    run_job,
-    start_logging,
+    run_command,
 )
 from covtanet.screening.job import Outcome, ScreeningJob, judge, run_screening
 
@@ -43,9 +42,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: screen(arguments))
+    return run_command(screen, parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

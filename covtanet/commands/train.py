@@ -43,8 +43,7 @@ from covtanet.runtime import (
     connect,
     location,
     parser,
-    run_job,
-    start_logging,
+    run_command,
 )
 from covtanet.training.config import TrainingConfig
 
@@ -53,9 +52,7 @@ logger = logging.getLogger("covtanet.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = parse(argv)
-    start_logging()
-    return run_job(lambda: run(arguments))
+    return run_command(run, parse(argv))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 # A row is a small object: the time goes to waiting for storage.
 NUM_READ_THREADS = 16
-# Metadata of a committed file: the driver that wrote it, and when its run began by the clock of the
-# first driver.
+# Metadata of a committed file: the token of the commit that wrote it, and when its run began by the
+# clock of the first driver.
 DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
 # A worker's clock may be this far ahead of the driver's before its time is replaced.
 CLOCK_TOLERANCE = timedelta(minutes=5)

@@ -51,33 +51,24 @@ class PreparedSeries:
 class PredictedSeries:
     """A prepared series with the network's lesion map; without a map if it has ended already."""
 
-    record: ScreeningRecord
-    slices: NDArray[np.uint16]
-    chosen: NDArray[np.int64]
-    masks: bytes
+    prepared: PreparedSeries
+    """The series; its record holds the network's probabilities too."""
     lesion_levels: NDArray[np.uint8]
     """Lesion probability of the segmented slices in steps of 1/254, (S, size, size)."""
 
+    @property
+    def record(self) -> ScreeningRecord:
+        """The record so far."""
+        return self.prepared.record
+
     def to_row(self) -> dict[str, Any]:
         """Return the series as columns."""
-        return {
-            **self.record.to_columns(),
-            "slices": self.slices,
-            "chosen": self.chosen,
-            "masks": self.masks,
-            "lesion_levels": self.lesion_levels,
-        }
+        return {**self.prepared.to_row(), "lesion_levels": self.lesion_levels}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "PredictedSeries":
         """Return the series of ``to_row``."""
-        return cls(
-            record=ScreeningRecord.from_columns(row),
-            slices=row["slices"],
-            chosen=row["chosen"],
-            masks=row["masks"],
-            lesion_levels=row["lesion_levels"],
-        )
+        return cls(prepared=PreparedSeries.from_row(row), lesion_levels=row["lesion_levels"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,10 +83,10 @@ def prepare_series(
 ) -> PreparedSeries:
     """Fetch one series of the manifest, decode it, find its lungs and make the network's input."""
     series = series_from_row(row)
-    record = new_record(series, row, archive)
+    record = new_record(row, archive)
     started = time.perf_counter()
     digest = ContentDigest()
-    work = partial(_fetch_and_decode, series, row, archive, config, decoder, digest)
+    work = partial(_fetch_and_decode, series, archive, config, decoder, digest)
     result = refuse_on_error(record.series_key, work)
     # Also of a refused series: the time was spent.
     record = replace(record, decode_s=time.perf_counter() - started)
@@ -103,7 +103,7 @@ def prepare_series(
         spacing_z_mm=spacing_z_mm,
         spacing_y_mm=spacing_y_mm,
         spacing_x_mm=spacing_x_mm,
-        qc_flags=(*record.qc_flags, *map(QcFlag, result.qc_flags)),
+        qc_flags=(*record.qc_flags, *result.qc_flags),
     )
     return PreparedSeries(
         record=record, slices=result.slices, chosen=result.chosen, masks=result.masks
@@ -128,11 +128,7 @@ def predict_series(series: PreparedSeries, predictor: "VolumePredictor") -> Pred
     if prediction.p_infected is None:
         record = record.with_flag(QcFlag.NO_DIAGNOSIS)
     return PredictedSeries(
-        record=record,
-        slices=series.slices,
-        chosen=series.chosen,
-        masks=series.masks,
-        lesion_levels=prediction.lesion_levels,
+        prepared=replace(series, record=record), lesion_levels=prediction.lesion_levels
     )
 
 
@@ -145,7 +141,7 @@ def measure_series(series: PredictedSeries, config: ScreeningConfig) -> Measured
     if isinstance(result, Refusal):
         return MeasuredSeries(record=record.refused(result))
     masks, involvement, lesion_slices = result
-    # A flag, not a refusal: the numbers are reported all the same.
+    # A flag, not a refusal: the volumes are reported, the involvement is null.
     if involvement.is_implausible:
         record = record.with_flag(QcFlag.IMPLAUSIBLE_LUNGS)
     record = replace(
@@ -160,21 +156,21 @@ def measure_series(series: PredictedSeries, config: ScreeningConfig) -> Measured
     return MeasuredSeries(record=record, masks=masks, involvement=involvement)
 
 
-def new_record(series: Series, row: Row, archive: str) -> ScreeningRecord:
-    """Return the record of a series on which work begins now."""
-    is_root = not series.source_path
+def new_record(row: Row, archive: str) -> ScreeningRecord:
+    """Return the record of a series of the manifest on which work begins now."""
+    path = row["source_path"]
     return ScreeningRecord(
         series_key=row["series_key"],
-        source_uri=f"{archive}/" if is_root else storage.join(archive, series.source_path),
-        source_format=series.source_format,
+        source_uri=storage.join(archive, path) if path else f"{archive}/",
+        source_format=row["source_format"],
         source_version=row["source_version"],
         num_objects=row["num_objects"],
         num_bytes=row["num_bytes"],
         # Time of day: it is compared with that of other machines.
         started_at=time.time(),
-        study_uid=series.study_uid,
-        series_uid=series.series_uid,
-        qc_flags=tuple(map(QcFlag, series.qc_flags)),
+        study_uid=row["study_uid"],
+        series_uid=row["series_uid"],
+        qc_flags=tuple(map(QcFlag, row["qc_flags"])),
     )
 
 
@@ -191,13 +187,8 @@ def ended_before_prediction(record: ScreeningRecord, window: WindowConfig) -> Pr
 
 def without_prediction(series: PreparedSeries) -> PredictedSeries:
     """Return a series that the network does not read."""
-    return PredictedSeries(
-        record=series.record,
-        slices=series.slices,
-        chosen=series.chosen,
-        masks=series.masks,
-        lesion_levels=np.empty((0, *series.slices.shape[1:]), np.uint8),
-    )
+    no_levels = np.empty((0, *series.slices.shape[1:]), np.uint8)
+    return PredictedSeries(prepared=series, lesion_levels=no_levels)
 
 
 def refuse_on_error(series_key: str, work: Callable[[], T]) -> T | Refusal:
@@ -243,14 +234,13 @@ def _failure(reason: Reason, detail: str) -> Refusal:
 
 def _fetch_and_decode(
     series: Series,
-    row: Row,
     archive: str,
     config: ScreeningConfig,
     decoder: Decoder,
     digest: ContentDigest,
 ) -> Prepared:
     """Decode a series from its stored bytes. Raises StudyError and errors of storage."""
-    _check_listing(series, row, config)
+    _check_listing(series, config)
     objects = fetch_series(series, archive, digest)
     prepared = None
     is_awaited = True
@@ -270,16 +260,16 @@ def _fetch_and_decode(
     return prepared
 
 
-def _check_listing(series: Series, row: Row, config: ScreeningConfig) -> None:
+def _check_listing(series: Series, config: ScreeningConfig) -> None:
     """Refuse a series by its entry in the manifest, before anything is read."""
     if series.reason:
-        reason = Reason(series.reason)
-        raise StudyError(reason, LISTING_DETAILS[reason])
-    if row["num_bytes"] > config.max_series_mib << 20:
-        message = f"{row['num_bytes']} bytes, expected at most {config.max_series_mib} MiB"
+        raise StudyError(series.reason, LISTING_DETAILS[series.reason])
+    num_bytes = sum(item.num_bytes for item in series.objects)
+    if num_bytes > config.max_series_mib << 20:
+        message = f"{num_bytes} bytes, expected at most {config.max_series_mib} MiB"
         raise StudyError(Reason.TOO_LARGE, message)
-    if row["num_objects"] > MAX_SLICES:
-        message = f"{row['num_objects']} objects, expected at most {MAX_SLICES}"
+    if len(series.objects) > MAX_SLICES:
+        message = f"{len(series.objects)} objects, expected at most {MAX_SLICES}"
         raise StudyError(Reason.TOO_LARGE, message)
 
 
@@ -294,9 +284,9 @@ def _measure(
     series: PredictedSeries, config: ScreeningConfig
 ) -> tuple[StoredMasks, lung.Involvement, int]:
     """Return masks, involvement and the number of segmented slices that show a lesion."""
-    masks = StoredMasks.unpack(series.masks)
+    masks = StoredMasks.unpack(series.prepared.masks)
     lesion_mask, lesion_slices = lesion_in_source(
-        series.lesion_levels, series.chosen, masks, config
+        series.lesion_levels, series.prepared.chosen, masks, config
     )
     involvement = lung.measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
     return masks, involvement, lesion_slices

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 
 from covtanet import drawing, storage
-from covtanet.archive.manifest import series_from_row
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.ledger.attempts import count_attempt
@@ -57,7 +56,7 @@ class Decoder:
         """Turn a row of the manifest into a prepared series."""
         # Before the work: a series that kills this process has been counted.
         if not count_attempt(self.run, row["series_key"], "decode"):
-            record = new_record(series_from_row(row), row, self.run.archive)
+            record = new_record(row, self.run.archive)
             return ended_before_prediction(record.refused(WORKER_DIED), self.window).to_row()
         with worker_timeout(self.config.worker_timeout_s):
             prepared = prepare_series(
@@ -113,11 +112,11 @@ def measure_and_store(
     Returns the record and the stored row.
     """
     series = PredictedSeries.from_row(row)
-    is_last = len(series.lesion_levels) and not count_attempt(
-        run, series.record.series_key, "measure"
-    )
+    # A series that has ended already is no attempt.
+    is_prepared = len(series.lesion_levels) > 0
+    is_exhausted = is_prepared and not count_attempt(run, series.record.series_key, "measure")
     with worker_timeout(config.worker_timeout_s):
-        if is_last:
+        if is_exhausted:
             measured = MeasuredSeries(record=series.record.refused(WORKER_DIED))
         else:
             measured = measure_series(series, config)
@@ -133,8 +132,9 @@ def write_results(
     """Write masks and previews of a screened series."""
     if measured.masks is None or measured.involvement is None:
         return
+    prepared = series.prepared
     files = drawing.result_files(
-        series.slices, series.chosen, measured.masks, measured.involvement, window
+        prepared.slices, prepared.chosen, measured.masks, measured.involvement, window
     )
     for name, data in files:
         storage.write_bytes(storage.join(folder, series.record.series_key, name), data)

@@ -55,7 +55,7 @@ elif stage == "predict":
     actor.run, actor.config, actor.predictor = run, config, Hanging()
     actor(PreparedSeries(**common).to_row())
 else:
-    row = PredictedSeries(**common, lesion_levels=slices).to_row()
+    row = PredictedSeries(prepared=PreparedSeries(**common), lesion_levels=slices).to_row()
     workers.measure_and_store(row, run=run, config=config, window=window, results="")
 """
 

@@ -22,7 +22,7 @@ from covtanet.decoding import prepare as decode
 from covtanet.inference.predictor import Prediction
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
-from covtanet.screening.records import PredictedSeries
+from covtanet.screening.records import PredictedSeries, PreparedSeries
 
 
 def test_ledger_volumes_are_those_of_the_written_masks(
@@ -31,13 +31,13 @@ def test_ledger_volumes_are_those_of_the_written_masks(
     """A perfect network: the lesion of the chosen slices, repeated over what they stand for."""
     masks, chosen, slices = decode.prepare_volume(mild_volume, WINDOW, CONFIG.slice_step_mm)
     levels = (mild.lesion_mask[chosen] * 254).astype(np.uint8)
-    row = PredictedSeries(
+    prepared = PreparedSeries(
         record=new_record(p_infected=0.9, p_severe=0.2),
         slices=slices,
-        lesion_levels=levels,
         chosen=chosen,
         masks=masks.pack(),
     )
+    row = PredictedSeries(prepared=prepared, lesion_levels=levels)
     measured = stages.measure_series(row, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
