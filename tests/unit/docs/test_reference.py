@@ -26,4 +26,4 @@ def test_input_page_lists_rejection_reasons_in_their_order() -> None:
     codes = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert [code for code in codes if code in REJECTION_REASONS] == list(REJECTION_REASONS)
     assert [code for code in codes if code in FAILURE_REASONS] == list(FAILURE_REASONS)
-    assert {code for code in codes if code in tuple(QcFlag)} == set(QcFlag)
+    assert set(codes) == {*REJECTION_REASONS, *FAILURE_REASONS, *QcFlag}

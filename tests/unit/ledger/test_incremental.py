@@ -37,6 +37,9 @@ def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> 
     assert first.is_settled({version}, "0.1.0")
     assert not first.is_settled({version}, "0.2.0")  # refused by older software
     assert not first.is_settled({"another"}, "0.1.0")
+    screened, failed = (replace(first, status=status) for status in ("screened", "failed"))
+    assert screened.is_settled({version}, "0.2.0")
+    assert not failed.is_settled({version}, "0.1.0")  # not at fault: tried again
 
 
 def test_row_from_2030_does_not_win(
