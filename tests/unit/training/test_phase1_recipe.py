@@ -56,6 +56,9 @@ def test_training_with_average_validates_other_weights_than_it_continues_from() 
     whole = train_recipe(Progress(), reports)
     best = reports[whole.best_epoch]
     assert not torch.equal(best.best["filter.3.weight"], best.weights["filter.3.weight"])
+    torch.manual_seed(0)
+    initial = build_segmenter(NETWORK.segnet).state_dict()
+    assert not torch.equal(best.best["filter.3.weight"], initial["filter.3.weight"])
     assert np.isfinite([epoch["train_loss"] for epoch in whole.history]).all()
 
 
