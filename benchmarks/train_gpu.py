@@ -1,6 +1,7 @@
 """Train and compare segmenters on one GPU in minutes: V8 on all data, three folds, other networks.
 
-python -m benchmarks.train_gpu --data DIR --out DIR [--budget-s 520] [--fold N] [--toy]
+python -m benchmarks.train_gpu --data DIR --out DIR [--budget-s 520]
+    [--fold N [--steps N]] [--eager] [--toy]
 
 --data: written by gpu_data.py. --fold: only V8 on this fold, then V8 with fewer steps. --toy: all
 trainings at a tiny size on the CPU, to test that they run. The order lets a run that is cut keep
@@ -152,11 +153,14 @@ class Run:
         except FloatingPointError as error:  # the next trainings go on
             trial.say(f"{label} failed: {error}")
             return
+        # A training that the deadline cut before its first step has nothing to keep.
+        if not trained.num_steps:
+            trial.say(f"{label}: cut before its first step")
+            return
         stem = label.replace(" ", "-").lower()
         trial.save(stem, trained.weights, is_half=bool(tested))
         trial.note(label, "V8", trained, num_steps, is_compiled="V8" in self.compiled)
-        # A training that the deadline cut before its first step has nothing to evaluate.
-        if tested and trained.num_steps:
+        if tested:
             trial.evaluate("V8", "V8", tested)
             trial.summarise("V8")
         trial.write()

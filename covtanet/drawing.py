@@ -12,12 +12,18 @@ from scipy import ndimage
 
 from covtanet.ct import nifti
 from covtanet.ct.lung import Involvement
-from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, mask_to_input, pixel_aspect
+from covtanet.ct.masks import Mask
+from covtanet.ct.window import (
+    INTENSITY_STEPS,
+    WindowConfig,
+    mask_to_input,
+    pixel_aspect,
+    spread_slices,
+)
 
 if TYPE_CHECKING:
     from covtanet.decoding.stored_masks import StoredMasks
 
-Mask = NDArray[np.bool_]
 # (height, width, 3), except for single channels.
 Picture = NDArray[np.uint8]
 
@@ -29,6 +35,7 @@ LESION_OPACITY, ERROR_OPACITY = 0.35, 0.5
 PREVIEW_SLICES, PREVIEW_COLUMNS, PREVIEW_PX = 12, 6, 256
 VIEWER_SLICES, VIEWER_COLUMNS, VIEWER_PX = 250, 10, 256
 CAPTION_PX, FONT_PX = 24, 14
+SHEET_PX = 1536
 # Side of the preview's square over the extent of the lungs.
 PREVIEW_MARGIN = 1.15
 
@@ -68,7 +75,7 @@ def viewer(
     which an intensity has no meaning.
     """
     side = min(VIEWER_PX, slices.shape[1])
-    shown = _spread(len(slices), min(len(slices), VIEWER_SLICES))
+    shown = np.unique(spread_slices(len(slices), min(len(slices), VIEWER_SLICES)))
     marks = _to_square(lung_mask[shown]).astype(np.uint8)
     marks[_to_square(lesion_mask[shown])] = 2
     rows = -(-len(shown) // VIEWER_COLUMNS)
@@ -93,7 +100,7 @@ def preview(slices: NDArray[np.uint16], lesion_mask: Mask, lung_mask: Mask) -> P
 
     All tiles show the same square around the lungs.
     """
-    shown = _spread(len(slices), PREVIEW_SLICES)
+    shown = np.unique(spread_slices(len(slices), PREVIEW_SLICES))
     lesions, lungs = _to_square(lesion_mask[shown]), _to_square(lung_mask[shown])
     top, left, side = _square_around(np.asarray(lungs.any(axis=0)))
     inside = (slice(top, top + side), slice(left, left + side))
@@ -166,21 +173,19 @@ def grid(
             if (row, column) in tiles:
                 tile = Image.fromarray(tiles[row, column])
                 out.paste(tile, (number * side, top + CAPTION_PX))
-    buffer = BytesIO()
-    out.save(buffer, "png")
-    return buffer.getvalue()
+    return png(np.asarray(out))
 
 
-def sheet(rows: list[tuple[str, Any]], width_px: int = 1536) -> Image.Image:
+def sheet(rows: list[tuple[str, Any]]) -> Image.Image:
     """Return captioned pictures below each other."""
     images = [(caption, Image.fromarray(np.asarray(picture))) for caption, picture in rows]
-    heights = [CAPTION_PX + round(image.height * width_px / image.width) for _, image in images]
-    out = Image.new("RGB", (width_px, sum(heights)), BACKGROUND_RGB)
+    heights = [CAPTION_PX + round(image.height * SHEET_PX / image.width) for _, image in images]
+    out = Image.new("RGB", (SHEET_PX, sum(heights)), BACKGROUND_RGB)
     pen = ImageDraw.Draw(out)
     top = 0
     for (caption, image), height in zip(images, heights, strict=True):
         pen.text((8, top + 4), caption, fill=TEXT_RGB, font_size=FONT_PX)
-        resized = image.resize((width_px, height - CAPTION_PX))
+        resized = image.resize((SHEET_PX, height - CAPTION_PX))
         out.paste(resized, (0, top + CAPTION_PX))
         top += height
     return out
@@ -191,11 +196,6 @@ def png(rgb: Picture) -> bytes:
     buffer = BytesIO()
     Image.fromarray(rgb).save(buffer, "png", optimize=False)
     return buffer.getvalue()
-
-
-def _spread(num_available: int, num_shown: int) -> NDArray[np.int64]:
-    """Return the indices of slices spread evenly, each once."""
-    return np.unique(np.rint(np.linspace(0, num_available - 1, num_shown)).astype(int))
 
 
 def _to_grey(intensity: NDArray[np.uint16]) -> Image.Image:

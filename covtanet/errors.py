@@ -29,7 +29,8 @@ import traceback
 from enum import StrEnum
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+# Not resolved: the frames of a traceback name files as they were imported, through a link too.
+PACKAGE = Path(__file__).parent
 
 
 class Status(StrEnum):
@@ -93,7 +94,8 @@ LABEL_REASONS = (
     Reason.NOT_GREY8, Reason.MASK_UNREADABLE, Reason.MASK_MISMATCH, Reason.EMPTY_LUNG_MASK,
     Reason.UNLABELLED,
 )  # fmt: skip
-# Of several reasons that hold, the first in this order is given.
+# Of several reasons that hold, the first in this order is given; limits of size and the container
+# are checked before anything is decoded.
 REJECTION_REASONS = tuple(
     reason for reason in Reason if reason not in (*FAILURE_REASONS, *LABEL_REASONS)
 )

@@ -93,8 +93,11 @@ def run_job(job: Callable[[], int]) -> int:
     except AlreadyCommittedError as error:
         logger.error("%s", error)
         code = ExitCode.NOT_PUBLISHED
-    except (TrainingError, FloatingPointError) as error:
+    except TrainingError as error:
         logger.error("%s; the same command continues", error)
+    except FloatingPointError as error:
+        # The same seed meets the same NaN again.
+        logger.error("%s; change the learning rate or the seed before another start", error)
     except OSError as error:
         cause = getattr(error, "cause", None) or error
         logger.error("storage: %s; the same command continues", type(cause).__name__)
@@ -117,7 +120,7 @@ def describe_exit(code: int) -> str:
     return {
         ExitCode.DONE: "done",
         ExitCode.ERROR: "failed, see the error above; the same command continues, unless the "
-        "ledger is committed",
+        "ledger is committed or the error says otherwise",
         ExitCode.USAGE: "wrong arguments",
         ExitCode.REFUSED: "refused to start",
         ExitCode.BELOW_BOUND: "done, but the result is outside its limits",

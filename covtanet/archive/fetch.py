@@ -36,8 +36,7 @@ def fetch_series(
                     ahead.append((item, _read_ahead(pool, series, archive, item)))
                 if not ahead:
                     return
-                # In the order of the listing, whichever read ends first: the digest depends on the
-                # order.
+                # In the order of the listing, whichever read ends first.
                 item, future = ahead.popleft()
                 chunks = _chunks(archive, item) if future is None else iter(future.result())
                 yield digest.tee(item.path.removeprefix(folder), chunks)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from covtanet.archive.object_kinds import Identify, ObjectKind, ReadHeader, find_kinds
-from covtanet.ct.dicom_headers import SeriesIdentity, read_identities
+from covtanet.ct.dicom_headers import SeriesIdentity
 from covtanet.errors import QcFlag, Reason
 from covtanet.storage import ObjectInfo, version_digest
 
@@ -111,12 +111,12 @@ def scan_folder(
     folder: str,
     objects: Iterable[ObjectInfo],
     read_header: ReadHeader,
-    identify: Identify = read_identities,
+    identify: Identify,
 ) -> tuple[list[Series], list[ObjectInfo]]:
     """Sort the objects of one folder into series and ignored objects.
 
     read_header: (path, number of bytes) -> the first bytes of an object. identify: parses these
-    bytes, in this process by default; screening gives a function that parses them in a sandbox.
+    bytes; those of strangers belong in a sandbox.
 
     A bad object raises nothing.
     """

@@ -10,6 +10,7 @@ from enum import StrEnum
 from itertools import islice
 
 from covtanet.ct.dicom_headers import SeriesIdentity, has_magic, is_directory, looks_like_dicom
+from covtanet.ct.gzip_stream import GZIP_MAGIC
 from covtanet.storage import OUTSIDE, ObjectInfo
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -21,7 +22,6 @@ DIRECTORY_NAME = re.compile(r"dicomdir(\.dcm|\.dicom|\.ima)?\.?(;\d+)?")
 # NAME, or NAME in a folder.
 APPLE_DOUBLE, APPLE_PREFIX = b"\x00\x05\x16\x07", "._"
 APPLE_FOLDERS = {"__macosx", ".appledouble"}
-GZIP = b"\x1f\x8b"
 # A NIfTI header gives its size first.
 NIFTI_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
 # Most headers name their series within the first; a few have thousands of elements before it.
@@ -138,7 +138,7 @@ def is_debris_content(path: str, header: bytes) -> bool:
 
 def looks_like_nifti(header: bytes) -> bool:
     """Return whether an object begins as a NIfTI file does, or with gzip, which may hold one."""
-    return header.startswith((GZIP, *NIFTI_SIZES))
+    return header.startswith((GZIP_MAGIC, *NIFTI_SIZES))
 
 
 def _kind_without_identity(item: ObjectInfo, header: bytes) -> ObjectKind:

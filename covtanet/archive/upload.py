@@ -15,12 +15,12 @@ from typing import IO
 from covtanet.archive.object_kinds import (
     CONTAINER_SUFFIXES,
     DICOM_SUFFIXES,
-    GZIP,
     is_debris_content,
     is_debris_name,
     looks_like_nifti,
 )
 from covtanet.ct.dicom_headers import looks_like_dicom
+from covtanet.ct.gzip_stream import GZIP_MAGIC
 from covtanet.errors import UploadError
 
 CHUNK_BYTES = 1 << 20
@@ -28,7 +28,7 @@ ZIP = b"PK\x03\x04"
 # Enough for a preamble and the magic, or for the first elements of an object without them.
 HEADER_BYTES = 4096
 # Magic bytes of zip, 7z, RAR, xz, bzip2 and gzip.
-NESTED = (ZIP, b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\xfd7zXZ", b"BZh", GZIP)
+NESTED = (ZIP, b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\xfd7zXZ", b"BZh", GZIP_MAGIC)
 # Bit 0 of a member's flags.
 ENCRYPTED = 1
 # A few zeros compress well in any honest file; the ratio counts from this size on.
@@ -70,7 +70,7 @@ def parse_upload(
     if header.startswith(ZIP):
         _unzip(upload, folder, limits, check)
     elif looks_like_nifti(header):
-        suffix = ".nii.gz" if header.startswith(GZIP) else ".nii"
+        suffix = ".nii.gz" if header.startswith(GZIP_MAGIC) else ".nii"
         upload.rename(folder / f"{digest}{suffix}")
     elif looks_like_dicom(header):
         upload.rename(folder / f"{digest}.dcm")

@@ -7,9 +7,10 @@ Started again, the same command goes on from the point at which the last one sto
 models go to MLFLOW_TRACKING_URI; if that does not answer, the training goes on, and the command,
 started again, logs and registers finished work.
 
-Exit codes: 0 done and registered; 1 a fold failed, a loss or gradient was NaN, the tracker did not
-take everything, or storage, Ray or this software failed: the same command continues; 2 usage;
-3 refused to start.
+Exit codes: 0 done and registered; 1 a fold failed, the tracker did not take everything, or storage,
+Ray or this software failed: the same command continues; also 1 if a loss or gradient was NaN: then
+the same seed would meet it again, so change the learning rate or the seed; 2 usage; 3 refused to
+start.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.ERROR
     print(
         f"trained  {experiment.uri}\n"
-        f"next     python jobs/evaluate.py --model {experiment.uri} --out FOLDER"
+        f"next     covtanet evaluate --model {experiment.uri} --out FOLDER"
     )
     return ExitCode.DONE
 
@@ -188,9 +189,10 @@ def _train(experiments: Sequence[Experiment], encoder_weights: Path | None) -> b
             continue
         network = experiment.config.network
         folds_left[network] -= 1
-        with tracking.tolerated("the finished fold"):
-            publish(experiment)
-        if not folds_left[network]:
+        if folds_left[network]:
+            with tracking.tolerated("the finished fold"):
+                publish(experiment)
+        else:
             is_published = _finish(experiment) and is_published
     if failures:
         raise failures[0]

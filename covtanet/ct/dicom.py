@@ -41,10 +41,10 @@ HU_TYPE = re.compile(r"|HUS?|HU_MOD|US|UNSPECIFIED|(CT_?)?HOUN[DS]*FIELDS?[A-Z_]
 
 @dataclass(frozen=True)
 class _Objects:
-    """The parsed objects of a series, without copies. num_repeated: how many copies there were."""
+    """The parsed objects of a series, without copies."""
 
     datasets: list[FileDataset]
-    num_repeated: int
+    has_copies: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
         for dataset in parsed.datasets:
             check_numbers(dataset)
         volume = _read_volume(parsed.datasets, num_threads)
-    if not parsed.num_repeated:
+    if not parsed.has_copies:
         return volume
     return replace(volume, qc_flags=(*volume.qc_flags, QcFlag.DUPLICATE_OBJECTS))
 
@@ -82,7 +82,7 @@ def _parse_objects(objects: Iterable[bytes]) -> _Objects:
     """Parse objects; leave out an object that came before, byte for byte."""
     first_by_key: dict[tuple[str, int, int], FileDataset] = {}
     datasets: list[FileDataset] = []
-    num_repeated = 0
+    has_copies = False
     for data in objects:
         if len(datasets) == limits.MAX_SLICES:
             raise StudyError(Reason.TOO_LARGE, f"more than {limits.MAX_SLICES} objects")
@@ -92,10 +92,10 @@ def _parse_objects(objects: Iterable[bytes]) -> _Objects:
         key = (read_text(dataset, "SOPInstanceUID"), len(data), isal_zlib.crc32(data))
         first = first_by_key.setdefault(key, dataset)
         if first is not dataset and first.get("PixelData") == dataset.get("PixelData"):
-            num_repeated += 1
+            has_copies = True
         else:
             datasets.append(dataset)
-    return _Objects(datasets, num_repeated)
+    return _Objects(datasets, has_copies)
 
 
 def _read_volume(datasets: Sequence[FileDataset], num_threads: int) -> Volume:

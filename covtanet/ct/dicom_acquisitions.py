@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from covtanet.ct.dicom_geometry import DUPLICATE_MM, depths, have_one_direction
+from covtanet.ct.dicom_objects import read_text
 from covtanet.errors import Reason, StudyError
 
 # Attributes that differ between acquisitions or reconstructions, in any order along the stack.
@@ -202,14 +203,14 @@ def _float(value: Any) -> float | None:
 
 
 def _acquisition_moment(header: Dataset) -> Moment | None:
-    text = str(header.get("AcquisitionDateTime") or "").strip()
+    text = read_text(header, "AcquisitionDateTime")
     match = re.match(r"(\d{8})(\d{2,6}(\.\d*)?)", text)
     return _parse_moment(match[1], match[2]) if match else _moment(header, "Acquisition")
 
 
 def _moment(header: Dataset, kind: str) -> Moment | None:
-    day = str(header.get(f"{kind}Date") or "").strip()
-    time = str(header.get(f"{kind}Time") or "").strip()
+    day = read_text(header, f"{kind}Date")
+    time = read_text(header, f"{kind}Time")
     return _parse_moment(day, time)
 
 

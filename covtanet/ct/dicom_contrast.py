@@ -6,6 +6,8 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset
 
+from covtanet.ct.dicom_objects import read_text
+
 # Texts that name no agent, once only letters and digits count: "W/O CONTRAST" is "W O CONTRAST" and
 # "-" is empty.
 NO_AGENT = re.compile(
@@ -57,8 +59,8 @@ def _is_administered(agent: Dataset, usages: list[Dataset]) -> bool:
 
 
 def _is_used(usage: Dataset) -> bool:
-    administered = str(usage.get("ContrastBolusAgentAdministered") or "").strip().upper()
-    detected = str(usage.get("ContrastBolusAgentDetected") or "").strip().upper()
+    administered = read_text(usage, "ContrastBolusAgentAdministered").upper()
+    detected = read_text(usage, "ContrastBolusAgentDetected").upper()
     return "YES" in (administered, detected) or administered == detected == ""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset
 
+from covtanet.ct.dicom_objects import read_text
+
 LOCALIZER = re.compile(
     r"\b(LOCALI[SZ]ERS?|SCOUT|SCANOGRAM|TOPOGRAM|SURVIEW|SCANOSCOPE|CT SOM\d TOP)\b"
 )
@@ -74,7 +76,7 @@ def _image_type(header: Dataset) -> list[str]:
 
 
 def _text(header: Dataset, name: str) -> str:
-    return str(header.get(name) or "").strip().upper()
+    return read_text(header, name).upper()
 
 
 def _technique(header: Dataset) -> str:

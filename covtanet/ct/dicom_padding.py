@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from covtanet.ct.fill import connected_to_edge
-
-Mask = NDArray[np.bool_]
+from covtanet.ct.masks import Mask
 
 AIR_PADDING_HU = -1024
 # The end of the extended scale of 16 bits with a slope of 10; metal is on the scale.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Mask = NDArray[np.bool_]
+from covtanet.ct.masks import Mask
 
 FILL_HU = -1024
 # Noise of air in the sharpest kernels stays above the lower end; -2000, -2048 and -3024 are fill

@@ -1,8 +1,9 @@
 """Square box around both lungs: crop slices to it for the network, bring its maps back.
 
-Training, evaluation and later screening crop with these functions only, so that a network sees
-lungs at one size. Coordinates are rows and columns of the source slice; a box may reach beyond it.
-Not covered: boxes of single slices (one box serves a whole volume), rotation.
+Used by ``benchmarks/train_gpu.py``; no command crops to it yet. Evaluation crops with these
+functions; training samples the same box on its device, bilinear without averaging
+(``training/batch_augment.py``). Coordinates are rows and columns of the source slice; a box may
+reach beyond it. Not covered: boxes of single slices (one box serves a whole volume), rotation.
 """
 
 from dataclasses import dataclass
@@ -10,16 +11,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from covtanet.ct.window import AIR_HU, INTENSITY_STEPS, WindowConfig
+from covtanet.ct.densities import AIR_HU
+from covtanet.ct.window import (
+    INTENSITY_STEPS,
+    WindowConfig,
+    hu_to_intensity,
+    resize_slice,
+)
 from covtanet.errors import Reason, StudyError
 
 # Choice: 8 % of the longer side, half of it at each end. The outline of the lung mask is about 2 mm
 # off, and a lesion below the pleura needs the adjacent chest wall in view.
 MARGIN = 0.08
-# Share of an input pixel that must be in the mask. Half preserves areas on average.
-HALF = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +82,22 @@ def box_to_input(
     slices_hu: (S, y, x) in HU. fill_hu: value beyond the slice. The result is (S, size, size)
     uint16, intensity 0..1 in steps of 1/65535.
     """
-    scale = np.float32(INTENSITY_STEPS / (window.high_hu - window.low_hu))
     out = np.empty((len(slices_hu), window.size_px, window.size_px), np.uint16)
     for index, slice_hu in enumerate(crop_to_box(slices_hu, box, fill_hu)):
-        clipped = np.clip(slice_hu.astype(np.float32), window.low_hu, window.high_hu)
-        level = _resize((clipped - np.float32(window.low_hu)) * scale, window.size_px)
-        out[index] = np.clip(np.rint(level), 0, INTENSITY_STEPS)
+        intensity = hu_to_intensity(slice_hu.astype(np.float32), window)
+        resized = resize_slice(intensity, window.size_px, window.size_px)
+        out[index] = np.clip(np.rint(resized), 0, INTENSITY_STEPS)
     return out
-
-
-def box_mask_to_input(
-    slices_mask: NDArray[np.bool_], box: LungBox, size_px: int
-) -> NDArray[np.uint8]:
-    """Crop and resize masks like slices; a pixel is 1 if at least half of it is in the mask."""
-    cropped = crop_to_box(slices_mask, box, False)
-    return np.stack([_resize(mask, size_px) >= HALF for mask in cropped]).astype(np.uint8)
 
 
 def box_from_input(
     probabilities: NDArray[np.float32], box: LungBox, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
     """Resize one map (size, size) of the network to a slice of ``shape``; 0 outside the box."""
-    image = Image.fromarray(np.ascontiguousarray(probabilities, np.float32))
-    resized = image.resize((box.width, box.height), Image.Resampling.BILINEAR)
+    resized = resize_slice(probabilities, box.height, box.width)
     out = np.zeros(shape, np.float32)
     inner, source = _overlap(box, shape)
-    out[source] = np.asarray(resized)[inner]
+    out[source] = resized[inner]
     return out
 
 
@@ -121,9 +115,3 @@ def _overlap(
         source.append(slice(first, last))
         inner.append(slice(first - start, last - start))
     return (inner[0], inner[1]), (source[0], source[1])
-
-
-def _resize(array: NDArray[Any], size_px: int) -> NDArray[np.float32]:
-    # Pillow's bilinear filter widens with the reduction: a slice of 512 pixels is averaged.
-    image = Image.fromarray(np.ascontiguousarray(array, np.float32))
-    return np.asarray(image.resize((size_px, size_px), Image.Resampling.BILINEAR))

@@ -71,9 +71,10 @@ def find_lung_pieces(aerated: Mask, grid: GridVolume) -> list[Mask]:
         if _is_in_body(piece, grid):
             pieces.append(piece)
             min_size = max(min_size, SECOND_LUNG_SHARE * float(sizes[label]))
-    largest = labels == by_size[0]
-    if not pieces and sizes[by_size[0]] and float(np.median(grid.hu[largest])) > SURELY_DENSE_HU:
-        pieces.append(largest)
+    if not pieces and sizes[by_size[0]]:
+        largest = labels == by_size[0]
+        if float(np.median(grid.hu[largest])) > SURELY_DENSE_HU:
+            pieces.append(largest)
     return pieces
 
 

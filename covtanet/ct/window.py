@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-AIR_HU = -1000
+from covtanet.ct.densities import AIR_HU
+
 INTENSITY_STEPS = 65535
 SQUARE_RTOL = 0.005
 # Pixels of a mask are inside from this share on.
@@ -91,21 +92,21 @@ def to_input(
     """
     frame = _frame(slices_hu.shape[1:], window.size_px, aspect)
     out = np.empty((len(slices_hu), window.size_px, window.size_px), np.uint16)
-    air = _to_intensity(np.float32(AIR_HU), window)
+    air = hu_to_intensity(np.float32(AIR_HU), window)
     square = np.full((frame.side, frame.side), air, np.float32)
     for index, slice_hu in enumerate(slices_hu):
-        intensity = _to_intensity(slice_hu.astype(np.float32), window)
+        intensity = hu_to_intensity(slice_hu.astype(np.float32), window)
         if aspect != 1:
             intensity = _resize_axes(intensity, frame.height, frame.width)
         square[frame.inner] = intensity
         resized = square
         if frame.side != window.size_px:
-            resized = _resize(square, window.size_px, window.size_px)
+            resized = resize_slice(square, window.size_px, window.size_px)
         out[index] = np.clip(np.rint(resized), 0, INTENSITY_STEPS)
     return out
 
 
-def _to_intensity(hu: Any, window: WindowConfig) -> Any:
+def hu_to_intensity(hu: Any, window: WindowConfig) -> Any:
     """Map HU, float32 of any shape, to 0..65535 over the window."""
     scale = np.float32(INTENSITY_STEPS / (window.high_hu - window.low_hu))
     return (np.clip(hu, window.low_hu, window.high_hu) - np.float32(window.low_hu)) * scale
@@ -125,8 +126,8 @@ def mask_to_input(
         if aspect == 1:
             square[frame.inner] = slice_mask
         else:
-            square[frame.inner] = _resize(slice_mask, frame.height, frame.width)
-        out[index] = _resize(square, window.size_px, window.size_px) >= INSIDE_SHARE
+            square[frame.inner] = resize_slice(slice_mask, frame.height, frame.width)
+        out[index] = resize_slice(square, window.size_px, window.size_px) >= INSIDE_SHARE
     return out
 
 
@@ -140,12 +141,13 @@ def from_input(
     size_px = probabilities.shape[0]
     frame = _frame(shape, size_px, aspect)
     if frame.side != size_px:
-        probabilities = _resize(probabilities, frame.side, frame.side)
+        probabilities = resize_slice(probabilities, frame.side, frame.side)
     inner = probabilities[frame.inner]
-    return inner if aspect == 1 else _resize(inner, *shape)
+    return inner if aspect == 1 else resize_slice(inner, *shape)
 
 
-def _resize(array: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+def resize_slice(array: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    """Resize one slice or map, bilinear."""
     # Pillow's bilinear filter widens with the reduction, so that shrinking averages all pixels.
     image = Image.fromarray(np.ascontiguousarray(array, np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

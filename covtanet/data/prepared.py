@@ -34,17 +34,6 @@ FORMAT_VERSION = 2
 KEY_DIGITS = 16
 # Mapped to 0..1 without a window: half of the paper's second data set is windowed at its source.
 GREY8 = (0.0, 255.0)
-# Reasons to refuse a volume or its mask, in addition to those of screening.
-REASONS = (
-    "missing",
-    "storage",
-    "internal_error",
-    "mask_unreadable",
-    "mask_mismatch",
-    "not_grey8",
-    "empty_lung_mask",
-    "unlabelled",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,6 @@ from covtanet.decoding.process import Limits
 from covtanet.decoding.stored_masks import check_masks
 from covtanet.errors import QcFlag, Reason, StudyError
 
-__all__ = ["Limits", "Sandbox"]
-
 INT64_BYTES, UINT16_BYTES = 8, 2
 
 

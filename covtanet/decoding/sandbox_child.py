@@ -10,7 +10,7 @@ import numpy as np
 
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding import confinement, header_child
-from covtanet.decoding import prepare as decode
+from covtanet.decoding.prepare import prepare
 from covtanet.errors import Reason, StudyError, error_location
 
 
@@ -31,8 +31,8 @@ def warm_up() -> None:
         files = {name: archive.read(name) for name in archive.namelist()}
     dicom_objects = [data for name, data in files.items() if name.endswith(".dcm")]
     window = WindowConfig(size_px=32)
-    decode.prepare("dicom", dicom_objects, window, 2.5)
-    decode.prepare("nifti", [files["chest.nii.gz"]], window, 2.5)
+    prepare("dicom", dicom_objects, window, 2.5)
+    prepare("nifti", [files["chest.nii.gz"]], window, 2.5)
 
 
 def decode_series(request: dict[str, Any], contents: Iterator[bytes]) -> confinement.Answer:
@@ -41,7 +41,7 @@ def decode_series(request: dict[str, Any], contents: Iterator[bytes]) -> confine
     ``is_last`` in the answer: the process must be replaced before the next request.
     """
     try:
-        prepared = decode.prepare(
+        prepared = prepare(
             request["source_format"],
             contents,
             WindowConfig(**request["window"]),

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from covtanet.errors import ConfigError
@@ -60,8 +60,7 @@ def compare_models(
     }
     failures: Counter[str] = Counter()
     for contender in contenders:
-        evaluated = replace(evaluations[contender.version], rows=[])
-        failures += count_outcomes(contender.data.refused, evaluated)
+        failures += count_outcomes(contender.data.refused, evaluations[contender.version])
     headlines = _shared_headlines(contenders, evaluations)
     missing = [name for name in REQUIRED if name not in headlines[champion.version]]
     if missing:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Mask = NDArray[np.bool_]
+from covtanet.ct.masks import Mask
 
 # HU.
 AIR, LUNG, FAT, MUSCLE, BLOOD, BONE = -1000.0, -850.0, -95.0, 50.0, 45.0, 420.0

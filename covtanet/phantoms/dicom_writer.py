@@ -14,13 +14,16 @@ EMPTY = (
 )  # fmt: skip
 
 
+# As most scanners store CT: the smallest HU becomes 0.
+INTERCEPT = -1024
+
+
 def write_series(
     hu: NDArray[np.int16],
     affine: NDArray[np.float64],
     *,
     study_uid: str,
     series_uid: str,
-    intercept: int = -1024,
 ) -> list[bytes]:
     """Return a volume as DICOM objects, one per slice, Explicit VR Little Endian.
 
@@ -31,7 +34,7 @@ def write_series(
         dataset = Dataset()
         _set_identity(dataset, study_uid, series_uid, index + 1)
         _set_position(dataset, affine, index)
-        _set_pixels(dataset, slice_hu, intercept)
+        _set_pixels(dataset, slice_hu)
         objects.append(_encode(dataset))
     return objects
 
@@ -65,7 +68,7 @@ def _set_position(dataset: Dataset, affine: NDArray[np.float64], index: int) -> 
     dataset.SliceThickness = f"{spacing_mm[0]:.6g}"
 
 
-def _set_pixels(dataset: Dataset, slice_hu: NDArray[np.int16], intercept: int) -> None:
+def _set_pixels(dataset: Dataset, slice_hu: NDArray[np.int16]) -> None:
     dataset.Rows, dataset.Columns = slice_hu.shape
     dataset.SamplesPerPixel = 1
     dataset.PhotometricInterpretation = "MONOCHROME2"
@@ -74,9 +77,9 @@ def _set_pixels(dataset: Dataset, slice_hu: NDArray[np.int16], intercept: int) -
     dataset.HighBit = 15
     dataset.PixelRepresentation = 1
     dataset.RescaleSlope = "1"
-    dataset.RescaleIntercept = str(intercept)
+    dataset.RescaleIntercept = str(INTERCEPT)
     dataset.RescaleType = "HU"
-    dataset.PixelData = (slice_hu.astype(np.int32) - intercept).astype("<i2").tobytes()
+    dataset.PixelData = (slice_hu.astype(np.int32) - INTERCEPT).astype("<i2").tobytes()
 
 
 def _encode(dataset: Dataset) -> bytes:

@@ -1,6 +1,6 @@
 """Objects under a local path or an s3:// URI: listing, reading and writing them whole.
 
-Only ``open_store`` asks which of the two a URI is. Every failure is an ``OSError``.
+``open_store`` chooses the store of a URI. Every failure is an ``OSError``.
 """
 
 import io

@@ -36,6 +36,7 @@ class LocalStore:
         top = Path(root)
         if not top.is_dir():
             raise FileNotFoundError("the folder is missing")
+        real_top = top.resolve()
         num_objects = 0
         visited: set[tuple[int, int]] = set()
         for folder, subfolders, names in os.walk(
@@ -49,7 +50,7 @@ class LocalStore:
             visited.add((status.st_dev, status.st_ino))
             outside: set[str] = set()
             if not leaves_root:
-                outside = _names_leading_out(Path(folder), [*subfolders, *names], top)
+                outside = _names_leading_out(Path(folder), [*subfolders, *names], real_top)
             # In place: os.walk goes on with this list, in this order.
             subfolders[:] = sorted(set(subfolders) - outside)
             prefix = _prefix_of(Path(folder), top)
@@ -118,16 +119,16 @@ class LocalStore:
 
     def delete_folder(self, uri: str) -> None:
         """Delete a folder and everything below it."""
-        shutil.rmtree(uri, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(uri)
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
         """Return pyarrow's local file system."""
         return pafs.LocalFileSystem(), uri
 
 
-def _names_leading_out(folder: Path, names: list[str], root: Path) -> set[str]:
+def _names_leading_out(folder: Path, names: list[str], real_root: Path) -> set[str]:
     """Return the names in a folder that are links out of the root, dangling links left out."""
-    real_root = root.resolve()
     outside = set()
     for name in names:
         path = folder / name
@@ -167,6 +168,9 @@ def _file_info(path: Path, listed_path: str) -> ObjectInfo | None:
 
 def _listed_name(name: str) -> str:
     """Return a name from the disk as valid Unicode."""
+    # The usual name needs no look at its characters.
+    if name.isascii():
+        return name
     return "".join(_shifted(c, SURROGATE_AT, ODD_BYTE_AT) for c in name)
 
 
@@ -175,6 +179,8 @@ def _path_on_disk(path: str) -> Path:
 
     Unless a file has the private characters in its real name.
     """
+    if path.isascii():
+        return Path(path)
     shifted = "".join(_shifted(c, ODD_BYTE_AT, SURROGATE_AT) for c in path)
     if shifted == path or Path(path).exists():
         return Path(path)

@@ -26,8 +26,7 @@ from covtanet.storage.store import CHUNK_BYTES, Folder, ObjectInfo, check_count
 from covtanet.storage.uri import S3, split_s3
 
 CONNECT_TIMEOUT_S = 10
-# A thread that waits for a slow object store ends with the read under way, so at most this much
-# later.
+# Of one attempt: a read that fails is tried again, by botocore and by ``read_chunks``.
 READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 5
 # Before a broken stream is resumed; the pause doubles with each attempt.

@@ -1,4 +1,5 @@
-"""MLflow: runs, the model registry and its aliases; the only place that imports mlflow.
+"""MLflow: runs, the model registry and its aliases; the only package that imports mlflow (and
+``screening/pyfunc.py``, which MLflow runs).
 
 ``runs`` logs experiments, ``registry`` registers and promotes models, ``models`` fetches their
 files. Everything a command needs is named here.

@@ -27,50 +27,51 @@ class BatchAugmentConfig:
     all_off_probability: float = 0.1
     """Share of slices without any change: the network must see undistorted slices too."""
     flip_probability: float = 0.5
-    """Of a flip left to right."""
+    """Probability of a flip left to right."""
     flip_vertical_probability: float = 0.5
-    """Of a flip top to bottom; it also makes predictions over four flips agree."""
+    """Probability of a flip top to bottom; it also makes predictions over four flips agree."""
     affine_probability: float = 0.9
     """Of rotation, scale, shift and change of aspect together."""
     rotation_deg: float = 25.0
     """Largest rotation in either direction, in degrees."""
     scale_low: float = 0.6
-    """Smallest side of the crop over the lung box's side. Small crops show a part of the lungs, so
-    patients with many lesions also give slices without lesion."""
+    """Smallest side of the crop over that of the box: the whole slice in training, the lung box in
+    benchmarks/train_gpu.py. Small crops show a part of the lungs, so patients with many lesions
+    also give slices without lesion."""
     scale_high: float = 1.2
-    """Largest side of the crop over the lung box's side."""
+    """Largest side of the crop over that of the box."""
     shift: float = 0.12
-    """Largest shift along each axis over the lung box's side."""
+    """Largest shift along each axis over the side of the box."""
     aspect: float = 0.14
     """Largest logarithm of the change of height over width."""
     elastic_probability: float = 0.5
-    """Of a smooth random deformation."""
+    """Probability of a smooth random deformation."""
     elastic_nodes: int = 5
     """Nodes of the deformation along a side."""
     elastic_deviation: float = 0.03
     """Standard deviation of a node's displacement over the side."""
     gamma_probability: float = 0.5
-    """Of a change of gamma."""
+    """Probability of a change of gamma."""
     gamma: float = 0.3
     """Largest logarithm of gamma."""
     contrast_probability: float = 0.5
-    """Of a change of contrast about the mean."""
+    """Probability of a change of contrast about the mean."""
     contrast_low: float = 0.8
     """Smallest factor of contrast."""
     contrast_high: float = 1.25
     """Largest factor of contrast."""
     brightness_probability: float = 0.5
-    """Of a shift of all intensities."""
+    """Probability of a shift of all intensities."""
     brightness: float = 0.06
     """Largest shift of the intensities, which are in [0, 1]."""
     blur_probability: float = 0.3
-    """Of a Gaussian blur."""
+    """Probability of a Gaussian blur."""
     blur_px: float = 1.0
     """Largest standard deviation of the blur, in pixels."""
     low_resolution_probability: float = 0.2
-    """Of half the resolution."""
+    """Probability of half the resolution."""
     noise_probability: float = 0.5
-    """Of white noise."""
+    """Probability of white noise."""
     noise: float = 0.04
     """Largest standard deviation of the noise; intensities are in [0, 1]."""
 

@@ -18,7 +18,7 @@ from covtanet.training.loop import Progress
 STATE = "state.json"
 PARTS = ("weights", "best", "optimizer")
 # All files of a checkpoint, each with the most bytes that it may have; the optimizer keeps two
-# values per weight.
+# values per weight, and a third for the average.
 FILES = {STATE: 64 << 20, **{f"{part}.safetensors": 8 << 30 for part in PARTS}}
 
 

@@ -69,7 +69,8 @@ class WeightAverage:
     """Exponential moving average of a module's weights and batch-norm statistics.
 
     The start is corrected as Adam corrects its moments: the first k states have the weights
-    decay^(k-1), .., decay, 1, normalised, so the random initial weights have no share.
+    decay^(k-1), .., decay, 1, normalised, so the random initial weights have no share; with
+    warm-up, whose first step has rate 0, they are the first of the k states.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -96,7 +97,10 @@ class WeightAverage:
         return dict(self.average)
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the averaged weights only; lanes average batch-norm statistics themselves."""
+        """Return the averaged weights only; lanes average batch-norm statistics themselves.
+
+        ``training/resident.py``, which has no lanes, takes ``state``, statistics included.
+        """
         return {
             name: value for name, value in self.average.items() if not name.endswith(STATISTICS)
         }

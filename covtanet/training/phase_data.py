@@ -183,7 +183,9 @@ def _cached_datasets(
     for items in rows.values():
         ends.append((ends[-1] if ends else 0) + len(items))
     # Materialized once: every epoch then reads the kept features.
-    shards = dataset.materialize().split_at_indices(ends[:-1])
+    kept = dataset.materialize()
+    # Ray refuses an empty list of indices, which one lane without validation gives.
+    shards = kept.split_at_indices(ends[:-1]) if ends[:-1] else [kept]
     return dict(zip(rows, shards, strict=True))
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import bombs
 import pytest
 from mlflow.tracking import MlflowClient
 from serving_callers import Callers, suspended
@@ -33,7 +34,6 @@ from serving_runs import (
 from slow_proxy import SlowDoor
 
 from covtanet import tracking
-from covtanet.phantoms import bombs
 from infra.local.services import LOOPBACK, start_s3
 
 # A scenario runs several jobs one after the other; each alone may take 500 s.

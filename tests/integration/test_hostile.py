@@ -10,7 +10,8 @@ from sound_input import Objects, phantom
 from stage_rows import CONFIG, WINDOW, manifest_rows
 
 from covtanet.ct import dicom, nifti
-from covtanet.decoding.sandbox import Limits, Sandbox
+from covtanet.decoding.process import Limits
+from covtanet.decoding.sandbox import Sandbox
 from covtanet.screening import stages
 
 

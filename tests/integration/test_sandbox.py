@@ -24,7 +24,8 @@ from covtanet.ct.window import WindowConfig
 from covtanet.decoding import child_process as module
 from covtanet.decoding import prepare as decode
 from covtanet.decoding import process as process_module
-from covtanet.decoding.sandbox import Limits, Sandbox
+from covtanet.decoding.process import Limits
+from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import SandboxClosedError, StudyError, StudyTimeoutError
 from covtanet.phantoms.warm_up import warm_up_files
 

@@ -9,6 +9,7 @@ from io import BytesIO
 import imagecodecs
 import numpy as np
 import pydicom
+from bombs import empty_items
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -24,7 +25,6 @@ from pydicom.uid import (
 )
 from sound_input import Objects, named, slices
 
-from covtanet.phantoms.bombs import empty_items
 from covtanet.phantoms.damage import DICOM_DAMAGE
 
 FAR_SEGMENTS = struct.pack("<16I", 2, 64, 1 << 30, *[0] * 13)

@@ -25,7 +25,7 @@ CANARY = "Doe^Jane"
         (CheckpointError("digest differs"), 3, "digest differs"),
         (AlreadyCommittedError("another driver"), 5, "another driver"),
         (TrainingError("the worker died"), 1, "the worker died; the same command continues"),
-        (FloatingPointError("loss is NaN"), 1, "loss is NaN; the same command continues"),
+        (FloatingPointError("loss is NaN"), 1, "loss is NaN; change the learning rate or the seed"),
         (OSError(CANARY), 1, "storage: OSError; the same command continues"),
         (AccessError(CANARY), 1, "storage: AccessError; the same command continues"),
         (ValueError(CANARY), 1, "internal error, ValueError at"),

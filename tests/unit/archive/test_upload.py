@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from bombs import directory_bomb
 from hostile_nifti import big_endian_nifti, nifti2
 from sound_input import gz, plain_nifti, slices
 
@@ -14,7 +15,6 @@ from covtanet.archive.manifest import scan_folder
 from covtanet.archive.upload import IntakeLimits, parse_upload
 from covtanet.ct.dicom_headers import read_identities, transfer_syntax
 from covtanet.errors import UploadError
-from covtanet.phantoms.bombs import directory_bomb
 from covtanet.storage import ObjectInfo
 
 DIGEST = "d" * 32

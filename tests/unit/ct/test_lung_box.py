@@ -6,7 +6,6 @@ import pytest
 from covtanet.ct.lung_box import (
     LungBox,
     box_from_input,
-    box_mask_to_input,
     box_to_input,
     crop_to_box,
     lung_box,
@@ -77,14 +76,6 @@ def test_window_of_cropped_slices_maps_its_ends_to_zero_and_one() -> None:
     assert levels.dtype == np.uint16
     expected = [0, 0, INTENSITY_STEPS / 2, INTENSITY_STEPS]
     assert levels[0, :2, :2].ravel().tolist() == pytest.approx(expected, abs=1)
-
-
-def test_mask_pixel_is_set_if_half_of_it_is_in_the_mask() -> None:
-    """Pillow's triangle filter over 4 x 4 pixels reaches beyond each quarter; whole ones remain."""
-    mask = np.zeros((1, 4, 4), bool)
-    mask[0, :, :2] = True
-    box = LungBox(top=0, left=0, height=4, width=4)
-    assert box_mask_to_input(mask, box, 2).tolist() == [[[1, 0], [1, 0]]]
 
 
 def test_map_returns_to_the_box_and_is_zero_outside() -> None:
