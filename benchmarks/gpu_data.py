@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from covtanet.ct import nifti
 from covtanet.ct.lung import find_lungs
-from covtanet.ct.lung_box import LungBox, lung_box
+from covtanet.ct.lung_box import SliceBox, lung_box
 from covtanet.ct.window import WindowConfig
 from covtanet.data.pictures import join
 from covtanet.data.slice_file import SliceFile, save_slices, to_grey
@@ -66,7 +66,7 @@ def picture_slices(folder: Path) -> SliceFile:
         lesion=np.pad(lesion > 0, margin),
         inside=np.ones((len(grey), CANVAS_PX, CANVAS_PX), bool),
         has_lung=np.ones(len(grey), bool),
-        box=LungBox(top=edge, left=edge, height=PICTURE_PX, width=PICTURE_PX),
+        box=SliceBox(top=edge, left=edge, height=PICTURE_PX, width=PICTURE_PX),
         is_continuous=False,
     )
 

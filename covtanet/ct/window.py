@@ -1,4 +1,4 @@
-"""From HU to the network's input and back: window, in-plane resize, choice of slices."""
+"""From HU to the network's input and back: window, crop, in-plane resize, choice of slices."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from covtanet.ct.densities import AIR_HU
+from covtanet.ct.lung_box import Region, SliceBox, lung_box, whole_box
+from covtanet.ct.masks import Mask
 
 INTENSITY_STEPS = 65535
 SQUARE_RTOL = 0.005
@@ -25,8 +27,14 @@ class WindowConfig:
     """HU of intensity 1; denser voxels are clipped. Choice: the paper gives no window."""
     size_px: int = 512
     """Side of the square slices in pixels. Choice: the paper gives no size."""
+    crops_to_lungs: bool = False
+    """Whether slices are cropped to the box of the lungs (``lung_box``); the paper's are whole."""
+    num_neighbours: int = 0
+    """Slices on either side that the network reads together with a slice, 0 or 1."""
 
     def __post_init__(self) -> None:
+        if self.num_neighbours not in (0, 1):
+            raise ValueError(f"num_neighbours is {self.num_neighbours}, expected 0 or 1")
         if self.low_hu >= self.high_hu:
             raise ValueError(
                 f"window {self.low_hu:g}..{self.high_hu:g} HU is empty, "
@@ -46,62 +54,76 @@ def pixel_aspect(spacing_mm: tuple[float, float, float]) -> float:
     return 1.0 if abs(aspect - 1) <= SQUARE_RTOL else aspect
 
 
+def box_of(lung_mask: Mask, window: WindowConfig, aspect: float) -> SliceBox | None:
+    """Return the box that a volume's slices are cropped to; null if the window takes them whole.
+
+    lung_mask: (z, y, x) bool. aspect: ``pixel_aspect`` of the volume.
+
+    Raises:
+        StudyError: ``no_lung`` if the mask is empty and the window crops.
+    """
+    return lung_box(lung_mask, aspect) if window.crops_to_lungs else None
+
+
 @dataclass(frozen=True)
 class _Frame:
-    """Rows ``top`` to ``top + height`` and columns ``left`` to ``left + width`` of a square."""
+    """A canvas of pixels, the part of it that shows the slice, and that part of the slice."""
 
-    side: int
-    top: int
-    left: int
     height: int
     width: int
-
-    @property
-    def inner(self) -> tuple[slice, slice]:
-        """The slice's part of the square."""
-        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+    inner: Region
+    source: Region
 
 
-def _centred(side: int, height: int, width: int) -> _Frame:
-    return _Frame(side, (side - height) // 2, (side - width) // 2, height, width)
+def _frame(shape: tuple[int, int], size_px: int, aspect: float, box: SliceBox | None) -> _Frame:
+    """Lay a slice of any shape on a canvas that is square in millimetres.
 
-
-def _frame(shape: tuple[int, int], size_px: int, aspect: float) -> _Frame:
-    """Place a slice of any shape in a square.
-
-    With square pixels that is the smallest square of the slice's own pixels, which is resized as a
-    whole afterwards. Else each axis is resized by its own factor, and the square is the network's.
+    With square pixels the canvas has the slice's own pixels and is resized as a whole afterwards.
+    Else each axis is resized by its own factor, and the canvas is the network's, which stays small
+    however long and narrow the voxels are.
     """
-    height, width = shape
+    box = box or whole_box(shape, aspect)
+    inner, source = box.overlap(shape)
     if aspect == 1:
-        return _centred(max(height, width), height, width)
-    scale = size_px / max(height * aspect, width)
-    return _centred(size_px, max(1, round(height * aspect * scale)), max(1, round(width * scale)))
+        return _Frame(box.height, box.width, inner, source)
+    rows = _scaled(inner[0], size_px / box.height, size_px)
+    columns = _scaled(inner[1], size_px / box.width, size_px)
+    return _Frame(size_px, size_px, (rows, columns), source)
+
+
+def _scaled(part: slice, factor: float, size_px: int) -> slice:
+    """Return a part of a side times a factor, at least one pixel, within 0..size_px."""
+    length = min(size_px, max(1, round((part.stop - part.start) * factor)))
+    start = min(round(part.start * factor), size_px - length)
+    return slice(start, start + length)
 
 
 def to_input(
-    slices_hu: NDArray[Any], window: WindowConfig, aspect: float = 1.0
+    slices_hu: NDArray[Any],
+    window: WindowConfig,
+    aspect: float = 1.0,
+    box: SliceBox | None = None,
+    fill_hu: float = AIR_HU,
 ) -> NDArray[np.uint16]:
-    """Window slices, pad them to a square in millimetres and resize them.
+    """Window slices, crop or pad them to a square in millimetres and resize them.
 
     slices_hu: (S, y, x) in HU. aspect: ``pixel_aspect`` of the series, so that the network sees
-    anatomy undistorted.
+    anatomy undistorted. box: that of ``box_of``; null for whole slices. fill_hu: value beyond a
+    slice.
 
     Returns (S, size, size) uint16, intensity 0..1 in steps of 1/65535: half the bytes of float32 on
     the way between processes, and finer than 0.03 HU.
     """
-    frame = _frame(slices_hu.shape[1:], window.size_px, aspect)
+    frame = _frame((slices_hu.shape[1], slices_hu.shape[2]), window.size_px, aspect, box)
     out = np.empty((len(slices_hu), window.size_px, window.size_px), np.uint16)
-    air = hu_to_intensity(np.float32(AIR_HU), window)
-    square = np.full((frame.side, frame.side), air, np.float32)
+    fill = hu_to_intensity(np.float32(fill_hu), window)
+    canvas = np.full((frame.height, frame.width), fill, np.float32)
     for index, slice_hu in enumerate(slices_hu):
-        intensity = hu_to_intensity(slice_hu.astype(np.float32), window)
+        intensity = hu_to_intensity(slice_hu[frame.source].astype(np.float32), window)
         if aspect != 1:
-            intensity = _resize_axes(intensity, frame.height, frame.width)
-        square[frame.inner] = intensity
-        resized = square
-        if frame.side != window.size_px:
-            resized = resize_slice(square, window.size_px, window.size_px)
+            intensity = _resize_axes(intensity, *canvas[frame.inner].shape)
+        canvas[frame.inner] = intensity
+        resized = resize_slice(canvas, window.size_px, window.size_px)
         out[index] = np.clip(np.rint(resized), 0, INTENSITY_STEPS)
     return out
 
@@ -113,37 +135,55 @@ def hu_to_intensity(hu: Any, window: WindowConfig) -> Any:
 
 
 def mask_to_input(
-    slices_mask: NDArray[np.bool_], window: WindowConfig, aspect: float = 1.0
+    slices_mask: Mask,
+    window: WindowConfig,
+    aspect: float = 1.0,
+    box: SliceBox | None = None,
 ) -> NDArray[np.uint8]:
-    """Resize masks as ``to_input`` resizes slices.
+    """Crop or pad masks and resize them as ``to_input`` does with slices.
 
     A pixel belongs to the mask if at least half of it does.
     """
-    frame = _frame(slices_mask.shape[1:], window.size_px, aspect)
+    frame = _frame((slices_mask.shape[1], slices_mask.shape[2]), window.size_px, aspect, box)
     out = np.empty((len(slices_mask), window.size_px, window.size_px), np.uint8)
+    canvas = np.zeros((frame.height, frame.width), np.float32)
     for index, slice_mask in enumerate(slices_mask):
-        square = np.zeros((frame.side, frame.side), np.float32)
-        if aspect == 1:
-            square[frame.inner] = slice_mask
-        else:
-            square[frame.inner] = resize_slice(slice_mask, frame.height, frame.width)
-        out[index] = resize_slice(square, window.size_px, window.size_px) >= INSIDE_SHARE
+        canvas[frame.inner] = resize_slice(slice_mask[frame.source], *canvas[frame.inner].shape)
+        resized = resize_slice(canvas, window.size_px, window.size_px)
+        out[index] = resized >= INSIDE_SHARE
     return out
 
 
 def from_input(
-    probabilities: NDArray[np.float32], shape: tuple[int, int], aspect: float = 1.0
+    probabilities: NDArray[np.float32],
+    shape: tuple[int, int],
+    aspect: float = 1.0,
+    box: SliceBox | None = None,
 ) -> NDArray[np.float32]:
-    """Bring one slice of the network's output back to the source's in-plane shape (y, x).
+    """Bring one map of the network back to the source's in-plane shape (y, x); 0 beyond the box.
 
     The inverse of ``to_input``.
     """
-    size_px = probabilities.shape[0]
-    frame = _frame(shape, size_px, aspect)
-    if frame.side != size_px:
-        probabilities = resize_slice(probabilities, frame.side, frame.side)
-    inner = probabilities[frame.inner]
-    return inner if aspect == 1 else resize_slice(inner, *shape)
+    frame = _frame(shape, len(probabilities), aspect, box)
+    inner = resize_slice(probabilities, frame.height, frame.width)[frame.inner]
+    out = np.zeros(shape, np.float32)
+    # Of the same size already if pixels are square.
+    out[frame.source] = resize_slice(inner, *out[frame.source].shape)
+    return out
+
+
+def with_neighbours(
+    slices: NDArray[Any], indices: NDArray[np.intp], num_neighbours: int
+) -> NDArray[Any]:
+    """Return slices with their neighbours in z as channels, (len(indices), 1 + 2 n, H, W).
+
+    slices: (S, H, W), all that are read of a volume. At its ends a slice is repeated. Choice:
+    neighbours among the slices that are read, 2.5 mm apart or more, so that a volume keeps one copy
+    of each.
+    """
+    steps = np.arange(-num_neighbours, num_neighbours + 1)
+    rows = np.clip(indices[:, None] + steps[None, :], 0, len(slices) - 1)
+    return slices[rows]
 
 
 def resize_slice(array: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.ct.lung_box import LungBox
+from covtanet.ct.lung_box import SliceBox
 from covtanet.ct.window import WindowConfig
 
 GREY_STEPS = 150
@@ -31,7 +31,7 @@ class SliceFile:
     """(S, y, x), lungs and chest cavity; screening drops marked pixels outside."""
     has_lung: NDArray[np.bool_]
     """(S,), slices that screening segments; the rest are neighbours of these."""
-    box: LungBox
+    box: SliceBox
     is_continuous: bool = True
     """Whether successive slices are neighbours in the patient."""
 
@@ -93,7 +93,7 @@ def load_slices(path: Path, fill: int) -> SliceFile:
         lesion=_paste(masks[0], corner, (height, width), False),
         inside=_paste(masks[1], corner, (height, width), False),
         has_lung=has_lung,
-        box=LungBox(top=box_top, left=box_left, height=box_height, width=box_width),
+        box=SliceBox(top=box_top, left=box_left, height=box_height, width=box_width),
         is_continuous=is_continuous,
     )
 

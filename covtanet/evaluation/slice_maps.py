@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from covtanet.ct.lung_box import box_from_input, box_to_input
-from covtanet.ct.window import INTENSITY_STEPS, WindowConfig
+from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, from_input, to_input
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
 
 BATCH_SIZE = 32
@@ -39,7 +38,7 @@ def lung_slices_with_neighbours(
     At the ends of a series, and if successive slices are not neighbours, a slice is repeated.
     """
     window = WindowConfig(low_hu=0.0, high_hu=float(GREY_STEPS), size_px=size_px)
-    levels = box_to_input(slices.grey, slices.box, window, fill)
+    levels = to_input(slices.grey, window, box=slices.box, fill_hu=fill)
     shown = np.flatnonzero(slices.has_lung)
     reach = 1 if slices.is_continuous and channels > 1 else 0
     distances = (-reach, 0, reach) if channels > 1 else (0,)
@@ -66,8 +65,8 @@ def predict_maps(
         batch = levels[start : start + BATCH_SIZE].astype(np.float32) / INTENSITY_STEPS
         maps = _probabilities(module, torch.from_numpy(batch).to(device))
         for index, pair in enumerate(maps.cpu().numpy(), start):
-            single[index] = box_from_input(pair[0], slices.box, shape)
-            flipped[index] = box_from_input(pair[1], slices.box, shape)
+            single[index] = from_input(pair[0], shape, box=slices.box)
+            flipped[index] = from_input(pair[1], shape, box=slices.box)
     return SliceMaps(single=single, flipped=flipped)
 
 

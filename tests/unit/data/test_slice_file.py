@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from covtanet.ct.lung_box import LungBox
+from covtanet.ct.lung_box import SliceBox
 from covtanet.ct.window import WindowConfig
 from covtanet.data.slice_file import GREY_STEPS, SliceFile, load_slices, save_slices, to_grey
 
@@ -13,7 +13,7 @@ FILL = 25
 CONTEXT_PX = 2
 
 
-def slices_with(box: LungBox, *, is_continuous: bool = True) -> SliceFile:
+def slices_with(box: SliceBox, *, is_continuous: bool = True) -> SliceFile:
     """Return four random slices of 20 x 24 pixels."""
     rng = np.random.default_rng(5)
     shape = (4, 20, 24)
@@ -31,7 +31,7 @@ def slices_with(box: LungBox, *, is_continuous: bool = True) -> SliceFile:
 def test_slices_survive_a_round_trip_inside_the_context(
     tmp_path: Path, is_continuous: bool
 ) -> None:
-    slices = slices_with(LungBox(top=5, left=6, height=9, width=9), is_continuous=is_continuous)
+    slices = slices_with(SliceBox(top=5, left=6, height=9, width=9), is_continuous=is_continuous)
     save_slices(tmp_path / "series.npz", slices, CONTEXT_PX)
     loaded = load_slices(tmp_path / "series.npz", FILL)
     written = np.zeros((20, 24), bool)
@@ -45,7 +45,7 @@ def test_slices_survive_a_round_trip_inside_the_context(
 
 
 def test_box_beyond_the_slice_is_written_up_to_the_border(tmp_path: Path) -> None:
-    slices = slices_with(LungBox(top=-4, left=-4, height=32, width=32))
+    slices = slices_with(SliceBox(top=-4, left=-4, height=32, width=32))
     save_slices(tmp_path / "series.npz", slices, CONTEXT_PX)
     loaded = load_slices(tmp_path / "series.npz", FILL)
     assert np.array_equal(loaded.grey, slices.grey)
@@ -53,7 +53,7 @@ def test_box_beyond_the_slice_is_written_up_to_the_border(tmp_path: Path) -> Non
 
 
 def test_file_holds_no_pickled_objects(tmp_path: Path) -> None:
-    save_slices(tmp_path / "series.npz", slices_with(LungBox(top=0, left=0, height=8, width=8)), 0)
+    save_slices(tmp_path / "series.npz", slices_with(SliceBox(top=0, left=0, height=8, width=8)), 0)
     with np.load(tmp_path / "series.npz", allow_pickle=False) as arrays:
         assert all(arrays[name].dtype != object for name in arrays)
 

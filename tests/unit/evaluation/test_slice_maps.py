@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from covtanet.ct.lung_box import LungBox
+from covtanet.ct.lung_box import SliceBox
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
 from covtanet.evaluation.slice_maps import (
     lung_slices_with_neighbours,
@@ -13,7 +13,7 @@ from covtanet.evaluation.slice_maps import (
 )
 
 SIZE = 32
-BOX = LungBox(top=4, left=4, height=SIZE, width=SIZE)
+BOX = SliceBox(top=4, left=4, height=SIZE, width=SIZE)
 
 
 def ramp(*, is_continuous: bool = True) -> SliceFile:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from covtanet.ct.lung_box import LungBox
+from covtanet.ct.lung_box import SliceBox
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
 from covtanet.model.losses import CrossEntropyDiceConfig, loss_terms
 from covtanet.model.segnet import TASegNet, TASegNetConfig
@@ -34,7 +34,7 @@ def series(count: int, *, is_continuous: bool = True, lungs: int | None = None) 
         lesion=lesion,
         inside=np.ones(grey.shape, bool),
         has_lung=np.arange(count) < (count if lungs is None else lungs),
-        box=LungBox(top=0, left=0, height=SIZE, width=SIZE),
+        box=SliceBox(top=0, left=0, height=SIZE, width=SIZE),
         is_continuous=is_continuous,
     )
 
