@@ -1,6 +1,6 @@
 """Table IV on mosmed-mid, on one GPU in minutes: CovTANet, five classifiers and the lesion share.
 
-python -m benchmarks.diagnosis_gpu --data FILE.npz --weights FILE --out DIR [--budget-s 440] [--toy]
+python -m benchmarks.diagnosis_gpu --data FILE.npz --weights FILE --out DIR [--budget-s 430] [--toy]
 
 --data: written by diagnosis_data.py. --weights: of the frozen segmenter, V8 on the lung box.
 --toy: all trainings at a tiny size on the CPU, to test that they run.
@@ -21,7 +21,8 @@ import torch
 
 from benchmarks import diagnosis_data
 from benchmarks.diagnosis_networks import LESION_SHARE, SCALE, TOY
-from benchmarks.diagnosis_trial import Trial, frozen_segmenter
+from benchmarks.diagnosis_trial import Trial
+from benchmarks.diagnosis_views import Views, frozen_segmenter
 
 # Each process has its networks one after the other, about the same time in all.
 GROUPS = (
@@ -29,7 +30,7 @@ GROUPS = (
     ("ResNet-50", "Xception"),
     ("DenseNet121", "InceptionV3"),
 )
-NUM_TOY_SLICES = 120
+NUM_TOY_SLICES = 60
 
 
 def start_groups(arguments: argparse.Namespace) -> list["subprocess.Popen[bytes]"]:
@@ -53,12 +54,14 @@ def run_group(arguments: argparse.Namespace, started_s: float) -> int:
     if arguments.toy:
         slices = slices.some(np.arange(0, len(slices.names), len(slices.names) // NUM_TOY_SLICES))
     trial = Trial(
-        slices=slices,
-        scale=scale,
-        device=device,
+        views=Views(
+            slices=slices,
+            scale=scale,
+            device=device,
+            segmenter=frozen_segmenter(arguments.weights, device),
+        ),
         deadline_s=started_s + arguments.budget_s,
         path=arguments.out / f"rows-{arguments.group}.jsonl",
-        segmenter=frozen_segmenter(arguments.weights, device),
     )
     names = GROUPS[arguments.group]
     failed = 0
@@ -77,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--weights", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--budget-s", type=float, default=440.0)
+    options.add_argument("--budget-s", type=float, default=430.0)
     options.add_argument("--toy", action="store_true")
     options.add_argument("--group", type=int, help="of GROUPS; all of them by default")
     return options.parse_args()

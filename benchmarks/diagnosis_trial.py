@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,62 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.diagnosis_data import BOX_PX, CANVAS_PX, NUM_FOLDS, Slices
+from benchmarks.diagnosis_data import NUM_FOLDS
 from benchmarks.diagnosis_networks import (
-    AUGMENT,
-    COVTANET,
     LESION_SHARE,
-    RATES,
-    SCALE,
     TRIAL_SHARE,
-    Scale,
+    Choice,
+    choices,
     network_config,
     phase_config,
+    start_warm,
 )
+from benchmarks.diagnosis_views import MIRRORED, PLAIN, TEST_BATCH, Inputs, Rows, Views
 from covtanet.model.covtanet import JointClassifier
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
-from covtanet.model.segnet import TASegNet, TASegNetConfig
-from covtanet.training.batch_augment import BatchAugmentConfig, BatchAugmenter
 from covtanet.training.feed import seed_of
 from covtanet.training.optimizer import WeightAverage, clip_gradients, make_optimizer, set_rate
 from covtanet.training.phase_config import PhaseConfig
 
-# That of the shipped model, fixed before any result here.
-THRESHOLD = 0.3
 # Share of the time left that a network plans with; the card is shared.
 PLANNED_SHARE = 0.85
 # Steps in which cuDNN chooses its kernels, before a step is timed.
 WARM_STEPS = 6
-TEST_BATCH = 64
 # Part of fold 0's training patients on which rates are compared, one in so many.
 TRIAL_PARTS = 5
-
-# Slices (B, 1, size, size) in [0, 1] to the input of a joint classifier (B, 1, C, P, P).
-Inputs = Callable[[Tensor], Tensor]
-Rows = NDArray[np.int64]
-
-
-def frozen_segmenter(path: Path, device: torch.device) -> TASegNet:
-    """Return V8 on the lung box with its weights, in eval mode on the device."""
-    config = SCALE.covtanet.segnet
-    assert isinstance(config, TASegNetConfig)
-    network = TASegNet(config)
-    stored = load_file(path)
-    # Kernels are stored in 16 bits; counters of batches, which eval mode never reads, are not.
-    state = {
-        name: stored[name].to(value.dtype) if name in stored else value
-        for name, value in network.state_dict().items()
-    }
-    network.load_state_dict(state)
-    network.eval().requires_grad_(False)
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
 
 
 def balanced_loss(grades: NDArray[np.str_]) -> JointLossConfig:
@@ -83,28 +54,24 @@ def balanced_loss(grades: NDArray[np.str_]) -> JointLossConfig:
 
 @dataclass
 class Trial:
-    """State of one process: slices on the device, the segmenter, and the file of results."""
+    """State of one process: its inputs, its deadline and the file of its results."""
 
-    slices: Slices
-    scale: Scale
-    device: torch.device
+    views: Views
     deadline_s: float
     """Of ``time.perf_counter``."""
     path: Path
-    segmenter: TASegNet
     is_infected: Tensor = field(init=False)
     is_severe: Tensor = field(init=False)
-    grey: Tensor = field(init=False)
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = time.perf_counter()
-        self.grey = torch.from_numpy(self.slices.grey).to(self.device)
+        self.slices = self.views.slices
+        self.scale = self.views.scale
+        self.device = self.views.device
         grades = self.slices.grades
         self.is_infected = torch.from_numpy(grades != "normal").float().to(self.device)
         self.is_severe = torch.from_numpy(grades == "severe").float().to(self.device)
-        self.augmenter = BatchAugmenter(AUGMENT, self.device)
-        self.cropper = BatchAugmenter(BatchAugmentConfig(), self.device)
 
     @property
     def left_s(self) -> float:
@@ -120,44 +87,20 @@ class Trial:
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def crop(self, rows: Rows, seed: int | None) -> Tensor:
-        """Return the lung boxes of slices, (B, 1, size, size); changed at random with a seed."""
-        grey = self.grey[torch.from_numpy(rows).to(self.device)][:, None].float() / 255
-        edge = (CANVAS_PX - BOX_PX) / 2
-        box = torch.tensor([edge, edge, BOX_PX, BOX_PX], device=self.device)
-        augmenter = self.cropper if seed is None else self.augmenter
-        boxes = box.expand(len(rows), 4)
-        changed, _ = augmenter(grey, torch.zeros_like(grey), seed or 0, boxes, self.scale.size_px)
-        return changed.contiguous(memory_format=torch.channels_last)
-
-    def inputs_of(self, name: str) -> Inputs:
-        """Return the step from slices to the input of a row's network."""
-        if name != COVTANET:
-            return lambda slices: slices[:, None]
-        pooled_px = self.scale.covtanet.pooled_px
-
-        def features(slices: Tensor) -> Tensor:
-            # The neighbours of a single slice are copies of it, as in screening.
-            with torch.no_grad():
-                _, fused = self.segmenter.segment(slices.expand(-1, 3, -1, -1))
-            return F.adaptive_avg_pool2d(fused, pooled_px).float()[:, None]
-
-        return features
-
     def run(self, name: str, num_left: int) -> None:
         """Train and test one row in all folds. num_left: rows that share the time left."""
         if name == LESION_SHARE:
             self.lesion_share()
             return
         end_s = time.perf_counter() + self.left_s * PLANNED_SHARE / num_left
-        inputs = self.inputs_of(name)
+        inputs = self.views.inputs_of(name)
         num_epochs = self._plan(name, inputs, end_s)
-        rate, trials = self._choose_rate(name, inputs, num_epochs)
-        self.write({"kind": "rates", "network": name, "auc": trials, "chosen": rate})
+        choice, trials = self._choose(name, inputs, num_epochs)
+        self.write({"kind": "choice", "network": name, "auc": trials, "chosen": str(choice)})
         for fold in range(NUM_FOLDS):
             train = np.flatnonzero(self.slices.folds != fold)
             test = np.flatnonzero(self.slices.folds == fold)
-            module, described = self.train(name, inputs, train, rate, num_epochs, seed=fold)
+            module, described = self.train(name, inputs, train, choice, num_epochs, seed=fold)
             if described["was_cut"]:
                 self.say(f"{name} fold {fold}: cut by the deadline, not tested")
                 return
@@ -170,8 +113,8 @@ class Trial:
         self._time(name, inputs, rows, WARM_STEPS)
         step_s = self._time(name, inputs, rows, self.scale.timed_steps)
         epoch_s = step_s * (1 - 1 / NUM_FOLDS) * len(rows) / self.scale.batch_size
-        # Trainings of the folds, and the trials of the rates on a part of one of them.
-        num_trainings = NUM_FOLDS + len(RATES) * TRIAL_SHARE * (1 - 1 / TRIAL_PARTS)
+        # Trainings of the folds, and the trials of the choices on a part of one of them.
+        num_trainings = NUM_FOLDS + len(choices(name)) * TRIAL_SHARE * (1 - 1 / TRIAL_PARTS)
         low, high = self.scale.num_epochs
         fitting = int((end_s - time.perf_counter()) / (num_trainings * epoch_s))
         num_epochs = min(high, max(low, fitting))
@@ -180,15 +123,15 @@ class Trial:
 
     def _time(self, name: str, inputs: Inputs, rows: Rows, num_steps: int) -> float:
         started_s = time.perf_counter()
-        self._optimize(name, inputs, rows, RATES[0], num_steps, seed=0)
+        self._optimize(name, inputs, rows, choices(name)[0], num_steps, seed=0)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started_s) / num_steps
 
-    def _choose_rate(
+    def _choose(
         self, name: str, inputs: Inputs, num_epochs: int
-    ) -> tuple[float, dict[str, float]]:
-        """Compare rates on training patients of fold 0; its test part stays unseen.
+    ) -> tuple[Choice, dict[str, float]]:
+        """Compare choices on training patients of fold 0; its test part stays unseen.
 
         The score is the mean AUC of the three pairs.
         """
@@ -197,37 +140,42 @@ class Trial:
         rest = np.setdiff1d(train, held)
         trial_epochs = max(1, round(num_epochs * TRIAL_SHARE))
         aucs = {}
-        for rate in RATES:
-            module, _ = self.train(name, inputs, rest, rate, trial_epochs, seed=100)
-            aucs[str(rate)] = mean_auc(self.slices.grades[held], self.predict(module, inputs, held))
-        self.say(f"{name}: mean AUC of the pairs by rate, {aucs}")
-        return float(max(aucs, key=lambda rate: aucs[rate])), aucs
+        for choice in choices(name):
+            module, _ = self.train(name, inputs, rest, choice, trial_epochs, seed=100)
+            aucs[choice] = mean_auc(self.slices.grades[held], self.predict(module, inputs, held))
+        best = max(aucs, key=lambda choice: aucs[choice])
+        by_name = {str(choice): round(auc, 4) for choice, auc in aucs.items()}
+        self.say(f"{name}: mean AUC of the pairs, {by_name}")
+        return best, by_name
 
     def train(
-        self, name: str, inputs: Inputs, rows: Rows, rate: float, num_epochs: int, seed: int
+        self, name: str, inputs: Inputs, rows: Rows, choice: Choice, num_epochs: int, seed: int
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Return a network that was trained on some slices, and its course."""
         started_s = time.perf_counter()
         num_steps = max(1, num_epochs * (len(rows) // self.scale.batch_size))
-        module, done, loss = self._optimize(name, inputs, rows, rate, num_steps, seed)
+        num_steps = min(num_steps, self.scale.max_steps)
+        module, done, loss = self._optimize(name, inputs, rows, choice, num_steps, seed)
         described = {
-            "rate": rate,
+            "choice": asdict(choice),
             "num_epochs": num_epochs,
             "num_steps": done,
             "seconds": round(time.perf_counter() - started_s, 2),
             "last_loss": loss,
             "was_cut": done < num_steps,
-            "phase": asdict(phase_config(rate, self.scale, num_steps)),
+            "phase": asdict(phase_config(choice.rate, self.scale, num_steps)),
         }
         self.say(f"{name}: {done} steps in {described['seconds']} s, loss {loss:.3f}")
         return module, described
 
     def _optimize(
-        self, name: str, inputs: Inputs, rows: Rows, rate: float, num_steps: int, seed: int
+        self, name: str, inputs: Inputs, rows: Rows, choice: Choice, num_steps: int, seed: int
     ) -> tuple[nn.Module, int, float]:
-        config = phase_config(rate, self.scale, num_steps)
+        config = phase_config(choice.rate, self.scale, num_steps)
         torch.manual_seed(seed)
-        module = JointClassifier(network_config(name, self.scale))
+        module = JointClassifier(network_config(name, self.scale, choice))
+        if choice.is_warm:
+            start_warm(module, self.views.segmenter)
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.train()
         optimizer = make_optimizer(config, module, fused=self.device.type == "cuda")
@@ -249,7 +197,7 @@ class Trial:
             done += 1
         if done:
             module.load_state_dict(average.state(), strict=False)
-        last = float(loss)
+        last = float(loss.detach())
         if not math.isfinite(last):
             raise FloatingPointError(f"{name}: the loss is NaN or infinite")
         return module, done, last
@@ -266,26 +214,29 @@ class Trial:
         """Return the joint loss of one batch."""
         index = torch.from_numpy(rows).to(self.device)
         with config.autocast(self.device):
-            infected, severe = module(inputs(self.crop(rows, seed)))
+            infected, severe = module(inputs.training(rows, seed))
         truth = (self.is_infected[index], self.is_severe[index])
         return joint(joint_sums(infected, severe, *truth, weights))
 
     def predict(self, module: nn.Module, inputs: Inputs, rows: Rows) -> NDArray[np.float64]:
         """Return p_infected and p_severe, (N, 2): the mean over a slice and its mirror image."""
         module.eval()
-        config = phase_config(RATES[0], self.scale, 1)
+        config = PhaseConfig()
         parts = []
+        # Batches have many sizes, and choosing kernels for each takes longer than it saves.
+        torch.backends.cudnn.benchmark = False
         for start in range(0, len(rows), TEST_BATCH):
-            slices = self.crop(rows[start : start + TEST_BATCH], None)
+            batch = rows[start : start + TEST_BATCH]
             with torch.no_grad(), config.autocast(self.device):
-                views = [module(inputs(view)) for view in (slices, slices.flip(3))]
+                views = [module(inputs.testing(batch, view)) for view in (PLAIN, MIRRORED)]
             logits = torch.stack([torch.stack(view, 1).float() for view in views])
             parts.append(torch.sigmoid(logits).mean(0).double().cpu().numpy())
+        torch.backends.cudnn.benchmark = True
         return np.concatenate(parts)
 
     def lesion_share(self) -> None:
         """Test the one feature: lesion over lung in the slice, by the segmenter, in all folds."""
-        shares = self.shares()
+        shares = self.views.shares()
         infected, severe = (
             values.cpu().numpy() > 0 for values in (self.is_infected, self.is_severe)
         )
@@ -299,20 +250,6 @@ class Trial:
                 model.fit(100 * shares[rows, None], truth[rows])
                 columns.append(model.predict_proba(100 * shares[test, None])[:, 1])
             self._write_rows(LESION_SHARE, fold, test, np.stack(columns, 1), shares[test])
-
-    def shares(self) -> NDArray[np.float64]:
-        """Return lesion over lung of each slice, as screening measures it."""
-        shares = []
-        for start in range(0, len(self.grey), TEST_BATCH):
-            rows = np.arange(start, min(start + TEST_BATCH, len(self.grey)))
-            grey = self.grey[rows][:, None].float() / 255
-            with torch.no_grad():
-                logits = self.segmenter(grey.expand(-1, 3, -1, -1)[..., 16:-16, 16:-16])
-            marked = F.pad(torch.sigmoid(logits.float())[:, 0], (16, 16, 16, 16)) >= THRESHOLD
-            lesion = marked.cpu().numpy() & self.slices.inside[rows]
-            lung = self.slices.lung[rows] | lesion
-            shares.append(lesion.sum((1, 2)) / lung.sum((1, 2)))
-        return np.concatenate(shares)
 
     def _write_rows(
         self,

@@ -57,6 +57,4 @@ def read(data: bytes, hu_at_0: float, hu_per_grey: float) -> Volume:
     hu = np.clip(np.rint(values), INT16_RANGE.min, INT16_RANGE.max).astype(np.int16)
     check_hu(hu)
     volume = canonical_volume(hu, AFFINE)
-    return Volume(
-        hu=volume.hu, affine=volume.affine, source=volume.source, has_known_spacing=False
-    )
+    return Volume(hu=volume.hu, affine=volume.affine, source=volume.source, has_known_spacing=False)
