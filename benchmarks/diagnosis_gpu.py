@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import diagnosis_data
+from benchmarks import diagnosis_slices
 from benchmarks.diagnosis_networks import LESION_SHARE, SCALE, TOY
 from benchmarks.diagnosis_trial import Trial
 from benchmarks.diagnosis_views import Views, frozen_segmenter
@@ -50,7 +50,7 @@ def run_group(arguments: argparse.Namespace, started_s: float) -> int:
     device = torch.device("cpu" if arguments.toy else "cuda")
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    slices = diagnosis_data.read(arguments.data)
+    slices = diagnosis_slices.read(arguments.data)
     if arguments.toy:
         slices = slices.some(np.arange(0, len(slices.names), len(slices.names) // NUM_TOY_SLICES))
     trial = Trial(

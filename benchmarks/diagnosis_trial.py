@@ -15,7 +15,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from benchmarks.diagnosis_data import NUM_FOLDS
 from benchmarks.diagnosis_networks import (
     LESION_SHARE,
     TRIAL_SHARE,
@@ -25,6 +24,7 @@ from benchmarks.diagnosis_networks import (
     phase_config,
     start_warm,
 )
+from benchmarks.diagnosis_slices import NUM_FOLDS
 from benchmarks.diagnosis_views import MIRRORED, PLAIN, TEST_BATCH, Inputs, Rows, Views
 from covtanet.model.covtanet import JointClassifier
 from covtanet.model.losses import JointLossConfig, joint, joint_sums

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.diagnosis_data import BOX_PX, CANVAS_PX, Slices
 from benchmarks.diagnosis_networks import AUGMENT, COVTANET, SCALE, Scale
+from benchmarks.diagnosis_slices import BOX_PX, CANVAS_PX, Slices
 from covtanet.model.segnet import TASegNet, TASegNetConfig
 from covtanet.training.batch_augment import BatchAugmentConfig, BatchAugmenter
 from covtanet.training.feed import seed_of
