@@ -29,7 +29,7 @@ def main() -> int:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{DEMO_REGISTRY}"
     if not model:
         model = str(SHIPPED)
-        text = f"{SHIPPED.name}, which marks lesions; its diagnosis follows from their share of the lungs"
+        text = f"{SHIPPED.name}: lesions, and a diagnosis by their share of the lungs"
         print(f"with {text}; see {SHIPPED}/README.md", flush=True)
     command = [
         sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", archive, "--ledger", ledger,
