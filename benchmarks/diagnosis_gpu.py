@@ -90,9 +90,9 @@ def main() -> int:
     """Run all groups, or the one that is named."""
     started_s = time.perf_counter()
     arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.group is not None:
         return run_group(arguments, started_s)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     processes = start_groups(arguments)
     try:
         return max(process.wait() for process in processes)
