@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from covtanet.ct.window import WindowConfig
@@ -12,6 +12,7 @@ from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architectur
 from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER
 from covtanet.model.losses import CrossEntropyDiceConfig, FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
+from covtanet.model.segnet import TASegNetConfig
 from covtanet.training.augment import AugmentConfig
 from covtanet.training.batch_augment import BatchAugmentConfig
 from covtanet.training.feed import Sampling
@@ -27,7 +28,8 @@ class TrainingConfig:
     """An experiment: data, network, folds, and the optimization of both phases."""
 
     dataset: str = "manifest"
-    """Layout of the data set: ``mosmed``, ``covid20``, ``stacks`` or ``manifest``."""
+    """Layout of the data set: ``mosmed``, ``mosmed-mid``, ``covid20``, ``stacks`` or
+    ``manifest``."""
     size: str = "paper"
     """Widths of the network: ``paper`` or ``small``."""
     size_px: int = 0
@@ -38,6 +40,13 @@ class TrainingConfig:
     """V8's pretrained encoder."""
     stem_channels: int = 0
     """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
+    fusion_channels: int = 0
+    """Channels of each level in the fusion vector; 0 for the size's own."""
+    num_slices: int = 0
+    """Slices of a volume that the diagnosis reads; 0 for the size's own. 1 for data sets of one
+    slice per study."""
+    phase1_model: str = ""
+    """Folder of a saved model whose segmenter phase 2 is trained on, if ``phases`` is 2 alone."""
     low_hu: float = -1000.0
     """HU that become intensity 0."""
     high_hu: float = 400.0
@@ -110,6 +119,9 @@ class TrainingConfig:
             possible = ((2,),)
         elif self.network in SEGMENTERS:
             possible = ((1,),)
+        elif self.phase1_model:
+            # The saved segmenter is never trained further.
+            possible = ((2,),)
         if self.phases not in possible:
             expected = " or ".join(str(list(phases)) for phases in possible)
             raise ValueError(
@@ -117,8 +129,8 @@ class TrainingConfig:
             )
         if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
             raise ValueError(
-                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per "
-                "volume"
+                f"phase2.batch_size is 1, expected at least 2: {self.network} has batch norm on maps "
+                "of few pixels"
             )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
@@ -136,8 +148,9 @@ class TrainingConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
-        if self.stem_channels < 0:
-            raise ValueError(f"stem_channels is {self.stem_channels}, expected at least 0")
+        for name in ("stem_channels", "fusion_channels", "num_slices"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
             raise ValueError(
                 "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
@@ -162,13 +175,24 @@ class TrainingConfig:
     @property
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
-        size = SIZES[self.size]
-        return architecture(self.network, size, self._input_px, self.encoder, self.stem_channels)
+        return architecture(
+            self.network, self._sizes, self._input_px, self.encoder, self.stem_channels
+        )
 
     @property
     def window(self) -> WindowConfig:
         """Its preprocessing."""
         return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+
+    @property
+    def _sizes(self) -> CovTANetConfig:
+        """The size's widths, with those that the configuration replaces."""
+        size = SIZES[self.size]
+        segnet = size.segnet
+        assert isinstance(segnet, TASegNetConfig)
+        if self.fusion_channels:
+            segnet = replace(segnet, fusion_channels=self.fusion_channels)
+        return replace(size, segnet=segnet, num_slices=self.num_slices or size.num_slices)
 
     @property
     def _input_px(self) -> int:
