@@ -154,6 +154,21 @@ def test_running_statistics_of_lanes_are_averaged() -> None:
     assert float(norm.running_mean) == pytest.approx((0.5 * 2 + 0.5 * 6) / 2)
 
 
+def test_variance_of_lanes_holds_the_differences_of_their_means() -> None:
+    """N(0, 1) and N(4, 1): E[x^2] = (1 + 17) / 2 = 9, less the square of the mean 2, is 5."""
+    norm = nn.BatchNorm1d(2)
+    statistics = LaneStatistics(norm, 2, Ranks())
+    for number, value in enumerate((0.0, 4.0)):
+        statistics.enter(number)
+        norm.load_state_dict({"running_mean": torch.full((2,), value)}, strict=False)
+        norm.load_state_dict({"running_var": torch.ones(2)}, strict=False)
+        statistics.leave(number)
+    statistics.average()
+    statistics.enter(1)
+    assert norm.state_dict()["running_mean"].tolist() == [2.0, 2.0]
+    assert norm.state_dict()["running_var"].tolist() == [5.0, 5.0]
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_interrupted_training_ends_with_the_same_weights(phase: int, tmp_path: Path) -> None:
     reports: list[Progress] = []
