@@ -61,7 +61,8 @@ class TrainingConfig:
     cache_features: bool = True
     """Compute TA-SegNet's features once for phase 2, not every epoch."""
     cache_bytes: int = 4 << 30
-    """Largest set of samples that the workers together keep in memory; larger ones are streamed."""
+    """Largest set of a phase's samples that every worker keeps in memory; larger ones are
+    streamed."""
     num_workers: int = 2
     """Training workers; must divide ``micro_batches`` of both phases."""
     max_failures: int = 3

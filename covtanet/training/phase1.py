@@ -1,6 +1,7 @@
 """Phase 1: TA-SegNet on slices (Alg. 1, first loop)."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,10 @@ from covtanet.model.losses import (
 )
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
-from covtanet.training.metrics import count, metrics_of
+from covtanet.training.metrics import count_samples, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
-from covtanet.training.validation import sum_over_lanes
+from covtanet.training.validation import sums_by_series
 
 Augment = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -83,7 +84,7 @@ def phase1(
     ranks: Ranks,
     augment: Augment | None = None,
 ) -> Phase[SliceBatch]:
-    """Return segmentation by the configured loss, validated by pooled Dice.
+    """Return segmentation by the configured loss, validated by the mean Dice per volume.
 
     model: ``segnet``, wrapped if there are several ranks. augment: maps slices, masks and a seed to
     changed slices and masks.
@@ -110,25 +111,41 @@ def phase1(
         sums=sums,
         loss=lambda total: supervised_loss(total, terms),
         validate=lambda: _validate(segnet, validation, config.autocast(device), ranks),
-        score=lambda metrics: metrics["val_dice"],
+        score=lambda metrics: metrics["val_volume_dice"],
     )
 
 
 def _validate(
     segnet: nn.Module, validation: Sequence[Lane], autocast: torch.autocast, ranks: Ranks
 ) -> dict[str, float]:
-    """Return the pooled metrics of the validation slices of all ranks."""
+    """Return metrics of the validation slices of all ranks, pooled, and the mean Dice per volume.
+
+    Choice: the mean per volume decides which epoch is best, as in the tables; of pooled pixels one
+    scan with large lesions would decide alone.
+    """
     device = next(segnet.parameters()).device
-    pixels = sum_over_lanes(
+    by_volume = sums_by_series(
         segnet,
         validation,
         lambda rows, _: slice_batch(rows, device),
         # A logit above 0 is a probability above one half.
-        lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+        lambda batch: count_samples(segnet(batch.slices) > 0, batch.lesion_mask > 0),
         4,
         autocast,
-        ranks,
     )
-    metrics = metrics_of(pixels)
+    pixels = sum(by_volume.values(), torch.zeros(4, dtype=torch.float64))
+    metrics = metrics_of(ranks.sum(pixels))
     names = ("dice", "iou", "sensitivity", "specificity")
-    return {f"val_{name}": metrics[name] for name in names}
+    validated = {f"val_{name}": metrics[name] for name in names}
+    return validated | {"val_volume_dice": _volume_dice(by_volume.values(), ranks)}
+
+
+def _volume_dice(counts: Iterable[Tensor], ranks: Ranks) -> float:
+    """Return the mean Dice of the volumes of all ranks that have lesion in truth or prediction.
+
+    counts: (TP, FP, FN, TN) of every volume. NaN without such a volume.
+    """
+    dice = [metrics_of(volume)["dice"] for volume in counts]
+    defined = [value for value in dice if not math.isnan(value)]
+    total, number = ranks.sum(torch.tensor([sum(defined), len(defined)], dtype=torch.float64))
+    return float(total / number)

@@ -56,7 +56,7 @@ def slice_data(
         for part, keys in _keys(split).items()
     }
     sampling = config.sampling(config.phase1)
-    _refuse_small(lanes["train"], "phase 1", "volumes with lesion masks", sampling)
+    _refuse_small(config, lanes, "phase 1", "volumes with lesion masks", sampling)
     return PhaseData(lanes=lanes, datasets=_slice_datasets(config, lanes, prepared_uri))
 
 
@@ -120,7 +120,7 @@ def volume_data(
         part: _volume_lanes(config, volumes, keys, part) for part, keys in _keys(split).items()
     }
     sampling = config.sampling(config.phase2)
-    _refuse_small(lanes["train"], "phase 2", "volumes with a grade", sampling)
+    _refuse_small(config, lanes, "phase 2", "volumes with a grade", sampling)
     # Only lanes with volumes have a dataset.
     rows = {
         spec.shard: [_volume_item(volumes[key], prepared_uri) for key in spec.names]
@@ -241,15 +241,30 @@ def _spec(
     )
 
 
-def _refuse_small(lanes: Sequence[LaneSpec], phase: str, kind: str, sampling: Sampling) -> None:
-    """Refuse lanes without one whole micro-batch, before any worker is started."""
-    if not all(lane.names for lane in lanes):
-        raise ConfigError(f"{phase} has fewer {kind} to train on than micro_batches, {len(lanes)}")
-    for lane in lanes:
-        # Of the first epoch; the others draw about as many.
-        num_drawn = len(sampling.drawn(lane.names, lane.has_lesion, 0))
-        if num_drawn < sampling.batch_size:
+def _refuse_small(
+    config: TrainingConfig,
+    lanes: Mapping[str, Sequence[LaneSpec]],
+    phase: str,
+    kind: str,
+    sampling: Sampling,
+) -> None:
+    """Refuse data without one whole step, before any worker is started."""
+    train = lanes["train"]
+    # Of the first epoch; the others draw about as many.
+    drawn = [len(sampling.drawn(lane.names, lane.has_lesion, 0)) for lane in train]
+    if fit_in_memory(config, [spec for part in PARTS for spec in lanes[part]]):
+        # Samples in memory are mixed over the lanes.
+        expected = sampling.batch_size * len(train)
+        if sum(drawn) < expected:
             raise ConfigError(
-                f"{phase}: a lane of the {len(lanes)} micro_batches has {num_drawn} samples, "
-                f"expected at least batch_size, {sampling.batch_size}"
+                f"{phase} draws {sum(drawn)} samples of {kind}, expected at least micro_batches "
+                f"times batch_size, {expected}"
             )
+        return
+    if not all(lane.names for lane in train):
+        raise ConfigError(f"{phase} has fewer {kind} to train on than micro_batches, {len(train)}")
+    if min(drawn) < sampling.batch_size:
+        raise ConfigError(
+            f"{phase}: a lane of the {len(train)} micro_batches has {min(drawn)} samples, "
+            f"expected at least batch_size, {sampling.batch_size}"
+        )

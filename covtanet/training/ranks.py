@@ -111,7 +111,7 @@ def _flat(buffers: list[Tensor]) -> Tensor:
 
 
 def _unflatten(values: Tensor, buffers: list[Tensor]) -> None:
-    parts = values.split([buffer.numel() for buffer in buffers])
+    parts = torch.split(values, [buffer.numel() for buffer in buffers])
     for part, buffer in zip(parts, buffers, strict=True):
         buffer.copy_(part.view_as(buffer))
 

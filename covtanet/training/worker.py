@@ -28,7 +28,7 @@ from covtanet.training.batch_augment import BatchAugmenter
 from covtanet.training.checkpoint import FILES, load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
-from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, memory_lane
+from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, sample_pool
 from covtanet.training.loop import Phase, Progress, State, fit
 from covtanet.training.optimizer import set_final_bias
 from covtanet.training.phase1 import Augment, phase1
@@ -76,9 +76,8 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     # The same initial weights on every rank.
     torch.manual_seed(seed_of(job.config.seed, job.phase))
     ranks = _ranks()
-    lanes = {number: _lane(job, number, job.train) for number in _numbers(job.train, ranks)}
-    validation = [_lane(job, number, job.validation) for number in _numbers(job.validation, ranks)]
-    phase = _phase(job, _build_module(job), validation, ranks)
+    lanes = _training_lanes(job, ranks)
+    phase = _phase(job, _build_module(job), _validation_lanes(job, ranks), ranks)
     resumed = _resume(job, ranks)
     try:
         fit(
@@ -148,14 +147,38 @@ def _augment(config: TrainingConfig, device: torch.device) -> Augment | None:
     return Augmenter(config.augment) if config.augment.is_on else None
 
 
-def _lane(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:
-    """Return a lane in memory if all of the phase fit there, else one that is streamed."""
-    config = job.config
-    sampling = config.sampling(job.phase_config)
-    size_px = config.window.size_px
-    if fit_in_memory(config, (*job.train, *job.validation)):
-        return memory_lane(specs[number], sampling, number, size_px, _open_shard)
-    return StreamLane(specs[number], sampling, number, size_px, _open_shard)
+def _training_lanes(job: WorkerJob, ranks: Ranks) -> dict[int, Lane]:
+    """Return this rank's training lanes by number.
+
+    In memory they share one pool, which mixes the volumes of all lanes; else each streams its own.
+    """
+    numbers = _numbers(job.train, ranks)
+    sampling = job.config.sampling(job.phase_config)
+    if _fits(job):
+        size_px = job.config.window.size_px
+        pool = sample_pool(job.train, sampling, size_px, _open_shard, len(job.train))
+        return {number: pool.lane(number) for number in numbers}
+    return {number: _stream(job, number, job.train) for number in numbers}
+
+
+def _validation_lanes(job: WorkerJob, ranks: Ranks) -> list[Lane]:
+    """Return this rank's validation lanes, each of whole volumes."""
+    numbers = _numbers(job.validation, ranks)
+    if not _fits(job):
+        return [_stream(job, number, job.validation) for number in numbers]
+    sampling = job.config.sampling(job.phase_config)
+    size_px = job.config.window.size_px
+    specs = [job.validation[number] for number in numbers]
+    return [sample_pool([spec], sampling, size_px, _open_shard).lane() for spec in specs]
+
+
+def _fits(job: WorkerJob) -> bool:
+    return fit_in_memory(job.config, (*job.train, *job.validation))
+
+
+def _stream(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:
+    sampling = job.config.sampling(job.phase_config)
+    return StreamLane(specs[number], sampling, number, job.config.window.size_px, _open_shard)
 
 
 def _open_shard(name: str) -> Any:
