@@ -18,7 +18,26 @@ from covtanet.training.feed import Sampling
 from covtanet.training.phase_config import PhaseConfig
 
 # Settings that may differ between two starts of one experiment: its part, and its machine.
-NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
+NOT_IDENTITY = (
+    "network",
+    "folds",
+    "phases",
+    "num_workers",
+    "cache_bytes",
+    "max_failures",
+    "checkpoint_epochs",
+)
+# By default: few enough that writing them costs nothing, and up to 39 epochs have one each.
+CHECKPOINTS_PER_PHASE = 20
+# Fields that may be 0 and not less.
+COUNTS = (
+    "seed",
+    "stem_channels",
+    "slices_per_volume",
+    "cache_bytes",
+    "max_failures",
+    "checkpoint_epochs",
+)
 SEGMENTATION_LOSSES = ("focal_tversky", "cross_entropy_dice")
 
 
@@ -65,6 +84,9 @@ class TrainingConfig:
     streamed."""
     num_workers: int = 2
     """Training workers; must divide ``micro_batches`` of both phases."""
+    checkpoint_epochs: int = 0
+    """Epochs between two checkpoints of a phase; 0 for a twentieth of its epochs, so that a crash
+    costs at most that much. The last epoch always has one."""
     max_failures: int = 3
     """Worker deaths after which a training ends."""
     seed: int = 0
@@ -137,12 +159,9 @@ class TrainingConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
-        if self.stem_channels < 0:
-            raise ValueError(f"stem_channels is {self.stem_channels}, expected at least 0")
-        if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
-            raise ValueError(
-                "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
-            )
+        for name in COUNTS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """Return how an epoch of a phase draws its samples."""
@@ -152,6 +171,10 @@ class TrainingConfig:
             lesion_free_share=self.lesion_free_share,
             slices_per_volume=self.slices_per_volume,
         )
+
+    def epochs_per_checkpoint(self, phase: PhaseConfig) -> int:
+        """Return the number of epochs between two checkpoints of a phase."""
+        return self.checkpoint_epochs or max(1, phase.num_epochs // CHECKPOINTS_PER_PHASE)
 
     @property
     def phase1_loss(self) -> FocalTverskyConfig | CrossEntropyDiceConfig:
