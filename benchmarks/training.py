@@ -44,9 +44,11 @@ from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
 NUM_EPOCHS = 4  # the first is not counted
-PHASE1 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=4, learning_rate=1e-3)
-PHASE2 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=2, learning_rate=1e-3)
-CONFIG = TrainingConfig(size="small", num_folds=2, folds=(0,), phase1=PHASE1, phase2=PHASE2)
+PHASE1 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=4, micro_batches=2, learning_rate=1e-3)
+PHASE2 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=2, micro_batches=2, learning_rate=1e-3)
+CONFIG = TrainingConfig(
+    size="small", num_folds=2, folds=(0,), num_workers=2, phase1=PHASE1, phase2=PHASE2
+)
 MIN_LOGICAL_CPUS = 4
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from covtanet.ct.window import WindowConfig
@@ -32,6 +32,7 @@ CHECKPOINTS_PER_PHASE = 20
 # Fields that may be 0 and not less.
 COUNTS = (
     "seed",
+    "num_workers",
     "stem_channels",
     "slices_per_volume",
     "cache_bytes",
@@ -82,8 +83,9 @@ class TrainingConfig:
     cache_bytes: int = 4 << 30
     """Largest set of a phase's samples that every worker keeps in memory; larger ones are
     streamed."""
-    num_workers: int = 2
-    """Training workers; must divide ``micro_batches`` of both phases."""
+    num_workers: int = 0
+    """Training workers; must divide ``micro_batches`` of both phases. 0 for one on every GPU, or
+    one without a GPU."""
     checkpoint_epochs: int = 0
     """Epochs between two checkpoints of a phase; 0 for a twentieth of its epochs, so that a crash
     costs at most that much. The last epoch always has one."""
@@ -145,7 +147,7 @@ class TrainingConfig:
             )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
-            if self.num_workers < 1 or micro_batches % self.num_workers:
+            if self.num_workers and micro_batches % self.num_workers:
                 raise ValueError(
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of "
                     f"{self.num_workers} workers"
@@ -162,6 +164,27 @@ class TrainingConfig:
         for name in COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+
+    def resolved(self, num_gpus: int) -> "TrainingConfig":
+        """Return the configuration with the workers and micro-batches of a cluster filled in.
+
+        Micro-batches that are set decide how many of the GPUs are used: their number of workers
+        must divide them.
+        """
+        set_counts = (self.phase1.micro_batches, self.phase2.micro_batches)
+        # 0, which is not set, has no remainder.
+        possible = [
+            count
+            for count in range(1, max(1, num_gpus) + 1)
+            if not any(micro_batches % count for micro_batches in set_counts)
+        ]
+        num_workers = self.num_workers or max(possible)
+        return replace(
+            self,
+            num_workers=num_workers,
+            phase1=_with_micro_batches(self.phase1, num_workers),
+            phase2=_with_micro_batches(self.phase2, num_workers),
+        )
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """Return how an epoch of a phase draws its samples."""
@@ -207,6 +230,10 @@ class TrainingConfig:
         """Return the experiment's identity, twelve hex digits. data: keys of all its volumes."""
         values = json.dumps([self.identity, sorted(data)], sort_keys=True)
         return hashlib.sha256(values.encode()).hexdigest()[:12]
+
+
+def _with_micro_batches(phase: PhaseConfig, num_workers: int) -> PhaseConfig:
+    return replace(phase, micro_batches=phase.micro_batches or num_workers)
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

@@ -297,7 +297,7 @@ def test_workers_must_divide_the_micro_batches() -> None:
     with pytest.raises(
         ValueError, match=r"phase1.micro_batches is 2, expected a multiple of 4 workers"
     ):
-        TrainingConfig(num_workers=4)
+        TrainingConfig(num_workers=4, phase1=PhaseConfig(micro_batches=2))
 
 
 def test_side_of_the_slices_is_the_sizes_own_or_a_multiple_of_32() -> None:
