@@ -12,7 +12,7 @@ from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.experiments.results import evaluation_uri, model_uri
 from covtanet.model.covtanet import CovTANet
-from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.description import Capabilities, Preprocessing, Readout
 from covtanet.model.saved_model import SavedModel, save_model
 from covtanet.training.trainer import train_phase1, train_phase2
 
@@ -96,6 +96,7 @@ def assemble_model(
             intensities=tuple(sorted({volume.intensity for volume in trained})),
         ),
         capabilities=Capabilities(segments=segnet is not None, diagnoses=classifier is not None),
+        readout=Readout(lesion_threshold=config.lesion_threshold),
         provenance={
             "experiment": experiment.key,
             "network": config.network,

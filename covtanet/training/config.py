@@ -64,6 +64,13 @@ class TrainingConfig:
     """HU that become intensity 1."""
     slice_step_mm: float = 2.5
     """Smallest distance of the slices that are read, as in screening."""
+    crops_to_lungs: bool = False
+    """Crop slices to the box of the lungs, as screening then does; the paper's are whole."""
+    num_neighbours: int = 0
+    """Slices on either side that the network reads as further channels, 0 or 1; in training from up
+    to three slices away."""
+    lesion_threshold: float = 0.5
+    """Probability from which a pixel is lesion, in validation and in the saved model."""
     num_folds: int = 5
     """Folds by patient, as in the paper."""
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -119,8 +126,8 @@ class TrainingConfig:
         self._check_ranges()
         if self.augment.is_on and self.batch_augment.is_on:
             raise ValueError("augment and batch_augment are both on, expected at most one of them")
-        # Refuses an empty window.
-        WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+        # Refuses an empty window and other numbers of neighbours.
+        _ = self.window
 
     def _check_folds(self) -> None:
         possible = range(self.num_folds)
@@ -161,6 +168,8 @@ class TrainingConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
+        if not 0 < self.lesion_threshold < 1:
+            raise ValueError(f"lesion_threshold is {self.lesion_threshold}, expected 0..1")
         for name in COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -210,12 +219,25 @@ class TrainingConfig:
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
         size = SIZES[self.size]
-        return architecture(self.network, size, self._input_px, self.encoder, self.stem_channels)
+        return architecture(
+            self.network,
+            size,
+            self._input_px,
+            self.encoder,
+            self.stem_channels,
+            in_channels=1 + 2 * self.num_neighbours,
+        )
 
     @property
     def window(self) -> WindowConfig:
         """Its preprocessing."""
-        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+        return WindowConfig(
+            low_hu=self.low_hu,
+            high_hu=self.high_hu,
+            size_px=self._input_px,
+            crops_to_lungs=self.crops_to_lungs,
+            num_neighbours=self.num_neighbours,
+        )
 
     @property
     def _input_px(self) -> int:

@@ -41,6 +41,8 @@ class LaneSpec:
     uris: tuple[str, ...] = ()
     """In phase 1 the prepared volumes that hold the slices; empty in phase 2, in which a sample is
     a whole volume."""
+    single: tuple[str, ...] = ()
+    """Series whose slices are not neighbours in one patient."""
 
 
 def fit_in_memory(config: TrainingConfig, lanes: Sequence[LaneSpec]) -> bool:
@@ -55,10 +57,12 @@ def sample_pool(
     size_px: int,
     open_shard: OpenShard,
     num_lanes: int = 1,
+    num_neighbours: int = 0,
 ) -> SamplePool:
     """Return the samples of lanes in memory, read once and dealt out to ``num_lanes``."""
+    single = frozenset(key for spec in specs for key in spec.single)
     blocks = [block for spec in specs for block in _read_once(spec, size_px, open_shard)]
-    return SamplePool(_join(blocks), sampling, num_lanes)
+    return SamplePool(_join(blocks), sampling, num_lanes, num_neighbours, single)
 
 
 def _read_once(spec: LaneSpec, size_px: int, open_shard: OpenShard) -> Iterator[Rows]:

@@ -35,11 +35,16 @@ class SliceBatch(NamedTuple):
 
 
 def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
-    """Return stored levels and masks (B, H, W) as a micro-batch on the device."""
+    """Return stored levels and masks as a micro-batch on the device.
+
+    rows: levels (B, H, W), or (B, C, H, W) with neighbours in z; masks (B, H, W).
+    """
     levels = rows["levels"]
+    if levels.ndim == 3:
+        levels = levels[:, None]
     scale = np.float32(np.iinfo(levels.dtype).max)
-    # (B, H, W) -> (B, 1, H, W), in [0, 1]
-    slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
+    # (B, C, H, W), in [0, 1]
+    slices = torch.from_numpy(levels.astype(np.float32) / scale)
     mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
     return SliceBatch(
@@ -83,11 +88,13 @@ def phase1(
     validation: Sequence[Lane],
     ranks: Ranks,
     augment: Augment | None = None,
+    lesion_threshold: float = 0.5,
 ) -> Phase[SliceBatch]:
     """Return segmentation by the configured loss, validated by the mean Dice per volume.
 
     model: ``segnet``, wrapped if there are several ranks. augment: maps slices, masks and a seed to
-    changed slices and masks.
+    changed slices and masks. lesion_threshold: probability from which validation calls a pixel
+    lesion.
     """
     device = next(segnet.parameters()).device
     terms = loss_terms(loss_config)
@@ -110,13 +117,19 @@ def phase1(
         batch_of=batch_of,
         sums=sums,
         loss=lambda total: supervised_loss(total, terms),
-        validate=lambda: _validate(segnet, validation, config.autocast(device), ranks),
+        validate=lambda: _validate(
+            segnet, validation, config.autocast(device), ranks, lesion_threshold
+        ),
         score=lambda metrics: metrics["val_volume_dice"],
     )
 
 
 def _validate(
-    segnet: nn.Module, validation: Sequence[Lane], autocast: torch.autocast, ranks: Ranks
+    segnet: nn.Module,
+    validation: Sequence[Lane],
+    autocast: torch.autocast,
+    ranks: Ranks,
+    lesion_threshold: float,
 ) -> dict[str, float]:
     """Return metrics of the validation slices of all ranks, pooled, and the mean Dice per volume.
 
@@ -124,12 +137,13 @@ def _validate(
     scan with large lesions would decide alone.
     """
     device = next(segnet.parameters()).device
+    # Compared with logits; 0 is a probability of one half.
+    least_logit = math.log(lesion_threshold / (1 - lesion_threshold))
     by_volume = sums_by_series(
         segnet,
         validation,
         lambda rows, _: slice_batch(rows, device),
-        # A logit above 0 is a probability above one half.
-        lambda batch: count_samples(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+        lambda batch: count_samples(segnet(batch.slices) > least_logit, batch.lesion_mask > 0),
         4,
         autocast,
     )

@@ -4,26 +4,39 @@ The slices of all patients meet in one permutation, so that a micro-batch mixes 
 sample that an epoch draws is in one of its micro-batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.training.feed import Rows, Sampling
+from covtanet.training.neighbours import Neighbours
 
 
 class SamplePool:
     """All samples of a phase, of which every worker holds a copy.
 
     rows: columns of equal length, with ``name`` (text) and ``has_lesion`` (bool) among them.
+    num_neighbours: slices on either side that are added to ``levels`` as channels. single: series
+    whose slices have no neighbours.
     """
 
-    def __init__(self, rows: Rows, sampling: Sampling, num_lanes: int = 1) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        sampling: Sampling,
+        num_lanes: int = 1,
+        num_neighbours: int = 0,
+        single: Collection[str] = (),
+    ) -> None:
         # Rows may arrive in any order.
         order = np.argsort(rows["name"], kind="stable")
         self.rows = {name: values[order] for name, values in rows.items()}
         self.sampling = sampling
         self.num_lanes = num_lanes
+        self.neighbours: Neighbours | None = None
+        if num_neighbours:
+            self.neighbours = Neighbours(self.rows["name"].tolist(), single)
         # The last epoch that was dealt and its micro-batches: all lanes ask for the same epoch.
         self._dealt: tuple[int, list[NDArray[np.intp]]] = (-1, [])
 
@@ -49,9 +62,18 @@ class SamplePool:
         # Sizes differ by one at most.
         return np.array_split(rng.permutation(indices), num_steps * self.num_lanes)
 
-    def take(self, indices: NDArray[np.intp]) -> Rows:
-        """Return the rows of a micro-batch."""
-        return {name: values[indices] for name, values in self.rows.items()}
+    def take(self, indices: NDArray[np.intp], generator: np.random.Generator | None = None) -> Rows:
+        """Return the rows of a micro-batch; levels are (B, C, H, W) if there are neighbours.
+
+        generator: draws the neighbours of a training; without it they are the adjacent slices.
+        """
+        if self.neighbours is None:
+            return {name: values[indices] for name, values in self.rows.items()}
+        rows = {name: values[indices] for name, values in self.rows.items() if name != "levels"}
+        channels = self.neighbours.adjacent(indices)
+        if generator is not None:
+            channels = self.neighbours.draw(indices, generator)
+        return rows | {"levels": self.rows["levels"][channels]}
 
 
 class PoolLane:
@@ -67,8 +89,11 @@ class PoolLane:
 
     def batches(self, epoch: int) -> Iterator[Rows]:
         """Yield the epoch's micro-batches, shuffled."""
-        for indices in self.pool.deal(epoch)[self.number :: self.pool.num_lanes]:
-            yield self.pool.take(indices)
+        dealt = self.pool.deal(epoch)[self.number :: self.pool.num_lanes]
+        for step, indices in enumerate(dealt):
+            # Lanes count from 1 here: a seed that ends in zeros is that of the permutation.
+            seed = [self.pool.sampling.seed, epoch, 1 + self.number, step]
+            yield self.pool.take(indices, np.random.default_rng(seed))
 
     def in_order(self) -> Iterator[Rows]:
         """Yield all samples of the pool in the order of their names."""

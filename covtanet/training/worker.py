@@ -30,6 +30,7 @@ from covtanet.training.optimizer import set_final_bias
 from covtanet.training.phase1 import Augment, phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,16 @@ def _phase(job: WorkerJob, module: nn.Module, validation: list[Lane], ranks: Ran
     if job.phase == 1:
         augment = _augment(config, ranks.device)
         loss = config.phase1_loss
-        return phase1(module, model, config.phase1, loss, validation, ranks, augment)
+        return phase1(
+            module,
+            model,
+            config.phase1,
+            loss,
+            validation,
+            ranks,
+            augment,
+            config.lesion_threshold,
+        )
     features = None
     if job.segnet_state is not None:
         network = CovTANet(config.architecture)
@@ -147,10 +157,8 @@ def _training_lanes(job: WorkerJob, ranks: Ranks) -> dict[int, Lane]:
     In memory they share one pool, which mixes the volumes of all lanes; else each streams its own.
     """
     numbers = _numbers(job.train, ranks)
-    sampling = job.config.sampling(job.phase_config)
     if _fits(job):
-        size_px = job.config.window.size_px
-        pool = sample_pool(job.train, sampling, size_px, _open_shard, len(job.train))
+        pool = _pool(job, job.train, len(job.train))
         return {number: pool.lane(number) for number in numbers}
     return {number: _stream(job, number, job.train) for number in numbers}
 
@@ -160,10 +168,17 @@ def _validation_lanes(job: WorkerJob, ranks: Ranks) -> list[Lane]:
     numbers = _numbers(job.validation, ranks)
     if not _fits(job):
         return [_stream(job, number, job.validation) for number in numbers]
-    sampling = job.config.sampling(job.phase_config)
-    size_px = job.config.window.size_px
-    specs = [job.validation[number] for number in numbers]
-    return [sample_pool([spec], sampling, size_px, _open_shard).lane() for spec in specs]
+    return [_pool(job, [job.validation[number]]).lane() for number in numbers]
+
+
+def _pool(job: WorkerJob, specs: Sequence[LaneSpec], num_lanes: int = 1) -> SamplePool:
+    config = job.config
+    # Phase 2's volumes have their neighbours already.
+    num_neighbours = config.num_neighbours if job.phase == 1 else 0
+    sampling = config.sampling(job.phase_config)
+    return sample_pool(
+        specs, sampling, config.window.size_px, _open_shard, num_lanes, num_neighbours
+    )
 
 
 def _fits(job: WorkerJob) -> bool:
