@@ -33,19 +33,22 @@ from covtanet.model.registry import build_segmenter
 from covtanet.phantoms.sampling import configs
 from covtanet.phantoms.training_set import write_training_set
 from covtanet.training.config import TrainingConfig
-from covtanet.training.feed import MemoryLane, Sampling, assign_lanes
+from covtanet.training.feed import Sampling, assign_lanes
 from covtanet.training.lanes import slice_rows
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
 NUM_EPOCHS = 4  # the first is not counted
-PHASE1 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=4, learning_rate=1e-3)
-PHASE2 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=2, learning_rate=1e-3)
-CONFIG = TrainingConfig(size="small", num_folds=2, folds=(0,), phase1=PHASE1, phase2=PHASE2)
+PHASE1 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=4, micro_batches=2, learning_rate=1e-3)
+PHASE2 = PhaseConfig(num_epochs=NUM_EPOCHS, batch_size=2, micro_batches=2, learning_rate=1e-3)
+CONFIG = TrainingConfig(
+    size="small", num_folds=2, folds=(0,), num_workers=2, phase1=PHASE1, phase2=PHASE2
+)
 MIN_LOGICAL_CPUS = 4
 
 
@@ -70,12 +73,13 @@ def plain_rank(index: int, count: int, lanes: list[list[str]], store: str, out: 
     segnet = build_segmenter(CONFIG.architecture.segnet)
     segnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(segnet, forward_sync_buffers=False)
-    volumes = [slice_rows(pq.read_table(path), CONFIG.window.size_px) for path in lanes[index]]
+    paths = [path for lane in lanes for path in lane]
+    volumes = [slice_rows(pq.read_table(path), CONFIG.window.size_px) for path in paths]
     rows = {name: np.concatenate([volume[name] for volume in volumes]) for name in volumes[0]}
-    lane = MemoryLane(rows, Sampling(batch_size=PHASE1.batch_size), index)
+    pool = SamplePool(rows, Sampling(batch_size=PHASE1.batch_size), count)
     ranks = Ranks(index=index, count=count)
     phase = phase1(segnet, model, PHASE1, FocalTverskyConfig(), [], ranks)
-    progress = fit(PHASE1, phase, {index: lane}, ranks, 0, Progress(), lambda _: None)
+    progress = fit(PHASE1, phase, {index: pool.lane(index)}, ranks, 0, Progress(), lambda _: None)
     if index == 0:
         Path(out).write_text(json.dumps(progress.history))
     dist.destroy_process_group()

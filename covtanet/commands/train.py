@@ -42,6 +42,7 @@ from covtanet.runtime import (
     ExitCode,
     check_tracking,
     connect,
+    count_gpus,
     location,
     parser,
     run_command,
@@ -115,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     address = _address(arguments)
     # Ray Train asks the dashboard for its state.
     connect(with_dashboard=True)
+    config = config.resolved(count_gpus())
     experiment = _open(
         config, location(data, "--data"), location(storage_uri, "--storage"), address
     )

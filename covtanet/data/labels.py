@@ -27,6 +27,7 @@ LABELS_SCHEMA = pa.schema([
     pa.field("diagnosis", pa.string()),
     pa.field("severity", pa.string()),
     pa.field("intensity", pa.string()),
+    pa.field("slice_order", pa.string()),
     pa.field("hu_line", pa.string()),
 ])  # fmt: skip
 REQUIRED = ("volume_path", "patient")
@@ -39,6 +40,7 @@ LABELS = (
     ("infected", "severe"),
 )
 INTENSITIES = ("hu", "grey8", "auto")
+SLICE_ORDERS = ("continuous", "single")
 # Section III-A: severe above a quarter of the lung.
 SEVERE_INVOLVEMENT = 0.25
 
@@ -66,6 +68,8 @@ class LabelledVolume:
     """``hu``; ``grey8`` for volumes that were windowed to 0..255 at their source, which no window
     can undo; ``auto`` takes values that all lie in 0..255 for grey values, as HU would have air
     below 0."""
+    slice_order: str = "continuous"
+    """``continuous``; ``single`` for a stack of slices that are not neighbours in one patient."""
     hu_line: str = ""
     """HU of grey value 0 and HU per grey value of a JPEG or PNG, as ``-2048 10.8``; empty for
     NIfTI."""
@@ -76,6 +80,10 @@ class LabelledVolume:
             raise ConfigError(f"label {self.diagnosis}/{self.severity}, expected {allowed}")
         if self.intensity not in INTENSITIES:
             raise ConfigError(f"intensity {self.intensity}, expected {' or '.join(INTENSITIES)}")
+        if self.slice_order not in SLICE_ORDERS:
+            raise ConfigError(
+                f"slice_order {self.slice_order}, expected {' or '.join(SLICE_ORDERS)}"
+            )
         for values in (self.lesion_labels, self.lung_labels):
             if not all(value.isdecimal() for value in values.split()):
                 raise ConfigError(

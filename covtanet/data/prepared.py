@@ -15,22 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.ct import nifti, picture
-from covtanet.ct.lung import find_lungs, measure_involvement
+from covtanet.ct.lung import Lungs, find_lungs, measure_involvement
+from covtanet.ct.lung_box import SliceBox
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import (
     WindowConfig,
+    box_of,
     mask_to_input,
     pixel_aspect,
     spread_slices,
     thin_slices,
     to_input,
+    with_neighbours,
 )
 from covtanet.data.folds import Case
 from covtanet.data.labels import LabelledVolume, grade_of, hu_line, label_values, severity_of
 from covtanet.errors import Reason, StudyError
 
 # Part of every key: another version prepares all volumes again.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Hexadecimal: 64 bits of the digest.
 KEY_DIGITS = 16
 # Mapped to 0..1 without a window: half of the paper's second data set is windowed at its source.
@@ -62,6 +65,8 @@ class PreparedVolume:
     """Involvement by the masks; null if a mask is missing."""
     source_digest: str | None = None
     size_px: int = 0
+    is_continuous: bool = True
+    """Whether successive slices are neighbours in one patient."""
 
     @property
     def grade(self) -> str | None:
@@ -92,12 +97,15 @@ class Samples:
 def volume_key(
     volume: LabelledVolume, versions: Sequence[str], window: WindowConfig, slice_step_mm: float
 ) -> str:
-    """Return a digest of labels, source versions and preprocessing."""
+    """Return a digest of labels, source versions and preprocessing.
+
+    Neighbours have no part in it: they are gathered from the prepared slices.
+    """
     parts = [
         FORMAT_VERSION,
         sorted(vars(volume).items()),
         list(versions),
-        asdict(window),
+        asdict(replace(window, num_neighbours=0)),
         slice_step_mm,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:KEY_DIGITS]
@@ -139,6 +147,7 @@ def _unread(volume: LabelledVolume, key: str, window: WindowConfig) -> PreparedV
         diagnosis=volume.diagnosis,
         severity=volume.severity,
         size_px=window.size_px,
+        is_continuous=volume.slice_order == "continuous",
     )
 
 
@@ -152,14 +161,20 @@ def _prepare(
     intensity, ct, has_spacing = _read_volume(volume, contents[volume.volume_path])
     lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
     lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
-    lung_slices, involvement = _lung_slices(ct, lesion, lung, intensity)
+    lungs = None
+    # Grey values give no lungs; labelled lungs are searched for the box alone.
+    if intensity == "hu" and (lung is None or window.crops_to_lungs):
+        lungs = find_lungs(ct)
+    lung_slices, involvement = _lung_slices(ct, lesion, lung, lungs)
     # A spacing without a unit is no distance: then every slice is taken.
     step_mm = slice_step_mm if has_spacing else 0.0
     # Slices as in screening, a step apart at least.
     chosen = thin_slices(lung_slices, ct.spacing_mm[0], step_mm)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
     # Chosen slices alone are resized, (S, size, size).
-    samples = _samples(ct, chosen, lesion, intensity, window)
+    aspect = pixel_aspect(ct.spacing_mm)
+    box = _box(lungs, lung, lesion, window, aspect)
+    samples = _samples(ct, chosen, lesion, intensity, window, aspect, box)
     lesion_px = None
     if samples.lesion is not None:
         lesion_px = tuple(int(mask.sum()) for mask in samples.lesion)
@@ -183,13 +198,33 @@ def _samples(
     lesion: NDArray[np.bool_] | None,
     intensity: str,
     window: WindowConfig,
+    aspect: float,
+    box: SliceBox | None,
 ) -> Samples:
     low, high = GREY8 if intensity == "grey8" else (window.low_hu, window.high_hu)
-    aspect = pixel_aspect(ct.spacing_mm)
-    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high), aspect)
+    levels = to_input(ct.hu[chosen], replace(window, low_hu=low, high_hu=high), aspect, box)
     if lesion is None:
         return Samples(levels=levels, lesion=None)
-    return Samples(levels=levels, lesion=mask_to_input(lesion[chosen], window, aspect))
+    return Samples(levels=levels, lesion=mask_to_input(lesion[chosen], window, aspect, box))
+
+
+def _box(
+    lungs: Lungs | None,
+    lung: NDArray[np.bool_] | None,
+    lesion: NDArray[np.bool_] | None,
+    window: WindowConfig,
+    aspect: float,
+) -> SliceBox | None:
+    """Return the box that slices are cropped to; null for whole slices.
+
+    Of HU the box of the lungs that screening finds, so that the network sees the same in both; of
+    grey values that of the labelled lungs. Choice: grey values without a lung mask are taken whole.
+    """
+    if lungs is not None:
+        return box_of(lungs.lung_mask, window, aspect)
+    if lung is None:
+        return None
+    return box_of(lung if lesion is None else lung | lesion, window, aspect)
 
 
 def _read_volume(volume: LabelledVolume, data: bytes) -> tuple[str, Volume, bool]:
@@ -240,18 +275,21 @@ def _read_mask(path: str, data: bytes) -> NDArray[Any]:
 
 
 def _lung_slices(
-    ct: Volume, lesion: NDArray[np.bool_] | None, lung: NDArray[np.bool_] | None, intensity: str
+    ct: Volume,
+    lesion: NDArray[np.bool_] | None,
+    lung: NDArray[np.bool_] | None,
+    lungs: Lungs | None,
 ) -> tuple[NDArray[np.intp], float | None]:
     """Return the slices that show lung, and the involvement if a lesion mask is there.
 
-    Choice: grey values without a lung mask are taken whole, since lungs are found by their HU.
+    lung: the labelled lungs; null without a label. lungs: those found by their HU; null of grey
+    values. Choice: grey values without a lung mask are taken whole.
     """
     if lung is not None:
         return _slices_of_mask(lung, lesion)
-    if intensity == "grey8":
+    if lungs is None:
         # Without HU no lung is found and no involvement is measured.
         return np.arange(len(ct.hu)), None
-    lungs = find_lungs(ct)
     voxel_ml = ct.voxel_ml if ct.has_known_spacing else None
     involvement = None
     if lesion is not None:
@@ -289,6 +327,15 @@ def _label(
     return diagnosis, severity
 
 
-def diagnosis_slices(samples: Samples, num_slices: int) -> NDArray[np.uint16]:
-    """Return the prepared slices spread evenly, as screening diagnoses them: (num_slices, H, W)."""
-    return samples.levels[spread_slices(len(samples.levels), num_slices)]
+def diagnosis_slices(
+    samples: Samples, num_slices: int, num_neighbours: int = 0, *, is_continuous: bool = True
+) -> NDArray[np.uint16]:
+    """Return the prepared slices spread evenly, as screening diagnoses them.
+
+    Returns (num_slices, 1 + 2 n, H, W): with their neighbours as channels, or n copies of the slice
+    itself on either side if successive slices are not neighbours in one patient.
+    """
+    chosen = spread_slices(len(samples.levels), num_slices)
+    if is_continuous:
+        return with_neighbours(samples.levels, chosen, num_neighbours)
+    return np.repeat(samples.levels[chosen][:, None], 1 + 2 * num_neighbours, axis=1)

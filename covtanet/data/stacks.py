@@ -2,7 +2,9 @@
 
 A mask is the image's name with ``_lung-infection`` or ``_mask``. Stacks hold labels 0 background,
 1 lung, 2 lesion; ``_mask`` files hold the lesion alone. One stack counts as one patient. Severity
-follows from the masks.
+follows from the masks. An image whose name ends in ``-hu`` holds HU: its lungs are then found as in
+screening, since labelled lungs may be missing on slices without lesion. An image named ``slices``,
+or with a name that ends in ``-slices``, holds single slices, which are not neighbours.
 """
 
 import re
@@ -13,9 +15,11 @@ from covtanet.data.labels import LabelledVolume
 from covtanet.errors import ConfigError
 
 IMAGE = re.compile(r"(?P<name>[^/]+)\.nii(\.gz)?")
+HU_SUFFIX = "-hu"
+SINGLE = "slices"
 NOTES = (
-    "Stacks: grey values 0..255, windowed at their source: a model trained on them has not seen "
-    "HU.",
+    "Stacks: grey values 0..255, windowed at their source: a model trained on them alone has not "
+    "seen HU. NAME-hu holds HU.",
     "Stacks: slices without a lesion may have been left out at the source, so involvement is that "
     "of the slices in the stack.",
     "Stacks: one stack counts as one patient, whatever scans it was joined from; spacing may be "
@@ -57,19 +61,27 @@ def pair(images: str, masks: str, intensity: str = "auto") -> list[LabelledVolum
         stack, mask = f"{match['name']}_lung-infection{suffix}", f"{match['name']}_mask{suffix}"
         if stack not in names and mask not in names:
             continue
-        has_lung = stack in names
-        path = storage.join(masks, stack if has_lung else mask)
+        path = storage.join(masks, stack if stack in names else mask)
         volumes.append(
-            LabelledVolume(
-                volume_path=storage.join(images, image),
-                patient=match["name"],
-                lesion_mask_path=path,
-                lung_mask_path=path if has_lung else None,
-                lesion_labels="2" if has_lung else "",
-                lung_labels="1 2" if has_lung else "",
-                intensity=intensity,
-            )
+            _volume(match["name"], storage.join(images, image), path, stack in names, intensity)
         )
     if not volumes:
         raise ConfigError("no image has a mask named after it with _lung-infection or _mask")
     return volumes
+
+
+def _volume(name: str, image: str, mask: str, has_labels: bool, intensity: str) -> LabelledVolume:
+    """Return one stack. has_labels: the mask tells lungs and lesions apart."""
+    is_hu = name.endswith(HU_SUFFIX)
+    has_lung = has_labels and not is_hu
+    is_single = name == SINGLE or name.endswith(f"-{SINGLE}")
+    return LabelledVolume(
+        volume_path=image,
+        patient=name.removesuffix(HU_SUFFIX),
+        lesion_mask_path=mask,
+        lung_mask_path=mask if has_lung else None,
+        lesion_labels="2" if has_labels else "",
+        lung_labels="1 2" if has_lung else "",
+        intensity="hu" if is_hu else intensity,
+        slice_order="single" if is_single else "continuous",
+    )

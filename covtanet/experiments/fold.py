@@ -14,7 +14,7 @@ from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.experiments.results import evaluation_uri, model_uri
 from covtanet.inference.predictor import window_of
 from covtanet.model.covtanet import CovTANet
-from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.description import Capabilities, Preprocessing, Readout
 from covtanet.model.registry import CLASSIFIERS
 from covtanet.model.saved_model import SavedModel, load_model, save_model
 from covtanet.training.config import TrainingConfig
@@ -125,6 +125,7 @@ def assemble_model(
             intensities=tuple(sorted({volume.intensity for volume in trained})),
         ),
         capabilities=Capabilities(segments=segnet is not None, diagnoses=classifier is not None),
+        readout=Readout(lesion_threshold=config.lesion_threshold),
         provenance={
             "experiment": experiment.key,
             "network": config.network,

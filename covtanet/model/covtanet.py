@@ -83,14 +83,17 @@ def architecture(
     input_px: int,
     encoder: str = V8_ENCODER,
     stem_channels: int = 0,
+    in_channels: int = 1,
 ) -> CovTANetConfig:
     """Return the network of one row of Tables I to IV at a size of SIZES.
 
-    encoder, stem_channels: V8's; the other rows have neither.
+    encoder, stem_channels: V8's; the other rows have neither. in_channels: 1, or 3 for a slice with
+    both neighbours.
     """
     ta_segnet = size.segnet
     if not isinstance(ta_segnet, TASegNetConfig):
         raise ValueError(f"size with {type(ta_segnet).__name__}, expected TA-SegNet's widths")
+    ta_segnet = replace(ta_segnet, in_channels=in_channels)
     if name in CLASSIFIERS:
         # It reads the slices themselves, at their full size.
         none = NoSegmenterConfig(in_channels=ta_segnet.in_channels)

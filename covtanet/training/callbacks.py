@@ -1,4 +1,4 @@
-"""Callback of Ray Train that logs every epoch to MLflow.
+"""Callback of Ray Train that prints every epoch and logs it to MLflow.
 
 It lives in the train controller, so that workers may restart.
 """
@@ -17,9 +17,9 @@ SILENT_S = 300.0
 
 
 class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
-    """Logs a phase's epochs.
+    """Prints every epoch of a phase, and logs its epochs with each checkpoint.
 
-    An epoch that cannot be logged now is logged with a later one, or when the phase ends:
+    Epochs that cannot be logged now are logged with a later checkpoint, or when the phase ends:
     checkpoints hold the whole history.
     """
 
@@ -31,13 +31,20 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        """Log the checkpoint's history, which is reduced over ranks; no error ends a training."""
+        """Print the epoch, log the checkpoint's history; no error ends a training.
+
+        metrics: of every rank, with a checkpoint if one was written after this epoch.
+        """
+        # Of the process that Ray starts for the controller, this is the log.
+        print(  # noqa: T201
+            f"{self.label} epoch {metrics[0]['num_epochs']}: {metrics[0]['summary']}", flush=True
+        )
+        if checkpoint is None:
+            return
         with tracking.tolerated("an epoch's metrics"):
             # The checkpoint, not the report: it also has the epochs that could not be logged.
             with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{STATE}") as file:
                 history = json.loads(file.read())["history"]
-            # Of the process that Ray starts for the controller, this is the log.
-            print(f"{self.label} epoch {len(history)}: {_shown(history[-1])}", flush=True)  # noqa: T201
             if time.monotonic() < self.silent_until:
                 return
             # Set before the attempt and cleared after it, so that it stays if the attempt fails.
@@ -46,6 +53,7 @@ class MetricsToMlflow(ray.train.UserCallback):  # type: ignore[misc]
             self.silent_until = 0.0
 
 
-def _shown(metrics: dict[str, float]) -> str:
+def summary(metrics: dict[str, float]) -> str:
+    """Return the losses and metrics of an epoch as one line."""
     names = [name for name in metrics if name.startswith(("train_", "val_"))]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names)

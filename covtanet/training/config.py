@@ -19,7 +19,29 @@ from covtanet.training.feed import Sampling
 from covtanet.training.phase_config import PhaseConfig
 
 # Settings that may differ between two starts of one experiment: its part, and its machine.
-NOT_IDENTITY = ("network", "folds", "phases", "num_workers", "cache_bytes", "max_failures")
+NOT_IDENTITY = (
+    "network",
+    "folds",
+    "phases",
+    "num_workers",
+    "cache_bytes",
+    "max_failures",
+    "checkpoint_epochs",
+)
+# By default: few enough that writing them costs nothing, and up to 39 epochs have one each.
+CHECKPOINTS_PER_PHASE = 20
+# Fields that may be 0 and not less.
+COUNTS = (
+    "seed",
+    "num_workers",
+    "stem_channels",
+    "fusion_channels",
+    "num_slices",
+    "slices_per_volume",
+    "cache_bytes",
+    "max_failures",
+    "checkpoint_epochs",
+)
 SEGMENTATION_LOSSES = ("focal_tversky", "cross_entropy_dice")
 
 
@@ -53,6 +75,13 @@ class TrainingConfig:
     """HU that become intensity 1."""
     slice_step_mm: float = 2.5
     """Smallest distance of the slices that are read, as in screening."""
+    crops_to_lungs: bool = False
+    """Crop slices to the box of the lungs, as screening then does; the paper's are whole."""
+    num_neighbours: int = 0
+    """Slices on either side that the network reads as further channels, 0 or 1; in training from up
+    to three slices away."""
+    lesion_threshold: float = 0.5
+    """Probability from which a pixel is lesion, in validation and in the saved model."""
     num_folds: int = 5
     """Folds by patient, as in the paper."""
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -70,9 +99,14 @@ class TrainingConfig:
     cache_features: bool = True
     """Compute TA-SegNet's features once for phase 2, not every epoch."""
     cache_bytes: int = 4 << 30
-    """Largest set of samples that the workers together keep in memory; larger ones are streamed."""
-    num_workers: int = 2
-    """Training workers; must divide ``micro_batches`` of both phases."""
+    """Largest set of a phase's samples that every worker keeps in memory; larger ones are
+    streamed."""
+    num_workers: int = 0
+    """Training workers; must divide ``micro_batches`` of both phases. 0 for one on every GPU, or
+    one without a GPU."""
+    checkpoint_epochs: int = 0
+    """Epochs between two checkpoints of a phase; 0 for a twentieth of its epochs, so that a crash
+    costs at most that much. The last epoch always has one."""
     max_failures: int = 3
     """Worker deaths after which a training ends."""
     seed: int = 0
@@ -103,8 +137,8 @@ class TrainingConfig:
         self._check_ranges()
         if self.augment.is_on and self.batch_augment.is_on:
             raise ValueError("augment and batch_augment are both on, expected at most one of them")
-        # Refuses an empty window.
-        WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+        # Refuses an empty window and other numbers of neighbours.
+        _ = self.window
 
     def _check_folds(self) -> None:
         possible = range(self.num_folds)
@@ -134,7 +168,7 @@ class TrainingConfig:
             )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
-            if self.num_workers < 1 or micro_batches % self.num_workers:
+            if self.num_workers and micro_batches % self.num_workers:
                 raise ValueError(
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of "
                     f"{self.num_workers} workers"
@@ -148,13 +182,32 @@ class TrainingConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} .. {high}")
-        for name in ("stem_channels", "fusion_channels", "num_slices"):
+        if not 0 < self.lesion_threshold < 1:
+            raise ValueError(f"lesion_threshold is {self.lesion_threshold}, expected 0..1")
+        for name in COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        if min(self.seed, self.max_failures, self.cache_bytes, self.slices_per_volume) < 0:
-            raise ValueError(
-                "seed, max_failures, cache_bytes and slices_per_volume must be at least 0"
-            )
+
+    def resolved(self, num_gpus: int) -> "TrainingConfig":
+        """Return the configuration with the workers and micro-batches of a cluster filled in.
+
+        Micro-batches that are set decide how many of the GPUs are used: their number of workers
+        must divide them.
+        """
+        set_counts = (self.phase1.micro_batches, self.phase2.micro_batches)
+        # 0, which is not set, has no remainder.
+        possible = [
+            count
+            for count in range(1, max(1, num_gpus) + 1)
+            if not any(micro_batches % count for micro_batches in set_counts)
+        ]
+        num_workers = self.num_workers or max(possible)
+        return replace(
+            self,
+            num_workers=num_workers,
+            phase1=_with_micro_batches(self.phase1, num_workers),
+            phase2=_with_micro_batches(self.phase2, num_workers),
+        )
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """Return how an epoch of a phase draws its samples."""
@@ -164,6 +217,10 @@ class TrainingConfig:
             lesion_free_share=self.lesion_free_share,
             slices_per_volume=self.slices_per_volume,
         )
+
+    def epochs_per_checkpoint(self, phase: PhaseConfig) -> int:
+        """Return the number of epochs between two checkpoints of a phase."""
+        return self.checkpoint_epochs or max(1, phase.num_epochs // CHECKPOINTS_PER_PHASE)
 
     @property
     def phase1_loss(self) -> FocalTverskyConfig | CrossEntropyDiceConfig:
@@ -176,13 +233,24 @@ class TrainingConfig:
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
         return architecture(
-            self.network, self._sizes, self._input_px, self.encoder, self.stem_channels
+            self.network,
+            self._sizes,
+            self._input_px,
+            self.encoder,
+            self.stem_channels,
+            in_channels=1 + 2 * self.num_neighbours,
         )
 
     @property
     def window(self) -> WindowConfig:
         """Its preprocessing."""
-        return WindowConfig(low_hu=self.low_hu, high_hu=self.high_hu, size_px=self._input_px)
+        return WindowConfig(
+            low_hu=self.low_hu,
+            high_hu=self.high_hu,
+            size_px=self._input_px,
+            crops_to_lungs=self.crops_to_lungs,
+            num_neighbours=self.num_neighbours,
+        )
 
     @property
     def _sizes(self) -> CovTANetConfig:
@@ -207,6 +275,10 @@ class TrainingConfig:
         """Return the experiment's identity, twelve hex digits. data: keys of all its volumes."""
         values = json.dumps([self.identity, sorted(data)], sort_keys=True)
         return hashlib.sha256(values.encode()).hexdigest()[:12]
+
+
+def _with_micro_batches(phase: PhaseConfig, num_workers: int) -> PhaseConfig:
+    return replace(phase, micro_batches=phase.micro_batches or num_workers)
 
 
 def _one_of(name: str, value: str, names: Iterable[str]) -> None:

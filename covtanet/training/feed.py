@@ -3,7 +3,8 @@
 An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so
 that the number of ranks changes which rank computes a micro-batch, and never its samples. The
 samples of an epoch, and in memory their order, follow from seed, epoch and lane alone: an
-interrupted training goes on as if it had not been interrupted.
+interrupted training goes on as if it had not been interrupted. ``pool`` holds lanes in memory,
+``lanes`` those that are streamed.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ class Lane(Protocol):
     """One stream of samples. A micro-batch is a dict of columns, ``name`` among them."""
 
     def num_batches(self, epoch: int) -> int:
-        """Return the number of whole micro-batches of an epoch."""
+        """Return the number of micro-batches of an epoch."""
         ...
 
     def batches(self, epoch: int) -> Iterator[Rows]:
@@ -77,47 +78,11 @@ def volumes_of(rows: Rows) -> list[str]:
     return sorted({series_of(str(name)) for name in rows["name"]})
 
 
-class MemoryLane:
-    """A lane whose samples are in memory: an exact permutation every epoch.
-
-    rows: columns of equal length, with ``name`` (text) and ``has_lesion`` (bool) among them.
-    """
-
-    def __init__(self, rows: Rows, sampling: Sampling, lane: int) -> None:
-        # Rows may arrive in any order.
-        order = np.argsort(rows["name"], kind="stable")
-        self.rows = {name: values[order] for name, values in rows.items()}
-        self.sampling = sampling
-        self.lane = lane
-
-    def _drawn(self, epoch: int) -> NDArray[np.intp]:
-        names = self.rows["name"].tolist()
-        drawn = self.sampling.drawn(names, self.rows["has_lesion"].tolist(), epoch)
-        return np.flatnonzero([name in drawn for name in names])
-
-    def num_batches(self, epoch: int) -> int:
-        """Return the number of whole micro-batches of an epoch."""
-        return len(self._drawn(epoch)) // self.sampling.batch_size
-
-    def batches(self, epoch: int) -> Iterator[Rows]:
-        """Yield the epoch's micro-batches, shuffled."""
-        # Epoch and lane are part of the seed: a restart repeats the order of an undisturbed run.
-        rng = np.random.default_rng([self.sampling.seed, epoch, self.lane])
-        order = rng.permutation(self._drawn(epoch))
-        size = self.sampling.batch_size
-        # Whole micro-batches only; the incomplete last one is dropped.
-        for start in range(0, len(order) - size + 1, size):
-            yield {name: values[order[start : start + size]] for name, values in self.rows.items()}
-
-    def in_order(self) -> Iterator[Rows]:
-        """Yield all samples in the order of their names."""
-        size = self.sampling.batch_size
-        for start in range(0, len(self.rows["name"]), size):
-            yield {name: values[start : start + size] for name, values in self.rows.items()}
-
-
 def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
-    """Deal volumes out over lanes, the largest first to the lane with the fewest samples."""
+    """Deal volumes out over lanes, the largest first to the lane with the fewest samples.
+
+    Lanes for validation, and those that are streamed; in memory training samples are mixed.
+    """
     lanes: list[list[str]] = [[] for _ in range(num_lanes)]
     load = [0] * num_lanes
     # Ties are broken by name, so that every start deals in the same way.

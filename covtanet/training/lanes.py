@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from covtanet import storage
 from covtanet.data.prepared_file import samples_of
 from covtanet.training.config import TrainingConfig
-from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling, seed_of
+from covtanet.training.feed import Rows, Sampling, seed_of
+from covtanet.training.pool import SamplePool
 
 # The shuffle buffer holds at most so many rows and so many bytes.
 SHUFFLE_ROWS = 512
@@ -40,27 +41,38 @@ class LaneSpec:
     uris: tuple[str, ...] = ()
     """In phase 1 the prepared volumes that hold the slices; empty in phase 2, in which a sample is
     a whole volume."""
+    single: tuple[str, ...] = ()
+    """Series whose slices are not neighbours in one patient."""
 
 
 def fit_in_memory(config: TrainingConfig, lanes: Sequence[LaneSpec]) -> bool:
-    """Return whether the workers together may keep all samples of a phase."""
+    """Return whether every worker may keep all samples of a phase."""
     num_bytes = sum(len(lane.names) * lane.bytes_per_sample for lane in lanes)
     return num_bytes <= config.cache_bytes
 
 
-def memory_lane(
-    spec: LaneSpec, sampling: Sampling, number: int, size_px: int, open_shard: OpenShard
-) -> Lane:
-    """Return a lane whose samples are read once."""
+def sample_pool(
+    specs: Sequence[LaneSpec],
+    sampling: Sampling,
+    size_px: int,
+    open_shard: OpenShard,
+    num_lanes: int = 1,
+    num_neighbours: int = 0,
+) -> SamplePool:
+    """Return the samples of lanes in memory, read once and dealt out to ``num_lanes``."""
+    single = frozenset(key for spec in specs for key in spec.single)
+    blocks = [block for spec in specs for block in _read_once(spec, size_px, open_shard)]
+    return SamplePool(_join(blocks), sampling, num_lanes, num_neighbours, single)
+
+
+def _read_once(spec: LaneSpec, size_px: int, open_shard: OpenShard) -> Iterator[Rows]:
+    if not spec.uris:
+        yield from _read(spec, size_px, open_shard)
+        return
     # Slices are read without Ray Data: the start of its plan costs more than reading them.
-    rows = _fetch(spec, size_px) if spec.uris else _join(list(_read(spec, size_px, open_shard)))
-    return MemoryLane(rows, sampling, number)
-
-
-def _fetch(spec: LaneSpec, size_px: int) -> Rows:
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
         tables = pool.map(lambda uri: pq.read_table(BytesIO(storage.read_bytes(uri))), spec.uris)
-        return _join([slice_rows(table, size_px) for table in tables])
+        yield from (slice_rows(table, size_px) for table in tables)
 
 
 def _read(spec: LaneSpec, size_px: int, open_shard: OpenShard, **shuffle: int) -> Iterator[Rows]:

@@ -92,7 +92,7 @@ def fit(
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the epoch is not reported.
-        ValueError: a lane has less than one micro-batch.
+        ValueError: there are too few samples for one step.
     """
     optimizer = make_optimizer(config, phase.module)
     average = WeightAverage(phase.module, config.average_decay) if config.average_decay else None

@@ -18,6 +18,15 @@ def count(predicted: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tenso
     return torch.stack([(pair & mask).sum() for pair in pairs]).double()
 
 
+def count_samples(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Return (TP, FP, FN, TN) of every sample of a batch as float64, shape (B, 4).
+
+    predicted, truth: bool (B, ...) of one shape.
+    """
+    pairs = (predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth)
+    return torch.stack([pair.flatten(1).sum(1) for pair in pairs], 1).double()
+
+
 def metrics_of(sums: Tensor) -> dict[str, float]:
     """Return every metric of summed ``count`` results (4,)."""
     tp, fp, fn, tn = sums.tolist()

@@ -1,6 +1,7 @@
 """Phase 1: TA-SegNet on slices (Alg. 1, first loop)."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,10 @@ from covtanet.model.losses import (
 )
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
-from covtanet.training.metrics import count, metrics_of
+from covtanet.training.metrics import count_samples, metrics_of
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import Ranks
-from covtanet.training.validation import sum_over_lanes
+from covtanet.training.validation import sums_by_series
 
 Augment = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -34,11 +35,16 @@ class SliceBatch(NamedTuple):
 
 
 def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
-    """Return stored levels and masks (B, H, W) as a micro-batch on the device."""
+    """Return stored levels and masks as a micro-batch on the device.
+
+    rows: levels (B, H, W), or (B, C, H, W) with neighbours in z; masks (B, H, W).
+    """
     levels = rows["levels"]
+    if levels.ndim == 3:
+        levels = levels[:, None]
     scale = np.float32(np.iinfo(levels.dtype).max)
-    # (B, H, W) -> (B, 1, H, W), in [0, 1]
-    slices = torch.from_numpy(levels.astype(np.float32) / scale)[:, None]
+    # (B, C, H, W), in [0, 1]
+    slices = torch.from_numpy(levels.astype(np.float32) / scale)
     mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
     return SliceBatch(
@@ -82,11 +88,13 @@ def phase1(
     validation: Sequence[Lane],
     ranks: Ranks,
     augment: Augment | None = None,
+    lesion_threshold: float = 0.5,
 ) -> Phase[SliceBatch]:
-    """Return segmentation by the configured loss, validated by pooled Dice.
+    """Return segmentation by the configured loss, validated by the mean Dice per volume.
 
     model: ``segnet``, wrapped if there are several ranks. augment: maps slices, masks and a seed to
-    changed slices and masks.
+    changed slices and masks. lesion_threshold: probability from which validation calls a pixel
+    lesion.
     """
     device = next(segnet.parameters()).device
     terms = loss_terms(loss_config)
@@ -109,26 +117,49 @@ def phase1(
         batch_of=batch_of,
         sums=sums,
         loss=lambda total: supervised_loss(total, terms),
-        validate=lambda: _validate(segnet, validation, config.autocast(device), ranks),
-        score=lambda metrics: metrics["val_dice"],
+        validate=lambda: _validate(
+            segnet, validation, config.autocast(device), ranks, lesion_threshold
+        ),
+        score=lambda metrics: metrics["val_volume_dice"],
     )
 
 
 def _validate(
-    segnet: nn.Module, validation: Sequence[Lane], autocast: torch.autocast, ranks: Ranks
+    segnet: nn.Module,
+    validation: Sequence[Lane],
+    autocast: torch.autocast,
+    ranks: Ranks,
+    lesion_threshold: float,
 ) -> dict[str, float]:
-    """Return the pooled metrics of the validation slices of all ranks."""
+    """Return metrics of the validation slices of all ranks, pooled, and the mean Dice per volume.
+
+    Choice: the mean per volume decides which epoch is best, as in the tables; of pooled pixels one
+    scan with large lesions would decide alone.
+    """
     device = next(segnet.parameters()).device
-    pixels = sum_over_lanes(
+    # Compared with logits; 0 is a probability of one half.
+    least_logit = math.log(lesion_threshold / (1 - lesion_threshold))
+    by_volume = sums_by_series(
         segnet,
         validation,
         lambda rows, _: slice_batch(rows, device),
-        # A logit above 0 is a probability above one half.
-        lambda batch: count(segnet(batch.slices) > 0, batch.lesion_mask > 0),
+        lambda batch: count_samples(segnet(batch.slices) > least_logit, batch.lesion_mask > 0),
         4,
         autocast,
-        ranks,
     )
-    metrics = metrics_of(pixels)
+    pixels = sum(by_volume.values(), torch.zeros(4, dtype=torch.float64))
+    metrics = metrics_of(ranks.sum(pixels))
     names = ("dice", "iou", "sensitivity", "specificity")
-    return {f"val_{name}": metrics[name] for name in names}
+    validated = {f"val_{name}": metrics[name] for name in names}
+    return validated | {"val_volume_dice": _volume_dice(by_volume.values(), ranks)}
+
+
+def _volume_dice(counts: Iterable[Tensor], ranks: Ranks) -> float:
+    """Return the mean Dice of the volumes of all ranks that have lesion in truth or prediction.
+
+    counts: (TP, FP, FN, TN) of every volume. NaN without such a volume.
+    """
+    dice = [metrics_of(volume)["dice"] for volume in counts]
+    defined = [value for value in dice if not math.isnan(value)]
+    total, number = ranks.sum(torch.tensor([sum(defined), len(defined)], dtype=torch.float64))
+    return float(total / number)

@@ -18,7 +18,7 @@ from covtanet.training.validation import sum_over_lanes
 # F_fus of a whole volume would take gigabytes.
 SLICES_AT_ONCE = 8
 
-# Levels of whole volumes (B, S, H, W) to pooled fusion vectors (B, S, C, P, P).
+# Levels of whole volumes (B, S, C, H, W) to pooled fusion vectors (B, S, C, P, P).
 Features = Callable[[np.ndarray], Tensor]
 
 
@@ -42,8 +42,8 @@ def frozen_features(
 
     def features(levels: np.ndarray) -> Tensor:
         scale = np.float32(np.iinfo(levels.dtype).max)
-        # (B, S, H, W) -> (B * S, 1, H, W)
-        flat = levels.reshape(-1, 1, *levels.shape[2:])
+        # (B, S, C, H, W), or (B, S, H, W) of one channel -> (B * S, C, H, W)
+        flat = levels.reshape(levels.shape[0] * levels.shape[1], -1, *levels.shape[-2:])
         pooled = []
         with torch.no_grad(), config.autocast(device):
             for start in range(0, len(flat), SLICES_AT_ONCE):

@@ -21,9 +21,9 @@ class PhaseConfig:
     """Largest number of passes over the training samples."""
     batch_size: int = 4
     """Samples of a micro-batch, over which batch norm takes its statistics."""
-    micro_batches: int = 2
-    """Micro-batches of an optimizer step, shared out over the workers; a worker with several
-    accumulates gradients."""
+    micro_batches: int = 0
+    """Micro-batches of an optimizer step, shared out over the workers; 0 for one per worker. A
+    worker with several accumulates gradients, and runs them forward twice."""
     optimizer: str = "adam"
     """``adam`` (the paper's) or ``adamw``, whose weight decay is decoupled from the gradient."""
     learning_rate: float = 1e-5
@@ -76,15 +76,16 @@ class PhaseConfig:
         counts = (
             self.num_epochs,
             self.batch_size,
-            self.micro_batches,
             self.decay_epochs,
             self.stop_after_epochs,
         )
         if min(counts) < 1 or not self.learning_rate > 0 or not self.decay > 0:
             raise ValueError(
-                "num_epochs, batch_size, micro_batches, decay_epochs and stop_after_epochs must be "
-                "at least 1, learning_rate and decay above 0"
+                "num_epochs, batch_size, decay_epochs and stop_after_epochs must be at least 1, "
+                "learning_rate and decay above 0"
             )
+        if self.micro_batches < 0:
+            raise ValueError(f"micro_batches is {self.micro_batches}, expected at least 0")
 
     def rate(self, epoch: float) -> float:
         """Return the learning rate; a fraction of an epoch is the share of its steps done."""

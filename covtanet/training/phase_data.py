@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,9 +55,14 @@ def slice_data(
         part: _slice_lanes(config, volumes, keys, part, prepared_uri)
         for part, keys in _keys(split).items()
     }
+    _refuse_streamed_neighbours(config, lanes)
     sampling = config.sampling(config.phase1)
-    _refuse_small(lanes["train"], "phase 1", "volumes with lesion masks", sampling)
+    _refuse_small(config, lanes, "phase 1", "volumes with lesion masks", sampling)
     return PhaseData(lanes=lanes, datasets=_slice_datasets(config, lanes, prepared_uri))
+
+
+def _all(lanes: Mapping[str, Sequence[LaneSpec]]) -> list[LaneSpec]:
+    return [spec for part in PARTS for spec in lanes[part]]
 
 
 def _keys(split: Split) -> dict[str, tuple[str, ...]]:
@@ -75,11 +80,12 @@ def _slice_lanes(
     masked = {key: len(volumes[key].slices) for key in keys if volumes[key].lesion_px is not None}
     # A slice takes two bytes per pixel, its mask one.
     num_bytes = 3 * config.window.size_px**2
+    single = tuple(key for key in masked if not volumes[key].is_continuous)
     specs = []
     for number, lane in enumerate(assign_lanes(masked, config.phase1.micro_batches)):
         samples = [sample for key in lane for sample in _slice_samples(volumes[key])]
         uris = tuple(prepared_file.file_uri(prepared_uri, key) for key in lane)
-        specs.append(_spec(f"{part}-{number}", samples, num_bytes, uris))
+        specs.append(replace(_spec(f"{part}-{number}", samples, num_bytes, uris), single=single))
     return specs
 
 
@@ -92,7 +98,7 @@ def _slice_datasets(
     config: TrainingConfig, lanes: Mapping[str, Sequence[LaneSpec]], prepared_uri: str
 ) -> dict[str, ray.data.Dataset]:
     """Return the datasets of lanes that are streamed; empty if all samples fit in memory."""
-    specs = [spec for part in PARTS for spec in lanes[part]]
+    specs = _all(lanes)
     if fit_in_memory(config, specs):
         return {}
     filesystem, _ = storage.filesystem(prepared_uri)
@@ -120,7 +126,7 @@ def volume_data(
         part: _volume_lanes(config, volumes, keys, part) for part, keys in _keys(split).items()
     }
     sampling = config.sampling(config.phase2)
-    _refuse_small(lanes["train"], "phase 2", "volumes with a grade", sampling)
+    _refuse_small(config, lanes, "phase 2", "volumes with a grade", sampling)
     # Only lanes with volumes have a dataset.
     rows = {
         spec.shard: [_volume_item(volumes[key], prepared_uri) for key in spec.names]
@@ -128,7 +134,11 @@ def volume_data(
         for spec in lanes[part]
         if spec.names
     }
-    load = partial(_load_volume, num_slices=config.architecture.num_slices)
+    load = partial(
+        _load_volume,
+        num_slices=config.architecture.num_slices,
+        num_neighbours=config.num_neighbours,
+    )
     if config.cache_features:
         datasets = _cached_datasets(config, rows, load, segnet_state)
     else:
@@ -152,7 +162,7 @@ def _volume_lanes(
 
 def _values_per_volume(config: TrainingConfig) -> int:
     network = config.architecture
-    values_per_slice = config.window.size_px**2
+    values_per_slice = (1 + 2 * config.num_neighbours) * config.window.size_px**2
     if config.cache_features and not network.backbone:
         values_per_slice = network.segnet.fused_channels * network.pooled_px**2
     return network.num_slices * values_per_slice
@@ -194,14 +204,17 @@ def _volume_item(volume: PreparedVolume, prepared_uri: str) -> Row:
         "name": volume.key,
         "uri": prepared_file.file_uri(prepared_uri, volume.key),
         "has_lesion": True,
+        "is_continuous": volume.is_continuous,
         "is_infected": volume.diagnosis == "infected",
         "is_severe": volume.severity == "severe",
     }
 
 
-def _load_volume(row: Row, num_slices: int) -> Row:
+def _load_volume(row: Row, num_slices: int, num_neighbours: int) -> Row:
     samples = prepared_file.read_samples(storage.read_bytes(row.pop("uri")))
-    return {**row, "levels": diagnosis_slices(samples, num_slices)}
+    is_continuous = row.pop("is_continuous")
+    levels = diagnosis_slices(samples, num_slices, num_neighbours, is_continuous=is_continuous)
+    return {**row, "levels": levels}
 
 
 class _FrozenSegNet:
@@ -218,7 +231,7 @@ class _FrozenSegNet:
 
     def __call__(self, row: Row) -> Row:
         levels = row.pop("levels")
-        # (S, H, W) -> (1, S, H, W) -> (S, C, P, P)
+        # (S, C, H, W) -> (1, S, C, H, W) -> (S, C, P, P)
         return {**row, "pooled": self.features(levels[None])[0].cpu().numpy()}
 
 
@@ -241,15 +254,40 @@ def _spec(
     )
 
 
-def _refuse_small(lanes: Sequence[LaneSpec], phase: str, kind: str, sampling: Sampling) -> None:
-    """Refuse lanes without one whole micro-batch, before any worker is started."""
-    if not all(lane.names for lane in lanes):
-        raise ConfigError(f"{phase} has fewer {kind} to train on than micro_batches, {len(lanes)}")
-    for lane in lanes:
-        # Of the first epoch; the others draw about as many.
-        num_drawn = len(sampling.drawn(lane.names, lane.has_lesion, 0))
-        if num_drawn < sampling.batch_size:
+def _refuse_streamed_neighbours(
+    config: TrainingConfig, lanes: Mapping[str, Sequence[LaneSpec]]
+) -> None:
+    if config.num_neighbours and not fit_in_memory(config, _all(lanes)):
+        raise ConfigError(
+            f"the slices take more than cache_bytes, {config.cache_bytes}, expected less with "
+            f"num_neighbours = {config.num_neighbours}: a stream has no neighbours"
+        )
+
+
+def _refuse_small(
+    config: TrainingConfig,
+    lanes: Mapping[str, Sequence[LaneSpec]],
+    phase: str,
+    kind: str,
+    sampling: Sampling,
+) -> None:
+    """Refuse data without one whole step, before any worker is started."""
+    train = lanes["train"]
+    # Of the first epoch; the others draw about as many.
+    drawn = [len(sampling.drawn(lane.names, lane.has_lesion, 0)) for lane in train]
+    if fit_in_memory(config, _all(lanes)):
+        # Samples in memory are mixed over the lanes.
+        expected = sampling.batch_size * len(train)
+        if sum(drawn) < expected:
             raise ConfigError(
-                f"{phase}: a lane of the {len(lanes)} micro_batches has {num_drawn} samples, "
-                f"expected at least batch_size, {sampling.batch_size}"
+                f"{phase} draws {sum(drawn)} samples of {kind}, expected at least micro_batches "
+                f"times batch_size, {expected}"
             )
+        return
+    if not all(lane.names for lane in train):
+        raise ConfigError(f"{phase} has fewer {kind} to train on than micro_batches, {len(train)}")
+    if min(drawn) < sampling.batch_size:
+        raise ConfigError(
+            f"{phase}: a lane of the {len(train)} micro_batches has {min(drawn)} samples, "
+            f"expected at least batch_size, {sampling.batch_size}"
+        )

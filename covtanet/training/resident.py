@@ -20,6 +20,7 @@ from covtanet.model.baselines.blocks import Outputs
 from covtanet.model.losses import LossTerms
 from covtanet.training.batch_augment import BatchAugmenter
 from covtanet.training.feed import seed_of
+from covtanet.training.neighbours import REPEAT_SHARE
 from covtanet.training.optimizer import WeightAverage, clip_gradients, make_optimizer, set_rate
 from covtanet.training.phase1 import supervised_loss, supervised_sums
 from covtanet.training.phase_config import PhaseConfig
@@ -29,9 +30,6 @@ REPORT_STEPS = 100
 # Largest distance of neighbours in z, in slices: 1 to 4 mm in a scan of thin slices. Screening
 # takes slices 2.5 mm apart or, of thick ones, all.
 FARTHEST_NEIGHBOUR = 4
-# Share of training samples whose neighbours are copies of the slice itself, since screening repeats
-# a slice that has no neighbours.
-REPEAT_SHARE = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)

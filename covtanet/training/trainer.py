@@ -23,15 +23,13 @@ from covtanet.model.encoder import pretrained_state
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training import worker
 from covtanet.training.callbacks import MetricsToMlflow
-from covtanet.training.checkpoint import load_progress
+from covtanet.training.checkpoint_store import NUM_CHECKPOINTS, newest_progress
 from covtanet.training.config import TrainingConfig
-from covtanet.training.loop import Progress, State
+from covtanet.training.loop import Progress, State, is_finished
 from covtanet.training.phase_data import PhaseData, slice_data, volume_data
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-# The newest one and, should it be damaged, the one before.
-NUM_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +118,10 @@ def _run(
             raise TrainingError(f"{name} failed too often; its last checkpoint is kept") from error
     if message := (result.return_value or {}).get("not_finite"):
         raise FloatingPointError(f"{name}: {message}")
-    if result.checkpoint is None:
-        raise TrainingError(f"{name} ended without a checkpoint")
-    with result.checkpoint.as_directory() as folder:
-        return load_progress(Path(folder))
+    progress = newest_progress(phase_run.checkpoints_uri)
+    if not is_finished(job.phase_config, progress):
+        raise TrainingError(f"{name} ended without a checkpoint of its last epoch")
+    return progress
 
 
 def _trainer(

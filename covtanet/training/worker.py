@@ -1,16 +1,13 @@
 """The training function of a Ray Train worker, for both phases.
 
-A worker has its lanes of the data and its rank of the model; rank 0 writes a checkpoint after
-every epoch.
+A worker has its lanes of the data and its rank of the model; rank 0 writes checkpoints.
 """
 
-import contextlib
 import logging
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -18,27 +15,25 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from covtanet import storage
-from covtanet.errors import CheckpointError
 from covtanet.model.covtanet import CovTANet, JointClassifier
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet
 from covtanet.training.augment import Augmenter
 from covtanet.training.batch_augment import BatchAugmenter
-from covtanet.training.checkpoint import FILES, load_progress, save_progress
+from covtanet.training.callbacks import summary
+from covtanet.training.checkpoint_store import CheckpointWriter, newest_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
-from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, memory_lane
-from covtanet.training.loop import Phase, Progress, State, fit
+from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, sample_pool
+from covtanet.training.loop import Phase, Progress, State, fit, is_finished
 from covtanet.training.optimizer import set_final_bias
 from covtanet.training.phase1 import Augment, phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = re.compile(r"checkpoint_[\d_.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +71,8 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     # The same initial weights on every rank.
     torch.manual_seed(seed_of(job.config.seed, job.phase))
     ranks = _ranks()
-    lanes = {number: _lane(job, number, job.train) for number in _numbers(job.train, ranks)}
-    validation = [_lane(job, number, job.validation) for number in _numbers(job.validation, ranks)]
-    phase = _phase(job, _build_module(job), validation, ranks)
+    lanes = _training_lanes(job, ranks)
+    phase = _phase(job, _build_module(job), _validation_lanes(job, ranks), ranks)
     resumed = _resume(job, ranks)
     try:
         fit(
@@ -88,7 +82,7 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
             ranks,
             job.config.seed,
             resumed,
-            lambda progress: _report(progress, ranks),
+            _Reporter(job, ranks),
         )
     except FloatingPointError as error:
         logger.error("phase %d stops: %s", job.phase, error)
@@ -128,7 +122,16 @@ def _phase(job: WorkerJob, module: nn.Module, validation: list[Lane], ranks: Ran
     if job.phase == 1:
         augment = _augment(config, ranks.device)
         loss = config.phase1_loss
-        return phase1(module, model, config.phase1, loss, validation, ranks, augment)
+        return phase1(
+            module,
+            model,
+            config.phase1,
+            loss,
+            validation,
+            ranks,
+            augment,
+            config.lesion_threshold,
+        )
     features = None
     if job.segnet_state is not None:
         network = CovTANet(config.architecture)
@@ -148,14 +151,43 @@ def _augment(config: TrainingConfig, device: torch.device) -> Augment | None:
     return Augmenter(config.augment) if config.augment.is_on else None
 
 
-def _lane(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:
-    """Return a lane in memory if all of the phase fit there, else one that is streamed."""
+def _training_lanes(job: WorkerJob, ranks: Ranks) -> dict[int, Lane]:
+    """Return this rank's training lanes by number.
+
+    In memory they share one pool, which mixes the volumes of all lanes; else each streams its own.
+    """
+    numbers = _numbers(job.train, ranks)
+    if _fits(job):
+        pool = _pool(job, job.train, len(job.train))
+        return {number: pool.lane(number) for number in numbers}
+    return {number: _stream(job, number, job.train) for number in numbers}
+
+
+def _validation_lanes(job: WorkerJob, ranks: Ranks) -> list[Lane]:
+    """Return this rank's validation lanes, each of whole volumes."""
+    numbers = _numbers(job.validation, ranks)
+    if not _fits(job):
+        return [_stream(job, number, job.validation) for number in numbers]
+    return [_pool(job, [job.validation[number]]).lane() for number in numbers]
+
+
+def _pool(job: WorkerJob, specs: Sequence[LaneSpec], num_lanes: int = 1) -> SamplePool:
     config = job.config
+    # Phase 2's volumes have their neighbours already.
+    num_neighbours = config.num_neighbours if job.phase == 1 else 0
     sampling = config.sampling(job.phase_config)
-    size_px = config.window.size_px
-    if fit_in_memory(config, (*job.train, *job.validation)):
-        return memory_lane(specs[number], sampling, number, size_px, _open_shard)
-    return StreamLane(specs[number], sampling, number, size_px, _open_shard)
+    return sample_pool(
+        specs, sampling, config.window.size_px, _open_shard, num_lanes, num_neighbours
+    )
+
+
+def _fits(job: WorkerJob) -> bool:
+    return fit_in_memory(job.config, (*job.train, *job.validation))
+
+
+def _stream(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:
+    sampling = job.config.sampling(job.phase_config)
+    return StreamLane(specs[number], sampling, number, job.config.window.size_px, _open_shard)
 
 
 def _open_shard(name: str) -> Any:
@@ -163,44 +195,56 @@ def _open_shard(name: str) -> Any:
 
 
 def _resume(job: WorkerJob, ranks: Ranks) -> Progress:
-    """Return the newest checkpoint that is whole; an empty progress without a checkpoint.
-
-    Checkpoints are listed rather than read from Ray's own snapshot, which a crash may leave torn.
+    """Return the newest whole checkpoint; an empty progress without a checkpoint.
 
     Raises:
         OSError: storage does not answer; Ray then starts the workers again.
     """
-    progress = Progress()
-    names = storage.list_names(job.checkpoints_uri)
-    # They are named by time, so the last one is the newest.
-    for name in reversed([name for name in names if CHECKPOINT.fullmatch(name)]):
-        try:
-            progress = _download_progress(storage.join(job.checkpoints_uri, name))
-        except CheckpointError as error:
-            logger.warning("phase %d: a checkpoint is left out: %s", job.phase, error)
-            continue
+    progress = newest_progress(job.checkpoints_uri)
+    if progress.history:
         logger.warning("phase %d continues after epoch %d", job.phase, len(progress.history))
-        break
     # Ranks that start from different epochs would train different networks.
     if ranks.lowest(len(progress.history)) != len(progress.history):
         raise OSError("the workers found different checkpoints")
     return progress
 
 
-def _download_progress(uri: str) -> Progress:
-    with tempfile.TemporaryDirectory() as folder:
-        # A checkpoint that is being deleted; missing files show when it is loaded.
-        with contextlib.suppress(FileNotFoundError):
-            storage.download_files(uri, FILES, Path(folder))
-        return load_progress(Path(folder))
+class _Reporter:
+    """Reports epochs to the controller; rank 0 writes a checkpoint every few epochs.
 
+    Uploads run in a thread of Ray Train, so that the training goes on meanwhile; Ray Train waits
+    for them before the worker ends. Every report is asynchronous, since reports keep their order
+    and one without a checkpoint would wait for the upload before it.
+    """
 
-def _report(progress: Progress, ranks: Ranks) -> None:
-    """Report to the controller; rank 0 hands over the checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
+    def __init__(self, job: WorkerJob, ranks: Ranks) -> None:
+        self.job = job
+        self.ranks = ranks
+        self.interval = job.config.epochs_per_checkpoint(job.phase_config)
+        self.writer = CheckpointWriter(job.checkpoints_uri)
+
+    def __call__(self, progress: Progress) -> None:
+        """Report an epoch. Every rank reports, as Ray Train expects; rank 0 alone writes."""
+        num_epochs = len(progress.history)
+        # The last epoch always: the driver reads the result from its checkpoint.
+        is_due = num_epochs % self.interval == 0 or is_finished(self.job.phase_config, progress)
         checkpoint = None
-        # Every rank reports, as Ray Train expects; rank 0 alone writes.
-        if ranks.index == 0:
-            save_progress(Path(folder), progress)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"num_epochs": len(progress.history)}, checkpoint=checkpoint)
+        if is_due and self.ranks.index == 0:
+            # Empty: the files are written by the thread that uploads them.
+            checkpoint = ray.train.Checkpoint.from_directory(tempfile.mkdtemp())
+        ray.train.report(
+            {"num_epochs": num_epochs, "summary": summary(progress.history[-1])},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            # A progress is never changed: its tensors are copies.
+            checkpoint_upload_fn=partial(self._upload, progress),
+        )
+
+    def _upload(
+        self, progress: Progress, _: "ray.train.Checkpoint", name: str
+    ) -> "ray.train.Checkpoint":
+        self.writer.write(progress, name)
+        context = ray.train.get_context().get_storage()
+        path = f"{context.experiment_fs_path}/{name}"
+        return ray.train.Checkpoint(path, context.storage_filesystem)

@@ -16,11 +16,12 @@ from covtanet.model.covtanet import CovTANetConfig, JointClassifier
 from covtanet.model.losses import FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNetConfig
-from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
+from covtanet.training.feed import Lane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase2 import phase2
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 
 PX = 32
@@ -71,10 +72,24 @@ def volume_rows(count: int, seed: int) -> Rows:
     }
 
 
+def samples(number: int, phase: int) -> Rows:
+    """Return a few samples of a phase, which follow from the number."""
+    return slice_rows(12, number) if phase == 1 else volume_rows(9, number)
+
+
 def lane(number: int, phase: int, config: PhaseConfig) -> Lane:
-    """Return a lane of a phase; its samples follow from its number."""
-    rows = slice_rows(12, number) if phase == 1 else volume_rows(9, number)
-    return MemoryLane(rows, Sampling(batch_size=config.batch_size), number)
+    """Return a lane that has a pool to itself."""
+    return SamplePool(samples(number, phase), Sampling(batch_size=config.batch_size)).lane()
+
+
+def lanes(phase: int, config: PhaseConfig, ranks: Ranks | None = None) -> dict[int, Lane]:
+    """Return this rank's lanes of one pool, which mixes the samples of all lanes."""
+    ranks = ranks or Ranks()
+    num_lanes = config.micro_batches
+    parts = [samples(number, phase) for number in range(num_lanes)]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    pool = SamplePool(joined, Sampling(batch_size=config.batch_size), num_lanes)
+    return {number: pool.lane(number) for number in range(ranks.index, num_lanes, ranks.count)}
 
 
 def build(phase: int, config: PhaseConfig, ranks: Ranks) -> Phase[Any]:
@@ -105,15 +120,11 @@ def train(
 ) -> Progress:
     """Train a phase on this rank's lanes."""
     ranks = ranks or Ranks()
-    lanes = {
-        number: lane(number, phase, config)
-        for number in range(ranks.index, config.micro_batches, ranks.count)
-    }
     received = [] if reports is None else reports
     return fit(
         config,
         build(phase, config, ranks),
-        lanes,
+        lanes(phase, config, ranks),
         ranks,
         0,
         progress or Progress(),

@@ -27,6 +27,7 @@ RECIPE = """
 [training]
 dataset = "mosmed"
 size = "small"
+num_workers = 2
 num_folds = 3
 folds = [0]
 validation_share = 0.3
@@ -34,12 +35,14 @@ validation_share = 0.3
 [training.phase1]
 num_epochs = 4
 batch_size = 2
+micro_batches = 2
 learning_rate = 4e-3
 decay = {decay}
 decay_epochs = 1
 [training.phase2]
 num_epochs = 6
 batch_size = 1
+micro_batches = 2
 learning_rate = 1e-3
 """
 

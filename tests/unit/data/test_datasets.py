@@ -101,6 +101,28 @@ def test_stacks_pair_images_with_either_kind_of_mask(tmp_path: Path) -> None:
     )
 
 
+def test_stacks_in_hu_and_single_slices_follow_from_their_names(tmp_path: Path) -> None:
+    """Lungs of HU are found as in screening: labels may be missing on slices without lesion."""
+    touch(tmp_path, "nifti/case-hu.nii.gz", "nifti/x-slices.nii.gz", "nifti/case2.nii.gz")
+    touch(
+        tmp_path,
+        "nifti-masks/case-hu_lung-infection.nii.gz",
+        "nifti-masks/x-slices_mask.nii.gz",
+        "nifti-masks/case2_lung-infection.nii.gz",
+    )
+    volumes = {volume.patient: volume for volume in read_volumes("stacks", str(tmp_path))}
+    assert {name: volume.intensity for name, volume in volumes.items()} == {
+        "case": "hu",
+        "case2": "grey8",
+        "x-slices": "grey8",
+    }
+    assert volumes["case"].lesion_labels == "2"
+    assert volumes["case"].lung_mask_path is None
+    assert volumes["case2"].lung_mask_path == "nifti-masks/case2_lung-infection.nii.gz"
+    orders = [volumes[name].slice_order for name in ("case", "case2", "x-slices")]
+    assert orders == ["continuous", "continuous", "single"]
+
+
 def test_a_folder_of_slices_becomes_a_stack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

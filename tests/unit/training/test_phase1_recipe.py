@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training import CONFIG, NETWORK, curve, lane, slice_rows
+from training import CONFIG, NETWORK, curve, lane, lanes, slice_rows
 
 from covtanet.model.losses import CrossEntropyDiceConfig, FocalTverskyConfig
 from covtanet.model.registry import build_segmenter
@@ -38,8 +38,7 @@ def train_recipe(progress: Progress, reports: list[Progress]) -> Progress:
     augment = BatchAugmenter(BatchAugmentConfig(is_on=True), CPU).whole
     loss = CrossEntropyDiceConfig()
     phase = phase1(module, module, RECIPE, loss, [lane(100, 1, RECIPE)], Ranks(), augment)
-    lanes = {number: lane(number, 1, RECIPE) for number in range(RECIPE.micro_batches)}
-    return fit(RECIPE, phase, lanes, Ranks(), 0, progress, reports.append)
+    return fit(RECIPE, phase, lanes(1, RECIPE), Ranks(), 0, progress, reports.append)
 
 
 def test_training_with_average_continues_from_a_checkpoint_with_the_same_curve() -> None:

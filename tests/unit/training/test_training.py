@@ -11,18 +11,19 @@ import pytest
 import torch
 from repository import ROOT
 from torch import nn
-from training import CONFIG, NETWORK, build, curve, lane, slice_rows, train
+from training import CONFIG, NETWORK, build, curve, lane, lanes, slice_rows, train
 
 from covtanet.errors import CheckpointError
 from covtanet.model.registry import build_segmenter
 from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
-from covtanet.training.feed import MemoryLane, Rows, Sampling, assign_lanes
+from covtanet.training.feed import Rows, Sampling, assign_lanes
 from covtanet.training.lanes import regroup
 from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import PoolLane, SamplePool
 from covtanet.training.ranks import LaneStatistics, Ranks
 from covtanet.training.step import backward
 
@@ -44,7 +45,7 @@ def test_order_does_not_depend_on_the_order_of_arrival() -> None:
     rows = slice_rows(12, 0)
     turned = {name: values[::-1] for name, values in rows.items()}
     orders = [
-        [names(batch) for batch in MemoryLane(each, Sampling(batch_size=2), 0).batches(4)]
+        [names(batch) for batch in SamplePool(each, Sampling(batch_size=2)).lane().batches(4)]
         for each in (rows, turned)
     ]
     assert orders[0] == orders[1]
@@ -52,7 +53,7 @@ def test_order_does_not_depend_on_the_order_of_arrival() -> None:
 
 def test_lesion_free_slices_are_drawn_anew_every_epoch() -> None:
     rows = slice_rows(400, 0)
-    own = MemoryLane(rows, Sampling(batch_size=1, lesion_free_share=0.5), 0)
+    own = SamplePool(rows, Sampling(batch_size=1, lesion_free_share=0.5)).lane()
     drawn = [{name for batch in own.batches(epoch) for name in names(batch)} for epoch in range(2)]
     with_lesion = {
         str(name) for name, has in zip(rows["name"], rows["has_lesion"], strict=True) if has
@@ -69,7 +70,7 @@ def test_a_long_volume_does_not_outweigh_a_short_one() -> None:
     """
     rows = slice_rows(40, 0)
     rows["name"] = np.array([f"{'long' if index < 30 else 'short'}:{index}" for index in range(40)])
-    own = MemoryLane(rows, Sampling(batch_size=2, slices_per_volume=12), 0)
+    own = SamplePool(rows, Sampling(batch_size=2, slices_per_volume=12)).lane()
     drawn = [{name for batch in own.batches(epoch) for name in names(batch)} for epoch in range(2)]
     assert [sum(name.startswith("long") for name in each) for each in drawn] == [12, 12]
     assert [sum(name.startswith("short") for name in each) for each in drawn] == [10, 10]
@@ -154,6 +155,21 @@ def test_running_statistics_of_lanes_are_averaged() -> None:
     assert float(norm.running_mean) == pytest.approx((0.5 * 2 + 0.5 * 6) / 2)
 
 
+def test_variance_of_lanes_holds_the_differences_of_their_means() -> None:
+    """N(0, 1) and N(4, 1): E[x^2] = (1 + 17) / 2 = 9, less the square of the mean 2, is 5."""
+    norm = nn.BatchNorm1d(2)
+    statistics = LaneStatistics(norm, 2, Ranks())
+    for number, value in enumerate((0.0, 4.0)):
+        statistics.enter(number)
+        norm.load_state_dict({"running_mean": torch.full((2,), value)}, strict=False)
+        norm.load_state_dict({"running_var": torch.ones(2)}, strict=False)
+        statistics.leave(number)
+    statistics.average()
+    statistics.enter(1)
+    assert norm.state_dict()["running_mean"].tolist() == [2.0, 2.0]
+    assert norm.state_dict()["running_var"].tolist() == [5.0, 5.0]
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_interrupted_training_ends_with_the_same_weights(phase: int, tmp_path: Path) -> None:
     reports: list[Progress] = []
@@ -188,10 +204,9 @@ def test_best_epoch_counts_and_a_stale_validation_stops() -> None:
     """Scores 1, 3, 2, 2: the second epoch is best, and two epochs later the phase ends."""
     config = replace(CONFIG, num_epochs=9, stop_after_epochs=2)
     own, scores = build(1, config, Ranks()), iter([1.0, 3.0, 2.0, 2.0, 9.0])
-    scored = replace(own, validate=lambda: {"val_dice": next(scores)})
-    lanes = {number: lane(number, 1, config) for number in range(2)}
+    scored = replace(own, validate=lambda: {"val_volume_dice": next(scores)})
     reports: list[Progress] = []
-    progress = fit(config, scored, lanes, Ranks(), 0, Progress(), reports.append)
+    progress = fit(config, scored, lanes(1, config), Ranks(), 0, Progress(), reports.append)
     assert len(progress.history) == 4
     assert progress.best_epoch == 1
     assert all(
@@ -200,25 +215,25 @@ def test_best_epoch_counts_and_a_stale_validation_stops() -> None:
 
 
 def test_without_validation_the_last_epoch_counts() -> None:
-    own = replace(build(1, CONFIG, Ranks()), validate=lambda: {"val_dice": math.nan})
-    lanes = {number: lane(number, 1, CONFIG) for number in range(2)}
+    own = replace(build(1, CONFIG, Ranks()), validate=lambda: {"val_volume_dice": math.nan})
     assert (
-        fit(CONFIG, own, lanes, Ranks(), 0, Progress(), lambda _: None).best_epoch
+        fit(CONFIG, own, lanes(1, CONFIG), Ranks(), 0, Progress(), lambda _: None).best_epoch
         == CONFIG.num_epochs - 1
     )
 
 
 def test_loss_that_is_no_number_stops_and_names_the_series() -> None:
     config = replace(CONFIG, num_epochs=1)
-    lanes = {number: lane(number, 2, config) for number in range(2)}
-    bad = lanes[1]
-    assert isinstance(bad, MemoryLane)
-    bad.rows["pooled"][3] = np.nan
+    fed = lanes(2, config)
+    bad = fed[1]
+    assert isinstance(bad, PoolLane)
+    rows = bad.pool.rows
+    rows["pooled"][rows["name"] == "volume1-003"] = np.nan
     reports: list[Progress] = []
     with pytest.raises(
         FloatingPointError, match=r"the loss is not finite .* series of the batch: .*volume1-003"
     ):
-        fit(config, build(2, config, Ranks()), lanes, Ranks(), 0, Progress(), reports.append)
+        fit(config, build(2, config, Ranks()), fed, Ranks(), 0, Progress(), reports.append)
     assert not reports
 
 
@@ -282,7 +297,7 @@ def test_workers_must_divide_the_micro_batches() -> None:
     with pytest.raises(
         ValueError, match=r"phase1.micro_batches is 2, expected a multiple of 4 workers"
     ):
-        TrainingConfig(num_workers=4)
+        TrainingConfig(num_workers=4, phase1=PhaseConfig(micro_batches=2))
 
 
 def test_side_of_the_slices_is_the_sizes_own_or_a_multiple_of_32() -> None:

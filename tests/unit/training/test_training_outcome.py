@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import CONFIG, build, lane
+from training import CONFIG, build, lanes
 
 from covtanet import tracking
 from covtanet.data.prepared import PreparedVolume
@@ -19,9 +19,10 @@ from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.model.covtanet import CovTANet
 from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
-from covtanet.training.feed import Lane, MemoryLane, Rows, Sampling
+from covtanet.training.feed import Lane, Rows, Sampling
 from covtanet.training.loop import Phase, Progress, fit
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 
 DECAYING = PhaseConfig(
@@ -57,7 +58,7 @@ def slope() -> Phase[NamedRows]:
 def two_samples() -> dict[int, Lane]:
     """One lane of two samples: two optimizer steps an epoch."""
     rows: Rows = {"name": np.array(["a", "b"]), "has_lesion": np.array([True, True])}
-    return {0: MemoryLane(rows, Sampling(batch_size=1), 0)}
+    return {0: SamplePool(rows, Sampling(batch_size=1)).lane()}
 
 
 def weights_after_epochs(progress: Progress | None = None) -> tuple[list[float], list[Progress]]:
@@ -91,9 +92,10 @@ def progress_that_gets_worse(phase: int) -> tuple[Progress, list[Progress]]:
         validate=lambda: {"validation": next(scores)},
         score=lambda metrics: metrics["validation"],
     )
-    lanes = {number: lane(number, phase, config) for number in range(config.micro_batches)}
     reports: list[Progress] = []
-    return fit(config, scored, lanes, Ranks(), 0, Progress(), reports.append), reports
+    return fit(
+        config, scored, lanes(phase, config), Ranks(), 0, Progress(), reports.append
+    ), reports
 
 
 def opened(folder: Path) -> Experiment:
