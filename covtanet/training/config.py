@@ -163,8 +163,8 @@ class TrainingConfig:
             )
         if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
             raise ValueError(
-                f"phase2.batch_size is 1, expected at least 2: {self.network} has batch norm on maps "
-                "of few pixels"
+                f"phase2.batch_size is 1, expected at least 2: {self.network} has batch norm on "
+                "maps of few pixels"
             )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
