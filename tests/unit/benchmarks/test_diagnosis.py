@@ -69,7 +69,7 @@ def test_warm_start_copies_the_segmenters_final_filter() -> None:
 
 
 def test_lines_of_a_run_become_rows_of_table_iv(tmp_path: Path) -> None:
-    lines = [{"kind": "choice", "network": "Lesion share"}]
+    lines: list[dict[str, object]] = [{"kind": "choice", "network": "Lesion share"}]
     for index, grade in enumerate(("normal", "mild", "severe") * 2):
         p = {"normal": 0.1, "mild": 0.6, "severe": 0.9}[grade]
         row = {"study": str(index), "grade": grade, "p_infected": p, "p_severe": p - 0.05}
