@@ -4,6 +4,7 @@ An index has one row per volume. Only ``volume_path`` and ``patient`` are needed
 may be left out.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -37,6 +38,10 @@ LABELS = (
     ("infected", "severe"),
 )
 INTENSITIES = ("hu", "grey8", "auto")
+# A line from grey values to HU.
+GREY_LINE = re.compile(r"grey8:(-?\d+(?:\.\d+)?):(-?\d+(?:\.\d+)?)")
+# Grey values are 0..255.
+GREY_STEPS = 255
 # Section III-A: severe above a quarter of the lung.
 SEVERE_INVOLVEMENT = 0.25
 
@@ -58,21 +63,50 @@ class LabelledVolume:
     severity: str | None = None
     """``mild`` or ``severe`` of an infected volume, else null."""
     intensity: str = "hu"
-    """``hu``; ``grey8`` for volumes that were windowed to 0..255 at their source, which no window
-    can undo; ``auto`` takes values that all lie in 0..255 for grey values, as HU would have air
-    below 0."""
+    """``hu``; ``grey8:LOW:HIGH`` for grey values 0..255 whose line to HU is known, LOW and HIGH
+    being the HU of 0 and 255, which are read as HU; ``grey8`` for grey values that were windowed
+    at their source by an unknown line; ``auto`` takes values that all lie in 0..255 for grey
+    values without a line, as HU would have air below 0."""
 
     def __post_init__(self) -> None:
         if (self.diagnosis, self.severity) not in LABELS:
             allowed = "normal, infected, infected/mild, infected/severe or none"
             raise ConfigError(f"label {self.diagnosis}/{self.severity}, expected {allowed}")
-        if self.intensity not in INTENSITIES:
-            raise ConfigError(f"intensity {self.intensity}, expected {' or '.join(INTENSITIES)}")
+        check_intensity(self.intensity)
         for values in (self.lesion_labels, self.lung_labels):
             if not all(value.isdecimal() for value in values.split()):
                 raise ConfigError(
                     f"mask labels {values}, expected whole numbers with spaces between them"
                 )
+
+
+def check_intensity(intensity: str) -> None:
+    """Refuse an unknown kind of values.
+
+    Raises:
+        ConfigError: the name is unknown, or the line to HU does not rise.
+    """
+    if intensity not in INTENSITIES and hu_of_greys(intensity) is None:
+        raise ConfigError(
+            f"intensity {intensity}, expected {', '.join(INTENSITIES)} or grey8:LOW:HIGH with "
+            "the HU of grey values 0 and 255"
+        )
+
+
+def hu_of_greys(intensity: str) -> tuple[float, float] | None:
+    """Return the HU of grey values 0 and 255 of ``grey8:LOW:HIGH``; null for any other kind.
+
+    Raises:
+        ConfigError: LOW is not below HIGH.
+    """
+    match = GREY_LINE.fullmatch(intensity)
+    if match is None:
+        return None
+    low_hu = float(match[1])
+    high_hu = float(match[2])
+    if low_hu >= high_hu:
+        raise ConfigError(f"intensity {intensity}, expected LOW below HIGH")
+    return low_hu, high_hu
 
 
 def label_values(labels: str) -> tuple[int, ...]:

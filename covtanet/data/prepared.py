@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.ct import nifti
 from covtanet.ct.lung import find_lungs, measure_involvement
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import (
@@ -25,7 +24,8 @@ from covtanet.ct.window import (
     to_input,
 )
 from covtanet.data.folds import Case
-from covtanet.data.labels import LabelledVolume, grade_of, label_values, severity_of
+from covtanet.data.labels import GREY_STEPS, LabelledVolume, grade_of, severity_of
+from covtanet.data.source import read_source
 from covtanet.errors import Reason, StudyError
 
 # Part of every key: another version prepares all volumes again.
@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 # Hexadecimal: 64 bits of the digest.
 KEY_DIGITS = 16
 # Mapped to 0..1 without a window: half of the paper's second data set is windowed at its source.
-GREY8 = (0.0, 255.0)
+GREY8 = (0.0, float(GREY_STEPS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class PreparedVolume:
     volume_path: str
     patient: str
     intensity: str
-    """``hu`` or ``grey8``; ``auto`` only of a volume that was refused before it was read."""
+    """``hu`` or ``grey8``; as the data set has it for a volume that was refused before it was
+    read."""
     diagnosis: str | None = None
     severity: str | None = None
     reason: str | None = None
@@ -148,14 +149,13 @@ def _prepare(
     window: WindowConfig,
     slice_step_mm: float,
 ) -> tuple[PreparedVolume, Samples]:
-    data = contents[volume.volume_path]
-    intensity, ct = _read(data, volume.intensity)
-    lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
-    lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
-    lung_slices, involvement = _lung_slices(ct, lesion, lung, intensity)
-    has_spacing = nifti.has_spacing(data)
+    source = read_source(volume, contents)
+    ct = source.ct
+    lesion = source.lesion
+    intensity = source.intensity
+    lung_slices, involvement = _lung_slices(ct, lesion, source.lung, intensity)
     # A spacing without a unit is no distance: then every slice is taken.
-    step_mm = slice_step_mm if has_spacing else 0.0
+    step_mm = slice_step_mm if ct.has_known_spacing else 0.0
     # Slices as in screening, a step apart at least.
     chosen = thin_slices(lung_slices, ct.spacing_mm[0], step_mm)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
@@ -170,7 +170,7 @@ def _prepare(
         diagnosis=diagnosis,
         severity=severity,
         num_slices=len(ct.hu),
-        spacing_mm=ct.spacing_mm if has_spacing else None,
+        spacing_mm=ct.spacing_mm if ct.has_known_spacing else None,
         slices=tuple(int(index) for index in chosen),
         lesion_px=lesion_px,
         involvement=involvement,
@@ -191,37 +191,6 @@ def _samples(
     if lesion is None:
         return Samples(levels=levels, lesion=None)
     return Samples(levels=levels, lesion=mask_to_input(lesion[chosen], window, aspect))
-
-
-def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
-    if intensity == "hu":
-        return "hu", nifti.read(data)
-    try:
-        # Grey values first: their reader refuses values outside 0..255, which HU have.
-        return "grey8", nifti.read_grey8(data)
-    except StudyError:
-        if intensity == "grey8":
-            raise
-        return "hu", nifti.read(data)
-
-
-def _mask(
-    path: str | None, labels: str, contents: dict[str, bytes], ct: Volume
-) -> NDArray[np.bool_] | None:
-    if path is None:
-        return None
-    try:
-        values = nifti.read_labels(contents[path])
-    except StudyError as error:
-        raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
-    # Both (z, y, x).
-    if values.shape != ct.hu.shape:
-        raise StudyError(
-            Reason.MASK_MISMATCH,
-            f"the mask has {values.shape} voxels (z, y, x), expected {ct.hu.shape}",
-        )
-    selected = label_values(labels)
-    return np.isin(values, selected) if selected else values > 0
 
 
 def _lung_slices(
