@@ -1,14 +1,17 @@
 """Make a model that screens from weights of train_gpu.py.
 
 python -m benchmarks.ship_model --weights FILE --out FOLDER [--burden INTERCEPT SLOPE]
+    [--trained-on VOLUME ..]
 
 --weights: v8-final of train_gpu.py, TA-SegNet V8 alone. --burden: coefficients of the diagnosis
-from the involvement. The diagnosis of the network stays untrained and is switched off.
+from the involvement. --trained-on: volumes of the training, which an evaluation then counts as
+seen. The diagnosis of the network stays untrained and is switched off.
 """
 
 import argparse
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,9 @@ from covtanet.model.saved_model import SavedModel, save_model
 SLICE_STEP_MM = 2.5
 
 
-def saved_model(weights: Path, burden: BurdenDiagnosis | None) -> SavedModel:
+def saved_model(
+    weights: Path, burden: BurdenDiagnosis | None, volumes: Sequence[Path]
+) -> SavedModel:
     """Return the model of these weights, with the preprocessing of its training."""
     scale = Scale()
     segnet = networks(scale)["V8"].segnet
@@ -53,10 +58,16 @@ def saved_model(weights: Path, burden: BurdenDiagnosis | None) -> SavedModel:
         provenance={
             "network": "V8",
             "recipe": "benchmarks/train_gpu.py",
-            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            "seen_sources": [],
+            "training_weights_sha256": _sha256(weights),
+            "num_volumes": len(volumes),
+            # As a training keeps them, see ``model_evaluation.seen_sources``.
+            "seen_sources": sorted(_sha256(volume)[:16] for volume in volumes),
         },
     )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> int:
@@ -65,12 +76,13 @@ def main() -> int:
     options.add_argument("--weights", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--burden", type=float, nargs=2)
+    options.add_argument("--trained-on", type=Path, nargs="+", default=[])
     arguments = options.parse_args()
     burden = None
     if arguments.burden:
         intercept, slope = arguments.burden
         burden = BurdenDiagnosis(intercept=intercept, slope=slope)
-    print(save_model(arguments.out, saved_model(arguments.weights, burden)))
+    print(save_model(arguments.out, saved_model(arguments.weights, burden, arguments.trained_on)))
     return 0
 
 
