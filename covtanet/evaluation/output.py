@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covtanet.evaluation import metrics, rows
+from covtanet.evaluation.overlap_text import overlap_text
 from covtanet.report import plots
 from covtanet.report.tables import Table, paper_tables
 
@@ -38,7 +39,7 @@ def make_output(
     """
     summary = metrics.summarise(evaluation_rows)
     tables = paper_tables(summary, measured_on, is_second_data_set=is_second_data_set)
-    text = "\n".join(table.as_markdown() for table in tables)
+    text = "\n".join([*(table.as_markdown() for table in tables), overlap_text(summary)])
     described = {
         **about,
         "measured_on": measured_on,
@@ -47,7 +48,7 @@ def make_output(
     }
     files = {
         "metrics.json": (json.dumps(described, indent=1, sort_keys=True) + "\n").encode(),
-        "tables.md": f"{text}\n{dice_by_size(summary)}".encode(),
+        "tables.md": f"{text}\n".encode(),
         "metrics.csv": flat_csv(summary).encode(),
         "rows.parquet": rows.to_parquet(list(evaluation_rows)),
     }
@@ -95,19 +96,3 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in items:
         yield from _leaves(inner, f"{path}/{name}" if path else str(name))
-
-
-def dice_by_size(summary: Mapping[str, Any]) -> str:
-    """Return Dice by the lesion's share of its slice, as Markdown."""
-    lines = [
-        "### Dice by lesion size",
-        "",
-        "| network | lesion of the slice | slices | Dice |",
-        "|---|---|---|---|",
-    ]
-    for name, network in summary.items():
-        for size in network["segmentation"].get("dice_by_lesion_size", ()):
-            dice = "-" if size["dice"] is None else f"{100 * size['dice']:.1f}"
-            span = f"{100 * size['above']:g}-{100 * size['to']:g} %"
-            lines.append(f"| {name} | {span} | {size['num_slices']} | {dice} |")
-    return "\n".join([*lines, ""])
