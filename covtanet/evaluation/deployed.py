@@ -19,13 +19,12 @@ from covtanet.errors import StudyError
 from covtanet.evaluation.rows import (
     COUNTS,
     UNMASKED_COUNTS,
+    EvaluatedModel,
     Evaluation,
     Row,
     count_pixels,
 )
 from covtanet.inference.lesion_mask import lesion_in_source
-from covtanet.inference.predictor import Predictor
-from covtanet.model.description import Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +44,15 @@ class Screened:
     p_severe: float | None = None
 
 
-def evaluate_source(
-    predictor: Predictor,
-    row: Row,
-    source: SourceVolume,
-    readout: Readout,
-    slice_step_mm: float,
-    *,
-    segments: bool,
-) -> Evaluation:
+def evaluate_source(model: EvaluatedModel, row: Row, source: SourceVolume) -> Evaluation:
     """Predict one volume in HU as screening does, and count pixels per slice of its source.
 
-    Counted are all slices that screening measures, and the slices with true lesion beyond them,
-    whose lesion is missed. A volume that screening rejects has a reason, and all of its lesion is
-    missed. segments: the network marks lesions; else no pixels are counted.
+    row: that of ``new_row``. Counted are all slices that screening measures, and the slices with
+    true lesion beyond them, whose lesion is missed. A volume that screening rejects has a reason,
+    and all of its lesion is missed.
     """
-    screened = screen(predictor, source.ct, readout, slice_step_mm)
-    lesion = source.lesion if segments else None
+    screened = screen(model, source.ct)
+    lesion = source.lesion if model.segments else None
     is_counted = screened.has_lung
     if lesion is not None:
         is_counted = is_counted | lesion.any(axis=(1, 2))
@@ -71,10 +62,10 @@ def evaluate_source(
         "reason": screened.reason,
         "p_infected": screened.p_infected,
         "p_severe": screened.p_severe,
-        "involvement": screened.involvement if segments else None,
+        "involvement": screened.involvement if model.segments else None,
         "slice": counted.tolist(),
     }
-    intensity = _intensity(source.ct, counted, predictor.window)
+    intensity = _intensity(source.ct, counted, model.window)
     if lesion is None:
         return Evaluation(row=row, intensity=intensity)
     truth = lesion[counted]
@@ -84,28 +75,27 @@ def evaluate_source(
     return Evaluation(row=row, intensity=intensity, lesion_mask=lesion_in_lungs, truth=truth)
 
 
-def screen(
-    predictor: Predictor, volume: Volume, readout: Readout, slice_step_mm: float
-) -> Screened:
+def screen(model: EvaluatedModel, volume: Volume) -> Screened:
     """Return what screening would measure in a volume."""
     try:
-        masks, chosen, slices = prepare_volume(volume, predictor.window, slice_step_mm)
+        masks, chosen, slices = prepare_volume(volume, model.window, model.slice_step_mm)
     except StudyError as error:
         return _rejected(volume, str(error.reason))
-    prediction = predictor.predict(slices)
+    prediction = model.predictor.predict(slices)
     lesion_mask, _ = lesion_in_source(
         prediction.lesion_levels,
         chosen.astype(np.int64),
         masks.lungs,
         masks.spacing_mm,
-        predictor.window,
-        readout.lesion_threshold,
+        model.window,
+        model.readout.lesion_threshold,
     )
     measured = measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
     p_infected = prediction.p_infected
     # As ``screening.conclusion``: without a trained diagnosis, by the involvement of whole lungs.
-    if p_infected is None and readout.burden is not None and measured.involvement is not None:
-        p_infected = readout.burden.p_infected(measured.involvement)
+    burden = model.readout.burden
+    if p_infected is None and burden is not None and measured.involvement is not None:
+        p_infected = burden.p_infected(measured.involvement)
     return Screened(
         lesion_mask=lesion_mask,
         lesion_in_lungs=measured.lesion_mask,

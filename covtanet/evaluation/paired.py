@@ -95,8 +95,10 @@ def _differences(
 def _resampled_metrics(rows: Sequence[Row], weights: Values) -> dict[str, Values]:
     """Return every headline metric of one model in every resample; NaN without a denominator."""
     metrics = {"dice": _weighted_mean(_dice(rows), weights)}
+    is_diagnosed = np.array([row["p_infected"] is not None for row in rows])
     for name, (negative, positive, column) in PAIRS.items():
-        p = np.array([row[column] for row in rows], np.float64)
+        # As in ``metrics.classification``, a volume without a diagnosis counts in no pair.
+        p = np.where(is_diagnosed, np.array([row[column] for row in rows], np.float64), np.nan)
         p_positive = np.where([row["grade"] == positive for row in rows], p, np.nan)
         p_negative = np.where([row["grade"] == negative for row in rows], p, np.nan)
         values = (

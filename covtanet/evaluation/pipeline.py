@@ -26,6 +26,7 @@ from covtanet.evaluation.rows import (
     EVALUATION_SCHEMA,
     INPUT_GRID,
     SOURCE_GRID,
+    EvaluatedModel,
     Evaluation,
     evaluate_prepared,
     new_row,
@@ -119,7 +120,14 @@ class _Evaluator:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.predictor = Predictor(task.model, num_threads=len(os.sched_getaffinity(0)))
+        predictor = Predictor(task.model, num_threads=len(os.sched_getaffinity(0)))
+        self.model = EvaluatedModel(
+            predictor=predictor,
+            window=predictor.window,
+            readout=task.model.readout,
+            slice_step_mm=step_of(task.model),
+            segments=task.model.capabilities.segments,
+        )
         self.labelled = {volume.volume_path: volume for volume in task.source.volumes}
 
     def __call__(self, row: Row) -> Row:
@@ -144,25 +152,13 @@ class _Evaluator:
         contents = {
             path: storage.read_bytes(storage.resolve(root, path)) for path in paths_of(labelled)
         }
-        return evaluate_source(
-            self.predictor,
-            new_row(volume, self.task.network, self.task.fold, SOURCE_GRID),
-            read_source(labelled, contents),
-            self.task.model.readout,
-            step_of(self.task.model),
-            segments=self.task.model.capabilities.segments,
-        )
+        row = new_row(volume, self.task.network, self.task.fold, SOURCE_GRID)
+        return evaluate_source(self.model, row, read_source(labelled, contents))
 
     def _from_prepared(self, volume: PreparedVolume) -> Evaluation:
         data = storage.read_bytes(prepared_file.file_uri(self.task.prepared_uri, volume.key))
-        return evaluate_prepared(
-            self.predictor,
-            new_row(volume, self.task.network, self.task.fold, INPUT_GRID),
-            volume,
-            prepared_file.read_samples(data),
-            self.task.model.readout.lesion_threshold,
-            segments=self.task.model.capabilities.segments,
-        )
+        row = new_row(volume, self.task.network, self.task.fold, INPUT_GRID)
+        return evaluate_prepared(self.model, row, volume, prepared_file.read_samples(data))
 
 
 def step_of(model: SavedModel) -> float:

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from covtanet.ct.masks import Mask
+from covtanet.ct.window import WindowConfig
 from covtanet.data.prepared import PreparedVolume, Samples
-from covtanet.inference.predictor import Predictor
+from covtanet.inference.predictor import VolumePredictor
 from covtanet.inference.quantization import PROBABILITY_STEPS
+from covtanet.model.description import Readout
 
 Row = dict[str, Any]
 
@@ -51,6 +53,19 @@ EVALUATION_SCHEMA = pa.schema([
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model that is ready to run, and how its input is made and its output is read."""
+
+    predictor: VolumePredictor
+    window: WindowConfig
+    readout: Readout
+    slice_step_mm: float
+    """Smallest distance of the slices that it reads."""
+    segments: bool = True
+    """The network marks lesions; else no pixels are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One volume's row, and its slices with predicted and true lesion for a picture.
 
@@ -79,29 +94,22 @@ def new_row(volume: PreparedVolume, network: str, fold: int | None, grid: str) -
 
 
 def evaluate_prepared(
-    predictor: Predictor,
-    row: Row,
-    volume: PreparedVolume,
-    samples: Samples,
-    lesion_threshold: float,
-    *,
-    segments: bool,
+    model: EvaluatedModel, row: Row, volume: PreparedVolume, samples: Samples
 ) -> Evaluation:
     """Predict one prepared volume and count pixels per slice at the network's input size.
 
-    For values of which no lungs are found. segments: the network marks lesions; else no pixels are
-    counted.
+    For values of which no lungs are found. row: that of ``new_row``.
     """
-    prediction = predictor.predict(samples.levels)
+    prediction = model.predictor.predict(samples.levels)
     row = {
         **row,
         "p_infected": prediction.p_infected,
         "p_severe": prediction.p_severe,
         "slice": list(volume.slices),
     }
-    if samples.lesion is None or not segments:
+    if samples.lesion is None or not model.segments:
         return Evaluation(row=row, intensity=samples.levels)
-    threshold = np.float32(lesion_threshold * PROBABILITY_STEPS)
+    threshold = np.float32(model.readout.lesion_threshold * PROBABILITY_STEPS)
     # (S, H, W) bool
     lesion_mask = prediction.lesion_levels >= threshold
     truth = samples.lesion > 0

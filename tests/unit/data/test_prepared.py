@@ -131,7 +131,7 @@ def test_hu_declared_grey_are_refused(mild: Phantom) -> None:
 
 def test_grey_values_with_a_line_are_read_as_hu(mild: Phantom) -> None:
     """Lungs are found in them, and the window is applied as to the HU they stand for."""
-    grey = np.clip(np.rint((mild.hu + 1250.0) * 255 / 1500), 0, 255).astype(np.uint8)
+    grey = np.clip(np.rint((mild.hu + 1250.0) * 255 / 1500), 0, 255).astype(np.int16)
     volume = replace(PHANTOM, lung_mask_path=None, intensity="grey8:-1250:250")
     contents = contents_of(replace(mild, hu=grey), volume)
     window = WindowConfig(low_hu=-1250, high_hu=250, size_px=64)
