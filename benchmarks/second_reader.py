@@ -1,11 +1,13 @@
 """Agreement of two readers on the same scans, slice by slice: the ceiling of a segmenter's Dice.
 
 python -m benchmarks.second_reader --images DIR --masks DIR --second-images DIR --second-masks DIR
-    --stack NAME SECOND_NAME [--stack ...]
+    --stack NAME SECOND_NAME [--stack ...] [--rows FOLDER/rows.parquet]
 
 Masks are named as for ``covtanet evaluate``. The second stack may hold some of the slices only,
 flipped in plane and with another contrast: slices are matched by the structure of their images, and
-compared in the grid that both share. Not covered: stacks of another size or spacing.
+compared in the grid that both share. --rows: those of ``covtanet evaluate`` on the first images and
+masks; the model is then measured on the same slices. Not covered: stacks of another size or
+spacing.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from covtanet.data.labels import LabelledVolume
 from covtanet.data.source import SourceVolume, paths_of, read_source
 from covtanet.data.stacks import pair
 from covtanet.errors import ConfigError
+from covtanet.evaluation import rows
 from covtanet.evaluation.overlap import overlap
 from covtanet.inference.predictor import FLIPS
 
@@ -101,6 +104,17 @@ def compare_readers(first: SourceVolume, second: SourceVolume, match: Match) -> 
     return np.stack([marked.sum(axis=(1, 2)) for marked in pairs], axis=1).astype(np.int64)
 
 
+def counts_of_model(row: dict[str, Any], match: Match) -> NDArray[np.int64]:
+    """Return TP, FP and FN of a model on the matched slices, (M, 3).
+
+    row: that of the first stack. Slices on which screening finds neither lung nor lesion have none.
+    """
+    by_slice = dict(
+        zip(row["slice"], zip(row["tp"], row["fp"], row["fn"], strict=True), strict=True)
+    )
+    return np.array([by_slice.get(index, (0, 0, 0)) for index in match.first.tolist()], np.int64)
+
+
 def read_stacks(images: str, masks: str) -> dict[str, LabelledVolume]:
     """Return the stacks of a folder by name."""
     return {volume.patient: volume for volume in pair(images, masks)}
@@ -124,28 +138,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("--images", "--masks", "--second-images", "--second-masks"):
         options.add_argument(name, required=True)
     options.add_argument("--stack", nargs=2, action="append", required=True)
+    options.add_argument("--rows", type=Path)
     arguments = options.parse_args(argv)
     first_stacks = read_stacks(arguments.images, arguments.masks)
     second_stacks = read_stacks(arguments.second_images, arguments.second_masks)
-    counts = {}
+    model_rows = rows.from_parquet(arguments.rows.read_bytes()) if arguments.rows else []
+    by_name = {row["patient"]: row for row in model_rows}
+    readers = {}
+    model = {}
     slices = {}
     for name, second_name in arguments.stack:
         first = read(first_stacks, name)
         second = read(second_stacks, second_name)
         match = match_slices(first.ct.hu, second.ct.hu)
-        counts[name] = compare_readers(first, second, match)
-        assert first.lesion is not None
-        is_shared = np.isin(np.arange(len(first.ct.hu)), match.first)
-        slices[name] = {
-            "num_slices": len(first.ct.hu),
-            "num_second_slices": len(second.ct.hu),
-            "num_matched": len(match.first),
-            "flipped_axes": match.axes,
-            "num_lesion_slices_unmatched": int(first.lesion[~is_shared].any(axis=(1, 2)).sum()),
-        }
-    result = {"stacks": slices, "agreement": overlap(counts)}
+        readers[name] = compare_readers(first, second, match)
+        if name in by_name:
+            model[name] = counts_of_model(by_name[name], match)
+        slices[name] = describe(first, second, match)
+    result = {"stacks": slices, "second_reader": overlap(readers)}
+    if model:
+        result["model"] = overlap(model)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def describe(first: SourceVolume, second: SourceVolume, match: Match) -> dict[str, Any]:
+    """Return how many slices were matched, and how many that the first reader marks were not."""
+    assert first.lesion is not None
+    is_shared = np.isin(np.arange(len(first.ct.hu)), match.first)
+    return {
+        "num_slices": len(first.ct.hu),
+        "num_second_slices": len(second.ct.hu),
+        "num_matched": len(match.first),
+        "flipped_axes": match.axes,
+        "num_lesion_slices_unmatched": int(first.lesion[~is_shared].any(axis=(1, 2)).sum()),
+    }
 
 
 if __name__ == "__main__":

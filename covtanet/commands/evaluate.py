@@ -6,9 +6,11 @@ covtanet evaluate --model STORAGE/EXPERIMENT-KEY --out DIR
 
 REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a saved model; of a training
 it is the folder that `covtanet train` names at its end, whose folds were evaluated on their own
-test parts. A mask is the image's name with _lung-infection (0 background, 1 lung, 2 lesion) or
-_mask (lesion). Writes metrics.json and metrics.csv, tables.md, a CSV and a plot per table,
-rows.parquet, and pictures of the cases (a training's lie with its folds).
+test parts. Volumes in HU are measured as screening would measure them, in pixels of their source,
+with its lung mask and without; grey values without a line to HU at the network's input size. A mask
+is the image's name with _lung-infection (0 background, 1 lung, 2 lesion) or _mask (lesion). Writes
+metrics.json and metrics.csv, tables.md, a CSV and a plot per table, rows.parquet, and pictures of
+the cases (a training's lie with its folds).
 
 A volume that is refused, that storage does not give or that meets a fault of this software does
 not stop the others; the log counts them at its end. `python jobs/evaluate.py` is the same command.

@@ -11,6 +11,7 @@ from benchmarks import second_reader
 from covtanet.ct import nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.errors import ConfigError
+from covtanet.evaluation import rows
 
 GRID = SourceGrid(shape=(64, 64, 12), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
 
@@ -68,14 +69,24 @@ def test_agreement_of_shared_slices_by_hand(tmp_path: Path, capsys: Any) -> None
     second_lesion[0, 10, 12:16] = 1
     ours = write(tmp_path / "a", "scan", first, lesion)
     theirs = write(tmp_path / "b", "copy", second, second_lesion)
+    # The model finds one pixel of four on slice 2, and has not read slice 3.
+    row = {
+        **dict.fromkeys(rows.EVALUATION_SCHEMA.names),
+        "volume": "k", "patient": "scan", "network": "V8",
+        "slice": [2], "tp": [1], "fp": [1], "fn": [3], "tn": [4091],
+    }  # fmt: skip
+    (tmp_path / "rows.parquet").write_bytes(rows.to_parquet([row]))
     code = second_reader.main([
         "--images", ours[0], "--masks", ours[1],
         "--second-images", theirs[0], "--second-masks", theirs[1], "--stack", "scan", "copy",
+        "--rows", str(tmp_path / "rows.parquet"),
     ])  # fmt: skip
     assert code == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["agreement"]["per_slice"]["dice"] == 0.5
-    assert result["agreement"]["num_slices"] == 2
+    assert result["second_reader"]["per_slice"]["dice"] == 0.5
+    assert result["second_reader"]["num_slices"] == 2
+    assert result["model"]["per_slice"]["dice"] == pytest.approx(2 / 6, abs=1e-4)
+    assert result["model"]["num_slices"] == 2
     assert result["stacks"]["scan"]["num_matched"] == 2
     assert result["stacks"]["scan"]["num_lesion_slices_unmatched"] == 1
 
