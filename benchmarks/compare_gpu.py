@@ -1,6 +1,6 @@
 """Compare all segmenters fairly on one GPU: several processes train at once, by one plan.
 
-python -m benchmarks.compare_gpu --data DIR --out DIR [--budget-s 500] [--workers 7]
+python -m benchmarks.compare_gpu --data DIR --out DIR [--budget-s 500] [--workers 8]
     [--main-steps 600] [--other-steps 300] [--memory-gib 55] [--previous RESULTS.jsonl ..] [--toy]
 
 --data: written by gpu_data.py. --previous: results of earlier runs, whose trainings are not
@@ -44,7 +44,7 @@ class Run:
         self.arguments = arguments
         self.plan = plan
         self.started_s = time.perf_counter()
-        self.deadline_s = self.started_s + arguments.budget_s
+        self.deadline_s: float = self.started_s + arguments.budget_s
         self.lock = threading.Lock()
         self.processes: dict[int, subprocess.Popen[str]] = {}
 
@@ -98,13 +98,9 @@ class Run:
             self._do(index, process, task)
 
     def _start(self, index: int) -> subprocess.Popen[str]:
-        """Start a process that trains. A thread of it computes on one core only."""
+        """Start a process that trains; it computes on one core."""
         arguments = self.arguments
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            # Fragments would cost memory that other processes need.
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        }
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "benchmarks.compare_worker", "--data", arguments.data]
         command += ["--toy"] if arguments.toy else []
         with (arguments.out / "errors.txt").open("ab") as errors:
@@ -160,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--budget-s", type=float, default=500.0)
-    options.add_argument("--workers", type=int, default=7)
+    options.add_argument("--workers", type=int, default=8)
     options.add_argument("--main-steps", type=int, default=600, help="of V8, Unet, V7, V8 plain")
     options.add_argument("--other-steps", type=int, default=300, help="of all networks")
     options.add_argument("--rate-steps", type=int, default=RATE_STEPS)

@@ -138,9 +138,9 @@ class Plan:
     """Tasks that several threads take: the first that is ready and fits time and memory."""
 
     def __init__(self, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], memory_gib: float):
-        """rows: results of an earlier run, whose tasks are not repeated."""
+        """rows: results of an earlier run, whose tasks are not repeated if they would end alike."""
         self.rows = list(rows)
-        finished = {row["label"] for row in rows if row["status"] in ("done", "failed")}
+        finished = {row["label"] for row in rows if row["status"] in ("done", "diverged")}
         self.waiting = deque(task for task in tasks if task.label not in finished)
         self.running: list[Task] = []
         self.repeated: set[str] = set()

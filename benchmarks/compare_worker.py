@@ -30,12 +30,21 @@ def answer(bench: Bench, line: str) -> dict[str, Any]:
         return bench.run(Task(**order["task"]), deadline_s)
     except torch.OutOfMemoryError as error:
         return {"status": "out_of_memory", "message": str(error)[:200]}
+    except FloatingPointError as error:
+        return {"status": "diverged", "message": str(error)[:200]}
     except Exception as error:  # the next tasks go on
         return {"status": "failed", "message": f"{type(error).__name__}: {str(error)[:300]}"}
-    finally:
-        if bench.device.type == "cuda":
-            # The memory of this network is another process's.
-            torch.cuda.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """Return the memory of the last network, which other processes need.
+
+    Raises:
+        RuntimeError: the device fails in this process; after some errors it does for ever.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def make_bench(data: Path, *, is_toy: bool) -> Bench:
@@ -68,6 +77,8 @@ def main() -> int:
     for line in sys.stdin:
         results.write(json.dumps(answer(bench, line)) + "\n")
         results.flush()
+        # If the device has failed this ends the process, and compare_gpu.py starts another.
+        release(bench.device)
     return 0
 
 
