@@ -10,7 +10,7 @@ from covtanet.ct import dicom_headers
 from covtanet.inference.predictor import Predictor, window_of
 from covtanet.model.saved_model import load_model
 from covtanet.screening import stages
-from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.config import ScreeningConfig, for_model
 
 SIZE_PX, NUM_SLICES = 256, 105
 
@@ -36,8 +36,8 @@ def measure() -> list[Result]:
 
 def plain_loop(folder: Path) -> None:
     """Run the job's stages in this process, one series after the other, without Ray."""
-    config = ScreeningConfig()
     model = load_model(model_folder())
+    config = for_model(ScreeningConfig(), model.preprocessing, model.readout)
     window = window_of(model)
     predictor = Predictor(model, num_threads=CORES)
     decoder = stages.in_process(window, config)
@@ -51,4 +51,5 @@ def plain_loop(folder: Path) -> None:
             prepared = stages.prepare_series(
                 row.to_row(), archive=str(folder), window=window, config=config, decoder=decoder
             )
-            stages.measure_series(stages.predict_series(prepared, predictor), config)
+            predicted = stages.predict_series(prepared, predictor)
+            stages.measure_series(predicted, window, config)

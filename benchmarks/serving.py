@@ -108,7 +108,7 @@ def measure_one_caller(endpoint: MeasuredEndpoint, model: Path) -> Result:
     """Compare a large study by HTTP with the same study in this process."""
     saved = load_model(model)
     predictor = Predictor(saved, num_threads=CORES)
-    config = for_model(ScreeningConfig(), saved.preprocessing)
+    config = for_model(ScreeningConfig(), saved.preprocessing, saved.readout)
     screener = Screener(predictor, predictor.window, config, saved.digest)
     path = _large_study()
     body = path.read_bytes()

@@ -48,8 +48,13 @@ def screen_study(
         WeakSandboxError: the kernel cannot confine the decoder.
     """
     refuse_without_segmentation(model)
-    config = for_model(config or ScreeningConfig(), model.preprocessing)
-    predictor = Predictor(model, engine=config.engine, max_batch_slices=config.max_batch_slices)
+    config = for_model(config or ScreeningConfig(), model.preprocessing, model.readout)
+    predictor = Predictor(
+        model,
+        engine=config.engine,
+        max_batch_slices=config.max_batch_slices,
+        flips=config.flips,
+    )
     screener = Screener(predictor, predictor.window, config, model.digest)
     try:
         return list(screener(str(uri)))

@@ -16,6 +16,7 @@ from covtanet.ct.masks import Mask
 from covtanet.ct.window import (
     INTENSITY_STEPS,
     WindowConfig,
+    box_of,
     mask_to_input,
     pixel_aspect,
     spread_slices,
@@ -55,10 +56,11 @@ def result_files(
     yield "lung_mask.nii.gz", nifti.write(measured.lung_mask, masks.source)
     lesions, lungs = measured.lesion_mask[chosen], measured.lung_mask[chosen]
     aspect = pixel_aspect(masks.spacing_mm)
+    box = box_of(masks.lungs.lung_mask, window, aspect)
     # With square pixels, a square around the source's pixels already shows the same.
-    if aspect != 1:
-        lesions = mask_to_input(lesions, window, aspect) > 0
-        lungs = mask_to_input(lungs, window, aspect) > 0
+    if aspect != 1 or box is not None:
+        lesions = mask_to_input(lesions, window, aspect, box) > 0
+        lungs = mask_to_input(lungs, window, aspect, box) > 0
     yield "preview.png", png(preview(slices, lesions, lungs))
     tiles, layout = viewer(slices, lesions, lungs, window)
     yield "viewer.png", png(tiles)

@@ -111,6 +111,7 @@ class QcFlag(StrEnum):
     CONTRAST = "contrast"
     PADDING = "padding"
     NO_DIAGNOSIS = "no_diagnosis"
+    DIAGNOSIS_BY_BURDEN = "diagnosis_by_burden"
     REFORMATTED = "reformatted"
     IMPLAUSIBLE_LUNGS = "implausible_lungs"
     UNKNOWN_SPACING = "unknown_spacing"

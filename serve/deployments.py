@@ -75,6 +75,7 @@ class Segmenter:
             # The CPUs that this process may use, which may be fewer than those of the machine.
             num_threads=len(os.sched_getaffinity(0)),
             max_batch_slices=self.config.max_batch_slices,
+            flips=self.config.flips,
         )
         described = {
             "name": resolved.name,
@@ -82,6 +83,7 @@ class Segmenter:
             "digest": resolved.digest,
             "num_slices": predictor.num_slices,
             "preprocessing": model.preprocessing,
+            "readout": model.readout,
             "window": predictor.window,
         }
         # The newest stands last; the oldest is dropped first.
@@ -134,9 +136,10 @@ class Segmenter:
     def _infer(self) -> None:
         predictor, _ = next(reversed(self.models.values()))
         size = predictor.window.size_px
-        # The smallest real inference: one slice of zeros, (1, size, size), which the diagnosis
+        # The smallest real inference: one slice of zeros, (1, C, size, size), which the diagnosis
         # reads.
-        next(predictor.segment([SliceChunk(np.zeros((1, size, size), np.uint16), [0])]))
+        zeros = np.zeros((1, 1 + 2 * predictor.num_neighbours, size, size), np.uint16)
+        next(predictor.segment([SliceChunk(zeros, [0])]))
 
     def seconds_since_answer(self) -> float:
         """Return the seconds since the model last passed a health check."""

@@ -37,6 +37,7 @@ class RemoteNetwork:
         self.segmenter = segmenter
         self.digest = described["digest"]
         self.num_slices = described["num_slices"]
+        self.num_neighbours = described["window"].num_neighbours
         self._is_cancelled = False
         self._in_flight: set[Any] = set()
 

@@ -124,7 +124,7 @@ class Studies:
         return list(screener(location, study.limits))
 
     def _make_screener(self, model: dict[str, Any]) -> StudyScreener:
-        config = for_model(self.screening, model["preprocessing"])
+        config = for_model(self.screening, model["preprocessing"], model["readout"])
         network = RemoteNetwork(self.segmenter, model)
         return StudyScreener(
             network, model["window"], config, model["digest"], self.software_version

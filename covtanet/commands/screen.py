@@ -62,6 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--limit", type=int, default=0, help="screen only the first N series; default: all")
     add("--group-by", choices=("folder", "uid"), help="scope in which DICOM objects form a series")
+    add(
+        "--accurate",
+        action="store_true",
+        help="mean of four flips of every slice; the network takes four times as long",
+    )
     add("--config", type=Path, help="TOML file with a [screening] table")
     add(
         "--since",
@@ -123,6 +128,8 @@ def make_job(arguments: argparse.Namespace) -> ScreeningJob:
     linkage = location(arguments.linkage, "--linkage") if arguments.linkage else ""
     is_registered = arguments.model.startswith("models:")
     config = load_config(arguments.config).screening
+    if arguments.accurate:
+        config = replace(config, flips=True)
     if arguments.group_by:
         config = replace(config, group_by=arguments.group_by)
     return ScreeningJob(

@@ -183,7 +183,8 @@ def with_neighbours(
     """
     steps = np.arange(-num_neighbours, num_neighbours + 1)
     rows = np.clip(indices[:, None] + steps[None, :], 0, len(slices) - 1)
-    return slices[rows]
+    neighbours: NDArray[Any] = slices[rows]
+    return neighbours
 
 
 def resize_slice(array: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:

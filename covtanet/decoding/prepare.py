@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from covtanet.ct import dicom, lung, nifti
 from covtanet.ct.volume import Volume
-from covtanet.ct.window import WindowConfig, pixel_aspect, thin_slices, to_input
+from covtanet.ct.window import WindowConfig, box_of, pixel_aspect, thin_slices, to_input
 from covtanet.decoding.stored_masks import StoredMasks
 from covtanet.errors import QcFlag
 
@@ -93,4 +93,6 @@ def prepare_volume(
         spacing_mm=volume.spacing_mm,
         has_known_spacing=volume.has_known_spacing,
     )
-    return masks, chosen, to_input(volume.hu[chosen], window, pixel_aspect(volume.spacing_mm))
+    aspect = pixel_aspect(volume.spacing_mm)
+    box = box_of(lungs.lung_mask, window, aspect)
+    return masks, chosen, to_input(volume.hu[chosen], window, aspect, box)

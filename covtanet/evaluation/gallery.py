@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet import drawing, storage
+from covtanet.ct.window import with_neighbours
 from covtanet.data import prepared_file
 from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS, THRESHOLD
@@ -35,9 +36,9 @@ class Example(NamedTuple):
 
 
 class LabelledSlice(NamedTuple):
-    """Intensities and lesion mask of one slice, (H, W)."""
+    """One slice with its neighbours in z, (3, H, W), and its lesion mask (H, W)."""
 
-    levels: NDArray[np.uint16]
+    neighbours: NDArray[np.uint16]
     lesion_mask: NDArray[np.bool_]
 
 
@@ -82,8 +83,8 @@ def side_by_side(
     if not tiles:
         return b""
     captions = {rank: f"{rank}, Dice {example.dice:.2f}" for rank, example in examples.items()}
-    for rank, (levels, truth) in slices.items():
-        tiles[rank, "truth"] = drawing.errors_of(levels, truth, truth)
+    for rank, (neighbours, truth) in slices.items():
+        tiles[rank, "truth"] = drawing.errors_of(neighbours[1], truth, truth)
     return drawing.grid(captions, ["truth", *names], tiles)
 
 
@@ -111,10 +112,13 @@ def _predicted_tiles(
                 continue
             predictor = _load(models[name, fold])
             for rank in ranks:
-                levels, truth = slices[rank]
-                (segmented,) = predictor.segment([SliceChunk(levels[None], [])])
+                neighbours, truth = slices[rank]
+                reach = predictor.num_neighbours
+                # (1, 1 + 2 reach, H, W), with the slice itself in the middle
+                channels = neighbours[None, 1 - reach : 2 + reach]
+                (segmented,) = predictor.segment([SliceChunk(channels, [])])
                 predicted = segmented.lesion_levels[0] >= THRESHOLD
-                tiles[rank, name] = drawing.errors_of(levels, predicted, truth)
+                tiles[rank, name] = drawing.errors_of(neighbours[1], predicted, truth)
     return tiles
 
 
@@ -123,7 +127,8 @@ def _read(prepared_uri: str, example: Example) -> LabelledSlice:
     samples = prepared_file.read_samples(data)
     assert samples.lesion is not None
     lesion_mask = samples.lesion[example.position] > 0
-    return LabelledSlice(samples.levels[example.position], lesion_mask)
+    (neighbours,) = with_neighbours(samples.levels, np.array([example.position]), 1)
+    return LabelledSlice(neighbours, lesion_mask)
 
 
 def _load(uri: str) -> Predictor:

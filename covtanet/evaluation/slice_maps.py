@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, from_input, to_input
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
+from covtanet.inference.predictor import FLIPS
 
 BATCH_SIZE = 32
-# Flipped axes: no axis, left to right, top to bottom, both.
-FLIPS: tuple[tuple[int, ...], ...] = ((), (3,), (2,), (2, 3))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from covtanet.model.covtanet import CovTANet
 
 ENGINES = ("eager", "channels_last", "compiled", "openvino")
 
-# Intensity (B, 1, H, W) to lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), all
+# Intensity (B, C, H, W) to lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), all
 # float32.
 Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
@@ -117,5 +117,5 @@ def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
 
 
 def to_intensity(levels: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return the network's input (B, 1, H, W) in [0, 1] from stored intensity (B, H, W)."""
-    return levels[:, None].astype(np.float32) / np.float32(INTENSITY_STEPS)
+    """Return the network's input (B, C, H, W) in [0, 1] from stored intensity of that shape."""
+    return levels.astype(np.float32) / np.float32(INTENSITY_STEPS)

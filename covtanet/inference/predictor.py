@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from covtanet.ct.window import WindowConfig, spread_slices
+from covtanet.ct.window import WindowConfig, spread_slices, with_neighbours
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine, to_intensity
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.saved_model import SavedModel
+
+# Flipped axes of slices (.., H, W): no axis, left to right, top to bottom, both.
+FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class SliceChunk(NamedTuple):
     """Some slices of a volume, so that memory does not grow with the volume."""
 
     slices: NDArray[np.uint16]
-    """Stored intensity, (S, size, size)."""
+    """Stored intensity, (S, C, size, size); the channels are neighbours in z."""
     diagnosed: list[int]
     """Indices of the slices in this chunk that the diagnosis reads."""
 
@@ -66,6 +69,8 @@ class Network(Protocol):
 
     num_slices: int
     """Slices of a volume that the diagnosis reads."""
+    num_neighbours: int
+    """Slices on either side that the network reads together with a slice."""
 
     def segment(self, chunks: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
         """Segment the chunks of one volume, in their order."""
@@ -86,7 +91,7 @@ def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> 
     # Each slice is segmented once, even if the diagnosis reads it twice.
     distinct = np.unique(picked)
     chunks = (
-        _chunk(slices, start, chunk_slices, distinct)
+        _chunk(slices, start, chunk_slices, network.num_neighbours, distinct)
         for start in range(0, len(slices), chunk_slices)
     )
     # levels: (S, H, W) in chunks. pooled: (D, C, P, P) in chunks.
@@ -101,11 +106,18 @@ def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> 
 
 
 def _chunk(
-    slices: NDArray[np.uint16], start: int, chunk_slices: int, picked: NDArray[np.intp]
+    slices: NDArray[np.uint16],
+    start: int,
+    chunk_slices: int,
+    num_neighbours: int,
+    picked: NDArray[np.intp],
 ) -> SliceChunk:
+    end = min(start + chunk_slices, len(slices))
     # Indices within the chunk, not within the volume.
-    inside = picked[(picked >= start) & (picked < start + chunk_slices)]
-    return SliceChunk(slices[start : start + chunk_slices], (inside - start).tolist())
+    inside = picked[(picked >= start) & (picked < end)]
+    # Neighbours come from the whole volume, also across the chunk's ends.
+    channels = with_neighbours(slices, np.arange(start, end), num_neighbours)
+    return SliceChunk(channels, (inside - start).tolist())
 
 
 class Predictor:
@@ -118,11 +130,15 @@ class Predictor:
         engine: str = "auto",
         num_threads: int = 1,
         max_batch_slices: int = 16,
+        flips: bool = False,
     ) -> None:
+        """Make a model ready to run. flips: mean of four flips of every slice."""
         self.window = window_of(model)
         self.max_batch_slices = max_batch_slices
         self.network = model.network
+        self.flips = FLIPS if flips else FLIPS[:1]
         self.num_slices = model.network.config.num_slices
+        self.num_neighbours = self.window.num_neighbours
         self.diagnoses = model.capabilities.diagnoses
         self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
         torch.set_num_threads(num_threads)
@@ -138,16 +154,27 @@ class Predictor:
             FloatingPointError: the network's output is NaN or infinite.
         """
         for slices, diagnosed in chunks:
-            probability, pooled = self.engine.segment(to_intensity(slices))
+            probability, pooled = self._run(to_intensity(slices))
             # Checked before rounding: a cast of NaN to uint8 gives an arbitrary number.
             if not np.isfinite(probability).all():
                 raise FloatingPointError("the network's output is NaN or infinite")
             levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
             yield SegmentedChunk(levels, pooled[diagnosed])
 
+    def _run(
+        self, intensity: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the mean probability over the flips, and the pooled vectors of the first."""
+        probability, pooled = self.engine.segment(intensity)
+        for axes in self.flips[1:]:
+            flipped, _ = self.engine.segment(np.ascontiguousarray(np.flip(intensity, axes)))
+            # Flipped back, so that the maps lie upon each other.
+            probability = probability + np.flip(flipped, axes)
+        return probability / np.float32(len(self.flips)), pooled
+
     def segment_together(self, chunks: Sequence[SliceChunk]) -> Iterator[SegmentedChunk]:
         """Segment chunks of several volumes, whose slices share the network's batches."""
-        # (S of all chunks, size, size)
+        # (S of all chunks, C, size, size)
         slices = np.concatenate([chunk.slices for chunk in chunks])
         levels, pooled = self._segment_all(slices)
         start = 0
@@ -199,13 +226,27 @@ def refuse_without_segmentation(model: SavedModel) -> None:
 
 
 def window_of(model: SavedModel) -> WindowConfig:
-    """Return the window and slice size that a model was trained with.
+    """Return the step from HU to the network's input that a model was trained with.
 
     Raises:
-        CheckpointError: an empty window or an unsupported size.
+        CheckpointError: an empty window, an unsupported size, or another number of channels than
+            the network reads.
     """
     values = model.preprocessing
     try:
-        return WindowConfig(low_hu=values.low_hu, high_hu=values.high_hu, size_px=values.size_px)
+        window = WindowConfig(
+            low_hu=values.low_hu,
+            high_hu=values.high_hu,
+            size_px=values.size_px,
+            crops_to_lungs=values.crops_to_lungs,
+            num_neighbours=values.num_neighbours,
+        )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"invalid window of the model: {type(error).__name__}") from error
+    num_channels = 1 + 2 * window.num_neighbours
+    if model.network.config.segnet.in_channels != num_channels:
+        raise CheckpointError(
+            f"the model reads {model.network.config.segnet.in_channels} channels, expected "
+            f"{num_channels} of {window.num_neighbours} neighbours on either side"
+        )
+    return window

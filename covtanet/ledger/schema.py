@@ -127,7 +127,9 @@ COLUMNS = (
     ),
     Column(
         name="p_infected", type=pa.float32(),
-        meaning="Probability of infection, by the network.", null=NOT_DIAGNOSED,
+        meaning="Probability of infection, by the network; with `diagnosis_by_burden` from the "
+        "involvement.",
+        null=NOT_DIAGNOSED,
     ),
     Column(
         name="diagnosis", type=pa.string(),
@@ -136,11 +138,14 @@ COLUMNS = (
     ),
     Column(
         name="p_severe", type=pa.float32(),
-        meaning="Probability that an infection is severe, by the network.", null=NOT_INFECTED,
+        meaning="Probability that an infection is severe, by the network; null with "
+        "`diagnosis_by_burden`.",
+        null=NOT_INFECTED,
     ),
     Column(
         name="severity", type=pa.string(),
-        meaning="`severe` if `p_severe` reaches `severe_threshold`, else `mild`.",
+        meaning="`severe` if `p_severe` reaches `severe_threshold`, else `mild`; with "
+        "`diagnosis_by_burden` the same as `severity_by_involvement`.",
         null=NOT_INFECTED,
     ),
     Column(

@@ -1,8 +1,9 @@
-"""Typed parts of a saved model's description: its preprocessing and its capabilities.
+"""Typed parts of a saved model's description: preprocessing, capabilities and readout.
 
 Neither torch nor a network is imported, so that a process that only decodes may read them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ class Preprocessing:
     """Smallest distance of the slices that were read; null if the model does not say."""
     intensities: tuple[str, ...] = ("hu",)
     """Kinds of values the network has seen: ``hu``, ``grey8`` or both."""
+    crops_to_lungs: bool = False
+    """Whether slices are cropped to the box of the lungs."""
+    num_neighbours: int = 0
+    """Slices on either side that the network reads together with a slice."""
 
     def __post_init__(self) -> None:
         # JSON has lists, and a hashable value travels between processes unchanged.
@@ -36,6 +41,45 @@ class Capabilities:
     """Phase 1 was trained: the model marks lesions."""
     diagnoses: bool
     """Phase 2 was trained: the model gives diagnosis and severity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurdenDiagnosis:
+    """Probability of infection as a logistic function of the involvement alone.
+
+    For a network whose diagnosis was not trained: two coefficients, fitted on the lesion shares of
+    labelled studies.
+    """
+
+    intercept: float
+    """Log-odds of infection without any lesion."""
+    slope: float
+    """Increase of the log-odds per unit of involvement, which is in [0, 1]."""
+
+    def p_infected(self, involvement: float) -> float:
+        """Return the probability of infection at this involvement."""
+        return 1 / (1 + math.exp(-(self.intercept + self.slope * involvement)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """How the network's output is read."""
+
+    lesion_threshold: float = 0.5
+    """Probability from which a pixel is lesion; fixed before the model was evaluated."""
+    burden: BurdenDiagnosis | None = None
+    """Diagnosis from the involvement, if the network has none."""
+
+
+def read_readout(description: Mapping[str, Any]) -> Readout:
+    """Return the readout of a model's description; the default if it says nothing of it.
+
+    Raises:
+        KeyError, TypeError: an unknown or missing value.
+    """
+    values = dict(description.get("readout", {}))
+    burden = values.pop("burden", None)
+    return Readout(**values, burden=burden and BurdenDiagnosis(**burden))
 
 
 def read_preprocessing(description: Mapping[str, Any], format_version: int) -> Preprocessing:

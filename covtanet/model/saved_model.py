@@ -21,8 +21,10 @@ from covtanet.model.covtanet import CovTANet, CovTANetConfig
 from covtanet.model.description import (
     Capabilities,
     Preprocessing,
+    Readout,
     read_capabilities,
     read_preprocessing,
+    read_readout,
 )
 from covtanet.model.registry import BaselineConfig, NoSegmenterConfig, SegmenterConfig
 from covtanet.model.segnet import TASegNetConfig
@@ -50,6 +52,7 @@ class SavedModel:
     network: CovTANet
     preprocessing: Preprocessing
     capabilities: Capabilities
+    readout: Readout = field(default_factory=Readout)
     provenance: dict[str, Any] = field(default_factory=dict)
     """Data digest, recipe, software and the like; read by people and by evaluations."""
     digest: str = ""
@@ -62,8 +65,8 @@ class SavedModel:
         preparations of ``model.libraries``.
         """
         state = self.network.state_dict()
-        parts = (self.preprocessing, self.capabilities, self.provenance, self.digest)
-        return _rebuild, (self.network.config, state, *parts)
+        parts = (self.preprocessing, self.capabilities, self.readout, self.provenance)
+        return _rebuild, (self.network.config, state, *parts, self.digest)
 
 
 def _rebuild(
@@ -71,6 +74,7 @@ def _rebuild(
     state: dict[str, torch.Tensor],
     preprocessing: Preprocessing,
     capabilities: Capabilities,
+    readout: Readout,
     provenance: dict[str, Any],
     digest: str,
 ) -> SavedModel:
@@ -80,6 +84,7 @@ def _rebuild(
         network=network.eval().requires_grad_(False),
         preprocessing=preprocessing,
         capabilities=capabilities,
+        readout=readout,
         provenance=provenance,
         digest=digest,
     )
@@ -111,6 +116,7 @@ def _write_description(folder: Path, model: SavedModel) -> None:
         "network": network_values(model.network.config),
         "preprocessing": asdict(model.preprocessing),
         "capabilities": asdict(model.capabilities),
+        "readout": asdict(model.readout),
         "provenance": model.provenance,
         # The weights are written first, so that the description's digest stands for both files.
         "weights_sha256": _sha256(folder / WEIGHTS),
@@ -168,6 +174,7 @@ def _load(folder: Path, digest: str) -> SavedModel:
         state,
         read_preprocessing(description, version),
         read_capabilities(description, version),
+        read_readout(description),
         dict(description["provenance"]),
         digest,
     )

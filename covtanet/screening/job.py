@@ -100,7 +100,7 @@ def run_screening(job: ScreeningJob, *, plan_only: bool = False) -> Outcome:
         loaded = load_model(model.folder, model.digest)
         check_model(loaded)
         window = window_of(loaded)
-        config = for_model(job.config, loaded.preprocessing)
+        config = for_model(job.config, loaded.preprocessing, loaded.readout)
         run = make_run(job, model, window, config)
         runtime.start_logging(run_id=run.run_id)
         logger.info(
@@ -168,7 +168,12 @@ def check_model(model: SavedModel) -> None:
         CheckpointError: the model marks no lesions.
     """
     refuse_without_segmentation(model)
-    if not model.capabilities.diagnoses:
+    if model.readout.burden is not None:
+        logger.warning(
+            "the model was trained in phase 1 alone: diagnosis and severity follow from the "
+            "involvement"
+        )
+    elif not model.capabilities.diagnoses:
         logger.warning(
             "the model was trained in phase 1 alone: diagnosis and severity are null, apart from "
             "the severity by involvement"

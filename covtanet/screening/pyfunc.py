@@ -26,7 +26,7 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
         model = load_model(Path(context.artifacts["model"]))
         refuse_without_segmentation(model)
         predictor = Predictor(model, num_threads=len(os.sched_getaffinity(0)))
-        config = for_model(ScreeningConfig(), model.preprocessing)
+        config = for_model(ScreeningConfig(), model.preprocessing, model.readout)
         self.screener = Screener(predictor, predictor.window, config, model.digest)
 
     def predict(self, model_input: list[str]) -> pd.DataFrame:

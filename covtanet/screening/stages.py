@@ -23,7 +23,7 @@ from covtanet.archive.fetch import fetch_series
 from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
 from covtanet.ct.limits import MAX_SLICES
-from covtanet.ct.window import WindowConfig, from_input, pixel_aspect
+from covtanet.ct.window import WindowConfig, box_of, from_input, pixel_aspect
 from covtanet.decoding import prepare
 from covtanet.decoding.prepare import Prepared
 from covtanet.decoding.stored_masks import StoredMasks
@@ -41,6 +41,8 @@ from covtanet.errors import (
 )
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.ledger.record import Refusal, ScreeningRecord
+from covtanet.model.description import Readout
+from covtanet.screening.conclusion import conclude
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
 from covtanet.storage import ContentDigest
@@ -132,12 +134,17 @@ def predict_series(series: PreparedSeries, predictor: "VolumePredictor") -> Pred
     )
 
 
-def measure_series(series: PredictedSeries, config: ScreeningConfig) -> MeasuredSeries:
-    """Measure lesion and lung in the source's grid, and conclude diagnosis and severity."""
+def measure_series(
+    series: PredictedSeries, window: WindowConfig, config: ScreeningConfig
+) -> MeasuredSeries:
+    """Measure lesion and lung in the source's grid, and conclude diagnosis and severity.
+
+    window: that of ``prepare_series``. config: with the model's values, see ``for_model``.
+    """
     record = series.record
     if not len(series.lesion_levels):
         return MeasuredSeries(record=record)
-    result = refuse_on_error(record.series_key, partial(_measure, series, config))
+    result = refuse_on_error(record.series_key, partial(_measure, series, window, config))
     if isinstance(result, Refusal):
         return MeasuredSeries(record=record.refused(result))
     masks, involvement, lesion_slices = result
@@ -151,9 +158,8 @@ def measure_series(series: PredictedSeries, config: ScreeningConfig) -> Measured
         lung_volume_ml=involvement.lung_volume_ml,
         involvement=involvement.involvement,
         lesion_slices=lesion_slices,
-        **conclude(record.p_infected, record.p_severe, involvement.involvement, config),
     )
-    return MeasuredSeries(record=record, masks=masks, involvement=involvement)
+    return MeasuredSeries(record=conclude(record, config), masks=masks, involvement=involvement)
 
 
 def new_record(row: Row, archive: str) -> ScreeningRecord:
@@ -281,12 +287,12 @@ def _read_rest(objects: Iterator[Iterator[bytes]]) -> None:
 
 
 def _measure(
-    series: PredictedSeries, config: ScreeningConfig
+    series: PredictedSeries, window: WindowConfig, config: ScreeningConfig
 ) -> tuple[StoredMasks, lung.Involvement, int]:
     """Return masks, involvement and the number of segmented slices that show a lesion."""
     masks = StoredMasks.unpack(series.prepared.masks)
     lesion_mask, lesion_slices = lesion_in_source(
-        series.lesion_levels, series.prepared.chosen, masks, config
+        series.lesion_levels, series.prepared.chosen, masks, window, config.lesion_threshold
     )
     involvement = lung.measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
     return masks, involvement, lesion_slices
@@ -296,19 +302,24 @@ def lesion_in_source(
     lesion_levels: NDArray[np.uint8],
     chosen: NDArray[np.int64],
     masks: StoredMasks,
-    config: ScreeningConfig,
+    window: WindowConfig,
+    lesion_threshold: float | None,
 ) -> tuple[NDArray[np.bool_], int]:
     """Return the lesion mask in the volume's grid, and how many segmented slices show a lesion.
 
     A slice in between takes the mask of the nearest segmented slice, so that volumes count it. The
-    mask is not cut to the lungs yet.
+    mask is not cut to the lungs yet. lesion_threshold: null for one half.
     """
     shape = masks.lungs.lung_mask.shape
     aspect = pixel_aspect(masks.spacing_mm)
-    threshold = np.float32(config.lesion_threshold * PROBABILITY_STEPS)
+    if lesion_threshold is None:
+        lesion_threshold = Readout().lesion_threshold
+    threshold = np.float32(lesion_threshold * PROBABILITY_STEPS)
+    box = box_of(masks.lungs.lung_mask, window, aspect)
     by_slice = np.empty((len(chosen), *shape[1:]), bool)
     for index, levels in enumerate(lesion_levels):
-        by_slice[index] = from_input(levels.astype(np.float32), shape[1:], aspect) >= threshold
+        probability = from_input(levels.astype(np.float32), shape[1:], aspect, box)
+        by_slice[index] = probability >= threshold
     inside = masks.lungs.lung_mask[chosen] | masks.lungs.cavity_mask[chosen]
     lesion_slices = int((by_slice & inside).any(axis=(1, 2)).sum())
     lesion_mask = np.zeros(shape, bool)
@@ -316,33 +327,3 @@ def lesion_in_source(
     nearest = np.abs(lung_slices[:, None] - chosen[None, :]).argmin(axis=1)
     lesion_mask[lung_slices] = by_slice[nearest]
     return lesion_mask, lesion_slices
-
-
-def conclude(
-    p_infected: float | None,
-    p_severe: float | None,
-    involvement: float | None,
-    config: ScreeningConfig,
-) -> dict[str, Any]:
-    """Return diagnosis and severity by the network, and severity by the paper's rule.
-
-    The severity of a normal series is null, as is everything that the model or the lungs do not
-    allow to say.
-    """
-    conclusion: dict[str, Any] = dict.fromkeys(
-        ("diagnosis", "p_severe", "severity", "severity_by_involvement")
-    )
-    if p_infected is not None:
-        is_infected = p_infected >= config.infected_threshold
-        conclusion["diagnosis"] = "infected" if is_infected else "normal"
-        if is_infected and p_severe is not None:
-            conclusion["p_severe"] = p_severe
-            conclusion["severity"] = _severity(p_severe >= config.severe_threshold)
-    if involvement is not None:
-        is_severe = involvement > config.severe_involvement
-        conclusion["severity_by_involvement"] = _severity(is_severe)
-    return conclusion
-
-
-def _severity(is_severe: bool) -> str:
-    return "severe" if is_severe else "mild"

@@ -127,7 +127,8 @@ class Screener:
         )
         # A series that was refused by its listing did not use the child and did not notice.
         self.decoder.child.check_open()
-        return measure_series(predict_series(prepared, self.predictor), self.config).record
+        predicted = predict_series(prepared, self.predictor)
+        return measure_series(predicted, self.window, self.config).record
 
     def close(self) -> None:
         """End the child process and the study in work, for good; any thread may call it."""

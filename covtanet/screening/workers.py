@@ -90,6 +90,7 @@ class PredictorWorker:
             engine=config.engine,
             num_threads=len(os.sched_getaffinity(0)),
             max_batch_slices=config.max_batch_slices,
+            flips=config.flips,
         )
 
     def __call__(self, row: Row) -> Row:
@@ -119,7 +120,7 @@ def measure_and_store(
         if is_exhausted:
             measured = MeasuredSeries(record=series.record.refused(WORKER_DIED))
         else:
-            measured = measure_series(series, config)
+            measured = measure_series(series, window, config)
         # Pictures first: a series with a row is finished and would not get them later.
         if results:
             write_results(series, measured, window, storage.join(results, run.run_id))

@@ -9,7 +9,7 @@ import sys
 
 from infra.local.services import ROOT
 
-SHIPPED = ROOT / "models" / "ta-segnet-stacks"
+SHIPPED = ROOT / "models" / "v8-lung-box"
 DEMO_REGISTRY = ROOT / ".demo" / "mlflow.db"
 USAGE = "usage: make screen ARCHIVE=folder-or-s3-uri LEDGER=folder-or-s3-uri [MODEL=REF]"
 
@@ -29,7 +29,7 @@ def main() -> int:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{DEMO_REGISTRY}"
     if not model:
         model = str(SHIPPED)
-        text = f"{SHIPPED.name}, which marks lesions and has no diagnosis"
+        text = f"{SHIPPED.name}: lesions, and a diagnosis by their share of the lungs"
         print(f"with {text}; see {SHIPPED}/README.md", flush=True)
     command = [
         sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", archive, "--ledger", ledger,

@@ -88,7 +88,7 @@ def test_archive_case_gives_the_expected_row(name: str, tmp_path: Path) -> None:
     for row in rows:
         prepared = decode(row, decoder=stages.in_process(WINDOW, CONFIG))
         record = stages.measure_series(
-            stages.predict_series(prepared, NoLesion()), CONFIG
+            stages.predict_series(prepared, NoLesion()), WINDOW, CONFIG
         ).record.to_columns()
         wrong += faults(record, right)
         if record["status"] == "screened":
@@ -118,7 +118,7 @@ def test_large_case_is_screened_or_too_large(
     finally:
         sandbox.close()
     record = stages.measure_series(
-        stages.predict_series(prepared, NoLesion()), config
+        stages.predict_series(prepared, NoLesion()), WINDOW, config
     ).record.to_columns()
     allowed = {(each.status, *each.reasons) for each in right.rows}
     verdict = (record["status"], record["reason"]) if record.get("reason") else (record["status"],)

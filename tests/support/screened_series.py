@@ -16,7 +16,7 @@ from covtanet.screening.records import PredictedSeries, PreparedSeries
 
 def columns_of(series: PredictedSeries) -> dict[str, Any]:
     """The columns of a series behind the last stage."""
-    return stages.measure_series(series, CONFIG).record.to_columns()
+    return stages.measure_series(series, WINDOW, CONFIG).record.to_columns()
 
 
 def new_record(**values: Any) -> ScreeningRecord:
@@ -54,6 +54,6 @@ def screened(
         masks=masks.pack(),
     )
     measured = stages.measure_series(
-        stages.predict_series(row, predictor or BrightnessPredictor()), config
+        stages.predict_series(row, predictor or BrightnessPredictor()), WINDOW, config
     )
     return measured.record.to_columns(), measured

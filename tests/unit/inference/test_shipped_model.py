@@ -1,6 +1,5 @@
 """The shipped model: small, whole, described by its card, and able to screen."""
 
-import json
 import re
 from pathlib import Path
 
@@ -26,21 +25,34 @@ def test_card_names_digest_data_licence_and_command(folder: Path) -> None:
         "share alike",
         "CC BY-NC-SA",
         "Research use only",
-        "jobs/train.py",
+        "benchmarks.train_gpu",
         "jobs/evaluate.py",
     )
     assert [word for word in wanted if word not in card] == []
-    assert json.loads((folder / "model.json").read_text())["provenance"]["has_diagnosis"] is False
     assert not re.search(r"/(root|work|tmp|home)/", (folder / "model.json").read_text() + card)
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
-def test_shipped_model_segments_and_does_not_diagnose(folder: Path) -> None:
-    predictor = Predictor(load_model(folder), engine="eager")
+def test_shipped_model_segments_and_diagnoses_by_burden(folder: Path) -> None:
+    model = load_model(folder)
+    predictor = Predictor(model, engine="eager")
     size = predictor.window.size_px
     found = predictor.predict(np.zeros((2, size, size), np.uint16))
     assert found.lesion_levels.shape == (2, size, size)
     assert (found.p_infected, found.p_severe) == (None, None)
+    assert model.readout.burden is not None
+    # Scattered false marks are no infection, a lesion of a tenth of the lungs is.
+    assert model.readout.burden.p_infected(0.006) < 0.5
+    assert model.readout.burden.p_infected(0.1) > 0.99
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_card_gives_the_model_s_own_numbers(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    readout = load_model(folder).readout
+    assert readout.burden is not None
+    for number in (readout.lesion_threshold, readout.burden.intercept, readout.burden.slope):
+        assert f"{number:g}" in card, number
 
 
 def test_repository_ships_a_model() -> None:

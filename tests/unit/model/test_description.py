@@ -1,6 +1,7 @@
 """Descriptions of saved models: both format versions give the same typed parts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from covtanet.ct.window import WindowConfig
 from covtanet.errors import CheckpointError
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation, window_of
 from covtanet.model.covtanet import SIZES, CovTANet, architecture
-from covtanet.model.description import Capabilities, Preprocessing
+from covtanet.model.description import BurdenDiagnosis, Capabilities, Preprocessing, Readout
 from covtanet.model.saved_model import SavedModel, load_model, save_model
+from covtanet.screening.config import ScreeningConfig, for_model
 
 
 def rewrite(folder: Path, **values: Any) -> None:
@@ -111,3 +113,52 @@ def test_model_without_segmentation_may_not_screen(tmp_path: Path) -> None:
     folder = save_version_1(tmp_path / "model", {"has_segmentation": False}, window={})
     with pytest.raises(CheckpointError, match="marks no lesions"):
         refuse_without_segmentation(load_model(folder))
+
+
+def test_readout_is_kept(tmp_path: Path) -> None:
+    readout = Readout(lesion_threshold=0.3, burden=BurdenDiagnosis(intercept=-1.5, slope=40.0))
+    save_model(tmp_path / "model", replace(small_model(), readout=readout))
+    assert load_model(tmp_path / "model").readout == readout
+
+
+def test_model_without_a_readout_is_read_at_one_half(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model(folder, small_model())
+    description = json.loads((folder / "model.json").read_text())
+    del description["readout"]
+    (folder / "model.json").write_text(json.dumps(description))
+    assert load_model(folder).readout == Readout(lesion_threshold=0.5, burden=None)
+
+
+def test_unknown_value_of_the_readout_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", small_model())
+    rewrite(tmp_path / "model", readout={"lesion_threshold": 0.3, "dose": 1})
+    with pytest.raises(CheckpointError, match="cannot be read: TypeError"):
+        load_model(tmp_path / "model")
+
+
+def test_neighbours_that_the_network_does_not_read_are_refused() -> None:
+    preprocessing = Preprocessing(size_px=128, num_neighbours=1)
+    with pytest.raises(CheckpointError, match="reads 1 channels, expected 3"):
+        window_of(replace(small_model(), preprocessing=preprocessing))
+
+
+@pytest.mark.parametrize(
+    ("involvement", "expected"), [(0.0, 0.119), (0.02, 0.5), (0.1, 0.9997), (1.0, 1.0)]
+)
+def test_probability_by_burden_is_logistic(involvement: float, expected: float) -> None:
+    burden = BurdenDiagnosis(intercept=-2.0, slope=100.0)
+    assert burden.p_infected(involvement) == pytest.approx(expected, abs=5e-4)
+
+
+def test_values_of_the_model_stand_in_for_nulls() -> None:
+    """A site's own values stand, but the distance of slices is that of the training."""
+    burden = BurdenDiagnosis(intercept=-2.0, slope=100.0)
+    readout = Readout(lesion_threshold=0.3, burden=burden)
+    preprocessing = Preprocessing(slice_step_mm=4.0)
+    config = for_model(ScreeningConfig(slice_step_mm=1.0), preprocessing, readout)
+    assert (config.slice_step_mm, config.lesion_threshold, config.burden) == (4.0, 0.3, burden)
+    of_site = ScreeningConfig(lesion_threshold=0.6, burden=replace(burden, intercept=-1.0))
+    config = for_model(of_site, Preprocessing(slice_step_mm=None), readout)
+    assert (config.lesion_threshold, config.burden) == (0.6, replace(burden, intercept=-1.0))
+    assert config.slice_step_mm == of_site.slice_step_mm

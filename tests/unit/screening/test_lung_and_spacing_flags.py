@@ -38,7 +38,7 @@ def test_ledger_volumes_are_those_of_the_written_masks(
         masks=masks.pack(),
     )
     row = PredictedSeries(prepared=prepared, lesion_levels=levels)
-    measured = stages.measure_series(row, CONFIG)
+    measured = stages.measure_series(row, WINDOW, CONFIG)
     assert measured.masks is not None
     assert measured.involvement is not None
     files = dict(overlay.result_files(slices, chosen, measured.masks, measured.involvement, WINDOW))

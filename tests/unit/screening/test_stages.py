@@ -11,19 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from encoded_ct import as_nifti
-from screened_series import columns_of
+from screened_series import columns_of, new_record
 from stage_rows import CONFIG, WINDOW, manifest_rows, prepare
 
 from covtanet.decoding import prepare as decode
 from covtanet.decoding.stored_masks import StoredMasks
-from covtanet.errors import SandboxClosedError, Status
+from covtanet.errors import QcFlag, SandboxClosedError, Status
 from covtanet.inference.predictor import Predictor
 from covtanet.ledger.run import Run
-from covtanet.model.description import Capabilities
+from covtanet.model.description import BurdenDiagnosis, Capabilities
 from covtanet.model.saved_model import load_model
 from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
+from covtanet.screening.conclusion import conclude
 from covtanet.screening.config import ScreeningConfig, config_values
 from covtanet.screening.workers import store_record
 
@@ -34,7 +35,7 @@ def screen(
     records = []
     for row in manifest_rows(archive):
         prepared = prepare(row, archive, config)
-        measured = stages.measure_series(stages.predict_series(prepared, predictor), config)
+        measured = stages.measure_series(stages.predict_series(prepared, predictor), WINDOW, config)
         records.append(measured.record.to_columns())
     return records
 
@@ -152,7 +153,47 @@ def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
 def test_conclusions(
     p_infected: float, p_severe: float, involvement: float | None, expected: tuple[Any, ...]
 ) -> None:
-    assert tuple(stages.conclude(p_infected, p_severe, involvement, CONFIG).values()) == expected
+    record = conclude(
+        new_record(p_infected=p_infected, p_severe=p_severe, involvement=involvement), CONFIG
+    )
+    conclusion = (
+        record.diagnosis, record.p_severe, record.severity, record.severity_by_involvement
+    )  # fmt: skip
+    assert conclusion == expected
+
+
+@pytest.mark.parametrize(
+    ("involvement", "flags", "expected"),
+    [
+        (0.002, (), ("normal", None, "mild", True)),
+        (0.09, (), ("infected", "mild", "mild", True)),
+        (0.3, (), ("infected", "severe", "severe", True)),
+        (0.3, (QcFlag.PARTIAL_LUNGS,), (None, None, "severe", False)),
+        (0.3, (QcFlag.IMPLAUSIBLE_LUNGS,), (None, None, "severe", False)),
+        (None, (), (None, None, None, False)),
+    ],
+)
+def test_diagnosis_by_burden_is_that_of_whole_lungs(
+    involvement: float | None, flags: tuple[QcFlag, ...], expected: tuple[Any, ...]
+) -> None:
+    """Odds of one at an involvement of 2 %."""
+    config = replace(CONFIG, burden=BurdenDiagnosis(intercept=-2.0, slope=100.0))
+    measured = new_record(involvement=involvement, qc_flags=(*flags, QcFlag.NO_DIAGNOSIS))
+    record = conclude(measured, config)
+    is_by_burden = QcFlag.DIAGNOSIS_BY_BURDEN in record.qc_flags
+    conclusion = (
+        record.diagnosis, record.severity, record.severity_by_involvement, is_by_burden
+    )  # fmt: skip
+    assert conclusion == expected
+    # Exactly one of the two flags stands.
+    assert (QcFlag.NO_DIAGNOSIS in record.qc_flags) is not is_by_burden
+    assert (record.p_infected is not None) is is_by_burden
+
+
+def test_network_with_a_diagnosis_is_not_overruled_by_the_burden() -> None:
+    config = replace(CONFIG, burden=BurdenDiagnosis(intercept=-2.0, slope=100.0))
+    record = conclude(new_record(p_infected=0.1, involvement=0.5), config)
+    assert (record.p_infected, record.diagnosis, record.qc_flags) == (0.1, "normal", ())
 
 
 def test_masks_survive_their_packing(mild_volume: Any) -> None:

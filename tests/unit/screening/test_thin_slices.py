@@ -74,7 +74,7 @@ def prepared(folder: Path, slice_mm: float) -> PreparedSeries:
 
 def measured(row: PreparedSeries, marked: set[int]) -> MeasuredSeries:
     """A prepared chest with a lesion in some of its segmented slices."""
-    return stages.measure_series(stages.predict_series(row, Marks(marked)), CONFIG)
+    return stages.measure_series(stages.predict_series(row, Marks(marked)), WINDOW, CONFIG)
 
 
 @pytest.fixture(scope="module")

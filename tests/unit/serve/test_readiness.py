@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
 from covtanet.inference.predictor import SliceChunk
 from serve.readiness import Readiness
@@ -57,7 +58,7 @@ def test_cancelled_network_cancels_its_requests_and_sends_no_more() -> None:
     class Segmenter:
         segment = diagnose = Method()
 
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2, "window": WindowConfig()})
     network._ask(network.segmenter.segment, None)
     thread = threading.Thread(target=network.cancel)
     thread.start()
@@ -92,8 +93,10 @@ def test_late_answer_is_never_given_to_the_next_study() -> None:
     class Segmenter:
         segment, diagnose = Method(("levels", "pooled")), Method(TimeoutError())
 
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2})
+    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2, "window": WindowConfig()})
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
-    segmented: list[Any] = list(network.segment([SliceChunk(np.zeros((1, 2, 2), np.uint16), [0])]))
+    segmented: list[Any] = list(
+        network.segment([SliceChunk(np.zeros((1, 1, 2, 2), np.uint16), [0])])
+    )
     assert segmented == [("levels", "pooled")]
