@@ -181,6 +181,8 @@ def main() -> int:
     for path in arguments.previous:
         rows += [json.loads(line) for line in path.read_text().splitlines()]
     run = Run(arguments, Plan(tasks, rows, arguments.memory_gib))
+    # A run that finishes no training leaves an empty file.
+    (arguments.out / RESULTS).touch()
     for row in rows:
         # So that the tables follow from one folder.
         run.record(row)

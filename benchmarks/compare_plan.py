@@ -133,7 +133,7 @@ def rate_dice(row: dict[str, Any]) -> float:
     """
     slices = [counts for views in row["counts"].values() for counts in views[FOUR_FLIPS]]
     marked = [(tp, fp, fn) for tp, fp, fn in slices if tp + fp + fn]
-    dice = sum(2 * tp / (2 * tp + fp + fn) for tp, fp, fn in marked)
+    dice: float = sum(2 * tp / (2 * tp + fp + fn) for tp, fp, fn in marked)
     return dice / max(1, len(marked))
 
 
