@@ -29,7 +29,12 @@ WHOLE = [[4, 0, 0]]
 
 def result(task: Task, **fields: Any) -> dict[str, Any]:
     """Return the record of a finished task."""
-    values = {"kind": task.kind, "network": task.network, "fold": task.fold, "rate": task.rate}
+    values: dict[str, Any] = {
+        "kind": task.kind,
+        "network": task.network,
+        "fold": task.fold,
+        "rate": task.rate,
+    }
     values |= {"label": task.label, "num_steps": task.num_steps, "seed": task.seed}
     values |= {"status": "done", "step_s": 0.01, "peak_gib": 2.0, "losses": [0.5]}
     return values | fields
