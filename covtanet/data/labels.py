@@ -48,7 +48,10 @@ SEVERE_INVOLVEMENT = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledVolume:
-    """One NIfTI volume with its truth. Paths are absolute, or relative to the data set."""
+    """One volume with its truth: NIfTI, or a JPEG or PNG of one slice.
+
+    Paths are absolute, or relative to the data set.
+    """
 
     volume_path: str
     patient: str

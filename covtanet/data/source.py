@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from covtanet.ct import nifti
+from covtanet.ct import nifti, picture
 from covtanet.ct.masks import Mask
 from covtanet.ct.volume import Volume
 from covtanet.data.labels import GREY_STEPS, LabelledVolume, hu_of_greys, label_values
@@ -40,7 +42,7 @@ def read_source(volume: LabelledVolume, contents: Mapping[str, bytes]) -> Source
         StudyError: as ``nifti.read`` does, and ``not_grey8``, ``mask_unreadable`` or
             ``mask_mismatch``.
     """
-    intensity, ct = _read(contents[volume.volume_path], volume.intensity)
+    intensity, ct = _read(volume, contents[volume.volume_path])
     return SourceVolume(
         ct=ct,
         intensity=intensity,
@@ -49,12 +51,24 @@ def read_source(volume: LabelledVolume, contents: Mapping[str, bytes]) -> Source
     )
 
 
-def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
-    if intensity == "hu":
-        return "hu", nifti.read(data)
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(picture.SUFFIXES)
+
+
+def _read(volume: LabelledVolume, data: bytes) -> tuple[str, Volume]:
+    """Return the kind of values, hu or grey8, and the volume."""
+    intensity = volume.intensity
     ends = hu_of_greys(intensity)
+    if _is_picture(volume.volume_path):
+        if ends is None:
+            raise StudyError(
+                Reason.NOT_HU, f"a picture with intensity {intensity}, expected grey8:LOW:HIGH"
+            )
+        return "hu", picture.read(data, ends[0], _hu_per_grey(*ends))
     if ends is not None:
         return "hu", _read_by_line(data, *ends)
+    if intensity == "hu":
+        return "hu", nifti.read(data)
     try:
         # Grey values first: their reader refuses values outside 0..255, which HU have.
         return "grey8", nifti.read_grey8(data)
@@ -64,12 +78,15 @@ def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
         return "hu", nifti.read(data)
 
 
+def _hu_per_grey(low_hu: float, high_hu: float) -> float:
+    return (high_hu - low_hu) / GREY_STEPS
+
+
 def _read_by_line(data: bytes, low_hu: float, high_hu: float) -> Volume:
     """Read grey values and return the HU that they stand for."""
     volume = nifti.read_grey8(data)
-    hu_per_grey = np.float32((high_hu - low_hu) / GREY_STEPS)
     hu = volume.hu.astype(np.float32)
-    hu *= hu_per_grey
+    hu *= np.float32(_hu_per_grey(low_hu, high_hu))
     hu += np.float32(low_hu)
     return replace(volume, hu=hu)
 
@@ -78,7 +95,7 @@ def _mask(path: str | None, labels: str, contents: Mapping[str, bytes], ct: Volu
     if path is None:
         return None
     try:
-        values = nifti.read_labels(contents[path])
+        values = _read_mask(path, contents[path])
     except StudyError as error:
         raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
     # Both (z, y, x).
@@ -89,3 +106,7 @@ def _mask(path: str | None, labels: str, contents: Mapping[str, bytes], ct: Volu
         )
     selected = label_values(labels)
     return np.isin(values, selected) if selected else values > 0
+
+
+def _read_mask(path: str, data: bytes) -> NDArray[Any]:
+    return picture.read_grey(data) if _is_picture(path) else nifti.read_labels(data)
