@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covtanet.evaluation import metrics, rows
+from covtanet.evaluation.overlap_text import overlap_text
 from covtanet.report import plots
 from covtanet.report.tables import Table, paper_tables
 
@@ -41,7 +42,7 @@ def make_output(
     parts = [table.as_markdown() for table in tables]
     if any(network["classification"]["num_volumes"] for network in summary.values()):
         parts.append(auc_of_pairs(summary))
-    text = "\n".join(parts)
+    text = "\n".join([*parts, overlap_text(summary)])
     described = {
         **about,
         "measured_on": measured_on,
@@ -50,7 +51,7 @@ def make_output(
     }
     files = {
         "metrics.json": (json.dumps(described, indent=1, sort_keys=True) + "\n").encode(),
-        "tables.md": f"{text}\n{dice_by_size(summary)}".encode(),
+        "tables.md": f"{text}\n".encode(),
         "metrics.csv": flat_csv(summary).encode(),
         "rows.parquet": rows.to_parquet(list(evaluation_rows)),
     }
@@ -120,19 +121,3 @@ def _auc_text(pair: Mapping[str, Any]) -> str:
     if pair.get("auc") is None:
         return "-"
     return f"{pair['auc']:.3f} ({pair['auc_low']:.3f} to {pair['auc_high']:.3f})"
-
-
-def dice_by_size(summary: Mapping[str, Any]) -> str:
-    """Return Dice by the lesion's share of its slice, as Markdown."""
-    lines = [
-        "### Dice by lesion size",
-        "",
-        "| network | lesion of the slice | slices | Dice |",
-        "|---|---|---|---|",
-    ]
-    for name, network in summary.items():
-        for size in network["segmentation"].get("dice_by_lesion_size", ()):
-            dice = "-" if size["dice"] is None else f"{100 * size['dice']:.1f}"
-            span = f"{100 * size['above']:g}-{100 * size['to']:g} %"
-            lines.append(f"| {name} | {span} | {size['num_slices']} | {dice} |")
-    return "\n".join([*lines, ""])

@@ -148,6 +148,7 @@ def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None
         model=model,
         network=experiment.config.network,
         fold=fold,
+        source=experiment.source,
         prepared_uri=experiment.prepared_uri,
         pictures_uri=storage.join(experiment.fold_uri(fold), "pictures"),
     )

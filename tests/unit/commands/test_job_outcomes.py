@@ -203,7 +203,11 @@ def test_promotion_with_missing_volumes_ends_with_4(
     promoted: list[str] = []
     monkeypatch.setattr(tracking, "version_of", {"challenger": "2", "champion": "1"}.__getitem__)
     monkeypatch.setattr(tracking, "promote", lambda version, tags: promoted.append(version))
+    tagged: list[dict[str, str]] = []
+    monkeypatch.setattr(tracking, "tag_version", lambda version, tags: tagged.append(tags))
     monkeypatch.setattr(promote, "_load", lambda version: version)
     monkeypatch.setattr(promote, "evaluate_both", lambda arguments, models: (compared, failures))
     assert promote.run(argparse.Namespace(version=None, force="")) == code
     assert promoted == (["2"] if code == 0 else [])
+    if code:
+        assert tagged[0]["covtanet.compared_dice"] == str(compared[0])

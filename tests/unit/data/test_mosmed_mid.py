@@ -32,7 +32,7 @@ ONE_SLICE = LabelledVolume(
     lesion_mask_path="lesion-masks/CT-1/001.png",
     diagnosis="infected",
     severity="mild",
-    hu_line=f"{HU_AT_0:g} {HU_PER_GREY:g}",
+    intensity=f"grey8:{HU_AT_0:g}:{HU_AT_0 + 255 * HU_PER_GREY:g}",
 )
 
 
@@ -71,12 +71,13 @@ def test_mosmed_mid_grades_masks_and_lines_follow_from_the_index(tmp_path: Path)
     masks = {name: volume.lesion_mask_path for name, volume in volumes.items()}
     assert [name for name in masks if masks[name]] == ["study_0002"]
     assert masks["study_0002"] == "lesion-masks/CT-1/001.png"
-    assert volumes["study_0003"].hu_line == "-2048 12.5"
+    # 255 steps of 12.5 HU above -2048.
+    assert volumes["study_0003"].intensity == "grey8:-2048.00:1139.50"
 
 
 def test_mosmed_mid_slice_without_a_line_takes_the_median_line(tmp_path: Path) -> None:
     volumes = {volume.patient: volume for volume in read_volumes("mosmed-mid", write(tmp_path))}
-    assert volumes["study_0004"].hu_line == "-2048 11"
+    assert volumes["study_0004"].intensity == "grey8:-2048.00:757.00"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_mosmed_mid_slice_without_a_line_takes_the_median_line(tmp_path: Path) -
         (INDEX.replace("hu_per_grey", "scale"), "index.csv has no column hu_per_grey"),
         (INDEX.replace("CT-3,", "CT-9,"), "class CT-9, expected CT-0 to CT-4"),
         (INDEX.replace("12.5", "wide"), "a line that is not two numbers"),
-        (INDEX.replace("12.5", "-1"), "line to HU -2048 -1, expected finite numbers"),
+        (INDEX.replace("12.5", "-1"), "grey8:-2048.00:-2303.00"),
         (INDEX.splitlines()[0] + "\nCT-0/1.jpg,CT-0,s,,\n", "no line from grey values to HU"),
     ],
 )
@@ -124,7 +125,7 @@ def test_picture_without_a_line_to_hu_is_refused(mild: Phantom) -> None:
     volume = LabelledVolume(volume_path=ONE_SLICE.volume_path, patient="p", diagnosis="normal")
     refused, samples = prepared.prepare(volume, "k", contents_of(mild), WINDOW, 2.5)
     assert (refused.reason, samples) == ("not_hu", None)
-    assert "hu_line" in str(refused.reason_detail)
+    assert "expected grey8:LOW:HIGH" in str(refused.reason_detail)
 
 
 def test_volume_of_one_slice_is_diagnosed_and_evaluated(mild: Phantom) -> None:
