@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.ct.lung import measure_involvement
+from covtanet.ct.lung import Involvement, measure_involvement
 from covtanet.ct.masks import Mask
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import WindowConfig, hu_to_intensity
@@ -91,19 +91,30 @@ def screen(model: EvaluatedModel, volume: Volume) -> Screened:
         model.readout.lesion_threshold,
     )
     measured = measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
+    involvement = measured.involvement
+    if len(volume.hu) == 1:
+        # One slice always cuts the lungs. Screening refuses such a volume; in a data set of one
+        # slice per study its lesion share stands for the involvement.
+        involvement = _lesion_share(measured)
     p_infected = prediction.p_infected
     # As ``screening.conclusion``: without a trained diagnosis, by the involvement of whole lungs.
     burden = model.readout.burden
-    if p_infected is None and burden is not None and measured.involvement is not None:
-        p_infected = burden.p_infected(measured.involvement)
+    if p_infected is None and burden is not None and involvement is not None:
+        p_infected = burden.p_infected(involvement)
     return Screened(
         lesion_mask=lesion_mask,
         lesion_in_lungs=measured.lesion_mask,
         has_lung=np.asarray(masks.lungs.lung_mask.any(axis=(1, 2))),
-        involvement=measured.involvement,
+        involvement=involvement,
         p_infected=p_infected,
         p_severe=prediction.p_severe,
     )
+
+
+def _lesion_share(measured: Involvement) -> float:
+    """Return lesion over lung of what is shown, whether or not the lungs are cut."""
+    num_lung = int(np.count_nonzero(measured.lung_mask))
+    return int(np.count_nonzero(measured.lesion_mask)) / num_lung
 
 
 def _rejected(volume: Volume, reason: str) -> Screened:

@@ -12,9 +12,12 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data import prepared, prepared_file
 from covtanet.data.datasets import read_volumes
 from covtanet.data.labels import LabelledVolume
+from covtanet.data.source import read_source
 from covtanet.errors import ConfigError
-from covtanet.evaluation.rows import evaluate_volume
+from covtanet.evaluation.deployed import evaluate_source
+from covtanet.evaluation.rows import SOURCE_GRID, EvaluatedModel, new_row
 from covtanet.inference.predictor import Predictor
+from covtanet.model.description import Readout
 from covtanet.phantoms.phantom import Phantom
 
 INDEX = (
@@ -129,10 +132,18 @@ def test_picture_without_a_line_to_hu_is_refused(mild: Phantom) -> None:
 
 
 def test_volume_of_one_slice_is_diagnosed_and_evaluated(mild: Phantom) -> None:
-    """A model that reads 16 slices reads the one slice 16 times."""
+    """A model that reads 16 slices reads the one slice 16 times; the lungs are cut, yet counted."""
     volume, samples = prepared.prepare(ONE_SLICE, "k", contents_of(mild), WINDOW, 2.5)
     assert samples is not None
     assert prepared.diagnosis_slices(samples, 16).shape[0] == 16
-    evaluation = evaluate_volume(Predictor(small_model()), volume, samples, "V7", 0, diagnoses=True)
-    assert 0 <= evaluation.row["p_infected"] <= 1
-    assert sum(evaluation.row[name][0] for name in ("tp", "fp", "fn", "tn")) == 128 * 128
+    model = EvaluatedModel(
+        predictor=Predictor(small_model()),
+        window=WINDOW,
+        readout=Readout(),
+        slice_step_mm=2.5,
+    )
+    row = new_row(volume, "V7", 0, SOURCE_GRID)
+    row = evaluate_source(model, row, read_source(ONE_SLICE, contents_of(mild))).row
+    assert 0 <= row["p_infected"] <= 1
+    assert 0 <= row["involvement"] <= 1
+    assert row["tp"][0] + row["fn"][0] == mild.lesion_mask.sum(axis=(1, 2)).max()
