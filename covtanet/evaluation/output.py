@@ -102,22 +102,30 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def auc_of_pairs(summary: Mapping[str, Any]) -> str:
-    """Return AUC and 95 % interval of each pair of grades over all folds, as Markdown."""
+    """Return AUC and 95 % interval of each pair over all folds, and the folds' mean, as Markdown.
+
+    Over all folds the probabilities of several models are ranked together, which lowers the AUC if
+    their scales differ.
+    """
     lines = [
-        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes",
+        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes, mean of the folds",
         "",
         f"| network | {' | '.join(metrics.PAIRS)} |",
         "|---|" + "---|" * len(metrics.PAIRS),
     ]
     for name, network in summary.items():
-        pairs = network["classification"]
-        if pairs["num_volumes"]:
-            cells = [_auc_text(pairs[pair]) for pair in metrics.PAIRS]
+        if network["classification"]["num_volumes"]:
+            cells = [_auc_text(network, pair) for pair in metrics.PAIRS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _auc_text(pair: Mapping[str, Any]) -> str:
-    if pair.get("auc") is None:
+def _auc_text(network: Mapping[str, Any], pair: str) -> str:
+    values = network["classification"][pair]
+    if values.get("auc") is None:
         return "-"
-    return f"{pair['auc']:.3f} ({pair['auc_low']:.3f} to {pair['auc_high']:.3f})"
+    parts = [fold["classification"].get(pair, {}) for fold in network["folds"].values()]
+    aucs = [part["auc"] for part in parts if part.get("auc") is not None]
+    interval = f"{values['auc_low']:.3f} to {values['auc_high']:.3f}"
+    mean = f"{sum(aucs) / len(aucs):.3f}" if aucs else "-"
+    return f"{values['auc']:.3f} ({interval}), {mean}"

@@ -81,4 +81,4 @@ def test_lines_of_a_run_become_rows_of_table_iv(tmp_path: Path) -> None:
     table = output.files["tables.md"].decode()
     # Sensitivity and specificity of a perfect row, mild against severe at p_severe of 0.55.
     assert "| Lesion share | ours, fold 0+1: 6 volumes | 100.0±0.00 | 100.0±0.00 |" in table
-    assert "| Lesion share | 1.000 (1.000 to 1.000) |" in table
+    assert "| Lesion share | 1.000 (1.000 to 1.000), 1.000 |" in table
