@@ -108,7 +108,7 @@ def auc_of_pairs(summary: Mapping[str, Any]) -> str:
     their scales differ.
     """
     lines = [
-        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes, mean of the folds",
+        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes, mean of folds",
         "",
         f"| network | {' | '.join(metrics.PAIRS)} |",
         "|---|" + "---|" * len(metrics.PAIRS),
