@@ -34,6 +34,7 @@ COUNTS = (
     "seed",
     "num_workers",
     "stem_channels",
+    "fusion_channels",
     "slices_per_volume",
     "cache_bytes",
     "max_failures",
@@ -58,6 +59,8 @@ class TrainingConfig:
     """V8's pretrained encoder."""
     stem_channels: int = 0
     """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
+    fusion_channels: int = 0
+    """Channels of each level in TA-SegNet's fusion; 0 for the size's own."""
     low_hu: float = -1000.0
     """HU that become intensity 0."""
     high_hu: float = 400.0
@@ -226,6 +229,7 @@ class TrainingConfig:
             self.encoder,
             self.stem_channels,
             in_channels=1 + 2 * self.num_neighbours,
+            fusion_channels=self.fusion_channels,
         )
 
     @property
