@@ -21,6 +21,8 @@ class Case:
     grade: str | None
     """Normal, mild, severe or null."""
     has_lesion_mask: bool
+    is_continuous: bool = True
+    """Whether successive slices are neighbours in one patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +34,22 @@ class Split:
     test: tuple[str, ...]
 
 
+# Fold of patients that are in the training part of every fold.
+ALWAYS_TRAINED = -1
+
+
 def assign_folds(cases: Sequence[Case], num_folds: int, seed: int) -> dict[str, int]:
-    """Return the fold, 0 .. num_folds - 1, of every patient.
+    """Return the fold of every patient, 0 .. num_folds - 1 or ALWAYS_TRAINED.
 
     Patients are dealt out within strata of grade and of having a lesion mask, so that every fold
     has its share of each grade and of the volumes that phase 1 can train on. A patient with several
-    volumes counts as the worst of them.
+    volumes counts as the worst of them. Stacks of single slices come from patients that the data do
+    not name; they are always trained, and no figure is measured on them.
 
     Raises:
         ConfigError: fewer patients than folds.
     """
-    strata = _strata(cases)
+    strata = _strata(_tested(cases))
     num_patients = sum(len(patients) for patients in strata.values())
     if num_patients < num_folds:
         raise ConfigError(f"{num_patients} patients cannot make {num_folds} folds")
@@ -51,7 +58,13 @@ def assign_folds(cases: Sequence[Case], num_folds: int, seed: int) -> dict[str, 
         for patient in sorted(strata[stratum], key=lambda patient: _rank(patient, f"fold {seed}")):
             # Goes on after the last fold of the stratum before, which keeps the folds level.
             folds[patient] = len(folds) % num_folds
-    return folds
+    return {case.patient: ALWAYS_TRAINED for case in cases} | folds
+
+
+def _tested(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases of patients that have a volume of neighbouring slices."""
+    patients = {case.patient for case in cases if case.is_continuous}
+    return [case for case in cases if case.patient in patients]
 
 
 def split(
@@ -65,7 +78,7 @@ def split(
     # By patient: no patient is in two parts.
     rest = [case for case in cases if folds[case.patient] != fold]
     held: set[str] = set()
-    for patients in _strata(rest).values():
+    for patients in _strata(_tested(rest)).values():
         ranked = sorted(patients, key=lambda patient: _rank(patient, f"validation {seed} {fold}"))
         if validation_share and len(ranked) > 1:
             # At least one patient of a stratum.

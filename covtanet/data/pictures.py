@@ -2,7 +2,7 @@
 
 PNG or JPEG of grey values, such as COVID-SemiSeg's 50 slices; a mask has its slice's name, and
 lesion is brighter than half. ``stacks`` reads the result, and counts it as one patient, whatever
-number of patients it was joined from.
+number of patients it was joined from. With ``--hu`` the stack holds HU by a linear window.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from covtanet.ct.volume import LPS_TO_RAS
+from covtanet.data.stacks import HU_SUFFIX
 from covtanet.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -81,7 +82,13 @@ def join(
     return np.stack(slices), np.stack(lesions).astype(np.uint8)
 
 
-def write_stack(path: Path, slices: NDArray[np.uint8]) -> None:
+def to_hu(grey: NDArray[np.uint8], low_hu: float, high_hu: float) -> NDArray[np.int16]:
+    """Return the HU of grey values, of which 0 and 255 are the ends of a linear window."""
+    hu: NDArray[np.int16] = np.rint(low_hu + grey * ((high_hu - low_hu) / 255)).astype(np.int16)
+    return hu
+
+
+def write_stack(path: Path, slices: NDArray[np.uint8] | NDArray[np.int16]) -> None:
     """Write slices (S, H, W) as NIfTI: the spine at the bottom, the spacing without a unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # (S, y, x) -> (x, y, S), the order of NIfTI.
@@ -101,7 +108,12 @@ def main() -> int:
     options.add_argument(
         "--quarter-turns", type=int, default=0, help="counterclockwise; COVID-SemiSeg wants 1"
     )
+    options.add_argument(
+        "--hu", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU of black and of white"
+    )
     arguments = options.parse_args()
+    if arguments.hu and arguments.hu[0] >= arguments.hu[1]:
+        options.error(f"--hu {arguments.hu[0]:g} {arguments.hu[1]:g}, expected LOW below HIGH")
     try:
         grey, lesion = join(
             arguments.images, arguments.masks, arguments.size_px, arguments.quarter_turns
@@ -109,8 +121,13 @@ def main() -> int:
     except (ConfigError, OSError) as error:
         print(f"cannot join: {error}", file=sys.stderr)
         return 2
-    write_stack(arguments.out / "nifti" / f"{arguments.name}.nii.gz", grey)
-    write_stack(arguments.out / "nifti-masks" / f"{arguments.name}_mask.nii.gz", lesion)
+    name = arguments.name
+    stack: NDArray[np.uint8] | NDArray[np.int16] = grey
+    if arguments.hu:
+        name = f"{name}{HU_SUFFIX}"
+        stack = to_hu(grey, *arguments.hu)
+    write_stack(arguments.out / "nifti" / f"{name}.nii.gz", stack)
+    write_stack(arguments.out / "nifti-masks" / f"{name}_mask.nii.gz", lesion)
     print(f"joined {len(grey)} slices, {int(lesion.any(axis=(1, 2)).sum())} of them with lesion")
     return 0
 

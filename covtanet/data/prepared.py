@@ -81,6 +81,7 @@ class PreparedVolume:
             patient=self.patient,
             grade=self.grade,
             has_lesion_mask=self.lesion_px is not None,
+            is_continuous=self.is_continuous,
         )
 
 
@@ -164,8 +165,10 @@ def _prepare(
     lung = source.lung
     intensity = source.intensity
     lungs = None
-    # Grey values give no lungs; labelled lungs are searched for the box alone.
-    if intensity == "hu" and (lung is None or window.crops_to_lungs):
+    # Neither grey values nor slices of several patients show lungs that could be found. Labelled
+    # lungs are searched for the box alone.
+    is_searched = intensity == "hu" and description.is_continuous
+    if is_searched and (lung is None or window.crops_to_lungs):
         lungs = find_lungs(ct)
     lung_slices, involvement = _lung_slices(ct, lesion, lung, lungs)
     # A spacing without a unit is no distance: then every slice is taken.
@@ -220,7 +223,8 @@ def _box(
     """Return the box that slices are cropped to; null for whole slices.
 
     Of HU the box of the lungs that screening finds, so that the network sees the same in both; of
-    grey values that of the labelled lungs. Choice: grey values without a lung mask are taken whole.
+    grey values and single slices that of the labelled lungs. Choice: without a lung mask these are
+    taken whole.
     """
     if lungs is not None:
         return box_of(lungs.lung_mask, window, aspect)
@@ -238,12 +242,12 @@ def _lung_slices(
     """Return the slices that show lung, and the involvement if a lesion mask is there.
 
     lung: the labelled lungs; null without a label. lungs: those found by their HU; null of grey
-    values. Choice: grey values without a lung mask are taken whole.
+    values and single slices. Choice: without a lung mask all slices of these are taken.
     """
     if lung is not None:
         return _slices_of_mask(lung, lesion)
     if lungs is None:
-        # Without HU no lung is found and no involvement is measured.
+        # No lung is found and no involvement is measured.
         return np.arange(len(ct.hu)), None
     voxel_ml = ct.voxel_ml if ct.has_known_spacing else None
     involvement = None

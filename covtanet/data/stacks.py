@@ -3,8 +3,8 @@
 A mask is the image's name with ``_lung-infection`` or ``_mask``. Stacks hold labels 0 background,
 1 lung, 2 lesion; ``_mask`` files hold the lesion alone. One stack counts as one patient. Severity
 follows from the masks. An image whose name ends in ``-hu`` holds HU: its lungs are then found as in
-screening, since labelled lungs may be missing on slices without lesion. An image named ``slices``,
-or with a name that ends in ``-slices``, holds single slices, which are not neighbours.
+screening, since labelled lungs may be missing on slices without lesion. An image named ``slices``
+or NAME-slices, with or without ``-hu``, holds single slices, which are not neighbours.
 """
 
 import re
@@ -74,10 +74,11 @@ def _volume(name: str, image: str, mask: str, has_labels: bool, intensity: str) 
     """Return one stack. has_labels: the mask tells lungs and lesions apart."""
     is_hu = name.endswith(HU_SUFFIX)
     has_lung = has_labels and not is_hu
-    is_single = name == SINGLE or name.endswith(f"-{SINGLE}")
+    patient = name.removesuffix(HU_SUFFIX)
+    is_single = patient == SINGLE or patient.endswith(f"-{SINGLE}")
     return LabelledVolume(
         volume_path=image,
-        patient=name.removesuffix(HU_SUFFIX),
+        patient=patient,
         lesion_mask_path=mask,
         lung_mask_path=mask if has_lung else None,
         lesion_labels="2" if has_labels else "",

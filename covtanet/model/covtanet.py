@@ -84,16 +84,21 @@ def architecture(
     encoder: str = V8_ENCODER,
     stem_channels: int = 0,
     in_channels: int = 1,
+    fusion_channels: int = 0,
 ) -> CovTANetConfig:
     """Return the network of one row of Tables I to IV at a size of SIZES.
 
     encoder, stem_channels: V8's; the other rows have neither. in_channels: 1, or 3 for a slice with
-    both neighbours.
+    both neighbours. fusion_channels: of each level in TA-SegNet's fusion; 0 for the size's own.
     """
     ta_segnet = size.segnet
     if not isinstance(ta_segnet, TASegNetConfig):
         raise ValueError(f"size with {type(ta_segnet).__name__}, expected TA-SegNet's widths")
-    ta_segnet = replace(ta_segnet, in_channels=in_channels)
+    ta_segnet = replace(
+        ta_segnet,
+        in_channels=in_channels,
+        fusion_channels=fusion_channels or ta_segnet.fusion_channels,
+    )
     if name in CLASSIFIERS:
         # It reads the slices themselves, at their full size.
         none = NoSegmenterConfig(in_channels=ta_segnet.in_channels)

@@ -12,7 +12,6 @@ from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architectur
 from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER
 from covtanet.model.losses import CrossEntropyDiceConfig, FocalTverskyConfig, JointLossConfig
 from covtanet.model.registry import CLASSIFIERS, NAMES, SEGMENTERS
-from covtanet.model.segnet import TASegNetConfig
 from covtanet.training.augment import AugmentConfig
 from covtanet.training.batch_augment import BatchAugmentConfig
 from covtanet.training.feed import Sampling
@@ -63,7 +62,7 @@ class TrainingConfig:
     stem_channels: int = 0
     """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
     fusion_channels: int = 0
-    """Channels of each level in the fusion vector; 0 for the size's own."""
+    """Channels of each level in TA-SegNet's fusion; 0 for the size's own."""
     num_slices: int = 0
     """Slices of a volume that the diagnosis reads; 0 for the size's own. 1 for data sets of one
     slice per study."""
@@ -239,6 +238,7 @@ class TrainingConfig:
             self.encoder,
             self.stem_channels,
             in_channels=1 + 2 * self.num_neighbours,
+            fusion_channels=self.fusion_channels,
         )
 
     @property
@@ -254,13 +254,9 @@ class TrainingConfig:
 
     @property
     def _sizes(self) -> CovTANetConfig:
-        """The size's widths, with those that the configuration replaces."""
+        """The size's widths, with the number of slices that the configuration names."""
         size = SIZES[self.size]
-        segnet = size.segnet
-        assert isinstance(segnet, TASegNetConfig)
-        if self.fusion_channels:
-            segnet = replace(segnet, fusion_channels=self.fusion_channels)
-        return replace(size, segnet=segnet, num_slices=self.num_slices or size.num_slices)
+        return replace(size, num_slices=self.num_slices or size.num_slices)
 
     @property
     def _input_px(self) -> int:

@@ -107,7 +107,11 @@ class WeightAverage:
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Return the state that ``restore`` reads, under names that no weight has."""
-        state = {f"{AVERAGE}{name}": value.cpu().clone() for name, value in self.average.items()}
+        # Contiguous, as the file format wants it: a module may have channels last.
+        state = {
+            f"{AVERAGE}{name}": value.cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in self.average.items()
+        }
         return state | {NUM_UPDATES: torch.tensor(self.num_updates)}
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -244,3 +244,39 @@ def test_bad_index_is_refused_with_found_and_expected(
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_volumes("manifest", str(tmp_path))
+
+
+def test_pictures_become_a_stack_of_hu_by_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Black is -1250 HU and white 250; the lungs of single slices are not searched."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    grey = np.zeros((64, 64), np.uint8)
+    grey[:, 32:] = 255
+    grey[:32, 32:] = 51
+    lesion = np.zeros((64, 64), np.uint8)
+    lesion[:8] = 255
+    # As many as a volume in HU needs.
+    for number in range(8):
+        Image.fromarray(grey).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(lesion).save(tmp_path / "masks" / f"{number}.png")
+    options = ["--images", f"{tmp_path}/images", "--masks", f"{tmp_path}/masks"]
+    options += ["--out", f"{tmp_path}/stacks", "--name", "x-slices", "--size-px", "64"]
+    monkeypatch.setattr("sys.argv", ["pictures", *options, "--hu", "-1250", "250"])
+    assert pictures.main() == 0
+    (volume,) = read_volumes("stacks", str(tmp_path / "stacks"))
+    assert (volume.patient, volume.intensity, volume.slice_order) == ("x-slices", "hu", "single")
+    assert volume.lesion_mask_path is not None
+    contents = {
+        path: (tmp_path / "stacks" / path).read_bytes()
+        for path in (volume.volume_path, volume.lesion_mask_path)
+    }
+    window = WindowConfig(low_hu=-1250, high_hu=250, size_px=64, crops_to_lungs=True)
+    found, samples = prepared.prepare(volume, "key", contents, window, 2.0)
+    assert samples is not None, found.reason_detail
+    intensity = samples.levels[0] / 65535
+    # HU are whole numbers, 1 of 1500.
+    assert intensity[0, 0] == pytest.approx(0, abs=1e-3)
+    assert intensity[0, 63] == pytest.approx(51 / 255, abs=1e-3)
+    assert intensity[63, 63] == pytest.approx(1, abs=1e-3)

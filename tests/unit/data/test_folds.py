@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from covtanet.data.folds import Case, assign_folds, split
+from covtanet.data.folds import ALWAYS_TRAINED, Case, assign_folds, split
 from covtanet.errors import ConfigError
 
 
@@ -67,3 +67,26 @@ def test_split_parts_share_no_patient_and_every_volume_is_tested_once() -> None:
 def test_fewer_patients_than_folds_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 patients cannot make 5 folds"):
         assign_folds(cases(3), 5, seed=0)
+
+
+def test_single_slices_are_trained_in_every_fold_and_never_tested_nor_held_back() -> None:
+    single = Case(
+        key="slices", patient="slices", grade=None, has_lesion_mask=True, is_continuous=False
+    )
+    own = cases(30)
+    folds = assign_folds([*own, single], 5, seed=0)
+    assert folds.pop("slices") == ALWAYS_TRAINED
+    # The others are dealt out as without it.
+    assert folds == assign_folds(own, 5, seed=0)
+    for fold in range(5):
+        alone = split(own, folds, fold, 0.3, seed=0)
+        part = split([*own, single], {**folds, "slices": ALWAYS_TRAINED}, fold, 0.3, seed=0)
+        assert set(part.train) == {*alone.train, "slices"}
+        assert (part.validation, part.test) == (alone.validation, alone.test)
+
+
+def test_patient_with_a_volume_besides_single_slices_is_tested() -> None:
+    """Else the slices of a tested patient would be trained."""
+    own = cases(30)
+    single = Case(key="slices", patient="7", grade=None, has_lesion_mask=True, is_continuous=False)
+    assert assign_folds([*own, single], 5, seed=0)["7"] >= 0

@@ -117,6 +117,15 @@ def test_window_and_network_follow_the_configuration() -> None:
         TrainingConfig(lesion_threshold=1.0)
 
 
+def test_fusion_channels_replace_those_of_the_size() -> None:
+    sizes = []
+    for channels in (0, 24):
+        segnet = TrainingConfig(size="small", fusion_channels=channels).architecture.segnet
+        assert isinstance(segnet, TASegNetConfig)
+        sizes.append(segnet.fusion_channels)
+    assert sizes == [8, 24]
+
+
 def test_neighbours_of_streamed_slices_are_refused() -> None:
     spec = LaneSpec(shard="train-0", names=("a:0",), has_lesion=(True,), bytes_per_sample=100)
     by_part = {"train": [spec], "validation": []}

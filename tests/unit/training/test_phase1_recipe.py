@@ -1,6 +1,7 @@
 """Phase 1 with the settings beyond the paper's: loss, augmentation, average, stem, final bias."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet, TASegNetConfig
 from covtanet.training import worker
 from covtanet.training.batch_augment import BatchAugmentConfig, BatchAugmenter
+from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
@@ -35,16 +37,21 @@ def train_recipe(progress: Progress, reports: list[Progress]) -> Progress:
     """Train the tests' network on two lanes, from ``progress``."""
     torch.manual_seed(0)
     module = build_segmenter(NETWORK.segnet)
+    # As a worker has it: checkpoints must not depend on the layout.
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     augment = BatchAugmenter(BatchAugmentConfig(is_on=True), CPU).whole
     loss = CrossEntropyDiceConfig()
     phase = phase1(module, module, RECIPE, loss, [lane(100, 1, RECIPE)], Ranks(), augment)
     return fit(RECIPE, phase, lanes(1, RECIPE), Ranks(), 0, progress, reports.append)
 
 
-def test_training_with_average_continues_from_a_checkpoint_with_the_same_curve() -> None:
+def test_training_with_average_continues_from_a_checkpoint_with_the_same_curve(
+    tmp_path: Path,
+) -> None:
     reports: list[Progress] = []
     whole = train_recipe(Progress(), reports)
-    resumed = train_recipe(reports[0], [])
+    save_progress(tmp_path, reports[0])
+    resumed = train_recipe(load_progress(tmp_path), [])
     assert curve(resumed) == curve(whole)
     for name, value in whole.best.items():
         assert torch.equal(resumed.best[name], value)
