@@ -1,7 +1,7 @@
 """Evaluate a saved model on a data set, or join a training's folds, into the paper's tables.
 
-covtanet evaluate --model REF --out DIR --dataset stacks|mosmed|covid20|manifest --data URI
-covtanet evaluate --model REF --out DIR --images DIR --masks DIR
+covtanet evaluate --model REF --out DIR --dataset LAYOUT --data URI
+covtanet evaluate --model REF --out DIR --images DIR --masks DIR [--intensity grey8:LOW:HIGH]
 covtanet evaluate --model STORAGE/EXPERIMENT-KEY --out DIR
 
 REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a saved model; of a training

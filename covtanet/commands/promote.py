@@ -158,7 +158,10 @@ def evaluate_both(
         )
     source = open_source(arguments)
     if len({model.preprocessing for model in models.values()}) > 1:
-        logger.warning("the two models read slices differently: each is measured on its own grid")
+        logger.warning(
+            "the two models read slices differently: grey values without a line to HU are counted "
+            "at the input size of each"
+        )
     connect()
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
     with tempfile.TemporaryDirectory() as folder:

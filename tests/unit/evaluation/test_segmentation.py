@@ -14,6 +14,7 @@ from covtanet.evaluation.rows import (
     UNMASKED_COUNTS,
 )
 from covtanet.evaluation.segmentation import segmentation
+from covtanet.report.tables import paper_tables
 
 # TP, FP, FN and TN of a slice: Dice 0.5, 0.8 and 0.
 HALF = (20, 20, 20, 940)
@@ -109,3 +110,16 @@ def test_volume_without_probability_of_severity_counts_in_no_pair_of_severity() 
     assert result["mild_vs_severe"] == {"num_volumes": 0}
     assert result["normal_vs_mild"]["auc"] == 1.0
     assert result["severity_calibration"] == {"num_volumes": 0}
+
+
+def test_note_of_the_tables_says_in_which_pixels_lesions_were_counted() -> None:
+    in_source = row("a", "a", HALF)
+    at_input = row("b", "b", GOOD, grid=INPUT_GRID)
+    notes = []
+    for rows in ([in_source], [at_input], [in_source, at_input]):
+        summary = metrics.summarise(rows)
+        (table,) = paper_tables(summary, "data", is_second_data_set=True)
+        notes.append(table.note)
+    assert notes[0].endswith("; pixels of the source within the lungs, as screening measures.")
+    assert notes[1].endswith("; pixels of the network's input, without a lung mask.")
+    assert "but for grey values without a line to HU" in notes[2]
