@@ -60,7 +60,7 @@ def predict(
     pictures_uri: str,
 ) -> Evaluated:
     """Return a model's rows; without diagnosis, only for volumes with a lesion mask."""
-    if not model.capabilities.diagnoses:
+    if not model.capabilities.diagnoses and model.readout.burden is None:
         volumes = [volume for volume in volumes if volume.lesion_px is not None]
     task = Task(
         model=model,
