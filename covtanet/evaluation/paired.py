@@ -4,8 +4,9 @@ Both models are measured on the same volumes. Patients are resampled, and both m
 resample, so that a patient who is difficult for both does not widen the interval.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Interval:
     low: float
     high: float
     num_patients: int
-    """Patients that were resampled."""
+    """Patients who have the metric; they are resampled."""
 
     def __str__(self) -> str:
         text = f"95 % interval {self.low:+.4f} to {self.high:+.4f}, {self.num_patients} patients"
@@ -53,20 +54,46 @@ def intervals(challenger: Sequence[Row], champion: Sequence[Row]) -> dict[str, I
         for row in champion
         if row["source_digest"] in by_digest
     ]
-    if not pairs:
+    result = _intervals(pairs, _has_mask, _dice_metric)
+    for name in PAIRS:
+        result |= _intervals(pairs, partial(_is_in_pair, name), partial(_pair_metrics, name))
+    return result
+
+
+def _has_mask(row: Row) -> bool:
+    return row["tp"] is not None
+
+
+def _is_in_pair(name: str, row: Row) -> bool:
+    """Return whether a volume counts in a pair of grades, as in ``metrics.classification``."""
+    negative, positive, column = PAIRS[name]
+    is_diagnosed = row["p_infected"] is not None and row[column] is not None
+    return is_diagnosed and row["grade"] in (negative, positive)
+
+
+def _intervals(
+    pairs: Sequence[tuple[Row, Row]],
+    counts: Callable[[Row], bool],
+    measure: Callable[[Sequence[Row], Values], dict[str, Values]],
+) -> dict[str, Interval]:
+    """Return the intervals of the metrics that ``measure`` gives of the rows that count."""
+    chosen = [pair for pair in pairs if counts(pair[0]) and counts(pair[1])]
+    if not chosen:
         return {}
-    patients = [row["patient"] or row["source_digest"] for _, row in pairs]
+    # Patients that do not count would empty some resamples.
+    patients = [row["patient"] or row["source_digest"] for _, row in chosen]
     weights = _resample(patients)
-    differences = _differences(
-        _resampled_metrics([first for first, _ in pairs], weights),
-        _resampled_metrics([second for _, second in pairs], weights),
-    )
-    num_patients = len(set(patients))
+    challenger = measure([first for first, _ in chosen], weights)
+    champion = measure([second for _, second in chosen], weights)
     tail = (1 - CONFIDENCE) / 2
     result = {}
-    for name, values in differences.items():
-        low, high = np.nanquantile(values, [tail, 1 - tail])
-        result[name] = Interval(low=float(low), high=float(high), num_patients=num_patients)
+    for name in champion:
+        differences = challenger[name] - champion[name]
+        if not np.isnan(differences).all():
+            low, high = np.nanquantile(differences, [tail, 1 - tail])
+            result[name] = Interval(
+                low=float(low), high=float(high), num_patients=len(set(patients))
+            )
     return result
 
 
@@ -80,50 +107,28 @@ def _resample(patients: Sequence[str]) -> Values:
     return draws[:, columns].astype(np.float64)
 
 
-def _differences(
-    challenger: Mapping[str, Values], champion: Mapping[str, Values]
-) -> dict[str, Values]:
-    """Return differences by metric; a metric that no resample gives both models is left out."""
-    differences = {}
-    for name in champion:
-        difference = challenger[name] - champion[name]
-        if not np.isnan(difference).all():
-            differences[name] = difference
-    return differences
+def _dice_metric(rows: Sequence[Row], weights: Values) -> dict[str, Values]:
+    """Return the mean Dice per volume in every resample."""
+    dice = np.array([volume_dice(row) for row in rows], np.float64)
+    return {"dice": _weighted_mean(dice, weights)}
 
 
-def _resampled_metrics(rows: Sequence[Row], weights: Values) -> dict[str, Values]:
-    """Return every headline metric of one model in every resample; NaN without a denominator."""
-    metrics = {"dice": _weighted_mean(_dice(rows), weights)}
-    is_diagnosed = np.array([row["p_infected"] is not None for row in rows])
-    for name, (negative, positive, column) in PAIRS.items():
-        # As in ``metrics.classification``, a volume without a diagnosis counts in no pair.
-        p = np.where(is_diagnosed, np.array([row[column] for row in rows], np.float64), np.nan)
-        p_positive = np.where([row["grade"] == positive for row in rows], p, np.nan)
-        p_negative = np.where([row["grade"] == negative for row in rows], p, np.nan)
-        values = (
-            _weighted_mean(_share(p_positive >= THRESHOLD, p_positive), weights),
-            _weighted_mean(_share(p_negative < THRESHOLD, p_negative), weights),
-            _auc(p_positive, p_negative, weights),
-        )
-        metrics |= {
-            f"{name}_{metric}": value for metric, value in zip(HEADLINE, values, strict=True)
-        }
-    return metrics
-
-
-def _dice(rows: Sequence[Row]) -> Values:
-    dice = [None if row["tp"] is None else volume_dice(row) for row in rows]
-    return np.array(dice, np.float64)
-
-
-def _share(is_right: NDArray[np.bool_], p: Values) -> Values:
-    """Return 1 for right and 0 for wrong; NaN for volumes without a probability."""
-    return np.where(np.isnan(p), np.nan, is_right.astype(np.float64))
+def _pair_metrics(name: str, rows: Sequence[Row], weights: Values) -> dict[str, Values]:
+    """Return sensitivity, specificity and AUC of a pair of grades in every resample."""
+    _, positive, column = PAIRS[name]
+    p = np.array([row[column] for row in rows], np.float64)
+    is_positive = np.array([row["grade"] == positive for row in rows])
+    is_called = p >= THRESHOLD
+    values = (
+        _weighted_mean(np.where(is_positive, is_called, np.nan), weights),
+        _weighted_mean(np.where(is_positive, np.nan, ~is_called), weights),
+        _auc(p, is_positive, weights),
+    )
+    return {f"{name}_{metric}": value for metric, value in zip(HEADLINE, values, strict=True)}
 
 
 def _weighted_mean(values: Values, weights: Values) -> Values:
-    """Return the mean over volumes that have a value, in every resample.
+    """Return the mean over volumes that have a value, in every resample; NaN without any.
 
     values: (volumes,). weights: (resamples, volumes).
     """
@@ -132,17 +137,15 @@ def _weighted_mean(values: Values, weights: Values) -> Values:
     return _ratio(weights[:, is_defined] @ values[is_defined], total)
 
 
-def _auc(p_positive: Values, p_negative: Values, weights: Values) -> Values:
+def _auc(p: Values, is_positive: NDArray[np.bool_], weights: Values) -> Values:
     """Return the AUC in every resample, as the share of pairs in the right order."""
-    is_positive = ~np.isnan(p_positive)
-    is_negative = ~np.isnan(p_negative)
-    positive = p_positive[is_positive][:, None]
-    negative = p_negative[is_negative][None, :]
+    positive = p[is_positive][:, None]
+    negative = p[~is_positive][None, :]
     # (positives, negatives); ties count one half.
     right = (positive > negative) + 0.5 * (positive == negative)
     # (resamples, positives) and (resamples, negatives)
     positive_weights = weights[:, is_positive]
-    negative_weights = weights[:, is_negative]
+    negative_weights = weights[:, ~is_positive]
     num_right = np.einsum("bi,bi->b", positive_weights @ right, negative_weights)
     return _ratio(num_right, positive_weights.sum(axis=1) * negative_weights.sum(axis=1))
 

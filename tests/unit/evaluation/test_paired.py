@@ -79,6 +79,14 @@ def test_metric_that_one_model_lacks_has_no_interval() -> None:
     assert set(differences) == {"dice"}
 
 
+def test_patients_without_a_mask_are_not_counted_for_dice() -> None:
+    without_mask = {**row("b", grade="normal"), "tp": None}
+    rows = [row("a"), without_mask]
+    differences = intervals(rows, rows)
+    assert differences["dice"].num_patients == 1
+    assert differences["normal_vs_mild_auc"].num_patients == 2
+
+
 def test_interval_below_the_margin_refuses_a_better_mean() -> None:
     """The mean rises by 0.05, but a resample of the first patient alone loses 0.1."""
     uncertain = Interval(low=-0.1, high=0.2, num_patients=2)
