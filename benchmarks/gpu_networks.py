@@ -72,8 +72,10 @@ def networks(scale: Scale) -> dict[str, Network]:
         in_channels=3, widths=scale.widths, fusion_channels=scale.fusion_channels
     )
     rows = _variants_of_v8(plain)
+    # V1 is the Unet of Tables II and III.
     rows["Unet"] = Network(segnet=plain.row_of_table_i("V1"))
-    rows["V7"] = Network(segnet=plain.row_of_table_i("V7"))
+    for row in ("V2", "V3", "V4", "V5", "V6", "V7"):
+        rows[row] = Network(segnet=plain.row_of_table_i(row))
     for name in SEGMENTERS:
         channels = 1 if name in SINGLE_CHANNEL else plain.in_channels
         baseline = BaselineConfig(name=name, in_channels=channels, widths=plain.widths)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from covtanet import storage
-from covtanet.data import covid20, mosmed, stacks
+from covtanet.data import covid20, mosmed, mosmed_mid, stacks
 from covtanet.data.labels import LabelledVolume, read_labels
 from covtanet.errors import ConfigError
 
@@ -35,6 +35,7 @@ def read_index(uri: str) -> list[LabelledVolume]:
 DATASETS = {
     "manifest": Dataset(read=read_index),
     "mosmed": Dataset(read=mosmed.read, notes=mosmed.NOTES),
+    "mosmed-mid": Dataset(read=mosmed_mid.read, notes=mosmed_mid.NOTES),
     "covid20": Dataset(read=covid20.read, notes=covid20.NOTES),
     "stacks": Dataset(read=stacks.read, notes=stacks.NOTES),
 }

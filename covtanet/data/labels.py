@@ -4,6 +4,7 @@ An index has one row per volume. Only ``volume_path`` and ``patient`` are needed
 may be left out.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,6 +28,7 @@ LABELS_SCHEMA = pa.schema([
     pa.field("severity", pa.string()),
     pa.field("intensity", pa.string()),
     pa.field("slice_order", pa.string()),
+    pa.field("hu_line", pa.string()),
 ])  # fmt: skip
 REQUIRED = ("volume_path", "patient")
 GRADES = ("normal", "mild", "severe")
@@ -45,7 +47,10 @@ SEVERE_INVOLVEMENT = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledVolume:
-    """One NIfTI volume with its truth. Paths are absolute, or relative to the data set."""
+    """One volume with its truth: NIfTI, or a JPEG or PNG of one slice.
+
+    Paths are absolute, or relative to the data set.
+    """
 
     volume_path: str
     patient: str
@@ -65,6 +70,9 @@ class LabelledVolume:
     below 0."""
     slice_order: str = "continuous"
     """``continuous``; ``single`` for a stack of slices that are not neighbours in one patient."""
+    hu_line: str = ""
+    """HU of grey value 0 and HU per grey value of a JPEG or PNG, as ``-2048 10.8``; empty for
+    NIfTI."""
 
     def __post_init__(self) -> None:
         if (self.diagnosis, self.severity) not in LABELS:
@@ -81,11 +89,28 @@ class LabelledVolume:
                 raise ConfigError(
                     f"mask labels {values}, expected whole numbers with spaces between them"
                 )
+        if self.hu_line:
+            hu_line(self.hu_line)
 
 
 def label_values(labels: str) -> tuple[int, ...]:
     """Return ``1 2`` as (1, 2)."""
     return tuple(int(value) for value in labels.split())
+
+
+def hu_line(text: str) -> tuple[float, float]:
+    """Return ``-2048 10.8`` as the HU of grey value 0 and the HU per grey value.
+
+    Raises:
+        ConfigError: not two finite numbers, the second above 0.
+    """
+    try:
+        at_0, per_grey = (float(value) for value in text.split())
+    except ValueError as error:
+        raise ConfigError(f"line to HU {text}, expected two numbers") from error
+    if not (math.isfinite(at_0) and math.isfinite(per_grey) and per_grey > 0):
+        raise ConfigError(f"line to HU {text}, expected finite numbers, the second above 0")
+    return at_0, per_grey
 
 
 def grade_of(diagnosis: str | None, severity: str | None) -> str | None:

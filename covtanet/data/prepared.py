@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.ct import nifti
+from covtanet.ct import nifti, picture
 from covtanet.ct.lung import Lungs, find_lungs, measure_involvement
 from covtanet.ct.lung_box import SliceBox
 from covtanet.ct.volume import Volume
@@ -28,7 +29,7 @@ from covtanet.ct.window import (
     with_neighbours,
 )
 from covtanet.data.folds import Case
-from covtanet.data.labels import LabelledVolume, grade_of, label_values, severity_of
+from covtanet.data.labels import LabelledVolume, grade_of, hu_line, label_values, severity_of
 from covtanet.errors import Reason, StudyError
 
 # Part of every key: another version prepares all volumes again.
@@ -158,8 +159,7 @@ def _prepare(
     window: WindowConfig,
     slice_step_mm: float,
 ) -> tuple[PreparedVolume, Samples]:
-    data = contents[volume.volume_path]
-    intensity, ct = _read(data, volume.intensity)
+    intensity, ct, has_spacing = _read_volume(volume, contents[volume.volume_path])
     lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
     lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
     lungs = None
@@ -169,7 +169,6 @@ def _prepare(
     if is_searched and (lung is None or window.crops_to_lungs):
         lungs = find_lungs(ct)
     lung_slices, involvement = _lung_slices(ct, lesion, lung, lungs)
-    has_spacing = nifti.has_spacing(data)
     # A spacing without a unit is no distance: then every slice is taken.
     step_mm = slice_step_mm if has_spacing else 0.0
     # Slices as in screening, a step apart at least.
@@ -232,6 +231,16 @@ def _box(
     return box_of(lung if lesion is None else lung | lesion, window, aspect)
 
 
+def _read_volume(volume: LabelledVolume, data: bytes) -> tuple[str, Volume, bool]:
+    """Return the kind of values, the volume, and whether its file knows its voxel size."""
+    if volume.volume_path.lower().endswith(picture.SUFFIXES):
+        if not volume.hu_line:
+            raise StudyError(Reason.NOT_HU, "a picture without hu_line, expected a line to HU")
+        return "hu", picture.read(data, *hu_line(volume.hu_line)), False
+    intensity, ct = _read(data, volume.intensity)
+    return intensity, ct, nifti.has_spacing(data)
+
+
 def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
     if intensity == "hu":
         return "hu", nifti.read(data)
@@ -250,7 +259,7 @@ def _mask(
     if path is None:
         return None
     try:
-        values = nifti.read_labels(contents[path])
+        values = _read_mask(path, contents[path])
     except StudyError as error:
         raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
     # Both (z, y, x).
@@ -261,6 +270,12 @@ def _mask(
         )
     selected = label_values(labels)
     return np.isin(values, selected) if selected else values > 0
+
+
+def _read_mask(path: str, data: bytes) -> NDArray[Any]:
+    if path.lower().endswith(picture.SUFFIXES):
+        return picture.read_grey(data)
+    return nifti.read_labels(data)
 
 
 def _lung_slices(

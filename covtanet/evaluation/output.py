@@ -38,7 +38,10 @@ def make_output(
     """
     summary = metrics.summarise(evaluation_rows)
     tables = paper_tables(summary, measured_on, is_second_data_set=is_second_data_set)
-    text = "\n".join(table.as_markdown() for table in tables)
+    parts = [table.as_markdown() for table in tables]
+    if any(network["classification"]["num_volumes"] for network in summary.values()):
+        parts.append(auc_of_pairs(summary))
+    text = "\n".join(parts)
     described = {
         **about,
         "measured_on": measured_on,
@@ -95,6 +98,28 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in items:
         yield from _leaves(inner, f"{path}/{name}" if path else str(name))
+
+
+def auc_of_pairs(summary: Mapping[str, Any]) -> str:
+    """Return AUC and 95 % interval of each pair of grades over all folds, as Markdown."""
+    lines = [
+        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes",
+        "",
+        f"| network | {' | '.join(metrics.PAIRS)} |",
+        "|---|" + "---|" * len(metrics.PAIRS),
+    ]
+    for name, network in summary.items():
+        pairs = network["classification"]
+        if pairs["num_volumes"]:
+            cells = [_auc_text(pairs[pair]) for pair in metrics.PAIRS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _auc_text(pair: Mapping[str, Any]) -> str:
+    if pair.get("auc") is None:
+        return "-"
+    return f"{pair['auc']:.3f} ({pair['auc_low']:.3f} to {pair['auc_high']:.3f})"
 
 
 def dice_by_size(summary: Mapping[str, Any]) -> str:

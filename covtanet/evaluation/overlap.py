@@ -39,20 +39,56 @@ def overlap(counts: Mapping[str, Counts], seed: int = 0) -> dict[str, Any]:
 
 def _intervals(terms: NDArray[np.float64], seed: int) -> dict[str, dict[str, float | None]]:
     """Return every mean with its interval over resampled patients."""
+    # terms[draws]: (NUM_BOOTSTRAPS, patients, 8)
+    return _with_bounds(_means(terms[None]), _means(terms[_draws(len(terms), seed)]))
+
+
+def _draws(num_patients: int, seed: int) -> NDArray[np.int64]:
+    """Return the patients of every resample, (NUM_BOOTSTRAPS, patients)."""
     rng = np.random.default_rng(seed)
     # Patients are resampled, not slices: slices of one patient are not independent.
-    draws = rng.integers(0, len(terms), (NUM_BOOTSTRAPS, len(terms)))
-    # terms[draws]: (NUM_BOOTSTRAPS, patients, 8)
-    resampled = _means(terms[draws])
+    return rng.integers(0, num_patients, (NUM_BOOTSTRAPS, num_patients))
+
+
+def _with_bounds(
+    values: NDArray[np.float64], resampled: NDArray[np.float64]
+) -> dict[str, dict[str, float | None]]:
+    """Return each of the MEANS with its interval. values: (1, 4). resampled: (N, 4)."""
     tail = (1 - CONFIDENCE) / 2
     # A mean without a denominator in every resample stays NaN.
     has_mean = ~np.isnan(resampled).all(axis=0)
     bounds = np.full((2, len(MEANS)), np.nan)
     bounds[:, has_mean] = np.nanquantile(resampled[:, has_mean], [tail, 1 - tail], axis=0)
-    values = np.concatenate([_means(terms[None]), bounds])
+    rows = np.concatenate([values, bounds])
     return {
         name: dict(zip(("dice", "low", "high"), map(_rounded, column), strict=True))
-        for name, column in zip(MEANS, values.T, strict=True)
+        for name, column in zip(MEANS, rows.T, strict=True)
+    }
+
+
+def overlap_difference(
+    counts: Mapping[str, Counts], other: Mapping[str, Counts], seed: int = 0
+) -> dict[str, dict[str, float | None]]:
+    """Return the Dice of ``counts`` minus that of ``other`` with intervals, paired over patients.
+
+    Both have the same patients; each resample of patients counts for both.
+
+    Raises:
+        ValueError: the patients differ.
+    """
+    if sorted(counts) != sorted(other):
+        raise ValueError(f"patients {sorted(counts)} and {sorted(other)} cannot be paired")
+    terms = np.stack([_terms(counts[patient]) for patient in sorted(counts)])
+    other_terms = np.stack([_terms(other[patient]) for patient in sorted(counts)])
+    draws = _draws(len(terms), seed)
+    resampled = _means(terms[draws]) - _means(other_terms[draws])
+    return _with_bounds(_means(terms[None]) - _means(other_terms[None]), resampled)
+
+
+def count_rows(rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Counts]:
+    """Return TP, FP and FN of every slice as arrays, from lists as JSON has them."""
+    return {
+        patient: np.asarray(slices, np.int64).reshape(-1, 3) for patient, slices in rows.items()
     }
 
 

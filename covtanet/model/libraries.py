@@ -64,14 +64,3 @@ def grey_statistics(name: str) -> dict[str, float]:
         "mean": sum(published.mean) / len(published.mean),
         "deviation": sum(published.std) / len(published.std),
     }
-
-
-def pooled_extractor(name: str, in_channels: int) -> tuple[Any, int]:
-    """Return a classifier of timm without its last layer, and the length of its pooled vector.
-
-    Its weights are random.
-    """
-    network = timm().create_model(name, in_chans=in_channels, num_classes=0, pretrained=False)
-    # VGG has hidden layers behind the pooled features.
-    width = getattr(network, "head_hidden_size", None) or network.num_features
-    return network, int(width)

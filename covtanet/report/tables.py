@@ -26,6 +26,8 @@ Cell = tuple[float, float | None]  # mean and standard deviation in percent
 Row = tuple[str, str, tuple[Cell | None, ...]]  # network, "paper" or "ours", cells
 Summary = Mapping[str, Any]
 
+# The one-feature baseline of Table IV: diagnosis and severity from lesion over lung alone.
+LESION_SHARE = "Lesion share"
 CSV_COLUMNS = ("table", "network", "whose", "column", "mean_percent", "sd_percent", "measured_on")
 
 
@@ -143,6 +145,8 @@ def _table_iv(names: Mapping[str, Any], note: str) -> Table:
     rows: list[Row] = []
     for name, cells in TABLE_IV.items():
         rows += [(name, "paper", cells), (name, "ours", _pairs(names.get(name)))]
+    # The paper has no such row; without a value it is not shown.
+    rows.append((LESION_SHARE, "ours", _pairs(names.get(LESION_SHARE))))
     measured = {name: _measured(network, "classification") for name, network in names.items()}
     f1_note = (
         "F1 is weighted by class; metrics.json holds the positive class's and the macro one too."

@@ -1,8 +1,8 @@
 """Phase 1 on slices that lie on the device as 8 bits: sampling, crop, augmentation and step there.
 
-Used by ``benchmarks/train_gpu.py``; no command calls it. For data sets that fit on a GPU. A step
-reads nothing back to the host; the loss is read once in ``REPORT_STEPS``. One process, one device.
-Not covered: several devices and resuming (``loop``).
+Used by ``benchmarks/train_gpu.py`` and ``compare_gpu.py``; no command calls it. For data sets that
+fit on a GPU. A step reads nothing back to the host; the loss is read once in ``REPORT_STEPS``. One
+process, one device. Not covered: several devices and resuming (``loop``).
 """
 
 import math

@@ -14,7 +14,11 @@ class NestedUNet(nn.Module):
         from monai.networks.nets import BasicUNetPlusPlus
 
         features = (*widths, widths[0])
-        self.net = BasicUNetPlusPlus(2, in_channels, 1, features=features, deep_supervision=True)
+        # Choice: batch norm and ReLU as in the other networks of the tables, not MONAI's instance
+        # norm and LeakyReLU.
+        self.net = BasicUNetPlusPlus(
+            2, in_channels, 1, features=features, deep_supervision=True, act="relu", norm="batch"
+        )
 
     def forward(self, slices: Tensor) -> Tensor | Outputs:
         """Map slices (B, C, H, W) to logits (B, 1, H, W).

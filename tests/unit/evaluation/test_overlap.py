@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from covtanet.evaluation.overlap import by_lesion_size, overlap
+from covtanet.evaluation.overlap import (
+    by_lesion_size,
+    count_rows,
+    overlap,
+    overlap_difference,
+)
 
 # TP, FP, FN of each slice. Dice of a: 0.5, 1.0, false alarm 0, empty slice; of b: 0.8.
 A = np.array([[1, 1, 1], [4, 0, 0], [0, 3, 0], [0, 0, 0]])
@@ -62,3 +67,21 @@ def test_lesion_size_counts_true_pixels_up_to_the_upper_limit() -> None:
     assert rows[0]["dice"] == pytest.approx((0.5 + 0.8) / 2, abs=1e-4)
     assert rows[1]["dice"] == 1.0
     assert rows[2]["dice"] is None
+
+
+def test_difference_of_two_networks_is_paired_over_patients() -> None:
+    """Volumes 10/15 and 0.8 against 0.8 and 0.8; a resample has only a or only b half the time."""
+    difference = overlap_difference({"a": A, "b": B}, {"a": B, "b": B})["per_volume"]
+    assert difference["dice"] == pytest.approx((10 / 15 - 0.8) / 2, abs=1e-4)
+    assert (difference["low"], difference["high"]) == pytest.approx((10 / 15 - 0.8, 0), abs=1e-4)
+
+
+def test_difference_refuses_unequal_patients() -> None:
+    with pytest.raises(ValueError, match="cannot be paired"):
+        overlap_difference({"a": A}, {"b": B})
+
+
+def test_counts_from_json_keep_patients_without_slices() -> None:
+    counts = count_rows({"a": A.tolist(), "b": []})
+    assert np.array_equal(counts["a"], A)
+    assert counts["b"].shape == (0, 3)
