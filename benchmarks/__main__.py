@@ -6,7 +6,7 @@ python -m benchmarks [--part NAME ...]
 import argparse
 import sys
 
-from benchmarks import decode, endurance, job, network, sandbox, serving, training
+from benchmarks import decode, endurance, job, network, sandbox, serving, throughput, training
 from benchmarks.measure import WORK, Result, keep, table
 
 PARTS = {
@@ -17,6 +17,7 @@ PARTS = {
     "endurance": endurance.measure,
     "serving": serving.measure,
     "training": training.measure,
+    "throughput": throughput.measure,
 }
 # A theme is kept as a file once all its parts were measured.
 THEMES = {
@@ -25,6 +26,7 @@ THEMES = {
     "endurance": ("endurance",),
     "serving": ("serving",),
     "training": ("training",),
+    "throughput": ("throughput",),
 }
 
 
