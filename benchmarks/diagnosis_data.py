@@ -10,6 +10,7 @@ found is counted and stored by name alone.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.diagnosis_slices import BOX_PX, CANVAS_PX, NUM_FOLDS, Slices, write
-from covtanet.ct import picture
 from covtanet.ct.lung import find_lungs
 from covtanet.ct.lung_box import SliceBox, lung_box
 from covtanet.ct.window import WindowConfig, mask_to_input, to_input
 from covtanet.data.datasets import read_volumes
 from covtanet.data.folds import Case, assign_folds
-from covtanet.data.labels import LabelledVolume, grade_of, hu_line
+from covtanet.data.labels import LabelledVolume, grade_of
+from covtanet.data.source import read_source
 from covtanet.errors import StudyError
 
 WINDOW = WindowConfig(low_hu=-1250.0, high_hu=250.0, size_px=CANVAS_PX)
@@ -61,7 +62,8 @@ def read_slice(volume: LabelledVolume, data: bytes) -> tuple[NDArray[Any], ...]:
     Raises:
         StudyError: the slice cannot be read, or shows no lungs.
     """
-    ct = picture.read(data, *hu_line(volume.hu_line))
+    image = replace(volume, lesion_mask_path=None)
+    ct = read_source(image, {volume.volume_path: data}).ct
     lungs = find_lungs(ct)
     box = with_context(lung_box(lungs.lung_mask))
     intensity = to_input(ct.hu, WINDOW, box=box)[0]

@@ -1,12 +1,15 @@
 """Table IV on mosmed-mid, on one GPU in minutes: CovTANet, five classifiers and the lesion share.
 
-python -m benchmarks.diagnosis_gpu --data FILE.npz --weights FILE --out DIR [--budget-s 430] [--toy]
+python -m benchmarks.diagnosis_gpu --data FILE.npz --weights FILE --out DIR [--budget-s 430]
+    [--chosen DIR] [--toy]
 
 --data: written by diagnosis_data.py. --weights: of the frozen segmenter, V8 on the lung box.
---toy: all trainings at a tiny size on the CPU, to test that they run.
+--chosen: the files of an earlier run, whose choices are taken. --toy: all trainings at a tiny size
+on the CPU, to test that they run.
 
-Three processes share the GPU and leave one file each: lines of JSON, one per training and one per
-tested study. A run that is cut keeps every finished fold. diagnosis_table.py prints the table.
+One process for each network; they share the GPU and leave one file each: lines of JSON, one per
+training and one per tested study. A run that is cut keeps every finished fold. diagnosis_table.py
+prints the table.
 """
 
 import argparse
@@ -20,22 +23,25 @@ import numpy as np
 import torch
 
 from benchmarks import diagnosis_slices
-from benchmarks.diagnosis_networks import LESION_SHARE, SCALE, TOY
-from benchmarks.diagnosis_trial import Trial
+from benchmarks.diagnosis_networks import COVTANET, LESION_SHARE, SCALE, TOY
+from benchmarks.diagnosis_trial import Trial, chosen_in
 from benchmarks.diagnosis_views import Views, frozen_segmenter
 
-# Each process has its networks one after the other, about the same time in all.
+# Each process has its rows one after the other. All networks have the same time.
 GROUPS = (
-    (LESION_SHARE, "CovTANet", "VGG-19"),
-    ("ResNet-50", "Xception"),
-    ("DenseNet121", "InceptionV3"),
+    (LESION_SHARE, COVTANET),
+    ("VGG-19",),
+    ("ResNet-50",),
+    ("Xception",),
+    ("DenseNet121",),
+    ("InceptionV3",),
 )
 NUM_TOY_SLICES = 60
 
 
 def start_groups(arguments: argparse.Namespace) -> list["subprocess.Popen[bytes]"]:
     """Start one process for each group of networks."""
-    # Python and one thread for kernels: four cores are enough for three processes.
+    # Python and one thread for kernels: a core is enough for each process.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.diagnosis_gpu", *sys.argv[1:]]
     return [
@@ -62,6 +68,7 @@ def run_group(arguments: argparse.Namespace, started_s: float) -> int:
         ),
         deadline_s=started_s + arguments.budget_s,
         path=arguments.out / f"rows-{arguments.group}.jsonl",
+        chosen=chosen_in(arguments.chosen) if arguments.chosen else {},
     )
     names = GROUPS[arguments.group]
     failed = 0
@@ -81,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     options.add_argument("--weights", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--budget-s", type=float, default=430.0)
+    options.add_argument("--chosen", type=Path, help="files of a run whose choices are taken")
     options.add_argument("--toy", action="store_true")
     options.add_argument("--group", type=int, help="of GROUPS; all of them by default")
     return options.parse_args()

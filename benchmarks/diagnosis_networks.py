@@ -138,14 +138,23 @@ def start_warm(module: JointClassifier, segmenter: TASegNet) -> None:
     The first convolution takes the segmenter's 3x3 filters with their norm, the second one's first
     channel its lesion logits.
     """
-    assert isinstance(module.regional, RegionalFeatures)
-    block = module.regional.stages[0]
+    first, norm, second = (_layer(module.regional, index) for index in (0, 1, 3))
+    source, source_norm, logits = (segmenter.filter[index] for index in (0, 1, 3))
+    target = first.state_dict()["weight"]
+    width = min(len(target), len(source.state_dict()["weight"]))
+    target[:width] = source.state_dict()["weight"][:width]
+    # Biases and statistics too; tensors of a state dictionary share memory with the layer.
+    for name, value in norm.state_dict().items():
+        if value.ndim:
+            value[:width] = source_norm.state_dict()[name][:width]
+    kernel = second.state_dict()["weight"]
+    kernel[0] = 0
+    kernel[0, :width, 1, 1] = logits.state_dict()["weight"][0, :width, 0, 0]
+
+
+def _layer(regional: nn.Module, index: int) -> nn.Module:
+    """Return a layer of the first block of the regional extractor."""
+    assert isinstance(regional, RegionalFeatures)
+    block = regional.stages[0]
     assert isinstance(block, nn.Sequential)
-    first, norm, _, second, *_ = block
-    source, source_norm, _, logits = segmenter.filter
-    width = min(len(first.weight), len(source.weight))
-    first.weight[:width] = source.weight[:width]
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        getattr(norm, name)[:width] = getattr(source_norm, name)[:width]
-    second.weight[0] = 0
-    second.weight[0, :width, 1, 1] = logits.weight[0, :width, 0, 0]
+    return block[index]

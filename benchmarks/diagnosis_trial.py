@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Trial:
     deadline_s: float
     """Of ``time.perf_counter``."""
     path: Path
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    """Choices of an earlier run by network; a network without one makes its own."""
     is_infected: Tensor = field(init=False)
     is_severe: Tensor = field(init=False)
     started_s: float = field(init=False)
@@ -114,7 +116,8 @@ class Trial:
         step_s = self._time(name, inputs, rows, self.scale.timed_steps)
         epoch_s = step_s * (1 - 1 / NUM_FOLDS) * len(rows) / self.scale.batch_size
         # Trainings of the folds, and the trials of the choices on a part of one of them.
-        num_trainings = NUM_FOLDS + len(choices(name)) * TRIAL_SHARE * (1 - 1 / TRIAL_PARTS)
+        num_choices = 0 if name in self.chosen else len(choices(name))
+        num_trainings = NUM_FOLDS + num_choices * TRIAL_SHARE * (1 - 1 / TRIAL_PARTS)
         low, high = self.scale.num_epochs
         fitting = int((end_s - time.perf_counter()) / (num_trainings * epoch_s))
         num_epochs = min(high, max(low, fitting))
@@ -135,6 +138,9 @@ class Trial:
 
         The score is the mean AUC of the three pairs.
         """
+        if name in self.chosen:
+            by_text = {str(choice): choice for choice in choices(name)}
+            return by_text[self.chosen[name]], {}
         train = np.flatnonzero(self.slices.folds != 0)
         held = train[np.arange(len(train)) % TRIAL_PARTS == 0]
         rest = np.setdiff1d(train, held)
@@ -274,6 +280,16 @@ class Trial:
             self.write(values)
         auc = mean_auc(self.slices.grades[rows], p)
         self.say(f"{name} fold {fold}: mean AUC of the pairs {auc:.3f}")
+
+
+def chosen_in(folder: Path) -> dict[str, str]:
+    """Return the choices that an earlier run wrote, by network."""
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("rows-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return {line["network"]: line["chosen"] for line in lines if line["kind"] == "choice"}
 
 
 def _batches(rows: Rows, batch_size: int, num_steps: int, seed: int) -> list[Rows]:

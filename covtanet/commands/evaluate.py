@@ -1,14 +1,16 @@
 """Evaluate a saved model on a data set, or join a training's folds, into the paper's tables.
 
-covtanet evaluate --model REF --out DIR --dataset stacks|mosmed|covid20|manifest --data URI
-covtanet evaluate --model REF --out DIR --images DIR --masks DIR
+covtanet evaluate --model REF --out DIR --dataset LAYOUT --data URI
+covtanet evaluate --model REF --out DIR --images DIR --masks DIR [--intensity grey8:LOW:HIGH]
 covtanet evaluate --model STORAGE/EXPERIMENT-KEY --out DIR
 
 REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URI of a saved model; of a training
 it is the folder that `covtanet train` names at its end, whose folds were evaluated on their own
-test parts. A mask is the image's name with _lung-infection (0 background, 1 lung, 2 lesion) or
-_mask (lesion). Writes metrics.json and metrics.csv, tables.md, a CSV and a plot per table,
-rows.parquet, and pictures of the cases (a training's lie with its folds).
+test parts. Volumes in HU are measured as screening would measure them, in pixels of their source,
+with its lung mask and without; grey values without a line to HU at the network's input size. A mask
+is the image's name with _lung-infection (0 background, 1 lung, 2 lesion) or _mask (lesion). Writes
+metrics.json and metrics.csv, tables.md, a CSV and a plot per table, rows.parquet, and pictures of
+the cases (a training's lie with its folds).
 
 A volume that is refused, that storage does not give or that meets a fault of this software does
 not stop the others; the log counts them at its end. `python jobs/evaluate.py` is the same command.
@@ -32,18 +34,16 @@ from pathlib import Path
 from typing import Any
 
 from covtanet import storage, tracking
-from covtanet.data.datasets import DATASETS
+from covtanet.data.datasets import DATASETS, DataSource, open_data, open_images
+from covtanet.data.labels import check_intensity
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.output import make_output
 from covtanet.experiments import results
 from covtanet.experiments.model_evaluation import (
-    DataSource,
     count_outcomes,
     describe_outcomes,
     has_failures,
-    open_data,
-    open_images,
     predict,
     prepare_for,
     seen_sources,
@@ -100,6 +100,12 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--images", help="folder of NIfTI images, instead of --dataset and --data")
     options.add_argument("--masks", help="folder of their masks")
     options.add_argument(
+        "--intensity",
+        default="auto",
+        help="values of --images: hu, grey8:LOW:HIGH for grey values 0..255 with the HU of 0 and "
+        "255, grey8 for an unknown line, or auto, which tells HU from grey8 (default)",
+    )
+    options.add_argument(
         "--storage", help="location in which prepared volumes are kept, as for training"
     )
 
@@ -144,7 +150,8 @@ def _evaluate_model(ref: str, out: str, arguments: argparse.Namespace) -> Collec
     prepared_uri = storage.join(folder_uri, "prepared")
     data = prepare_for(model, source, prepared_uri)
     print(data_report.as_text(data.all_volumes, ()), flush=True)
-    evaluated = predict(model, data.volumes, prepared_uri, storage.join(out, "pictures"))
+    pictures_uri = storage.join(out, "pictures")
+    evaluated = predict(model, data.volumes, source, prepared_uri, pictures_uri)
     num_seen = _count_seen(model, data.volumes)
     seen = "unknown how many of them trained on"
     if num_seen is not None:
@@ -169,7 +176,8 @@ def open_source(arguments: argparse.Namespace) -> DataSource:
     """Return the labelled volumes that the options name."""
     if arguments.images and arguments.masks:
         images = location(arguments.images, "--images")
-        return open_images(images, location(arguments.masks, "--masks"))
+        check_intensity(arguments.intensity)
+        return open_images(images, location(arguments.masks, "--masks"), arguments.intensity)
     if not arguments.dataset or not arguments.data:
         raise ConfigError("--dataset and --data are needed, or --images and --masks")
     return open_data(arguments.dataset, location(arguments.data, "--data"))

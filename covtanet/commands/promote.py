@@ -3,15 +3,17 @@
 covtanet promote --dataset mosmed --data URI
 covtanet promote --force "first champion"
 
-Both models are evaluated on the volumes that neither was trained on; every headline metric of the
-challenger must reach the champion's less its margin. --force promotes without a comparison and
-writes the reason into the registry; the first champion needs it. A volume that cannot be evaluated
-by both does not stop the comparison of the others, but nothing is promoted then.
+Both models are evaluated on the volumes that neither was trained on. No headline metric of the
+challenger may be lower than the champion's by more than its margin, nor may the 95 % interval of
+the difference reach below that. The interval is paired, over patients; few patients make it wide.
+The comparison is printed and written on the version as tags. --force promotes without a comparison
+and writes the reason into the registry; the first champion needs it. A volume that cannot be
+evaluated by both does not stop the comparison of the others, but nothing is promoted then.
 `python jobs/promote.py` is the same command.
 
 Exit codes: 0 promoted or champion already; 1 storage, Ray or this software failed: the same
-command tries again; 2 usage; 3 refused to start; 4 not promoted: the challenger is worse, or some
-volumes could not be evaluated, see the log.
+command tries again; 2 usage; 3 refused to start; 4 not promoted: the challenger is worse or may be
+worse, or some volumes could not be evaluated, see the log.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from pathlib import Path
 
 from covtanet import storage, tracking
 from covtanet.commands.evaluate import add_data_options, open_source
+from covtanet.data.datasets import DataSource
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.promotion import Comparison, Margins
 from covtanet.experiments.challenge import Contender, compare_models
-from covtanet.experiments.model_evaluation import DataSource, describe_outcomes, prepare_for
+from covtanet.experiments.model_evaluation import describe_outcomes, prepare_for
 from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.report.summary import table
@@ -85,21 +88,40 @@ def run(arguments: argparse.Namespace) -> int:
     comparisons, failures = evaluate_both(arguments, models)
     lines = [(comparison.metric, str(comparison)) for comparison in comparisons]
     print(table(f"Version {version} against champion {champion}", lines))
-    worse = [comparison.metric for comparison in comparisons if not comparison.is_no_worse]
-    if worse:
+    tags = {f"covtanet.compared_{metric}": text for metric, text in lines}
+    tags["covtanet.compared_with"] = champion
+    objections = _objections(comparisons)
+    if objections:
         logger.error(
-            "version %s is worse in %s; champion stays %s", version, ", ".join(worse), champion
+            "version %s %s; champion stays %s", version, " and ".join(objections), champion
         )
-        return ExitCode.BELOW_BOUND
-    if failures:
+    elif failures:
         # The challenger may be worse in the very volumes that could not be evaluated.
         logger.error(
             "not promoted, the comparison lacks volumes: %s; champion stays %s",
             describe_outcomes(failures),
             champion,
         )
+    if objections or failures:
+        tracking.tag_version(version, tags)
         return ExitCode.BELOW_BOUND
-    return _promote(version, champion, {"covtanet.promoted_by_force": ""})
+    return _promote(version, champion, {**tags, "covtanet.promoted_by_force": ""})
+
+
+def _objections(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return why the challenger may not replace the champion; empty if it is no worse."""
+    worse = [comparison.metric for comparison in comparisons if comparison.is_worse]
+    uncertain = [
+        f"{comparison.metric} ({comparison.interval})"
+        for comparison in comparisons
+        if not comparison.is_no_worse and not comparison.is_worse
+    ]
+    objections = []
+    if worse:
+        objections.append(f"is worse in {', '.join(worse)}")
+    if uncertain:
+        objections.append(f"may be worse in {', '.join(uncertain)}")
+    return objections
 
 
 def _champion_version() -> str:
@@ -136,7 +158,10 @@ def evaluate_both(
         )
     source = open_source(arguments)
     if len({model.preprocessing for model in models.values()}) > 1:
-        logger.warning("the two models read slices differently: each is measured on its own grid")
+        logger.warning(
+            "the two models read slices differently: grey values without a line to HU are counted "
+            "at the input size of each"
+        )
     connect()
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ import torch
 
 from covtanet import tracking
 from covtanet.config import load_config
-from covtanet.data.datasets import DATASETS
+from covtanet.data.datasets import DATASETS, open_data
 from covtanet.errors import ConfigError
 from covtanet.experiments.experiment import Experiment, open_experiment, prepare_data
 from covtanet.experiments.parallel import Result, train_all
@@ -152,10 +152,11 @@ def _address(arguments: argparse.Namespace) -> tracking.RunAddress:
 def _open(
     config: TrainingConfig, data_uri: str, storage_uri: str, address: tracking.RunAddress
 ) -> Experiment:
-    volumes = prepare_data(config, data_uri, storage_uri)
+    source = open_data(config.dataset, data_uri)
+    volumes = prepare_data(config, source, storage_uri)
     # Shown before the experiment is opened, which refuses data with unreadable volumes.
     print(data_report.as_text(volumes, DATASETS[config.dataset].notes), flush=True)
-    return open_experiment(config, volumes, data_uri, storage_uri, address)
+    return open_experiment(config, source, volumes, data_uri, storage_uri, address)
 
 
 def _variants(

@@ -1,7 +1,8 @@
 """The COVID-19 CT lung and infection segmentation data set (Ma et al., Zenodo 3757476).
 
 The paper's Dataset-2: 20 volumes of 19 patients. Volumes from Radiopaedia were windowed to 0..255
-at their source; those of coronacases are HU. Severity follows from the masks.
+at their source, by a line that is known; those of coronacases are HU. Severity follows from the
+masks.
 """
 
 import re
@@ -14,12 +15,14 @@ VOLUME = re.compile(r"(?P<folder>COVID-19-CT-Seg_20cases/)(?P<name>[^/]+)\.nii(\
 LUNG, LESION = "Lung_Mask", "Infection_Mask"
 # Radiopaedia's case 85902 holds two series of one person.
 SAME_PATIENT = re.compile(r"(radiopaedia_\d+_\d+)_\d+")
+# The line of its authors' benchmark: grey values 0..255 are -1250..250 HU.
+RADIOPAEDIA_INTENSITY = "grey8:-1250:250"
 
 NOTES = (
     "COVID-19-CT-Seg_20cases: CC BY-NC-SA by its authors' page. Weights trained on it are for "
     "non-commercial use.",
-    "COVID-19-CT-Seg_20cases: radiopaedia_* are grey values 0..255, windowed at their source; "
-    "coronacases_* are HU.",
+    "COVID-19-CT-Seg_20cases: radiopaedia_* are grey values 0..255 of a linear window of "
+    "-1250..250 HU, and are read as HU; coronacases_* are HU.",
     "COVID-19-CT-Seg_20cases: 20 volumes of 19 patients; radiopaedia_10_85902_1 and _3 are one.",
 )
 
@@ -54,5 +57,5 @@ def _volume(match: re.Match[str], paths: set[str]) -> LabelledVolume:
         patient=same_patient[1] if same_patient else name,
         lesion_mask_path=masks[LESION],
         lung_mask_path=masks[LUNG],
-        intensity="grey8" if name.startswith("radiopaedia") else "hu",
+        intensity=RADIOPAEDIA_INTENSITY if name.startswith("radiopaedia") else "hu",
     )

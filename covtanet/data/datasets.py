@@ -1,6 +1,6 @@
 """Data sets by the name of their layout, with licences and known traps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from covtanet import storage
@@ -19,6 +19,17 @@ class Dataset:
     read: Callable[[str], list[LabelledVolume]]
     notes: tuple[str, ...] = ()
     """Licence and known traps, printed with the data report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Labelled volumes of a data set, and the folder that they lie in."""
+
+    name: str
+    """Layout of the data set, or ``images``."""
+    volumes: Sequence[LabelledVolume]
+    root: str
+    """Folder that relative paths refer to."""
 
 
 def read_index(uri: str) -> list[LabelledVolume]:
@@ -44,6 +55,20 @@ DATASETS = {
 def root_of(uri: str) -> str:
     """Return the folder that relative paths refer to, also if the index itself is named."""
     return uri.rpartition("/")[0] if uri.lower().endswith(INDEX_SUFFIXES) else uri
+
+
+def open_data(dataset: str, data_uri: str) -> DataSource:
+    """Return the volumes of a data set of a named layout."""
+    return DataSource(name=dataset, volumes=read_volumes(dataset, data_uri), root=root_of(data_uri))
+
+
+def open_images(images_uri: str, masks_uri: str, intensity: str = "auto") -> DataSource:
+    """Return the images of a folder that have a mask in another folder.
+
+    intensity: kind of their values, as in ``LabelledVolume``.
+    """
+    volumes = stacks.pair(images_uri, masks_uri, intensity)
+    return DataSource(name="images", volumes=volumes, root=images_uri)
 
 
 def read_volumes(dataset: str, uri: str) -> list[LabelledVolume]:

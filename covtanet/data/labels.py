@@ -4,7 +4,7 @@ An index has one row per volume. Only ``volume_path`` and ``patient`` are needed
 may be left out.
 """
 
-import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -28,7 +28,6 @@ LABELS_SCHEMA = pa.schema([
     pa.field("severity", pa.string()),
     pa.field("intensity", pa.string()),
     pa.field("slice_order", pa.string()),
-    pa.field("hu_line", pa.string()),
 ])  # fmt: skip
 REQUIRED = ("volume_path", "patient")
 GRADES = ("normal", "mild", "severe")
@@ -41,6 +40,10 @@ LABELS = (
 )
 INTENSITIES = ("hu", "grey8", "auto")
 SLICE_ORDERS = ("continuous", "single")
+# A line from grey values to HU.
+GREY_LINE = re.compile(r"grey8:(-?\d+(?:\.\d+)?):(-?\d+(?:\.\d+)?)")
+# Grey values are 0..255.
+GREY_STEPS = 255
 # Section III-A: severe above a quarter of the lung.
 SEVERE_INVOLVEMENT = 0.25
 
@@ -65,21 +68,18 @@ class LabelledVolume:
     severity: str | None = None
     """``mild`` or ``severe`` of an infected volume, else null."""
     intensity: str = "hu"
-    """``hu``; ``grey8`` for volumes that were windowed to 0..255 at their source, which no window
-    can undo; ``auto`` takes values that all lie in 0..255 for grey values, as HU would have air
-    below 0."""
+    """``hu``; ``grey8:LOW:HIGH`` for grey values 0..255 whose line to HU is known, LOW and HIGH
+    being the HU of 0 and 255, which are read as HU; ``grey8`` for grey values that were windowed
+    at their source by an unknown line; ``auto`` takes values that all lie in 0..255 for grey
+    values without a line, as HU would have air below 0."""
     slice_order: str = "continuous"
     """``continuous``; ``single`` for a stack of slices that are not neighbours in one patient."""
-    hu_line: str = ""
-    """HU of grey value 0 and HU per grey value of a JPEG or PNG, as ``-2048 10.8``; empty for
-    NIfTI."""
 
     def __post_init__(self) -> None:
         if (self.diagnosis, self.severity) not in LABELS:
             allowed = "normal, infected, infected/mild, infected/severe or none"
             raise ConfigError(f"label {self.diagnosis}/{self.severity}, expected {allowed}")
-        if self.intensity not in INTENSITIES:
-            raise ConfigError(f"intensity {self.intensity}, expected {' or '.join(INTENSITIES)}")
+        check_intensity(self.intensity)
         if self.slice_order not in SLICE_ORDERS:
             raise ConfigError(
                 f"slice_order {self.slice_order}, expected {' or '.join(SLICE_ORDERS)}"
@@ -89,28 +89,40 @@ class LabelledVolume:
                 raise ConfigError(
                     f"mask labels {values}, expected whole numbers with spaces between them"
                 )
-        if self.hu_line:
-            hu_line(self.hu_line)
+
+
+def check_intensity(intensity: str) -> None:
+    """Refuse an unknown kind of values.
+
+    Raises:
+        ConfigError: the name is unknown, or the line to HU does not rise.
+    """
+    if intensity not in INTENSITIES and hu_of_greys(intensity) is None:
+        raise ConfigError(
+            f"intensity {intensity}, expected {', '.join(INTENSITIES)} or grey8:LOW:HIGH with "
+            "the HU of grey values 0 and 255"
+        )
+
+
+def hu_of_greys(intensity: str) -> tuple[float, float] | None:
+    """Return the HU of grey values 0 and 255 of ``grey8:LOW:HIGH``; null for any other kind.
+
+    Raises:
+        ConfigError: LOW is not below HIGH.
+    """
+    match = GREY_LINE.fullmatch(intensity)
+    if match is None:
+        return None
+    low_hu = float(match[1])
+    high_hu = float(match[2])
+    if low_hu >= high_hu:
+        raise ConfigError(f"intensity {intensity}, expected LOW below HIGH")
+    return low_hu, high_hu
 
 
 def label_values(labels: str) -> tuple[int, ...]:
     """Return ``1 2`` as (1, 2)."""
     return tuple(int(value) for value in labels.split())
-
-
-def hu_line(text: str) -> tuple[float, float]:
-    """Return ``-2048 10.8`` as the HU of grey value 0 and the HU per grey value.
-
-    Raises:
-        ConfigError: not two finite numbers, the second above 0.
-    """
-    try:
-        at_0, per_grey = (float(value) for value in text.split())
-    except ValueError as error:
-        raise ConfigError(f"line to HU {text}, expected two numbers") from error
-    if not (math.isfinite(at_0) and math.isfinite(per_grey) and per_grey > 0):
-        raise ConfigError(f"line to HU {text}, expected finite numbers, the second above 0")
-    return at_0, per_grey
 
 
 def grade_of(diagnosis: str | None, severity: str | None) -> str | None:

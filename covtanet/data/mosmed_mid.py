@@ -12,7 +12,7 @@ import statistics
 
 from covtanet import storage
 from covtanet.data import mosmed
-from covtanet.data.labels import LabelledVolume
+from covtanet.data.labels import GREY_STEPS, LabelledVolume
 from covtanet.errors import ConfigError
 
 INDEX = "index.csv"
@@ -67,7 +67,12 @@ def _median_line(rows: list[dict[str, str]]) -> str:
     if not lines:
         raise ConfigError(f"{INDEX} has no line from grey values to HU")
     at_0, per_grey = zip(*lines, strict=True)
-    return f"{statistics.median(at_0):g} {statistics.median(per_grey):g}"
+    return _intensity(statistics.median(at_0), statistics.median(per_grey))
+
+
+def _intensity(hu_at_0: float, hu_per_grey: float) -> str:
+    """Return a line as ``LabelledVolume.intensity`` has it, by its HU at grey 0 and 255."""
+    return f"grey8:{hu_at_0:.2f}:{hu_at_0 + GREY_STEPS * hu_per_grey:.2f}"
 
 
 def _line(row: dict[str, str]) -> tuple[float, float] | None:
@@ -90,5 +95,5 @@ def _volume(row: dict[str, str], median: str, masks: dict[str, str]) -> Labelled
         lesion_mask_path=masks.get(row["file"].rpartition(".")[0]),
         diagnosis=diagnosis,
         severity=severity,
-        hu_line=f"{line[0]:g} {line[1]:g}" if line else median,
+        intensity=_intensity(*line) if line else median,
     )

@@ -9,12 +9,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from covtanet.ct import nifti, picture
 from covtanet.ct.lung import Lungs, find_lungs, measure_involvement
 from covtanet.ct.lung_box import SliceBox
 from covtanet.ct.volume import Volume
@@ -29,7 +27,8 @@ from covtanet.ct.window import (
     with_neighbours,
 )
 from covtanet.data.folds import Case
-from covtanet.data.labels import LabelledVolume, grade_of, hu_line, label_values, severity_of
+from covtanet.data.labels import GREY_STEPS, LabelledVolume, grade_of, severity_of
+from covtanet.data.source import read_source
 from covtanet.errors import Reason, StudyError
 
 # Part of every key: another version prepares all volumes again.
@@ -37,7 +36,7 @@ FORMAT_VERSION = 3
 # Hexadecimal: 64 bits of the digest.
 KEY_DIGITS = 16
 # Mapped to 0..1 without a window: half of the paper's second data set is windowed at its source.
-GREY8 = (0.0, 255.0)
+GREY8 = (0.0, float(GREY_STEPS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,8 @@ class PreparedVolume:
     volume_path: str
     patient: str
     intensity: str
-    """``hu`` or ``grey8``; ``auto`` only of a volume that was refused before it was read."""
+    """``hu`` or ``grey8``; as the data set has it for a volume that was refused before it was
+    read."""
     diagnosis: str | None = None
     severity: str | None = None
     reason: str | None = None
@@ -159,9 +159,11 @@ def _prepare(
     window: WindowConfig,
     slice_step_mm: float,
 ) -> tuple[PreparedVolume, Samples]:
-    intensity, ct, has_spacing = _read_volume(volume, contents[volume.volume_path])
-    lesion = _mask(volume.lesion_mask_path, volume.lesion_labels, contents, ct)
-    lung = _mask(volume.lung_mask_path, volume.lung_labels, contents, ct)
+    source = read_source(volume, contents)
+    ct = source.ct
+    lesion = source.lesion
+    lung = source.lung
+    intensity = source.intensity
     lungs = None
     # Neither grey values nor slices of several patients show lungs that could be found. Labelled
     # lungs are searched for the box alone.
@@ -170,7 +172,7 @@ def _prepare(
         lungs = find_lungs(ct)
     lung_slices, involvement = _lung_slices(ct, lesion, lung, lungs)
     # A spacing without a unit is no distance: then every slice is taken.
-    step_mm = slice_step_mm if has_spacing else 0.0
+    step_mm = slice_step_mm if ct.has_known_spacing else 0.0
     # Slices as in screening, a step apart at least.
     chosen = thin_slices(lung_slices, ct.spacing_mm[0], step_mm)[0]
     diagnosis, severity = _label(volume, lesion, involvement)
@@ -187,7 +189,7 @@ def _prepare(
         diagnosis=diagnosis,
         severity=severity,
         num_slices=len(ct.hu),
-        spacing_mm=ct.spacing_mm if has_spacing else None,
+        spacing_mm=ct.spacing_mm if ct.has_known_spacing else None,
         slices=tuple(int(index) for index in chosen),
         lesion_px=lesion_px,
         involvement=involvement,
@@ -229,53 +231,6 @@ def _box(
     if lung is None:
         return None
     return box_of(lung if lesion is None else lung | lesion, window, aspect)
-
-
-def _read_volume(volume: LabelledVolume, data: bytes) -> tuple[str, Volume, bool]:
-    """Return the kind of values, the volume, and whether its file knows its voxel size."""
-    if volume.volume_path.lower().endswith(picture.SUFFIXES):
-        if not volume.hu_line:
-            raise StudyError(Reason.NOT_HU, "a picture without hu_line, expected a line to HU")
-        return "hu", picture.read(data, *hu_line(volume.hu_line)), False
-    intensity, ct = _read(data, volume.intensity)
-    return intensity, ct, nifti.has_spacing(data)
-
-
-def _read(data: bytes, intensity: str) -> tuple[str, Volume]:
-    if intensity == "hu":
-        return "hu", nifti.read(data)
-    try:
-        # Grey values first: their reader refuses values outside 0..255, which HU have.
-        return "grey8", nifti.read_grey8(data)
-    except StudyError:
-        if intensity == "grey8":
-            raise
-        return "hu", nifti.read(data)
-
-
-def _mask(
-    path: str | None, labels: str, contents: dict[str, bytes], ct: Volume
-) -> NDArray[np.bool_] | None:
-    if path is None:
-        return None
-    try:
-        values = _read_mask(path, contents[path])
-    except StudyError as error:
-        raise StudyError(Reason.MASK_UNREADABLE, f"the mask: {error}") from error
-    # Both (z, y, x).
-    if values.shape != ct.hu.shape:
-        raise StudyError(
-            Reason.MASK_MISMATCH,
-            f"the mask has {values.shape} voxels (z, y, x), expected {ct.hu.shape}",
-        )
-    selected = label_values(labels)
-    return np.isin(values, selected) if selected else values > 0
-
-
-def _read_mask(path: str, data: bytes) -> NDArray[Any]:
-    if path.lower().endswith(picture.SUFFIXES):
-        return picture.read_grey(data)
-    return nifti.read_labels(data)
 
 
 def _lung_slices(

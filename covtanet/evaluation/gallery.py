@@ -1,4 +1,8 @@
-"""Best, median and worst slices of a training's test parts, its networks side by side (Fig. 8)."""
+"""Best, median and worst slices of a training's test parts, its networks side by side (Fig. 8).
+
+Slices are ranked by the counts of their rows, and drawn as they were prepared, at the network's
+input size and without the lung mask.
+"""
 
 import tempfile
 from collections import defaultdict
@@ -13,9 +17,10 @@ from covtanet import drawing, storage
 from covtanet.ct.window import with_neighbours
 from covtanet.data import prepared_file
 from covtanet.data.counts import Counts
-from covtanet.evaluation.rows import COUNTS, THRESHOLD
+from covtanet.evaluation.rows import COUNTS
 from covtanet.inference.predictor import Predictor, SliceChunk
-from covtanet.model.saved_model import MODEL_FILES, load_model
+from covtanet.inference.quantization import PROBABILITY_STEPS
+from covtanet.model.saved_model import MODEL_FILES, SavedModel, load_model
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about
@@ -30,8 +35,8 @@ class Example(NamedTuple):
 
     volume: str
     fold: int
-    position: int
-    """Among the prepared slices."""
+    slice_index: int
+    """In the volume."""
     dice: float
 
 
@@ -42,29 +47,37 @@ class LabelledSlice(NamedTuple):
     lesion_mask: NDArray[np.bool_]
 
 
-def choose(rows: Sequence[Row]) -> dict[str, Example]:
+def choose(
+    rows: Sequence[Row], prepared_slices: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Example]:
     """Return the best, median and worst slice of one network's rows, by Dice.
 
-    Empty if no lesion is large enough.
+    prepared_slices: indices of the slices that can be drawn, by volume; null for all slices. Empty
+    if no lesion is large enough.
     """
     ranked = []
     for row in rows:
         if row["tp"] is not None:
-            ranked += _examples(row)
+            drawable = None if prepared_slices is None else prepared_slices[row["volume"]]
+            ranked += _examples(row, drawable)
     if not ranked:
         return {}
-    ranked.sort(key=lambda example: (example.dice, example.volume, example.position))
+    ranked.sort(key=lambda example: (example.dice, example.volume, example.slice_index))
     return {name: ranked[round(share * (len(ranked) - 1))] for name, share in RANKS.items()}
 
 
-def _examples(row: Row) -> list[Example]:
+def _examples(row: Row, drawable: Sequence[int] | None) -> list[Example]:
     tp, fp, fn, tn = (np.array(row[name], np.float64) for name in COUNTS)
+    indices = np.array(row["slice"], np.int64)
+    is_large = tp + fn >= MIN_LESION_PX
+    if drawable is not None:
+        is_large &= np.isin(indices, drawable)
+    positions = np.flatnonzero(is_large)
     numerator, denominator = Counts(tp, fp, fn, tn).fractions()["dice"]
-    positions = np.flatnonzero(tp + fn >= MIN_LESION_PX)
     dice = numerator[positions] / denominator[positions]
     return [
-        Example(row["volume"], row["fold"], int(position), float(value))
-        for position, value in zip(positions, dice, strict=True)
+        Example(row["volume"], row["fold"], int(index), float(value))
+        for index, value in zip(indices[positions], dice, strict=True)
     ]
 
 
@@ -77,7 +90,8 @@ def side_by_side(
     are any. models: URI of the saved model of a network's fold.
     """
     names = [leader, *sorted({row["network"] for row in rows if row["tp"] is not None} - {leader})]
-    examples = _choose_shared([row for row in rows if row["network"] == leader], names, models)
+    leading = [row for row in rows if row["network"] == leader and row["tp"] is not None]
+    examples = _choose_shared(leading, names, models, prepared_uri)
     slices = {rank: _read(prepared_uri, example) for rank, example in examples.items()}
     tiles = _predicted_tiles(names, models, examples, slices)
     if not tiles:
@@ -89,10 +103,20 @@ def side_by_side(
 
 
 def _choose_shared(
-    rows: Sequence[Row], names: Sequence[str], models: Mapping[tuple[str, int], str]
+    rows: Sequence[Row],
+    names: Sequence[str],
+    models: Mapping[tuple[str, int], str],
+    prepared_uri: str,
 ) -> dict[str, Example]:
+    volumes = [row["volume"] for row in rows]
+    slices = {volume: _prepared_slices(prepared_uri, volume) for volume in volumes}
     shared = [row for row in rows if all((name, row["fold"]) in models for name in names)]
-    return choose(shared) or choose(rows)
+    return choose(shared, slices) or choose(rows, slices)
+
+
+def _prepared_slices(prepared_uri: str, volume: str) -> tuple[int, ...]:
+    data = storage.read_bytes(prepared_file.description_uri(prepared_uri, volume))
+    return prepared_file.from_json(data).slices
 
 
 def _predicted_tiles(
@@ -110,14 +134,16 @@ def _predicted_tiles(
         for name in names:
             if (name, fold) not in models:
                 continue
-            predictor = _load(models[name, fold])
+            model = _load(models[name, fold])
+            predictor = Predictor(model, engine="eager")
+            threshold = np.float32(model.readout.lesion_threshold * PROBABILITY_STEPS)
+            reach = predictor.num_neighbours
             for rank in ranks:
                 neighbours, truth = slices[rank]
-                reach = predictor.num_neighbours
                 # (1, 1 + 2 reach, H, W), with the slice itself in the middle
                 channels = neighbours[None, 1 - reach : 2 + reach]
                 (segmented,) = predictor.segment([SliceChunk(channels, [])])
-                predicted = segmented.lesion_levels[0] >= THRESHOLD
+                predicted = segmented.lesion_levels[0] >= threshold
                 tiles[rank, name] = drawing.errors_of(neighbours[1], predicted, truth)
     return tiles
 
@@ -126,12 +152,13 @@ def _read(prepared_uri: str, example: Example) -> LabelledSlice:
     data = storage.read_bytes(prepared_file.file_uri(prepared_uri, example.volume))
     samples = prepared_file.read_samples(data)
     assert samples.lesion is not None
-    lesion_mask = samples.lesion[example.position] > 0
-    (neighbours,) = with_neighbours(samples.levels, np.array([example.position]), 1)
+    position = prepared_file.describe(data).slices.index(example.slice_index)
+    lesion_mask = samples.lesion[position] > 0
+    (neighbours,) = with_neighbours(samples.levels, np.array([position]), 1)
     return LabelledSlice(neighbours, lesion_mask)
 
 
-def _load(uri: str) -> Predictor:
+def _load(uri: str) -> SavedModel:
     with tempfile.TemporaryDirectory() as folder:
         storage.download_files(uri, MODEL_FILES, Path(folder) / "model")
-        return Predictor(load_model(Path(folder) / "model"), engine="eager")
+        return load_model(Path(folder) / "model")

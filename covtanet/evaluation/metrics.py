@@ -1,4 +1,4 @@
-"""Metrics of an evaluation: overlap per slice, per volume and pooled; the pairs of Table IV.
+"""Metrics of an evaluation: the pairs of Table IV, all metrics by fold, and the headline.
 
 A metric that has no denominator is null.
 """
@@ -15,12 +15,11 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, roc_au
 
 from covtanet.data.counts import Counts
 from covtanet.data.labels import GRADES
-from covtanet.evaluation.rows import COUNTS
+from covtanet.evaluation.segmentation import segmentation
 
 Row = dict[str, Any]
 Metrics = dict[str, Any]
 
-OVERLAP = ("dice", "iou", "sensitivity", "precision", "specificity")
 PAIRS = {
     "normal_vs_mild": ("normal", "mild", "p_infected"),
     "normal_vs_severe": ("normal", "severe", "p_infected"),
@@ -28,87 +27,23 @@ PAIRS = {
 }
 # Metrics of a pair by which models are compared, in addition to Dice.
 HEADLINE = ("sensitivity", "specificity", "auc")
-# Lesion pixels as a share of the slice; lengths are unknown in some data sets.
-SIZE_BINS = ((0.0, 0.005), (0.005, 0.02), (0.02, 0.05), (0.05, 1.0))
 NUM_BOOTSTRAPS = 1000
 NUM_CALIBRATION_BINS = 10
 CONFIDENCE = 0.95
 
 
-def segmentation(rows: Sequence[Row]) -> Metrics:
-    """Return the overlap of volumes with lesion masks, in [0, 1].
-
-    per_slice: mean over slices, each metric over the slices that have its denominator (Dice: a
-    lesion in truth or prediction). per_volume: pixels summed within a volume, mean over volumes.
-    pooled: all pixels summed.
-    """
-    masked = [row for row in rows if row["tp"] is not None]
-    if not masked:
-        return {"num_volumes": 0}
-    volumes = [np.array([row[name] for name in COUNTS], np.int64) for row in masked]
-    # (4, slices of all volumes)
-    slices = np.concatenate(volumes, axis=1)
-    # (4, volumes)
-    by_volume = np.stack([volume.sum(axis=1) for volume in volumes], axis=1)
-    return {
-        "num_volumes": len(volumes),
-        "num_slices": int(slices.shape[1]),
-        "per_slice": _mean_overlap(slices),
-        "per_volume": _mean_overlap(by_volume),
-        "pooled": _mean_overlap(slices.sum(axis=1, keepdims=True)),
-        "dice_by_lesion_size": _by_size(slices),
-        "volume_dice": {row["volume"]: _volume_dice(row) for row in masked},
-    }
-
-
-def _volume_dice(row: Row) -> float | None:
-    tp, fp, fn, tn = (sum(row[name]) for name in COUNTS)
-    return _ratio(*Counts(tp, fp, fn, tn).fractions()["dice"])
-
-
-def _mean_overlap(counts: NDArray[np.int64]) -> Metrics:
-    """Return the mean of each metric over the cases that have its denominator.
-
-    counts: TP, FP, FN, TN of every case, (4, cases).
-    """
-    tp, fp, fn, tn = counts.astype(np.float64)
-    fractions = Counts(tp, fp, fn, tn).fractions()
-    return {name: _mean_ratio(*fractions[name]) for name in OVERLAP}
-
-
-def _mean_ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> float | None:
-    is_defined = whole > 0
-    if not is_defined.any():
-        return None
-    return float(np.mean(part[is_defined] / whole[is_defined]))
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _by_size(slices: NDArray[np.int64]) -> list[Metrics]:
-    # (TP + FN) / all pixels
-    share = (slices[0] + slices[2]) / slices.sum(axis=0)
-    bins = []
-    for low, high in SIZE_BINS:
-        inside = slices[:, (share > low) & (share <= high)]
-        num_slices = int(inside.shape[1])
-        dice = _mean_overlap(inside)["dice"] if num_slices else None
-        bins.append({"above": low, "to": high, "num_slices": num_slices, "dice": dice})
-    return bins
-
-
 def classification(rows: Sequence[Row], threshold: float = 0.5) -> Metrics:
     """Return the pairs of Table IV, and the calibration of both probabilities.
 
-    Mild against severe uses ``p_severe`` of every infected volume, whatever its diagnosis.
+    A volume without a probability, such as ``p_severe`` of a diagnosis by the involvement, counts
+    in no pair that reads it. Mild against severe uses ``p_severe`` of every infected volume,
+    whatever its diagnosis.
     """
     graded = [row for row in rows if row["grade"] and row["p_infected"] is not None]
     if not graded:
         return {"num_volumes": 0}
     # By the true grade, not by the predicted diagnosis.
-    infected = [row for row in graded if row["grade"] != "normal"]
+    infected = [row for row in graded if row["grade"] != "normal" and row["p_severe"] is not None]
     is_infected = np.array([row["grade"] != "normal" for row in graded])
     is_severe = np.array([row["grade"] == "severe" for row in infected])
     return {
@@ -131,7 +66,8 @@ def pair(
 
     Sensitivity, specificity, accuracy, three kinds of F1, and AUC with its interval.
     """
-    chosen = [row for row in rows if row["grade"] in (negative, positive)]
+    graded = [row for row in rows if row["grade"] in (negative, positive)]
+    chosen = [row for row in graded if row[column] is not None]
     if not chosen:
         return {"num_volumes": 0}
     truth = np.array([row["grade"] == positive for row in chosen], bool)
@@ -142,7 +78,9 @@ def pair(
     fractions = Counts(tp, fp, fn, tn).fractions()
     names = ("sensitivity", "specificity", "accuracy")
     metrics: Metrics = {"num_volumes": len(truth), "tp": tp, "fp": fp, "fn": fn, "tn": tn}
-    metrics |= {name: _ratio(*fractions[name]) for name in names}
+    for name in names:
+        part, whole = fractions[name]
+        metrics[name] = part / whole if whole else None
     metrics |= _f1_scores(truth, predicted)
     metrics |= {"auc": None, "auc_low": None, "auc_high": None}
     # An AUC needs both classes.

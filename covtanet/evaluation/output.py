@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covtanet.evaluation import metrics, rows
+from covtanet.evaluation.overlap_text import overlap_text
 from covtanet.report import plots
 from covtanet.report.tables import Table, paper_tables
 
@@ -41,7 +42,7 @@ def make_output(
     parts = [table.as_markdown() for table in tables]
     if any(network["classification"]["num_volumes"] for network in summary.values()):
         parts.append(auc_of_pairs(summary))
-    text = "\n".join(parts)
+    text = "\n".join([*parts, overlap_text(summary)])
     described = {
         **about,
         "measured_on": measured_on,
@@ -50,7 +51,7 @@ def make_output(
     }
     files = {
         "metrics.json": (json.dumps(described, indent=1, sort_keys=True) + "\n").encode(),
-        "tables.md": f"{text}\n{dice_by_size(summary)}".encode(),
+        "tables.md": f"{text}\n".encode(),
         "metrics.csv": flat_csv(summary).encode(),
         "rows.parquet": rows.to_parquet(list(evaluation_rows)),
     }
@@ -101,38 +102,30 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def auc_of_pairs(summary: Mapping[str, Any]) -> str:
-    """Return AUC and 95 % interval of each pair of grades over all folds, as Markdown."""
+    """Return AUC and 95 % interval of each pair over all folds, and the folds' mean, as Markdown.
+
+    Over all folds the probabilities of several models are ranked together, which lowers the AUC if
+    their scales differ.
+    """
     lines = [
-        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes",
+        "### AUC of the pairs of grades, 95 % interval by bootstrap over volumes, mean of folds",
         "",
         f"| network | {' | '.join(metrics.PAIRS)} |",
         "|---|" + "---|" * len(metrics.PAIRS),
     ]
     for name, network in summary.items():
-        pairs = network["classification"]
-        if pairs["num_volumes"]:
-            cells = [_auc_text(pairs[pair]) for pair in metrics.PAIRS]
+        if network["classification"]["num_volumes"]:
+            cells = [_auc_text(network, pair) for pair in metrics.PAIRS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _auc_text(pair: Mapping[str, Any]) -> str:
-    if pair.get("auc") is None:
+def _auc_text(network: Mapping[str, Any], pair: str) -> str:
+    values = network["classification"][pair]
+    if values.get("auc") is None:
         return "-"
-    return f"{pair['auc']:.3f} ({pair['auc_low']:.3f} to {pair['auc_high']:.3f})"
-
-
-def dice_by_size(summary: Mapping[str, Any]) -> str:
-    """Return Dice by the lesion's share of its slice, as Markdown."""
-    lines = [
-        "### Dice by lesion size",
-        "",
-        "| network | lesion of the slice | slices | Dice |",
-        "|---|---|---|---|",
-    ]
-    for name, network in summary.items():
-        for size in network["segmentation"].get("dice_by_lesion_size", ()):
-            dice = "-" if size["dice"] is None else f"{100 * size['dice']:.1f}"
-            span = f"{100 * size['above']:g}-{100 * size['to']:g} %"
-            lines.append(f"| {name} | {span} | {size['num_slices']} | {dice} |")
-    return "\n".join([*lines, ""])
+    parts = [fold["classification"].get(pair, {}) for fold in network["folds"].values()]
+    aucs = [part["auc"] for part in parts if part.get("auc") is not None]
+    interval = f"{values['auc_low']:.3f} to {values['auc_high']:.3f}"
+    mean = f"{sum(aucs) / len(aucs):.3f}" if aucs else "-"
+    return f"{values['auc']:.3f} ({interval}), {mean}"

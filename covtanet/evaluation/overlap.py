@@ -14,19 +14,28 @@ NUM_BOOTSTRAPS = 2000
 CONFIDENCE = 0.95
 Counts = NDArray[np.int64]
 MEANS = ("per_slice", "per_lesion_slice", "per_volume", "pooled")
+# A numerator and a denominator of each mean.
+NUM_TERMS = 2 * len(MEANS)
 
 
-def overlap(counts: Mapping[str, Counts], seed: int = 0) -> dict[str, Any]:
-    """Return Dice with intervals, precision and sensitivity of all patients.
+def overlap(
+    counts: Mapping[str, Counts], seed: int = 0, patient_of: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return Dice with intervals, precision and sensitivity of all volumes.
 
-    counts: TP, FP and FN of every slice, (S, 3) by patient. Dice ``per_slice`` is the mean over
-    slices with a lesion in truth or prediction, so a false alarm on a slice without lesion counts
-    0; ``per_lesion_slice`` the mean over slices with a lesion in truth; ``per_volume`` the mean
-    over patients of the Dice of all their pixels; ``pooled`` the Dice of all pixels.
+    counts: TP, FP and FN of every slice, (S, 3) by volume. patient_of: patient of each volume; null
+    if every volume is of another patient. Dice ``per_slice`` is the mean over slices with a lesion
+    in truth or prediction, so a false alarm on a slice without lesion counts 0;
+    ``per_lesion_slice`` the mean over slices with a lesion in truth; ``per_volume`` the mean over
+    volumes of the Dice of all their pixels; ``pooled`` the Dice of all pixels.
     """
-    patients = sorted(counts)
-    terms = np.stack([_terms(counts[patient]) for patient in patients])
-    tp, fp, fn = np.sum([counts[patient].sum(axis=0) for patient in patients], axis=0)
+    volumes = sorted(counts)
+    patients = sorted({_patient(volume, patient_of) for volume in volumes})
+    terms = np.zeros((len(patients), NUM_TERMS))
+    for volume in volumes:
+        # Terms are sums, so those of a patient's volumes add up.
+        terms[patients.index(_patient(volume, patient_of))] += _terms(counts[volume])
+    tp, fp, fn = np.sum([counts[volume].sum(axis=0) for volume in volumes], axis=0)
     return {
         "num_patients": len(patients),
         "num_slices": int(sum(len(rows) for rows in counts.values())),
@@ -35,6 +44,10 @@ def overlap(counts: Mapping[str, Counts], seed: int = 0) -> dict[str, Any]:
         "sensitivity": _rounded(tp / (tp + fn)) if tp + fn else None,
         "by_patient": dict(zip(patients, map(_named, _means(terms[:, None])), strict=True)),
     }
+
+
+def _patient(volume: str, patient_of: Mapping[str, str] | None) -> str:
+    return volume if patient_of is None else patient_of[volume]
 
 
 def _intervals(terms: NDArray[np.float64], seed: int) -> dict[str, dict[str, float | None]]:
@@ -93,7 +106,7 @@ def count_rows(rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Counts]
 
 
 def by_lesion_size(
-    counts: Mapping[str, Counts], limits_px: Sequence[int]
+    counts: Mapping[str, Counts], limits_px: Sequence[float]
 ) -> list[dict[str, float | int | None]]:
     """Return the mean Dice of slices by the size of their true lesion.
 
@@ -120,7 +133,7 @@ def _dice(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _terms(counts: Counts) -> NDArray[np.float64]:
-    """Return one patient's sums, (8,), from which every mean follows.
+    """Return one volume's sums, (NUM_TERMS,), from which every mean follows.
 
     Numerator and denominator in turn: Dice over marked slices and their number; Dice over lesion
     slices and their number; the volume's Dice and 1; twice TP and 2 TP + FP + FN of all pixels.

@@ -1,12 +1,14 @@
-"""Evaluation on Ray Data: prepared volumes through one model to rows.
+"""Evaluation on Ray Data: labelled volumes through one model to rows.
 
-A picture is written of each volume that has a lesion mask.
+Volumes in HU are read from their source and evaluated as screening reads them; grey values without
+a line to HU are evaluated as they were prepared, at the network's input size. A picture is written
+of each volume that has a lesion mask.
 """
 
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,24 +17,39 @@ import ray.data
 
 from covtanet import drawing, ray_data, storage
 from covtanet.data import prepared_file
+from covtanet.data.datasets import DataSource
 from covtanet.data.prepared import PreparedVolume
+from covtanet.data.source import paths_of, read_source
 from covtanet.errors import TrainingError, error_location
-from covtanet.evaluation.rows import EVALUATION_SCHEMA, evaluate_volume
+from covtanet.evaluation.deployed import evaluate_source
+from covtanet.evaluation.rows import (
+    EVALUATION_SCHEMA,
+    INPUT_GRID,
+    SOURCE_GRID,
+    EvaluatedModel,
+    Evaluation,
+    evaluate_prepared,
+    new_row,
+)
 from covtanet.inference.predictor import Predictor
 from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+# Distance of slices for a model without a slice_step_mm, as in screening.
+DEFAULT_STEP_MM = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A model to evaluate, its prepared volumes, and the location of pictures."""
+    """A model to evaluate, its volumes, and the location of pictures."""
 
     model: SavedModel
     network: str
     fold: int | None
+    source: DataSource
+    """The data set that the volumes were prepared from."""
     prepared_uri: str
     pictures_uri: str
     """Empty for no pictures."""
@@ -103,31 +120,51 @@ class _Evaluator:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.predictor = Predictor(task.model, num_threads=len(os.sched_getaffinity(0)))
+        predictor = Predictor(task.model, num_threads=len(os.sched_getaffinity(0)))
+        self.model = EvaluatedModel(
+            predictor=predictor,
+            window=predictor.window,
+            readout=task.model.readout,
+            slice_step_mm=step_of(task.model),
+            segments=task.model.capabilities.segments,
+        )
+        self.labelled = {volume.volume_path: volume for volume in task.source.volumes}
 
     def __call__(self, row: Row) -> Row:
         return guarded(prepared_file.from_json(row["volume"]), self.evaluate)
 
     def evaluate(self, volume: PreparedVolume) -> Row:
         """Return a volume's row; its picture is written."""
-        task = self.task
-        capabilities = task.model.capabilities
-        data = storage.read_bytes(prepared_file.file_uri(task.prepared_uri, volume.key))
-        samples = prepared_file.read_samples(data)
-        evaluation = evaluate_volume(
-            self.predictor,
-            volume,
-            samples,
-            task.network,
-            task.fold,
-            diagnoses=capabilities.diagnoses,
-            segments=capabilities.segments,
-        )
-        if samples.lesion is not None and capabilities.segments and task.pictures_uri:
-            errors = drawing.errors(samples.levels, evaluation.lesion_mask, samples.lesion > 0)
-            picture_uri = storage.join(task.pictures_uri, f"{volume.key}.png")
+        # Without a line to HU no lungs are found.
+        is_hu = volume.intensity == "hu"
+        evaluation = self._from_source(volume) if is_hu else self._from_prepared(volume)
+        if evaluation.truth is not None and self.task.pictures_uri:
+            assert evaluation.lesion_mask is not None
+            errors = drawing.errors(evaluation.intensity, evaluation.lesion_mask, evaluation.truth)
+            picture_uri = storage.join(self.task.pictures_uri, f"{volume.key}.png")
             storage.write_bytes(picture_uri, drawing.png(errors))
         return evaluation.row
+
+    def _from_source(self, volume: PreparedVolume) -> Evaluation:
+        # Screening finds the lungs itself, so that a lung mask of the data set is not read.
+        labelled = replace(self.labelled[volume.volume_path], lung_mask_path=None)
+        root = self.task.source.root
+        contents = {
+            path: storage.read_bytes(storage.resolve(root, path)) for path in paths_of(labelled)
+        }
+        row = new_row(volume, self.task.network, self.task.fold, SOURCE_GRID)
+        return evaluate_source(self.model, row, read_source(labelled, contents))
+
+    def _from_prepared(self, volume: PreparedVolume) -> Evaluation:
+        data = storage.read_bytes(prepared_file.file_uri(self.task.prepared_uri, volume.key))
+        row = new_row(volume, self.task.network, self.task.fold, INPUT_GRID)
+        return evaluate_prepared(self.model, row, volume, prepared_file.read_samples(data))
+
+
+def step_of(model: SavedModel) -> float:
+    """Return the smallest distance of the slices that a model reads, in mm."""
+    step_mm = model.preprocessing.slice_step_mm
+    return DEFAULT_STEP_MM if step_mm is None else step_mm
 
 
 def guarded(volume: PreparedVolume, evaluate: Callable[[PreparedVolume], Row]) -> Row:

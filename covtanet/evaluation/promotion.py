@@ -1,7 +1,13 @@
-"""Promotion: a challenger may replace the champion if no headline metric is worse by its margin."""
+"""Promotion: a challenger may replace the champion if no headline metric is worse by its margin.
+
+A metric is no worse if the 95 % interval of its difference, paired over patients, ends above minus
+the margin.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from covtanet.evaluation.paired import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +35,31 @@ class Comparison:
     challenger: float | None
     champion: float | None
     margin: float
+    interval: Interval | None = None
+    """Of the difference; null if no resample gives both models the metric. Then the values
+    themselves decide."""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the challenger's value is lower by more than the margin."""
+        if self.champion is None:
+            return False
+        return self.challenger is None or self.challenger < self.champion - self.margin
 
     @property
     def is_no_worse(self) -> bool:
-        """Whether the challenger holds this metric."""
-        if self.champion is None:
-            return True
-        return self.challenger is not None and self.challenger >= self.champion - self.margin
+        """Whether the challenger is shown to hold this metric."""
+        if self.is_worse:
+            return False
+        return self.interval is None or self.interval.low >= -self.margin
 
     def __str__(self) -> str:
-        verdict = "no worse" if self.is_no_worse else "worse"
+        verdict = "worse" if self.is_worse else "not shown to be no worse"
+        if self.is_no_worse:
+            verdict = "no worse"
         values = f"{_text(self.challenger)} against {_text(self.champion)}"
-        return f"{values}, margin {self.margin:g}: {verdict}"
+        interval = f", {self.interval}" if self.interval else ""
+        return f"{values}{interval}, margin {self.margin:g}: {verdict}"
 
 
 def _text(value: float | None) -> str:
@@ -48,9 +67,15 @@ def _text(value: float | None) -> str:
 
 
 def compare(
-    challenger: Mapping[str, float], champion: Mapping[str, float], margins: Margins
+    challenger: Mapping[str, float],
+    champion: Mapping[str, float],
+    margins: Margins,
+    intervals: Mapping[str, Interval] | None = None,
 ) -> list[Comparison]:
-    """Compare metric by metric, by the names of ``metrics.headline``."""
+    """Compare metric by metric, by the names of ``metrics.headline``.
+
+    intervals: of the paired differences (``paired.intervals``); null compares the values alone.
+    """
     names = list(dict.fromkeys([*champion, *challenger]))
     return [
         Comparison(
@@ -58,6 +83,7 @@ def compare(
             challenger=challenger.get(name),
             champion=champion.get(name),
             margin=margins.of(name),
+            interval=(intervals or {}).get(name),
         )
         for name in names
     ]

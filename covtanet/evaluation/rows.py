@@ -1,6 +1,8 @@
-"""Rows of an evaluation: a model's predictions of prepared volumes, with their truth.
+"""Rows of an evaluation: a model's predictions of labelled volumes, with their truth.
 
-One row per volume, from which every metric follows.
+One row per volume, from which every metric follows. Pixels are counted in the grid of the source
+as screening would measure them (``evaluation.deployed``), or, for grey values without a line to HU,
+at the network's input size (``evaluate_prepared``).
 """
 
 from dataclasses import dataclass
@@ -12,79 +14,122 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from covtanet.ct.masks import Mask
+from covtanet.ct.window import WindowConfig
 from covtanet.data.prepared import PreparedVolume, Samples
-from covtanet.inference.predictor import Predictor
+from covtanet.inference.predictor import VolumePredictor
 from covtanet.inference.quantization import PROBABILITY_STEPS
+from covtanet.model.description import Readout
 
-# A probability of one half.
-THRESHOLD = PROBABILITY_STEPS // 2
+Row = dict[str, Any]
 
 COUNTS = ("tp", "fp", "fn", "tn")
+# Without the lung mask.
+UNMASKED_COUNTS = tuple(f"{name}_unmasked" for name in COUNTS)
+# Grids in which pixels are counted.
+SOURCE_GRID = "source"
+INPUT_GRID = "input"
 EVALUATION_SCHEMA = pa.schema([
     pa.field("volume", pa.string(), nullable=False),
+    pa.field("patient", pa.string()),
     pa.field("source_digest", pa.string()),
     pa.field("network", pa.string(), nullable=False),
     pa.field("fold", pa.int32()),
     pa.field("grade", pa.string()),
+    # Grid of the counts: source or input.
+    pa.field("grid", pa.string()),
+    # Code by which screening would reject the volume; its true lesion then counts as missed.
+    pa.field("reason", pa.string()),
     pa.field("p_infected", pa.float32()),
     pa.field("p_severe", pa.float32()),
+    # Predicted, as screening measures it.
+    pa.field("involvement", pa.float32()),
     pa.field("slice", pa.list_(pa.int32()), nullable=False),
+    # By slice: with the lung mask of screening in the source's grid, without it at the input size.
     *(pa.field(name, pa.list_(pa.int32())) for name in COUNTS),
+    # By slice without the lung mask; null at the input size.
+    *(pa.field(name, pa.list_(pa.int32())) for name in UNMASKED_COUNTS),
 ])  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model that is ready to run, and how its input is made and its output is read."""
+
+    predictor: VolumePredictor
+    window: WindowConfig
+    readout: Readout
+    slice_step_mm: float
+    """Smallest distance of the slices that it reads."""
+    segments: bool = True
+    """The network marks lesions; else no pixels are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One volume's row, and its predicted lesion mask."""
+    """One volume's row, and its slices with predicted and true lesion for a picture.
 
-    row: dict[str, Any]
-    lesion_mask: NDArray[np.bool_]
-    """(S, H, W), at the network's input size."""
-
-
-def evaluate_volume(
-    predictor: Predictor,
-    volume: PreparedVolume,
-    samples: Samples,
-    network: str,
-    fold: int | None,
-    *,
-    diagnoses: bool,
-    segments: bool = True,
-) -> Evaluation:
-    """Predict one prepared volume and count pixels per slice at the network's input size.
-
-    diagnoses: phase 2 was trained; else both probabilities are null. segments: the network marks
-    lesions; else no pixels are counted.
+    Arrays are (S, H, W) of the row's slices; the masks are null without a lesion mask.
     """
-    prediction = predictor.predict(samples.levels)
-    # (S, H, W) bool
-    lesion_mask = prediction.lesion_levels >= THRESHOLD
-    row: dict[str, Any] = {
+
+    row: Row
+    intensity: NDArray[np.uint16]
+    lesion_mask: Mask | None = None
+    truth: Mask | None = None
+
+
+def new_row(volume: PreparedVolume, network: str, fold: int | None, grid: str) -> Row:
+    """Return a volume's row without any prediction."""
+    return {
+        **dict.fromkeys(EVALUATION_SCHEMA.names),
         "volume": volume.key,
+        "patient": volume.patient,
         "source_digest": volume.source_digest,
         "network": network,
         "fold": fold,
         "grade": volume.grade,
-        "p_infected": prediction.p_infected if diagnoses else None,
-        "p_severe": prediction.p_severe if diagnoses else None,
-        "slice": list(volume.slices),
-        **dict.fromkeys(COUNTS),
+        "grid": grid,
+        "slice": [],
     }
-    if samples.lesion is not None and segments:
-        row |= _count_pixels(lesion_mask, samples.lesion > 0)
-    return Evaluation(row=row, lesion_mask=lesion_mask)
 
 
-def _count_pixels(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> dict[str, list[int]]:
-    """Return TP, FP, FN and TN of each slice. Both masks: (S, H, W)."""
+def evaluate_prepared(
+    model: EvaluatedModel, row: Row, volume: PreparedVolume, samples: Samples
+) -> Evaluation:
+    """Predict one prepared volume and count pixels per slice at the network's input size.
+
+    For values of which no lungs are found. row: that of ``new_row``.
+    """
+    prediction = model.predictor.predict(samples.levels)
+    row = {
+        **row,
+        "p_infected": prediction.p_infected,
+        "p_severe": prediction.p_severe,
+        "slice": list(volume.slices),
+    }
+    if samples.lesion is None or not model.segments:
+        return Evaluation(row=row, intensity=samples.levels)
+    threshold = np.float32(model.readout.lesion_threshold * PROBABILITY_STEPS)
+    # (S, H, W) bool
+    lesion_mask = prediction.lesion_levels >= threshold
+    truth = samples.lesion > 0
+    return Evaluation(
+        row=row | count_pixels(lesion_mask, truth, COUNTS),
+        intensity=samples.levels,
+        lesion_mask=lesion_mask,
+        truth=truth,
+    )
+
+
+def count_pixels(predicted: Mask, truth: Mask, names: tuple[str, ...]) -> dict[str, list[int]]:
+    """Return TP, FP, FN and TN of each slice under these names. Both masks: (S, H, W)."""
     pairs = (predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth)
     # (S, H, W) -> (S,)
     sums = [pair.sum(axis=(1, 2)).tolist() for pair in pairs]
-    return dict(zip(COUNTS, sums, strict=True))
+    return dict(zip(names, sums, strict=True))
 
 
-def to_parquet(rows: list[dict[str, Any]]) -> bytes:
+def to_parquet(rows: list[Row]) -> bytes:
     """Return rows as one file, in the order of their volumes."""
     buffer = BytesIO()
     # Sorted, so that equal evaluations give equal files.
@@ -93,7 +138,7 @@ def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def from_parquet(data: bytes) -> list[dict[str, Any]]:
-    """Return the rows that ``to_parquet`` wrote."""
-    rows: list[dict[str, Any]] = pq.read_table(BytesIO(data)).to_pylist()
-    return rows
+def from_parquet(data: bytes) -> list[Row]:
+    """Return the rows that ``to_parquet`` wrote; columns that an older version lacks are null."""
+    rows: list[Row] = pq.read_table(BytesIO(data)).to_pylist()
+    return [dict.fromkeys(EVALUATION_SCHEMA.names) | row for row in rows]

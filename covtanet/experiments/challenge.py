@@ -1,4 +1,7 @@
-"""Comparison of challenger and champion on the volumes that neither model was trained on."""
+"""Comparison of challenger and champion on the volumes that neither model was trained on.
+
+Volumes are compared in pairs, with intervals over patients (``evaluation.paired``).
+"""
 
 import logging
 from collections import Counter
@@ -8,6 +11,7 @@ from typing import Any
 
 from covtanet.errors import ConfigError
 from covtanet.evaluation import metrics
+from covtanet.evaluation.paired import intervals
 from covtanet.evaluation.pipeline import Evaluated
 from covtanet.evaluation.promotion import Comparison, Margins, compare
 from covtanet.experiments.model_evaluation import (
@@ -21,8 +25,7 @@ from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
 
-# Without these metrics of the champion a comparison says too little.
-REQUIRED = ("dice", *(f"{pair}_auc" for pair in metrics.PAIRS))
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +64,46 @@ def compare_models(
     failures: Counter[str] = Counter()
     for contender in contenders:
         failures += count_outcomes(contender.data.refused, evaluations[contender.version])
-    headlines = _shared_headlines(contenders, evaluations)
-    missing = [name for name in REQUIRED if name not in headlines[champion.version]]
+    rows = _shared_rows(contenders, evaluations)
+    headlines = {version: metrics.headline(shared) for version, shared in rows.items()}
+    missing = [name for name in _required(champion) if name not in headlines[champion.version]]
     if missing:
         raise ConfigError(
             f"the evaluation set gives the champion no {', '.join(missing)}; "
             "use a set with every grade"
         )
-    compared = compare(headlines[challenger.version], headlines[champion.version], margins)
+    compared = compare(
+        headlines[challenger.version],
+        headlines[champion.version],
+        margins,
+        intervals(rows[challenger.version], rows[champion.version]),
+    )
     return compared, Counter({kind: failures[kind] for kind in FAILURES if failures[kind]})
+
+
+def _required(champion: Contender) -> list[str]:
+    """Return the metrics of the champion without which a comparison says too little.
+
+    Those that its model can give: a model whose diagnosis follows from the involvement has no
+    probability of a severe infection.
+    """
+    names = ["dice"]
+    for pair, (_, _, column) in metrics.PAIRS.items():
+        by_burden = column == "p_infected" and champion.model.readout.burden is not None
+        if champion.model.capabilities.diagnoses or by_burden:
+            names.append(f"{pair}_auc")
+    return names
 
 
 def _evaluate(contender: Contender, fair: set[str], prepared_uri: str) -> Evaluated:
     chosen = [volume for volume in contender.data.volumes if str(volume.source_digest) in fair]
-    return predict(contender.model, chosen, prepared_uri, "")
+    return predict(contender.model, chosen, contender.data.source, prepared_uri, "")
 
 
-def _shared_headlines(
+def _shared_rows(
     contenders: tuple[Contender, Contender], evaluations: Mapping[str, Evaluated]
-) -> dict[str, dict[str, float]]:
-    """Return headline metrics over the volumes that both models could evaluate.
+) -> dict[str, list[Row]]:
+    """Return the rows of the volumes that both models could evaluate, by version.
 
     The models read a volume on grids of their own, so volumes are matched by source digest.
     """
@@ -91,13 +114,9 @@ def _shared_headlines(
             if volume.key in failures:
                 failed.add(str(volume.source_digest))
     return {
-        version: metrics.headline(_without(evaluated.rows, failed))
+        version: [row for row in evaluated.rows if row["source_digest"] not in failed]
         for version, evaluated in evaluations.items()
     }
-
-
-def _without(rows: list[dict[str, Any]], failed: set[str]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["source_digest"] not in failed]
 
 
 def _unseen(contender: Contender) -> set[str]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from covtanet import storage, tracking
-from covtanet.data.datasets import read_volumes, root_of
+from covtanet.data.datasets import DataSource
 from covtanet.data.folds import Split, assign_folds, split
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import ConfigError
@@ -47,6 +47,7 @@ class Experiment:
     key: str
     run: tracking.RunAddress
     """Its parent run."""
+    source: DataSource
     volumes: dict[str, PreparedVolume]
     folds: dict[str, int]
     data_digest: str
@@ -82,17 +83,19 @@ class Experiment:
         )
 
 
-def prepare_data(config: TrainingConfig, data_uri: str, storage_uri: str) -> list[PreparedVolume]:
+def prepare_data(
+    config: TrainingConfig, source: DataSource, storage_uri: str
+) -> list[PreparedVolume]:
     """Return all volumes of the data set, prepared or refused; those done before are kept."""
-    labelled = read_volumes(config.dataset, data_uri)
     prepared_uri = storage.join(storage_uri, PREPARED)
     return prepare_volumes(
-        labelled, root_of(data_uri), prepared_uri, config.window, config.slice_step_mm
+        source.volumes, source.root, prepared_uri, config.window, config.slice_step_mm
     )
 
 
 def open_experiment(
     config: TrainingConfig,
+    source: DataSource,
     volumes: Sequence[PreparedVolume],
     data_uri: str,
     storage_uri: str,
@@ -101,7 +104,8 @@ def open_experiment(
     """Write the data's report, split the volumes, and describe the experiment in storage.
 
     Raises:
-        ConfigError: a volume is refused and the configuration does not exclude it.
+        ConfigError: a volume is refused and the configuration does not exclude it, or volumes in
+            HU and grey values without a line to HU meet.
     """
     keys = [volume.key for volume in volumes]
     key = config.key(keys)
@@ -109,6 +113,7 @@ def open_experiment(
     # Before a refusal: the report has the reasons.
     storage.write_bytes(storage.join(uri, REPORT), data_report.as_parquet(volumes))
     accepted = _accepted(config, volumes, uri)
+    _check_scale(list(accepted.values()), uri)
     folds = _assign_folds(config, accepted)
     write_json(storage.join(uri, FOLDS), folds)
     data_digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
@@ -123,6 +128,7 @@ def open_experiment(
         prepared_uri=storage.join(storage_uri, PREPARED),
         key=key,
         run=replace(run, name=f"{run.experiment} {key}", key=key),
+        source=source,
         volumes=accepted,
         folds=folds,
         data_digest=data_digest,
@@ -141,6 +147,17 @@ def _accepted(
             "them, or go on without them by exclude_rejected = true"
         )
     return {volume.key: volume for volume in volumes if not volume.reason}
+
+
+def _check_scale(volumes: Sequence[PreparedVolume], uri: str) -> None:
+    """Refuse two intensity scales in one training: the same tissue would have two intensities."""
+    greys = [volume.key for volume in volumes if volume.intensity == "grey8"]
+    if greys and len(greys) < len(volumes):
+        raise ConfigError(
+            f"{len(greys)} volumes are grey values without a line to HU, the first {greys[0]}, and "
+            f"{len(volumes) - len(greys)} are HU, expected one scale, see {REPORT} in {uri}; if "
+            "the line is known, give it as intensity grey8:LOW:HIGH, else train on one kind alone"
+        )
 
 
 def _assign_folds(config: TrainingConfig, volumes: dict[str, PreparedVolume]) -> dict[str, int]:

@@ -6,14 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from covtanet import storage, tracking
+from covtanet.errors import ConfigError
 from covtanet.evaluation import rows
 from covtanet.evaluation.pipeline import Task, evaluate
 from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.outcomes import Outcome, keep_outcome, read_outcome
 from covtanet.experiments.results import evaluation_uri, model_uri
+from covtanet.inference.predictor import window_of
 from covtanet.model.covtanet import CovTANet
 from covtanet.model.description import Capabilities, Preprocessing, Readout
-from covtanet.model.saved_model import SavedModel, save_model
+from covtanet.model.registry import CLASSIFIERS
+from covtanet.model.saved_model import SavedModel, load_model, save_model
+from covtanet.training.config import TrainingConfig
 from covtanet.training.trainer import train_phase1, train_phase2
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,8 @@ def train_fold(experiment: Experiment, fold: int, encoder_weights: Path | None =
     segnet = None
     if 1 in config.phases:
         segnet = _phase1(experiment, fold, encoder_weights)
+    elif config.phase1_model and config.network not in CLASSIFIERS:
+        segnet = saved_segmenter(config)
     classifier = None
     if 2 in config.phases:
         classifier = _phase2(experiment, fold, segnet)
@@ -50,6 +56,29 @@ def _phase1(experiment: Experiment, fold: int, encoder_weights: Path | None) -> 
         encoder_weights,
     )
     return keep_outcome(experiment, fold, 1, progress)
+
+
+def saved_segmenter(config: TrainingConfig) -> Outcome:
+    """Return the segmenter of the saved model that the configuration names, as a phase 1.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        ConfigError: it is another network than the configuration's, or reads another input.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = tracking.resolve_model(config.phase1_model, Path(folder))
+        model = load_model(resolved.folder, resolved.digest)
+    expected = config.architecture.segnet
+    if model.network.config.segnet != expected:
+        raise ConfigError(
+            f"phase1_model has the segmenter {model.network.config.segnet}, expected {expected}"
+        )
+    window = window_of(model)
+    if window != config.window:
+        raise ConfigError(f"phase1_model reads {window}, expected {config.window}")
+    return Outcome(
+        weights=dict(model.network.segnet.state_dict()), history=[], digest=resolved.digest
+    )
 
 
 def _phase2(experiment: Experiment, fold: int, segnet: Outcome | None) -> Outcome:
@@ -119,6 +148,7 @@ def _evaluate_fold(experiment: Experiment, fold: int, model: SavedModel) -> None
         model=model,
         network=experiment.config.network,
         fold=fold,
+        source=experiment.source,
         prepared_uri=experiment.prepared_uri,
         pictures_uri=storage.join(experiment.fold_uri(fold), "pictures"),
     )

@@ -18,6 +18,7 @@ from covtanet.data import prepared_file
 from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume, prepare, refused, volume_key
 from covtanet.data.prepared_file import description_uri, file_uri
+from covtanet.data.source import paths_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def volume_keys(
     volumes: Sequence[LabelledVolume], data_uri: str, window: WindowConfig, slice_step_mm: float
 ) -> list[str]:
     """Return the keys of the prepared volumes, from the listing alone."""
-    folders = {_folder(path, data_uri) for volume in volumes for path in _paths(volume)}
+    folders = {_folder(path, data_uri) for volume in volumes for path in paths_of(volume)}
     versions: dict[str, str] = {}
     for folder in folders:
         versions |= _versions(folder)
@@ -109,7 +110,7 @@ def _versions(folder: str) -> dict[str, str]:
 
 
 def _versions_of(volume: LabelledVolume, data_uri: str, versions: Mapping[str, str]) -> list[str]:
-    uris = [storage.resolve(data_uri, path) for path in _paths(volume)]
+    uris = [storage.resolve(data_uri, path) for path in paths_of(volume)]
     return [versions.get(uri, "missing") for uri in uris]
 
 
@@ -117,11 +118,6 @@ def _folder(path: str, data_uri: str) -> str:
     """Return the folder to list for a path: the data set, or the folder of an absolute path."""
     resolved = storage.resolve(data_uri, path)
     return resolved.rpartition("/")[0] if resolved == path else data_uri
-
-
-def _paths(volume: LabelledVolume) -> list[str]:
-    paths = (volume.volume_path, volume.lesion_mask_path, volume.lung_mask_path)
-    return [path for path in paths if path]
 
 
 def prepare_row(
@@ -168,7 +164,7 @@ def _prepare_and_write(
     slice_step_mm: float,
 ) -> PreparedVolume:
     contents = {
-        path: storage.read_bytes(storage.resolve(data_uri, path)) for path in _paths(volume)
+        path: storage.read_bytes(storage.resolve(data_uri, path)) for path in paths_of(volume)
     }
     description, samples = prepare(volume, key, contents, window, slice_step_mm)
     storage.write_bytes(file_uri(prepared_uri, key), prepared_file.to_parquet(description, samples))

@@ -12,6 +12,7 @@ from typing import Any
 
 from covtanet import storage, tracking
 from covtanet.evaluation import metrics
+from covtanet.evaluation.segmentation import segmentation
 from covtanet.experiments.experiment import FOLDS, Experiment
 from covtanet.experiments.outcomes import describe_outcome
 from covtanet.experiments.results import evaluation_rows, evaluation_uri, model_uri, read_rows
@@ -57,7 +58,7 @@ def _publish_phase(
         rows = read_rows(experiment, fold)
         if phase == 1:
             files |= _best_and_worst(experiment, fold, rows)
-            overlap = metrics.segmentation(rows).get("per_volume", {})
+            overlap = segmentation(rows).get("per_volume", {})
             final_metrics = _flat("test", overlap)
         else:
             files |= _pictures(rows, address.name)
@@ -102,7 +103,7 @@ def _pictures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
 
 def _best_and_worst(experiment: Experiment, fold: int, rows: Sequence[Row]) -> dict[str, bytes]:
     """Return pictures of the volumes with the highest and the lowest Dice."""
-    dice = metrics.segmentation(rows).get("volume_dice", {})
+    dice = segmentation(rows).get("volume_dice", {})
     ranked = sorted((value, key) for key, value in dice.items() if value is not None)
     if not ranked:
         return {}

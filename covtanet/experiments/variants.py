@@ -54,7 +54,9 @@ def network_variants(
         names = _all_networks(has_masks, has_grades)
     if networks == [ALL] and not names:
         raise ConfigError("nothing to train: the data set has neither masks nor grades")
-    return [change(config, network=name, phases=_phases(name, has_grades)) for name in names]
+    return [
+        change(config, network=name, phases=_phases(name, has_grades, config)) for name in names
+    ]
 
 
 def _all_networks(has_masks: bool, has_grades: bool) -> list[str]:
@@ -66,8 +68,10 @@ def _all_networks(has_masks: bool, has_grades: bool) -> list[str]:
     return names
 
 
-def _phases(name: str, has_grades: bool) -> tuple[int, ...]:
+def _phases(name: str, has_grades: bool, config: TrainingConfig) -> tuple[int, ...]:
     if name in CLASSIFIERS:
+        return (2,)
+    if config.phase1_model and name in IN_BOTH_PHASES:
         return (2,)
     if name in IN_BOTH_PHASES and has_grades:
         return (1, 2)

@@ -107,9 +107,9 @@ def _draw_roc(
     from sklearn.metrics import roc_curve
 
     negative, positive = name.split(" / ")
-    diagnosed = [row for row in rows if row["p_infected"] is not None]
-    pair_rows = [row for row in diagnosed if row["grade"] in (negative, positive)]
     column = "p_severe" if negative == "mild" else "p_infected"
+    diagnosed = [row for row in rows if row["p_infected"] is not None and row[column] is not None]
+    pair_rows = [row for row in diagnosed if row["grade"] in (negative, positive)]
     is_positive = [row["grade"] == positive for row in pair_rows]
     fpr, tpr, _ = roc_curve(is_positive, [row[column] for row in pair_rows])
     interval = f"{metrics['auc_low']:.3f}-{metrics['auc_high']:.3f}"

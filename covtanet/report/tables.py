@@ -98,14 +98,31 @@ def paper_tables(summary: Summary, measured_on: str, *, is_second_data_set: bool
     """
     names = ours_by_name(summary)
     note = (
-        f"Ours: {measured_on}; mean over test volumes of the prepared slices, "
-        "± standard deviation over folds."
+        f"Ours: {measured_on}; mean over test volumes, ± standard deviation over folds"
+        f"{_pixels(summary)}."
     )
     if is_second_data_set:
         return [_overlap("Table III", TABLE_III_COLUMNS, TABLE_III, names, note)]
     title = "Table II, lesion segmentation"
     table_ii = _overlap(title, TABLE_II_COLUMNS, TABLE_II, names, note)
     return [_table_i(summary, note), table_ii, _table_iv(names, note)]
+
+
+def _pixels(summary: Summary) -> str:
+    """Return in which pixels lesions were counted; empty if no network marks lesions."""
+    parts = [network["segmentation"] for network in summary.values()]
+    num_volumes = sum(part["num_volumes"] for part in parts)
+    num_in_source = sum(part.get("num_in_source_grid", 0) for part in parts)
+    if not num_volumes:
+        return ""
+    if num_in_source == num_volumes:
+        return "; pixels of the source within the lungs, as screening measures"
+    if not num_in_source:
+        return "; pixels of the network's input, without a lung mask"
+    return (
+        "; pixels of the source within the lungs, as screening measures, but for grey values "
+        "without a line to HU, of the network's input without a lung mask"
+    )
 
 
 def ours_by_name(summary: Summary) -> dict[str, Any]:

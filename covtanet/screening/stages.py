@@ -16,14 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from covtanet import storage
 from covtanet.archive.fetch import fetch_series
 from covtanet.archive.manifest import Series, series_from_row
 from covtanet.ct import lung
 from covtanet.ct.limits import MAX_SLICES
-from covtanet.ct.window import WindowConfig, box_of, from_input, pixel_aspect
+from covtanet.ct.window import WindowConfig
 from covtanet.decoding import prepare
 from covtanet.decoding.prepare import Prepared
 from covtanet.decoding.stored_masks import StoredMasks
@@ -39,9 +38,8 @@ from covtanet.errors import (
     WeakSandboxError,
     error_location,
 )
-from covtanet.inference.quantization import PROBABILITY_STEPS
+from covtanet.inference.lesion_mask import lesion_in_source
 from covtanet.ledger.record import Refusal, ScreeningRecord
-from covtanet.model.description import Readout
 from covtanet.screening.conclusion import conclude
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
@@ -292,38 +290,12 @@ def _measure(
     """Return masks, involvement and the number of segmented slices that show a lesion."""
     masks = StoredMasks.unpack(series.prepared.masks)
     lesion_mask, lesion_slices = lesion_in_source(
-        series.lesion_levels, series.prepared.chosen, masks, window, config.lesion_threshold
+        series.lesion_levels,
+        series.prepared.chosen,
+        masks.lungs,
+        masks.spacing_mm,
+        window,
+        config.lesion_threshold,
     )
     involvement = lung.measure_involvement(masks.lungs, lesion_mask, masks.voxel_ml)
     return masks, involvement, lesion_slices
-
-
-def lesion_in_source(
-    lesion_levels: NDArray[np.uint8],
-    chosen: NDArray[np.int64],
-    masks: StoredMasks,
-    window: WindowConfig,
-    lesion_threshold: float | None,
-) -> tuple[NDArray[np.bool_], int]:
-    """Return the lesion mask in the volume's grid, and how many segmented slices show a lesion.
-
-    A slice in between takes the mask of the nearest segmented slice, so that volumes count it. The
-    mask is not cut to the lungs yet. lesion_threshold: null for one half.
-    """
-    shape = masks.lungs.lung_mask.shape
-    aspect = pixel_aspect(masks.spacing_mm)
-    if lesion_threshold is None:
-        lesion_threshold = Readout().lesion_threshold
-    threshold = np.float32(lesion_threshold * PROBABILITY_STEPS)
-    box = box_of(masks.lungs.lung_mask, window, aspect)
-    by_slice = np.empty((len(chosen), *shape[1:]), bool)
-    for index, levels in enumerate(lesion_levels):
-        probability = from_input(levels.astype(np.float32), shape[1:], aspect, box)
-        by_slice[index] = probability >= threshold
-    inside = masks.lungs.lung_mask[chosen] | masks.lungs.cavity_mask[chosen]
-    lesion_slices = int((by_slice & inside).any(axis=(1, 2)).sum())
-    lesion_mask = np.zeros(shape, bool)
-    lung_slices = np.flatnonzero(masks.lungs.lung_mask.any(axis=(1, 2)))
-    nearest = np.abs(lung_slices[:, None] - chosen[None, :]).argmin(axis=1)
-    lesion_mask[lung_slices] = by_slice[nearest]
-    return lesion_mask, lesion_slices

@@ -17,6 +17,7 @@ from covtanet.tracking.registry import (
     digest_of,
     promote,
     register_model,
+    tag_version,
     version_of,
 )
 from covtanet.tracking.runs import (
@@ -45,6 +46,7 @@ __all__ = [
     "resolve_model",
     "software_version",
     "system_metrics",
+    "tag_version",
     "tolerated",
     "tracking_uri",
     "version_of",

@@ -77,8 +77,8 @@ def artifacts_of(run_id: str) -> str:
         return str(MlflowClient().get_run(run_id).info.artifact_uri)
 
 
-def promote(model_version: str, tags: Mapping[str, str]) -> None:
-    """Write tags on a registered version and point the alias champion at it.
+def tag_version(model_version: str, tags: Mapping[str, str]) -> None:
+    """Write tags on a registered version.
 
     Raises:
         OSError: the registry does not answer.
@@ -87,8 +87,18 @@ def promote(model_version: str, tags: Mapping[str, str]) -> None:
         client = MlflowClient()
         for name, value in tags.items():
             client.set_model_version_tag(MODEL_NAME, model_version, name, value)
-        # The alias moves last: a champion without its tags would hide why it was promoted.
-        client.set_registered_model_alias(MODEL_NAME, "champion", model_version)
+
+
+def promote(model_version: str, tags: Mapping[str, str]) -> None:
+    """Write tags on a registered version and point the alias champion at it.
+
+    Raises:
+        OSError: the registry does not answer.
+    """
+    # The alias moves last: a champion without its tags would hide why it was promoted.
+    tag_version(model_version, tags)
+    with as_os_error():
+        MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", model_version)
 
 
 def register_model(

@@ -35,6 +35,7 @@ COUNTS = (
     "num_workers",
     "stem_channels",
     "fusion_channels",
+    "num_slices",
     "slices_per_volume",
     "cache_bytes",
     "max_failures",
@@ -48,7 +49,8 @@ class TrainingConfig:
     """An experiment: data, network, folds, and the optimization of both phases."""
 
     dataset: str = "manifest"
-    """Layout of the data set: ``mosmed``, ``covid20``, ``stacks`` or ``manifest``."""
+    """Layout of the data set: ``mosmed``, ``mosmed-mid``, ``covid20``, ``stacks`` or
+    ``manifest``."""
     size: str = "paper"
     """Widths of the network: ``paper`` or ``small``."""
     size_px: int = 0
@@ -61,6 +63,11 @@ class TrainingConfig:
     """Channels of a level of the slice's full size in V8; 0 leaves it out, as in the paper."""
     fusion_channels: int = 0
     """Channels of each level in TA-SegNet's fusion; 0 for the size's own."""
+    num_slices: int = 0
+    """Slices of a volume that the diagnosis reads; 0 for the size's own. 1 for data sets of one
+    slice per study."""
+    phase1_model: str = ""
+    """Folder of a saved model whose segmenter phase 2 is trained on, if ``phases`` is 2 alone."""
     low_hu: float = -1000.0
     """HU that become intensity 0."""
     high_hu: float = 400.0
@@ -145,6 +152,9 @@ class TrainingConfig:
             possible = ((2,),)
         elif self.network in SEGMENTERS:
             possible = ((1,),)
+        elif self.phase1_model:
+            # The saved segmenter is never trained further.
+            possible = ((2,),)
         if self.phases not in possible:
             expected = " or ".join(str(list(phases)) for phases in possible)
             raise ValueError(
@@ -152,8 +162,8 @@ class TrainingConfig:
             )
         if self.network in CLASSIFIERS and self.phase2.batch_size < 2:
             raise ValueError(
-                f"phase2.batch_size is 1, expected at least 2: {self.network} leaves one value per "
-                "volume"
+                f"phase2.batch_size is 1, expected at least 2: {self.network} has batch norm on "
+                "maps of few pixels"
             )
         for name in ("phase1", "phase2"):
             micro_batches = getattr(self, name).micro_batches
@@ -221,10 +231,9 @@ class TrainingConfig:
     @property
     def architecture(self) -> CovTANetConfig:
         """The network that is trained."""
-        size = SIZES[self.size]
         return architecture(
             self.network,
-            size,
+            self._sizes,
             self._input_px,
             self.encoder,
             self.stem_channels,
@@ -242,6 +251,12 @@ class TrainingConfig:
             crops_to_lungs=self.crops_to_lungs,
             num_neighbours=self.num_neighbours,
         )
+
+    @property
+    def _sizes(self) -> CovTANetConfig:
+        """The size's widths, with the number of slices that the configuration names."""
+        size = SIZES[self.size]
+        return replace(size, num_slices=self.num_slices or size.num_slices)
 
     @property
     def _input_px(self) -> int:

@@ -20,6 +20,7 @@ from training_runs import EPOCHS, TrainingRun
 from covtanet import storage, tracking
 from covtanet.ct import nifti
 from covtanet.errors import CheckpointError
+from covtanet.evaluation import rows
 from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.saved_model import load_model, save_model
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
@@ -289,6 +290,9 @@ def test_promotion_takes_only_a_better_challenger(
     tracking.promote(everything, {})
     output = cluster.run_job("promote.py", "--version", nothing, *data, expect=4)
     assert f"version {nothing} is worse in dice; champion stays {everything}" in output
+    tags = MlflowClient().get_model_version("covtanet", nothing).tags
+    assert tags["covtanet.compared_dice"].endswith("margin 0.01: worse")
+    assert "2 patients, fewer than 20: the interval is wide" in tags["covtanet.compared_dice"]
     assert tracking.version_of("champion") == everything
     tracking.promote(nothing, {})
     output = cluster.run_job("promote.py", "--version", everything, *data)
@@ -296,11 +300,10 @@ def test_promotion_takes_only_a_better_challenger(
     assert tracking.version_of("champion") == everything
 
 
-def test_evaluate_reads_images_and_masks_of_stacks(
-    registered: list[str], cluster: Cluster, tmp_path: Path
-) -> None:
-    """--images and --masks: a grey stack with lung and lesion labels, and one with a lesion mask
-    alone.
+@pytest.fixture
+def grey_stacks(tmp_path: Path) -> tuple[str, str]:
+    """Folders of images and masks: a grey stack with lung and lesion labels, and one with a lesion
+    mask alone. Grey 0 is -1000 HU, 255 is 400 HU.
     """
     (config,) = configs(1, 64, size_px=64, num_slices=14)
     phantom = make_phantom(replace(config, involvement=0.2))
@@ -314,15 +317,50 @@ def test_evaluate_reads_images_and_masks_of_stacks(
         (masks / f"{name}{'_lung-infection' if name == 'a' else '_mask'}.nii.gz").write_bytes(
             nifti.write(mask, grid)
         )
+    return str(images), str(masks)
+
+
+def test_evaluate_reads_images_and_masks_of_stacks(
+    registered: list[str], grey_stacks: tuple[str, str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Grey values without a line to HU are counted at the network's input size."""
+    images, masks = grey_stacks
     output = cluster.run_job(
         "evaluate.py", "--model", "models:/covtanet/1", "--out", str(tmp_path / "out"),
-        "--images", str(images), "--masks", str(masks),
+        "--images", images, "--masks", masks,
     )  # fmt: skip
     assert re.search(r"intensity grey8 +2", output)
     assert "### Table III" in output
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["num_volumes_trained_on"] == 0
-    assert metrics["networks"]["V7"]["segmentation"]["num_volumes"] == 2
+    segmentation = metrics["networks"]["V7"]["segmentation"]
+    assert segmentation["num_volumes"] == 2
+    assert segmentation["num_in_source_grid"] == 0
+    assert "counted at the network's input size without a lung mask" in output
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 2
+    (first, _) = rows.from_parquet((tmp_path / "out" / "rows.parquet").read_bytes())
+    # The network's input is 128 x 128.
+    assert sum(first[name][0] for name in rows.COUNTS) == 128 * 128
+
+
+def test_evaluate_of_grey_values_with_a_line_counts_in_the_source(
+    registered: list[str], grey_stacks: tuple[str, str], cluster: Cluster, tmp_path: Path
+) -> None:
+    images, masks = grey_stacks
+    output = cluster.run_job(
+        "evaluate.py", "--model", "models:/covtanet/1", "--out", str(tmp_path / "out"),
+        "--images", images, "--masks", masks, "--intensity", "grey8:-1000:400",
+    )  # fmt: skip
+    assert re.search(r"intensity hu +2", output)
+    assert "pixels of the source within the lungs, as screening measures" in output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    segmentation = metrics["networks"]["V7"]["segmentation"]
+    assert segmentation["num_in_source_grid"] == segmentation["num_volumes"] == 2
+    assert "without_lung_mask" in segmentation
+    # Both stacks are one phantom: the data set's lung mask plays no part.
+    first, second = rows.from_parquet((tmp_path / "out" / "rows.parquet").read_bytes())
+    assert first["tp"] == second["tp"]
+    assert sum(first[name][0] for name in rows.COUNTS) == 64 * 64
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 2
 
 

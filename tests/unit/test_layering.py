@@ -40,9 +40,9 @@ ALLOWED = {
     "tracking": {"model.saved_model", "storage"},
     "training": {"ct", "data", "model", "ray_data", "storage", "tracking"},
     "evaluation": {
-        "ct.lung_box",
-        "ct.window",
+        "ct",
         "data",
+        "decoding.prepare",
         "drawing",
         "inference",
         "model",

@@ -23,6 +23,7 @@ from covtanet.ct.window import WindowConfig
 from covtanet.data import prepared, prepared_file
 from covtanet.data.labels import LabelledVolume
 from covtanet.data.prepared import PreparedVolume
+from covtanet.errors import ConfigError
 from covtanet.evaluation.pipeline import Evaluated, guarded
 from covtanet.evaluation.promotion import Comparison
 from covtanet.evaluation.rows import EVALUATION_SCHEMA
@@ -172,6 +173,23 @@ def test_evaluation_counts_outcomes_and_ends_with_4_if_volumes_are_lacking(
     assert evaluate.conclude(count_outcomes(refused, Evaluated(rows=[{}], failures={}))) == 0
 
 
+@pytest.mark.parametrize(
+    ("intensity", "message"),
+    [
+        ("grey", "intensity grey, expected hu, grey8, auto or grey8:LOW:HIGH"),
+        ("grey8:250:-1250", "intensity grey8:250:-1250, expected LOW below HIGH"),
+    ],
+)
+def test_evaluation_of_images_with_an_unknown_intensity_is_refused(
+    intensity: str, message: str, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    options = ("--images", folder, "--masks", folder, "--intensity", intensity)
+    arguments = evaluate.parse(["--model", "m", "--out", folder, *options])
+    with pytest.raises(ConfigError, match=message):
+        evaluate.open_source(arguments)
+
+
 def test_volume_that_storage_does_not_give_is_refused_in_an_evaluation_alone(
     tmp_path: Path,
 ) -> None:
@@ -203,7 +221,11 @@ def test_promotion_with_missing_volumes_ends_with_4(
     promoted: list[str] = []
     monkeypatch.setattr(tracking, "version_of", {"challenger": "2", "champion": "1"}.__getitem__)
     monkeypatch.setattr(tracking, "promote", lambda version, tags: promoted.append(version))
+    tagged: list[dict[str, str]] = []
+    monkeypatch.setattr(tracking, "tag_version", lambda version, tags: tagged.append(tags))
     monkeypatch.setattr(promote, "_load", lambda version: version)
     monkeypatch.setattr(promote, "evaluate_both", lambda arguments, models: (compared, failures))
     assert promote.run(argparse.Namespace(version=None, force="")) == code
     assert promoted == (["2"] if code == 0 else [])
+    if code:
+        assert tagged[0]["covtanet.compared_dice"] == str(compared[0])

@@ -8,6 +8,7 @@ from repository import load_job
 
 from covtanet import tracking
 from covtanet.commands import train
+from covtanet.data.datasets import DataSource
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
 from covtanet.experiments import parallel
 from covtanet.experiments.experiment import Experiment
@@ -67,6 +68,7 @@ def test_fault_of_one_fold_is_logged_with_its_traceback(
         prepared_uri="",
         key="",
         run=tracking.RunAddress(uri="", experiment="", name="", key=""),
+        source=DataSource(name="manifest", volumes=(), root=""),
         volumes={},
         folds={},
         data_digest="",

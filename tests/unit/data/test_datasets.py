@@ -40,7 +40,7 @@ def test_mosmed_grades_follow_the_folders_and_masks_the_names(tmp_path: Path) ->
     }
 
 
-def test_covid20_marks_grey_volumes_and_joins_a_patients_two(tmp_path: Path) -> None:
+def test_covid20_knows_the_line_of_grey_volumes_and_joins_a_patients_two(tmp_path: Path) -> None:
     names = (
         "coronacases_001",
         "radiopaedia_10_85902_1",
@@ -56,7 +56,7 @@ def test_covid20_marks_grey_volumes_and_joins_a_patients_two(tmp_path: Path) -> 
             ),
         )
     found = read_volumes("covid20", str(tmp_path))
-    assert [volume.intensity for volume in found] == ["hu", "grey8", "grey8", "grey8"]
+    assert [volume.intensity for volume in found] == ["hu", *["grey8:-1250:250"] * 3]
     assert len({volume.patient for volume in found}) == 3
     assert found[0].lesion_mask_path == "Infection_Mask/coronacases_001.nii.gz"
 
@@ -229,6 +229,11 @@ def test_index_in_csv_equals_index_in_parquet(name: str, tmp_path: Path) -> None
             "label normal/mild, expected",
         ),
         ("volume_path,patient,intensity\na.nii,1,8bit\n", "intensity 8bit, expected"),
+        ("volume_path,patient,intensity\na.nii,1,grey8:0\n", "intensity grey8:0, expected"),
+        (
+            "volume_path,patient,intensity\na.nii,1,grey8:250:-1250\n",
+            "intensity grey8:250:-1250, expected LOW below HIGH",
+        ),
         ("volume_path,patient\na.nii,\n", "row 1 of the index has no patient"),
         ("volume_path,patient\na.nii,1\na.nii,1\n", "1 volumes are in the data set twice"),
     ],

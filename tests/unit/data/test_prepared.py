@@ -129,6 +129,30 @@ def test_hu_declared_grey_are_refused(mild: Phantom) -> None:
     )
 
 
+def test_grey_values_with_a_line_are_read_as_hu(mild: Phantom) -> None:
+    """Lungs are found in them, and the window is applied as to the HU they stand for."""
+    grey = np.clip(np.rint((mild.hu + 1250.0) * 255 / 1500), 0, 255).astype(np.int16)
+    volume = replace(PHANTOM, lung_mask_path=None, intensity="grey8:-1250:250")
+    contents = contents_of(replace(mild, hu=grey), volume)
+    window = WindowConfig(low_hu=-1250, high_hu=250, size_px=64)
+    description, samples = prepared.prepare(volume, "k", contents, window, 0)
+    in_hu = replace(PHANTOM, lung_mask_path=None)
+    expected, samples_in_hu = prepared.prepare(in_hu, "k", contents_of(mild, in_hu), window, 0)
+    assert description.intensity == "hu"
+    assert description.slices == expected.slices
+    assert description.involvement == pytest.approx(expected.involvement, rel=0.01)
+    assert samples is not None
+    assert samples_in_hu is not None
+    # Half a grey value is 65535 / 510 steps.
+    assert np.allclose(samples.levels.astype(int), samples_in_hu.levels, atol=130)
+
+
+def test_hu_declared_as_grey_values_with_a_line_are_refused(mild: Phantom) -> None:
+    volume = replace(PHANTOM, intensity="grey8:-1250:250")
+    description, _ = prepared.prepare(volume, "k", contents_of(mild, volume), WINDOW, 0)
+    assert description.reason == "not_grey8"
+
+
 def test_mask_of_another_shape_is_refused(mild: Phantom) -> None:
     contents = contents_of(mild, PHANTOM)
     contents["m.nii.gz"] = nifti.write(np.zeros((10, 32, 32), np.uint8), GRID)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from covtanet.evaluation import gallery, metrics, rows
 from covtanet.evaluation.promotion import Margins, compare
+from covtanet.evaluation.segmentation import segmentation
 from covtanet.report import plots
 from covtanet.report.paper_values import TABLE_II, TABLE_III, TABLE_IV
 from covtanet.report.tables import Table, paper_tables
@@ -35,8 +36,11 @@ def row(
         else dict.fromkeys(rows.COUNTS)
     )
     return {
+        **dict.fromkeys(rows.EVALUATION_SCHEMA.names),
         "volume": volume,
         "source_digest": volume,
+        "patient": volume,
+        "grid": rows.SOURCE_GRID,
         "network": network,
         "fold": fold,
         "grade": grade,
@@ -44,6 +48,11 @@ def row(
         "p_severe": severe,
         "slice": list(range(len(counts or ()))),
         **{name: None if values is None else list(values) for name, values in columns.items()},
+        # Without the lung mask nothing else is marked.
+        **{
+            f"{name}_unmasked": None if values is None else list(values)
+            for name, values in columns.items()
+        },
     }
 
 
@@ -51,7 +60,7 @@ TWO = [row("a", counts=((6, 2, 2, 90), (0, 0, 0, 100))), row("b", counts=((1, 0,
 
 
 def test_overlap_per_slice_per_volume_and_pooled_by_hand() -> None:
-    found = metrics.segmentation(TWO)
+    found = segmentation(TWO)
     assert found["per_slice"]["dice"] == pytest.approx(
         (12 / 16 + 2 / 5) / 2
     )  # the slice without any lesion is none
@@ -65,13 +74,13 @@ def test_overlap_per_slice_per_volume_and_pooled_by_hand() -> None:
 
 
 def test_false_alarm_without_lesion_counts_as_zero_dice_and_no_sensitivity() -> None:
-    found = metrics.segmentation([row("a", counts=((0, 5, 0, 95),))])
+    found = segmentation([row("a", counts=((0, 5, 0, 95),))])
     assert found["per_slice"]["dice"] == 0
     assert found["per_slice"]["sensitivity"] is None
 
 
 def test_dice_by_lesion_size_sorts_slices_by_their_true_share() -> None:
-    found = metrics.segmentation(TWO)["dice_by_lesion_size"]
+    found = segmentation(TWO)["dice_by_lesion_size"]
     assert [(size["num_slices"], size["dice"]) for size in found] == [
         (0, None), (0, None), (1, pytest.approx(0.4)), (1, pytest.approx(0.75)),
     ]  # fmt: skip
@@ -258,11 +267,14 @@ def test_gallery_chooses_best_median_and_worst_of_large_lesions() -> None:
         row("b", counts=((10, 90, 90, 0),)),
     ]
     chosen = gallery.choose(many)
-    assert {rank: (shown.volume, shown.position) for rank, shown in chosen.items()} == {
+    assert {rank: (shown.volume, shown.slice_index) for rank, shown in chosen.items()} == {
         "best": ("a", 0), "median": ("a", 1), "worst": ("b", 0),
     }  # fmt: skip
     assert chosen["best"].dice == pytest.approx(0.9)
     assert gallery.choose([row("c")]) == {}
+    # Slices that were not prepared cannot be drawn.
+    drawable = {"a": (1,), "b": (0,)}
+    assert gallery.choose(many, drawable)["best"].slice_index == 1
 
 
 def test_curves_leave_out_metrics_that_are_nan() -> None:

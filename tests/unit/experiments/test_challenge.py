@@ -1,19 +1,24 @@
 """Comparison of challenger and champion: fair volumes, failures, refusals."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from saved_models import small_model
 
+from covtanet.data.datasets import DataSource
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import ConfigError
 from covtanet.evaluation.pipeline import Evaluated
 from covtanet.evaluation.promotion import Margins
+from covtanet.evaluation.rows import EVALUATION_SCHEMA
 from covtanet.experiments import challenge
 from covtanet.experiments.challenge import Contender, compare_models
 from covtanet.experiments.model_evaluation import PreparedData
+from covtanet.model.description import BurdenDiagnosis, Capabilities, Readout
 
 GRADES = ("normal", "mild", "severe")
+SOURCE = DataSource(name="manifest", volumes=(), root="")
 
 
 def volumes(version: str) -> list[PreparedVolume]:
@@ -38,14 +43,18 @@ def contender(version: str, *seen: str, says: bool = True) -> Contender:
     if says:
         model.provenance["seen_sources"] = [name.ljust(64, "0")[:16] for name in seen]
     return Contender(
-        version=version, model=model, data=PreparedData(volumes=volumes(version), refused=[])
+        version=version,
+        model=model,
+        data=PreparedData(source=SOURCE, volumes=volumes(version), refused=[]),
     )
 
 
 def row(volume: PreparedVolume, dice_px: int) -> dict[str, Any]:
     grade = volume.volume_path
     return {
+        **dict.fromkeys(EVALUATION_SCHEMA.names),
         "volume": volume.key,
+        "patient": volume.patient,
         "source_digest": volume.source_digest,
         "network": "V7",
         "fold": None,
@@ -65,7 +74,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of the volumes that were predicted. The champion fails on mild0."""
     keys: list[str] = []
 
-    def predict(model: Any, chosen: list[PreparedVolume], *locations: str) -> Evaluated:
+    def predict(model: Any, chosen: list[PreparedVolume], *locations: Any) -> Evaluated:
         keys.extend(volume.key for volume in chosen)
         failed = {volume.key for volume in chosen if volume.key == "1-mild0"}
         # The challenger's Dice is 0.1 on mild0 and 0.8 elsewhere.
@@ -93,6 +102,11 @@ def test_volume_that_one_model_fails_on_counts_for_neither(predicted: list[str])
     assert dice.challenger == pytest.approx(0.8)
     assert dice.champion == pytest.approx(0.8)
     assert failures == {"storage": 1}
+    # Five volumes of five patients, on which both models are equal.
+    assert dice.interval is not None
+    assert (dice.interval.low, dice.interval.high) == (0.0, 0.0)
+    assert dice.interval.num_patients == 5
+    assert "5 patients, fewer than 20: the interval is wide" in str(dice)
 
 
 def test_model_that_names_no_training_volumes_is_refused(predicted: list[str]) -> None:
@@ -111,3 +125,18 @@ def test_evaluation_set_without_a_grade_is_refused(predicted: list[str]) -> None
     seen = ("severe0", "severe1")
     with pytest.raises(ConfigError, match="gives the champion no normal_vs_severe_auc"):
         compare_models(contender("2", *seen), contender("1"), "", Margins())
+
+
+def test_champion_with_a_diagnosis_by_burden_needs_no_auc_of_severity(
+    predicted: list[str],
+) -> None:
+    """Its rows have no probability of a severe infection."""
+    champion = contender("1", "severe0", "severe1")
+    burden = BurdenDiagnosis(intercept=-2.0, slope=90.0)
+    model = replace(
+        champion.model,
+        capabilities=Capabilities(segments=True, diagnoses=False),
+        readout=Readout(burden=burden),
+    )
+    with pytest.raises(ConfigError, match="gives the champion no normal_vs_severe_auc;"):
+        compare_models(contender("2"), replace(champion, model=model), "", Margins())

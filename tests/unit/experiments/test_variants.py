@@ -41,6 +41,14 @@ def test_all_networks_follow_from_masks_and_grades() -> None:
     assert grades_alone == dict.fromkeys(CLASSIFIERS, (2,))
 
 
+def test_saved_segmenter_leaves_phase_1_out() -> None:
+    config = replace(CONFIG, network="V8", phases=(2,), phase1_model="models/m")
+    variants = network_variants(config, ["V8", "VGG-19"], [MASKED, GRADED])
+    assert phases(variants) == {"V8": (2,), "VGG-19": (2,)}
+    with pytest.raises(ValueError, match=r"phases of V8 are \[1, 2\], expected \[2\]"):
+        replace(config, phases=(1, 2))
+
+
 def test_phase_1_alone_leaves_classifiers_out() -> None:
     config = replace(CONFIG, phases=(1,))
     assert not set(CLASSIFIERS) & set(phases(network_variants(config, ["all"], [MASKED, GRADED])))

@@ -40,7 +40,7 @@ PARAMETERS = {
     "MultiResUnet": 7_242_864,
     "Attention-Unet": 7_939_745,
     "Gated-Unet": 10_530_028,
-    "VGG-19": 149_540_002,
+    "VGG-19": 29_076_642,  # without its hidden layers, which have no map
     "ResNet-50": 32_948_386,
     "Xception": 30_253_002,
     "DenseNet121": 16_132_066,
@@ -125,6 +125,14 @@ def test_every_table_iv_classifier_parameter_gets_a_gradient(name: str, tmp_path
     whole = CovTANet(config)
     whole.classifier = network
     _survives_storage(whole, tmp_path)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_table_iv_classifier_keeps_a_map_of_8_by_8(name: str) -> None:
+    """On one pixel per slice, padding would fill 8 of 9 taps of the dilated convolutions."""
+    regional = JointClassifier(architecture(name, TINY, 256)).regional.eval()
+    with torch.no_grad():
+        assert regional(torch.rand(1, 1, 256, 256)).shape == (1, TINY.regional_widths[-1], 8, 8)
 
 
 def _survives_storage(network: CovTANet, folder: Path) -> None:

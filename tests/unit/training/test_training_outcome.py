@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training import CONFIG, build, lanes
 
 from covtanet import tracking
+from covtanet.data.datasets import DataSource
 from covtanet.data.prepared import PreparedVolume
 from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.fold import assemble_model
@@ -117,6 +118,7 @@ def opened(folder: Path) -> Experiment:
         prepared_uri=str(folder / "prepared"),
         key="key",
         run=tracking.RunAddress(uri="", experiment="e", name="e", key="key"),
+        source=DataSource(name="manifest", volumes=(), root=""),
         volumes=volumes,
         folds={name: fold for fold, name in enumerate(names)},
         data_digest="digest",
