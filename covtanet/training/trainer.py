@@ -30,6 +30,15 @@ from covtanet.training.phase_data import PhaseData, slice_data, volume_data
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+# glibc keeps freed memory for the next step, which allocates the same tensors again. Elsewhere it
+# is returned (``runtime.RETURN_MEMORY``): then a million page faults take 45 % of a float32 step of
+# recipes/lung-box.toml, and a third of one in bfloat16. One arena, because only the first one holds
+# allocations of more than 64 MiB.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +157,7 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_CHECKPOINTS),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[MetricsToMlflow(phase_run.run, phase_run.run.name)],
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
         datasets=data.datasets,
     )

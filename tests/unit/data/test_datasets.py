@@ -273,8 +273,8 @@ def test_pictures_become_a_stack_of_hu_by_a_window(
         for path in (volume.volume_path, volume.lesion_mask_path)
     }
     window = WindowConfig(low_hu=-1250, high_hu=250, size_px=64, crops_to_lungs=True)
-    found, samples = prepared.prepare(volume, "key", contents, window, 2.0)
-    assert samples is not None, found.reason_detail
+    description, samples = prepared.prepare(volume, "key", contents, window, 2.0)
+    assert samples is not None, description.reason_detail
     intensity = samples.levels[0] / 65535
     # HU are whole numbers, 1 of 1500.
     assert intensity[0, 0] == pytest.approx(0, abs=1e-3)

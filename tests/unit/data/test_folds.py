@@ -73,20 +73,20 @@ def test_single_slices_are_trained_in_every_fold_and_never_tested_nor_held_back(
     single = Case(
         key="slices", patient="slices", grade=None, has_lesion_mask=True, is_continuous=False
     )
-    own = cases(30)
-    folds = assign_folds([*own, single], 5, seed=0)
+    dealt = cases(30)
+    folds = assign_folds([*dealt, single], 5, seed=0)
     assert folds.pop("slices") == ALWAYS_TRAINED
     # The others are dealt out as without it.
-    assert folds == assign_folds(own, 5, seed=0)
+    assert folds == assign_folds(dealt, 5, seed=0)
     for fold in range(5):
-        alone = split(own, folds, fold, 0.3, seed=0)
-        part = split([*own, single], {**folds, "slices": ALWAYS_TRAINED}, fold, 0.3, seed=0)
+        alone = split(dealt, folds, fold, 0.3, seed=0)
+        part = split([*dealt, single], {**folds, "slices": ALWAYS_TRAINED}, fold, 0.3, seed=0)
         assert set(part.train) == {*alone.train, "slices"}
         assert (part.validation, part.test) == (alone.validation, alone.test)
 
 
 def test_patient_with_a_volume_besides_single_slices_is_tested() -> None:
     """Else the slices of a tested patient would be trained."""
-    own = cases(30)
+    dealt = cases(30)
     single = Case(key="slices", patient="7", grade=None, has_lesion_mask=True, is_continuous=False)
-    assert assign_folds([*own, single], 5, seed=0)["7"] >= 0
+    assert assign_folds([*dealt, single], 5, seed=0)["7"] >= 0

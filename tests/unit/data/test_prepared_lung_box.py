@@ -32,9 +32,9 @@ def contents_of(phantom: Phantom) -> dict[str, bytes]:
 def prepare(
     phantom: Phantom, window: WindowConfig, volume: LabelledVolume = PHANTOM
 ) -> tuple[prepared.PreparedVolume, prepared.Samples]:
-    found, samples = prepared.prepare(volume, "k", contents_of(phantom), window, 0)
-    assert samples is not None, found.reason_detail
-    return found, samples
+    description, samples = prepared.prepare(volume, "k", contents_of(phantom), window, 0)
+    assert samples is not None, description.reason_detail
+    return description, samples
 
 
 @pytest.mark.parametrize("has_label", [True, False])
@@ -81,8 +81,8 @@ def test_volume_without_lungs_is_refused_if_slices_are_cropped(mild: Phantom) ->
     """The labels alone would do for whole slices."""
     solid = np.where(mild.lung_mask | mild.lesion_mask, 40, mild.hu)
     soft = replace(mild, hu=solid.astype(np.int16))
-    found, samples = prepared.prepare(PHANTOM, "k", contents_of(soft), BOX, 0)
-    assert (found.reason, samples) == ("no_lung", None)
+    description, samples = prepared.prepare(PHANTOM, "k", contents_of(soft), BOX, 0)
+    assert (description.reason, samples) == ("no_lung", None)
 
 
 def test_key_follows_the_crop_and_not_the_neighbours() -> None:
@@ -95,8 +95,8 @@ def test_key_follows_the_crop_and_not_the_neighbours() -> None:
 def test_diagnosis_reads_slices_with_their_neighbours() -> None:
     levels = np.arange(5, dtype=np.uint16)[:, None, None] * np.ones((1, 2, 2), np.uint16)
     samples = prepared.Samples(levels=levels, lesion=None)
-    found = prepared.diagnosis_slices(samples, 3, 1)
-    assert found[:, :, 0, 0].tolist() == [[0, 0, 1], [1, 2, 3], [3, 4, 4]]
+    slices = prepared.diagnosis_slices(samples, 3, 1)
+    assert slices[:, :, 0, 0].tolist() == [[0, 0, 1], [1, 2, 3], [3, 4, 4]]
     alone = prepared.diagnosis_slices(samples, 3, 1, is_continuous=False)
     assert alone[:, :, 0, 0].tolist() == [[0, 0, 0], [2, 2, 2], [4, 4, 4]]
 

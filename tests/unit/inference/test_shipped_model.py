@@ -57,3 +57,15 @@ def test_card_gives_the_model_s_own_numbers(folder: Path) -> None:
 
 def test_repository_ships_a_model() -> None:
     assert MODELS
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_shipped_model_marks_no_lesion_in_air(folder: Path) -> None:
+    model = load_model(folder)
+    predictor = Predictor(model, engine="eager")
+    size = predictor.window.size_px
+    # -1000 HU within the window.
+    span = predictor.window.high_hu - predictor.window.low_hu
+    air = round(65535 * (-1000 - predictor.window.low_hu) / span)
+    prediction = predictor.predict(np.full((2, size, size), air, np.uint16))
+    assert prediction.lesion_levels.max() < 254 * model.readout.lesion_threshold

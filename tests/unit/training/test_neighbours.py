@@ -58,8 +58,8 @@ def test_drawn_neighbours_are_one_to_three_slices_away_in_either_order() -> None
     assert values.tolist() == [*range(-FARTHEST_NEIGHBOUR, FARTHEST_NEIGHBOUR + 1)]
     shares = dict(zip(values.tolist(), (counts / len(middle)).tolist(), strict=True))
     assert shares.pop(0) == pytest.approx(REPEAT_SHARE, abs=0.02)
-    each = (1 - REPEAT_SHARE) / (2 * FARTHEST_NEIGHBOUR)
-    assert list(shares.values()) == pytest.approx([each] * 6, abs=0.02)
+    share = (1 - REPEAT_SHARE) / (2 * FARTHEST_NEIGHBOUR)
+    assert list(shares.values()) == pytest.approx([share] * 6, abs=0.02)
 
 
 def test_micro_batch_holds_neighbours_of_its_slices_and_the_mask_of_the_middle() -> None:
