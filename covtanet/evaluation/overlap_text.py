@@ -84,8 +84,8 @@ def _notes(networks: Mapping[str, Metrics]) -> Iterator[str]:
         num_at_input = metrics["num_volumes"] - metrics["num_in_source_grid"]
         if num_at_input:
             yield (
-                f"{name}: {num_at_input} volumes are grey values without a line to HU, counted at "
-                "the network's input size without a lung mask."
+                f"{name}: {num_at_input} volumes are grey values without a line to HU or single "
+                "slices, counted at the network's input size without a lung mask."
             )
         if metrics["num_rejected"]:
             yield (

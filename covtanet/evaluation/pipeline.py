@@ -1,8 +1,9 @@
 """Evaluation on Ray Data: labelled volumes through one model to rows.
 
-Volumes in HU are read from their source and evaluated as screening reads them; grey values without
-a line to HU are evaluated as they were prepared, at the network's input size. A picture is written
-of each volume that has a lesion mask.
+Volumes in HU are read from their source and evaluated as screening reads them. Grey values without
+a line to HU and single slices joined to a stack, in neither of which screening finds lungs, are
+evaluated as they were prepared, at the network's input size. A picture is written of each volume
+that has a lesion mask.
 """
 
 import logging
@@ -135,9 +136,9 @@ class _Evaluator:
 
     def evaluate(self, volume: PreparedVolume) -> Row:
         """Return a volume's row; its picture is written."""
-        # Without a line to HU no lungs are found.
-        is_hu = volume.intensity == "hu"
-        evaluation = self._from_source(volume) if is_hu else self._from_prepared(volume)
+        # No lungs are found without HU, nor in slices of several patients.
+        is_readable = volume.intensity == "hu" and volume.is_continuous
+        evaluation = self._from_source(volume) if is_readable else self._from_prepared(volume)
         if evaluation.truth is not None and self.task.pictures_uri:
             assert evaluation.lesion_mask is not None
             errors = drawing.errors(evaluation.intensity, evaluation.lesion_mask, evaluation.truth)

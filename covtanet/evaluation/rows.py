@@ -1,8 +1,8 @@
 """Rows of an evaluation: a model's predictions of labelled volumes, with their truth.
 
 One row per volume, from which every metric follows. Pixels are counted in the grid of the source
-as screening would measure them (``evaluation.deployed``), or, for grey values without a line to HU,
-at the network's input size (``evaluate_prepared``).
+as screening would measure them (``evaluation.deployed``), or, for grey values without a line to HU
+and joined single slices, at the network's input size (``evaluate_prepared``).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from covtanet.ct.masks import Mask
 from covtanet.ct.window import WindowConfig
 from covtanet.data.prepared import PreparedVolume, Samples
-from covtanet.inference.predictor import VolumePredictor
+from covtanet.inference.predictor import Prediction, VolumePredictor
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.description import Readout
 
@@ -98,9 +98,13 @@ def evaluate_prepared(
 ) -> Evaluation:
     """Predict one prepared volume and count pixels per slice at the network's input size.
 
-    For values of which no lungs are found. row: that of ``new_row``.
+    For values of which no lungs are found. row: that of ``new_row``. Single slices have neither
+    neighbours nor a diagnosis.
     """
-    prediction = model.predictor.predict(samples.levels)
+    if volume.is_continuous:
+        prediction = model.predictor.predict(samples.levels)
+    else:
+        prediction = _predict_single(model.predictor, samples.levels)
     row = {
         **row,
         "p_infected": prediction.p_infected,
@@ -119,6 +123,12 @@ def evaluate_prepared(
         lesion_mask=lesion_mask,
         truth=truth,
     )
+
+
+def _predict_single(predictor: VolumePredictor, slices: NDArray[np.uint16]) -> Prediction:
+    """Predict slices of several patients one by one, so that none is the neighbour of another."""
+    maps = [predictor.predict(slices[index, None]).lesion_levels for index in range(len(slices))]
+    return Prediction(lesion_levels=np.concatenate(maps), p_infected=None, p_severe=None)
 
 
 def count_pixels(predicted: Mask, truth: Mask, names: tuple[str, ...]) -> dict[str, list[int]]:

@@ -121,7 +121,7 @@ def _pixels(summary: Summary) -> str:
         return "; pixels of the network's input, without a lung mask"
     return (
         "; pixels of the source within the lungs, as screening measures, but for grey values "
-        "without a line to HU, of the network's input without a lung mask"
+        "without a line to HU and single slices, of the network's input without a lung mask"
     )
 
 

@@ -9,10 +9,16 @@ from screened_series import BrightnessPredictor, screened
 from stage_rows import CONFIG, WINDOW
 
 from covtanet.ct.volume import Volume
-from covtanet.data.prepared import PreparedVolume
+from covtanet.data.prepared import PreparedVolume, Samples
 from covtanet.data.source import SourceVolume
 from covtanet.evaluation.deployed import evaluate_source
-from covtanet.evaluation.rows import SOURCE_GRID, EvaluatedModel, new_row
+from covtanet.evaluation.rows import (
+    INPUT_GRID,
+    SOURCE_GRID,
+    EvaluatedModel,
+    evaluate_prepared,
+    new_row,
+)
 from covtanet.inference.predictor import Prediction
 from covtanet.model.description import BurdenDiagnosis, Readout
 from covtanet.phantoms.phantom import Phantom
@@ -127,6 +133,27 @@ def test_diagnosis_by_burden_follows_from_the_predicted_involvement(
     columns, _ = screened(mild_volume, NoDiagnosis(), replace(CONFIG, burden=burden))
     assert row["p_infected"] == columns["p_infected"] == burden.p_infected(row["involvement"])
     assert row["p_severe"] is None
+
+
+class MarksWithNeighbours:
+    """A predictor that marks every pixel if it gets several slices at once."""
+
+    def predict(self, slices: np.ndarray) -> Prediction:
+        levels = np.full(slices.shape, 254 if len(slices) > 1 else 0, np.uint8)
+        return Prediction(lesion_levels=levels, p_infected=0.5, p_severe=0.5)
+
+
+@pytest.mark.parametrize(("is_continuous", "num_marked"), [(True, 16), (False, 0)])
+def test_single_slices_are_predicted_one_by_one_without_diagnosis(
+    is_continuous: bool, num_marked: int
+) -> None:
+    volume = replace(VOLUME, is_continuous=is_continuous, slices=(0, 1))
+    samples = Samples(levels=np.zeros((2, 4, 4), np.uint16), lesion=np.ones((2, 4, 4), np.uint8))
+    row = new_row(volume, "V8", 0, INPUT_GRID)
+    evaluation = evaluate_prepared(model(MarksWithNeighbours()), row, volume, samples)
+    assert evaluation.row["tp"] == [num_marked, num_marked]
+    assert evaluation.row["tp_unmasked"] is None
+    assert (evaluation.row["p_infected"] is not None) is is_continuous
 
 
 def test_network_that_marks_no_lesion_has_no_counts(mild_volume: Volume, mild: Phantom) -> None:
