@@ -1,6 +1,6 @@
 """Prepare the slices and the ImageNet weights that train_gpu.py reads.
 
-python -m benchmarks.gpu_data --coronacases DIR --slices DIR --out DIR [--context-share 0.06]
+python -m benchmarks.gpu_data --coronacases DIR --slices DIR --out DIR
 
 --coronacases: a folder with nifti/NAME-hu.nii.gz in HU, and with masks of the same name plus
 _lung-infection in nifti-masks/.
@@ -90,7 +90,6 @@ def main() -> int:
     options.add_argument("--coronacases", type=Path, required=True)
     options.add_argument("--slices", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--context-share", type=float, default=CONTEXT_SHARE)
     arguments = options.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -103,7 +102,7 @@ def main() -> int:
             image, masks / f"{name}_lung-infection.nii.gz"
         )
     for name, slices in prepared.items():
-        context_px = round(arguments.context_share * slices.box.width)
+        context_px = round(CONTEXT_SHARE * slices.box.width)
         save_slices(arguments.out / f"{name}.npz", slices, context_px)
         size = (arguments.out / f"{name}.npz").stat().st_size
         print(f"{name}: {len(slices.grey)} slices, box {slices.box}, {size / 2**20:.1f} MiB")

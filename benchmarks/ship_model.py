@@ -9,7 +9,6 @@ seen. The diagnosis of the network stays untrained and is switched off.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from benchmarks.gpu_networks import Scale, networks
 from benchmarks.gpu_trial import THRESHOLD
 from covtanet.model.covtanet import SIZES, CovTANet
 from covtanet.model.description import BurdenDiagnosis, Capabilities, Preprocessing, Readout
-from covtanet.model.saved_model import SavedModel, save_model
+from covtanet.model.saved_model import SavedModel, file_sha256, save_model
 
 SLICE_STEP_MM = 2.5
 
@@ -58,16 +57,12 @@ def saved_model(
         provenance={
             "network": "V8",
             "recipe": "benchmarks/train_gpu.py",
-            "training_weights_sha256": _sha256(weights),
+            "training_weights_sha256": file_sha256(weights),
             "num_volumes": len(volumes),
             # As a training keeps them, see ``model_evaluation.seen_sources``.
-            "seen_sources": sorted(_sha256(volume)[:16] for volume in volumes),
+            "seen_sources": sorted(file_sha256(volume)[:16] for volume in volumes),
         },
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main() -> int:

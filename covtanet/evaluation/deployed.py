@@ -25,6 +25,7 @@ from covtanet.evaluation.rows import (
     count_pixels,
 )
 from covtanet.inference.lesion_mask import lesion_in_source
+from covtanet.model.description import infected_by_burden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,8 @@ def screen(model: EvaluatedModel, volume: Volume) -> Screened:
         # slice per study its lesion share stands for the involvement.
         involvement = _lesion_share(measured)
     p_infected = prediction.p_infected
-    # As ``screening.conclusion``: without a trained diagnosis, by the involvement of whole lungs.
-    burden = model.readout.burden
-    if p_infected is None and burden is not None and involvement is not None:
-        p_infected = burden.p_infected(involvement)
+    if p_infected is None:
+        p_infected = infected_by_burden(model.readout.burden, involvement)
     return Screened(
         lesion_mask=lesion_mask,
         lesion_in_lungs=measured.lesion_mask,

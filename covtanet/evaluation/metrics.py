@@ -15,6 +15,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, roc_au
 
 from covtanet.data.counts import Counts
 from covtanet.data.labels import GRADES
+from covtanet.evaluation.overlap import CONFIDENCE
 from covtanet.evaluation.segmentation import segmentation
 
 Row = dict[str, Any]
@@ -29,7 +30,6 @@ PAIRS = {
 HEADLINE = ("sensitivity", "specificity", "auc")
 NUM_BOOTSTRAPS = 1000
 NUM_CALIBRATION_BINS = 10
-CONFIDENCE = 0.95
 
 
 def classification(rows: Sequence[Row], threshold: float = 0.5) -> Metrics:

@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covtanet.evaluation.metrics import HEADLINE, PAIRS
+from covtanet.evaluation.overlap import CONFIDENCE, NUM_BOOTSTRAPS
 from covtanet.evaluation.segmentation import volume_dice
 
 Row = dict[str, Any]
 Values = NDArray[np.float64]
 
-NUM_BOOTSTRAPS = 2000
-CONFIDENCE = 0.95
 # Choice: with fewer patients a resample repeats some of them so often that the interval says
 # little.
 FEW_PATIENTS = 20

@@ -61,6 +61,17 @@ class BurdenDiagnosis:
         return 1 / (1 + math.exp(-(self.intercept + self.slope * involvement)))
 
 
+def infected_by_burden(burden: BurdenDiagnosis | None, involvement: float | None) -> float | None:
+    """Return the probability of infection by the involvement; null if either is null.
+
+    The involvement is null of a part of the lungs and of implausible lungs: a lobe without lesion
+    says nothing about the others.
+    """
+    if burden is None or involvement is None:
+        return None
+    return burden.p_infected(involvement)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Readout:
     """How the network's output is read."""

@@ -119,7 +119,7 @@ def _write_description(folder: Path, model: SavedModel) -> None:
         "readout": asdict(model.readout),
         "provenance": model.provenance,
         # The weights are written first, so that the description's digest stands for both files.
-        "weights_sha256": _sha256(folder / WEIGHTS),
+        "weights_sha256": file_sha256(folder / WEIGHTS),
     }
     # Sorted: equal models have equal digests.
     text = json.dumps(description, indent=2, sort_keys=True)
@@ -131,7 +131,7 @@ def model_digest(folder: Path) -> str:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise CheckpointError(f"no {DESCRIPTION} in the model's folder, expected a saved model")
-    return _sha256(path)
+    return file_sha256(path)
 
 
 def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedModel:
@@ -162,7 +162,7 @@ def _load(folder: Path, digest: str) -> SavedModel:
         expected = " or ".join(str(number) for number in READABLE_VERSIONS)
         raise CheckpointError(f"model format {version}, expected {expected}")
     # Before the weights are parsed.
-    if _sha256(folder / WEIGHTS) != description["weights_sha256"]:
+    if file_sha256(folder / WEIGHTS) != description["weights_sha256"]:
         raise CheckpointError("the weights differ from the digest in the model's description")
     config = network_config(description["network"], version)
     state = load_file(folder / WEIGHTS)
@@ -227,6 +227,7 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], 
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 from covtanet.errors import QcFlag
 from covtanet.ledger.record import ScreeningRecord
+from covtanet.model.description import infected_by_burden
 from covtanet.screening.config import ScreeningConfig
-
-# With one of them the involvement is not that of whole lungs.
-NO_BURDEN_FLAGS = {QcFlag.PARTIAL_LUNGS, QcFlag.IMPLAUSIBLE_LUNGS}
 
 
 def conclude(record: ScreeningRecord, config: ScreeningConfig) -> ScreeningRecord:
@@ -31,17 +29,14 @@ def conclude(record: ScreeningRecord, config: ScreeningConfig) -> ScreeningRecor
 
 
 def _conclude_by_burden(record: ScreeningRecord, config: ScreeningConfig) -> ScreeningRecord:
-    """Return a record with the diagnosis that follows from the involvement of whole lungs.
+    """Return a record with the diagnosis that follows from the involvement, if there is one.
 
-    The severity of an infected series is that by the paper's rule. A part of the lungs says nothing
-    about the rest, so its diagnosis stays null.
+    The severity of an infected series is that by the paper's rule.
     """
-    if config.burden is None or record.involvement is None:
-        return record
-    if NO_BURDEN_FLAGS & set(record.qc_flags):
+    p_infected = infected_by_burden(config.burden, record.involvement)
+    if p_infected is None:
         return record
     flags = tuple(flag for flag in record.qc_flags if flag != QcFlag.NO_DIAGNOSIS)
-    p_infected = config.burden.p_infected(record.involvement)
     record = replace(record, p_infected=p_infected, qc_flags=flags)
     record = _with_diagnosis(record.with_flag(QcFlag.DIAGNOSIS_BY_BURDEN), config)
     if record.diagnosis == "normal":

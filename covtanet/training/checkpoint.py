@@ -4,7 +4,6 @@ Tensors are safetensors; ``state.json`` comes last and holds their digests, by w
 checkpoint is recognized. Nothing is unpickled. ``checkpoint_store`` keeps checkpoints in storage.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from covtanet.errors import CheckpointError
+from covtanet.model.saved_model import file_sha256
 from covtanet.training.loop import Progress
 
 STATE = "state.json"
@@ -33,7 +33,7 @@ def save_progress(folder: Path, progress: Progress, best_sha256: str | None = No
         if part not in digests:
             path = folder / file_name(part)
             save_file(getattr(progress, part), path)
-            digests[part] = _sha256(path)
+            digests[part] = file_sha256(path)
     state = {"history": progress.history, "sha256": digests}
     # Last: it holds the digests of the other files, so that a checkpoint that was cut short is
     # refused.
@@ -71,14 +71,9 @@ def load_progress(folder: Path) -> Progress:
         for part in PARTS:
             path = folder / file_name(part)
             # Compared before the file is parsed.
-            if _sha256(path) != state["sha256"][part]:
+            if file_sha256(path) != state["sha256"][part]:
                 raise CheckpointError(f"{path.name} differs from the digest in {STATE}")
             parts[part] = dict(load_file(path))
         return Progress(history=state["history"], **parts)
     except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {type(error).__name__}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

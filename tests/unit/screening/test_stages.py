@@ -168,9 +168,8 @@ def test_conclusions(
         (0.002, (), ("normal", None, "mild", True)),
         (0.09, (), ("infected", "mild", "mild", True)),
         (0.3, (), ("infected", "severe", "severe", True)),
-        (0.3, (QcFlag.PARTIAL_LUNGS,), (None, None, "severe", False)),
-        (0.3, (QcFlag.IMPLAUSIBLE_LUNGS,), (None, None, "severe", False)),
-        (None, (), (None, None, None, False)),
+        (None, (QcFlag.PARTIAL_LUNGS,), (None, None, None, False)),
+        (None, (QcFlag.IMPLAUSIBLE_LUNGS,), (None, None, None, False)),
     ],
 )
 def test_diagnosis_by_burden_is_that_of_whole_lungs(
