@@ -44,6 +44,14 @@ def test_micro_batches_mix_series_of_all_lanes() -> None:
         assert set(series) == {"series0", "series1"}
 
 
+def test_order_is_shuffled_and_another_one_every_epoch() -> None:
+    pool = pool_of(50, 8, 1)
+    orders = [names_of(list(pool.lane().batches(epoch))) for epoch in (0, 1)]
+    assert orders[0] != sorted(orders[0])
+    assert orders[0] != orders[1]
+    assert orders[0] == names_of(list(pool_of(50, 8, 1).lane().batches(0)))
+
+
 def test_lanes_of_two_ranks_are_those_of_one() -> None:
     first, second = (pool_of(23, 4, 2) for _ in range(2))
     for epoch in range(2):
