@@ -6,7 +6,17 @@ python -m benchmarks [--part NAME ...]
 import argparse
 import sys
 
-from benchmarks import decode, endurance, job, network, sandbox, serving, throughput, training
+from benchmarks import (
+    decode,
+    endurance,
+    job,
+    network,
+    real_size,
+    sandbox,
+    serving,
+    throughput,
+    training,
+)
 from benchmarks.measure import WORK, Result, keep, table
 
 PARTS = {
@@ -14,6 +24,7 @@ PARTS = {
     "decode": decode.measure,
     "sandbox": sandbox.measure,
     "job": job.measure,
+    "real_size": real_size.measure,
     "endurance": endurance.measure,
     "serving": serving.measure,
     "training": training.measure,
@@ -22,6 +33,7 @@ PARTS = {
 # A theme is kept as a file once all its parts were measured.
 THEMES = {
     "screening": ("network", "decode", "job"),
+    "real_size": ("real_size",),
     "hostile": ("sandbox",),
     "endurance": ("endurance",),
     "serving": ("serving",),

@@ -14,7 +14,7 @@ from covtanet.phantoms.training_set import write_training_set
 NUM_SERIES, NUM_DISTINCT = 2000, 20
 KILL_EVERY_S = 60
 # Texts in the command lines of the job's workers, killed in turn.
-VICTIMS = ("_DecoderActor", "_PredictorActor", "_measure_and_store")
+VICTIMS = ("Decoder", "PredictorWorker", "_measure")
 
 
 class Killer:

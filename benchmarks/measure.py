@@ -4,7 +4,6 @@ Machines differ and are noisy, so no absolute time is a result: a result is a ra
 measurements that took turns in one run.
 """
 
-import os
 import platform
 import statistics
 import time
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from covtanet.machine import num_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 # Archives, models and runs; ``make clean`` removes it.
 WORK = ROOT / ".bench"
-CORES = len(os.sched_getaffinity(0))
+CORES = num_cores()
 ROUNDS = 5
 TABLE_HEAD = ("| | what | measured | wanted |", "|---|---|---|---|")
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.measure import CORES, ROOT, WORK, say
+from benchmarks.process_times import ProcessTimes
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANet
 from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.saved_model import SavedModel, save_model
@@ -105,9 +106,11 @@ class Memory:
 class JobRun:
     """A screening of a folder, from the begin of its first series to its committed ledger."""
 
+    launched: float
     started: float
     ended: float
     memory: Memory
+    times: ProcessTimes
     ledger: pa.Table
 
     @property
@@ -115,35 +118,48 @@ class JobRun:
         """Seconds without the start of Ray and of the workers."""
         return self.ended - self.started
 
+    @property
+    def start_s(self) -> float:
+        """Seconds from the command to the work on the first series."""
+        return self.started - self.launched
 
-def run_job(folder: Path, disturb: Callable[[int, threading.Event], None] | None = None) -> JobRun:
+
+def run_job(
+    folder: Path,
+    disturb: Callable[[int, threading.Event], None] | None = None,
+    model: Path | None = None,
+) -> JobRun:
     """Screen a folder on a Ray that the job starts.
 
+    model: null for the untrained network of ``model_folder``.
     disturb: runs in a thread; gets the job's pid, and an event that is set when the job ends.
     """
     with tempfile.TemporaryDirectory() as ledger:
-        process = _start_job(folder, ledger)
+        launched = time.time()
+        process = _start_job(folder, ledger, model or model_folder())
         is_over = threading.Event()
         if disturb is not None:
             threading.Thread(target=disturb, args=(process.pid, is_over), daemon=True).start()
-        with Memory(process.pid) as memory:
+        with Memory(process.pid) as memory, ProcessTimes(process.pid) as times:
             started, output = _follow(process)
         is_over.set()
         if process.wait():
             raise SystemExit(output)
         (committed,) = Path(ledger).glob("date=*/*.parquet")
         return JobRun(
+            launched=launched,
             started=started,
             ended=committed.stat().st_mtime,
             memory=memory,
+            times=times,
             ledger=pq.ParquetFile(committed).read(),
         )
 
 
-def _start_job(folder: Path, ledger: str) -> "subprocess.Popen[str]":
+def _start_job(folder: Path, ledger: str, model: Path) -> "subprocess.Popen[str]":
     command = [
         sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", str(folder),
-        "--ledger", ledger, "--model", str(model_folder()),
+        "--ledger", ledger, "--model", str(model),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(

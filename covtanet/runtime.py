@@ -25,6 +25,7 @@ from covtanet.errors import (
     WeakSandboxError,
     error_location,
 )
+from covtanet.machine import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def connect(*, with_dashboard: bool = False) -> None:
     _write_private_token()
     ray.init(
         address="local",
-        num_cpus=max(MIN_LOGICAL_CPUS, len(os.sched_getaffinity(0))),
+        num_cpus=max(MIN_LOGICAL_CPUS, num_cores()),
         include_dashboard=with_dashboard,
         _node_ip_address="127.0.0.1",
         logging_level=logging.WARNING,

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import tempfile
 import time
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from covtanet.inference.predictor import (
     SliceChunk,
     refuse_without_segmentation,
 )
+from covtanet.machine import num_cores
 from covtanet.model.saved_model import load_model
 from covtanet.screening.config import ScreeningConfig
 
@@ -73,7 +73,7 @@ class Segmenter:
             model,
             engine=self.config.engine,
             # The CPUs that this process may use, which may be fewer than those of the machine.
-            num_threads=len(os.sched_getaffinity(0)),
+            num_threads=num_cores(),
             max_batch_slices=self.config.max_batch_slices,
             flips=self.config.flips,
         )

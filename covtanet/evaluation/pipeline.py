@@ -7,7 +7,6 @@ that has a lesion mask.
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +32,7 @@ from covtanet.evaluation.rows import (
     new_row,
 )
 from covtanet.inference.predictor import Predictor
+from covtanet.machine import num_cores
 from covtanet.model.saved_model import SavedModel
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class _Evaluator:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        predictor = Predictor(task.model, num_threads=len(os.sched_getaffinity(0)))
+        predictor = Predictor(task.model, num_threads=num_cores())
         self.model = EvaluatedModel(
             predictor=predictor,
             window=predictor.window,

@@ -65,7 +65,11 @@ def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) 
         ("already finished", planned.num_finished),
         ("bytes", f"{planned.num_bytes / 1e6:.1f} MB"),
         ("cluster", f"{planned.num_cpus} CPUs, {planned.num_gpus} GPUs: fits"),
-        ("workers", f"{planned.num_decoders} decoding, {planned.num_predictors} predicting"),
+        (
+            "workers",
+            f"{planned.workers.num_decoders} decoding, {planned.workers.num_predictors} "
+            f"predicting, {planned.workers.num_measurers} measuring",
+        ),
         ("would write", run.committed_uri),
     ]
     return table(f"Plan of run {run.run_id}", rows)

@@ -30,7 +30,7 @@ def list_folders(
 ) -> tuple[int, int]:
     """Write the folders to read with their objects, and the version of every folder.
 
-    Returns the number of all folders, and of those to read.
+    Returns the number of all folders, and of the objects in those to read.
     """
     num_folders = 0
     num_to_read = 0
@@ -51,7 +51,7 @@ def list_folders(
             # Every folder, also those that are skipped: the next run compares with them.
             all_folders.write_table(pa.Table.from_pylist(versions, schema=FOLDERS_SCHEMA))
             num_folders += len(group)
-            num_to_read += len(rows)
+            num_to_read += sum(len(row["objects"]) for row in rows)
     return num_folders, num_to_read
 
 

@@ -8,6 +8,8 @@ import logging
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from covtanet.ledger.run import Run
 from covtanet.ledger.work import SERIES_PER_GROUP, finished_keys, read_manifest, write_rows
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.plan import Plan, make_plan
+from covtanet.screening.worker_counts import WorkerCounts
 from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_store
 
 logger = logging.getLogger(__name__)
@@ -34,11 +37,13 @@ PROGRESS_EVERY_S = 10.0
 STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 # Two, so that the next series is there when one is finished.
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
-# At most so many prepared series wait for a predictor, so that they do not fill the object store.
-SERIES_WAITING_PER_PREDICTOR = 8
-SLICES_PER_SERIES = 64  # typical of a chest CT at 2.5 to 5 mm
-# Prepared slices are uint16.
-BYTES_PER_PIXEL = 2
+# Bound of the object store: so many prepared series for every worker that makes or reads them. Ray
+# Data reserves three quarters of it for what other stages may put there, and counts a series that
+# is being decoded as if it were there; with 8 in all, one of six decoders worked.
+SERIES_PER_WORKER = 10
+SLICES_PER_SERIES = 128  # of an adult's lungs at 2.5 mm
+# A prepared slice is uint16, its lesion map uint8.
+BYTES_PER_PIXEL = 3
 
 
 def screen(
@@ -60,7 +65,7 @@ def screen(
         logger.info("continuing: %d of %d series are finished", plan.num_finished, plan.num_series)
     if not num_remaining:
         return
-    logger.info("screening %d series with %d decoders", num_remaining, plan.num_decoders)
+    logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
     remaining_uri = _write_remaining(run, finished)
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in MODEL_FILES:  # every node fetches them from there
@@ -87,43 +92,77 @@ def _pipeline(
     remaining_uri: str,
     plan: Plan,
 ) -> ray.data.Dataset:
-    """Assemble the three stages."""
-    _limit_waiting_series(window, plan.num_predictors)
+    """Read the series and lead them through the stages."""
     filesystem, path = storage.filesystem(remaining_uri)
+    stages = Stages(
+        decoder=Decoder,
+        decoder_arguments={"run": run, "window": window, "config": config},
+        predictor=PredictorWorker,
+        predictor_arguments={
+            "run": run,
+            "config": config,
+            "num_threads": plan.workers.cpus_per_predictor,
+            "keeps_slices": bool(results),
+        },
+        measure=partial(_measure, run=run, window=window, config=config, results=results),
+    )
+    limit_object_store(window.size_px, plan.workers)
     series = ray.data.read_parquet(path, filesystem=filesystem)
+    return assemble(series, stages, plan.workers, plan.num_gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The work of each stage: two classes whose objects are called with a row, and a function."""
+
+    decoder: type
+    decoder_arguments: dict[str, Any]
+    predictor: type
+    predictor_arguments: dict[str, Any]
+    measure: Callable[[Row], Row]
+
+
+def assemble(
+    series: ray.data.Dataset, stages: Stages, workers: WorkerCounts, num_gpus: int
+) -> ray.data.Dataset:
+    """Lead rows through the stages, each with workers of its own."""
     return (
         # One series per block: a block that is lost or repeated costs one series.
         series.repartition(target_num_rows_per_block=1)
         .map(
-            Decoder,
-            fn_constructor_kwargs={"run": run, "window": window, "config": config},
-            compute=ray.data.ActorPoolStrategy(size=plan.num_decoders),
+            stages.decoder,
+            fn_constructor_kwargs=stages.decoder_arguments,
+            compute=ray.data.ActorPoolStrategy(size=workers.num_decoders),
             num_cpus=1,
         )
         .map(
-            PredictorWorker,
-            fn_constructor_kwargs={"run": run, "config": config},
+            stages.predictor,
+            fn_constructor_kwargs=stages.predictor_arguments,
             compute=ray.data.ActorPoolStrategy(
-                size=plan.num_predictors,
+                size=workers.num_predictors,
                 max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR,
             ),
-            num_cpus=1,
-            num_gpus=1 if plan.num_gpus else 0,
+            num_cpus=workers.cpus_per_predictor,
+            num_gpus=1 if num_gpus else 0,
         )
         .map(
-            partial(_measure, run=run, window=window, config=config, results=results),
-            compute=ray.data.TaskPoolStrategy(size=max(1, plan.num_predictors)),
+            stages.measure,
+            compute=ray.data.TaskPoolStrategy(size=workers.num_measurers),
             num_cpus=1,
         )
     )
 
 
-def _limit_waiting_series(window: WindowConfig, num_predictors: int) -> None:
-    """Bound the object store by the prepared series that may wait for the predictors."""
-    series_bytes = SLICES_PER_SERIES * window.size_px**2 * BYTES_PER_PIXEL
-    waiting_bytes = SERIES_WAITING_PER_PREDICTOR * series_bytes * num_predictors
-    # Ray Data stops the decoders when the store holds this much.
-    limits = ray.data.ExecutionResources(object_store_memory=waiting_bytes)
+def limit_object_store(size_px: int, workers: WorkerCounts) -> None:
+    """Bound the object store, so that memory does not grow with the archive.
+
+    size_px: side of the network's slices.
+    """
+    series_bytes = SLICES_PER_SERIES * size_px**2 * BYTES_PER_PIXEL
+    num_workers = workers.num_decoders + workers.num_predictors
+    limits = ray.data.ExecutionResources(
+        object_store_memory=SERIES_PER_WORKER * series_bytes * num_workers
+    )
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
 
 

@@ -1,38 +1,26 @@
 """The plan of a run: its frozen manifest, and the workers that the cluster has room for."""
 
-import os
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 
 from covtanet import ray_data, storage
 from covtanet.archive import manifest
-from covtanet.decoding import headers
-from covtanet.decoding.child_process import header_reader, refuse_weak_sandbox
-from covtanet.decoding.process import Limits
+from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.errors import ConfigError
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import finished_keys, read_manifest, write_manifest
 from covtanet.screening.config import ScreeningConfig
-from covtanet.screening.listing import (
-    FOLDERS_PER_SCAN,
-    SCAN_SCHEMA,
-    list_folders,
-    note_series_keys,
-    read_series,
-    split_scan,
-)
+from covtanet.screening.listing import list_folders, note_series_keys, read_series, split_scan
+from covtanet.screening.scan import scan
+from covtanet.screening.worker_counts import WorkerCounts, num_cpus_needed, worker_counts
 
 # A second driver on a cluster with room for one waits this long and then refuses to start.
 FREE_CPUS_TIMEOUT_S = 60.0
@@ -47,8 +35,7 @@ class Plan:
     num_finished: int
     num_cpus: int
     num_gpus: int
-    num_decoders: int
-    num_predictors: int
+    workers: WorkerCounts
 
 
 def make_manifest(run: Run, config: ScreeningConfig) -> None:
@@ -77,14 +64,12 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     by_uid = config.group_by == "uid"
     # A series that is spread over folders may have changed in any of them: none is skipped.
     skipping = replace(previous_runs, folders={}) if by_uid else previous_runs
-    num_folders, num_to_read = list_folders(run, listing, folders, skipping)
+    num_folders, num_objects = list_folders(run, listing, folders, skipping)
     if not num_folders:
         raise ConfigError(
             "nothing lies under the archive, expected a folder or prefix with objects"
         )
-    listing_uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
-    storage.upload(listing, listing_uri)
-    rows = _scan(run, config, listing_uri) if num_to_read else iter(())
+    rows = scan(run, config.decode_limits, listing, num_objects)
     # Series that are joined by UID must all be read before the first of them is complete.
     limit = 0 if by_uid else run.limit
     uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
@@ -112,46 +97,8 @@ def _unsettled(
             yield row
 
 
-def _scan(run: Run, config: ScreeningConfig, listing_uri: str) -> Iterator[dict[str, Any]]:
-    """Yield series and ignored objects of the listing, in its order."""
-    filesystem, path = storage.filesystem(listing_uri)
-    listing = ray.data.read_parquet(path, filesystem=filesystem)
-    folders = listing.repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
-    scanned = folders.map_batches(
-        _scan_folders,
-        fn_kwargs={"archive": run.archive, "limits": config.decode_limits},
-        batch_format="pyarrow",
-        batch_size=None,
-    )
-    for batch in scanned.iter_batches(batch_format="pyarrow", batch_size=None):
-        yield from batch.to_pylist()
-
-
-def _scan_folders(batch: pa.Table, archive: str, limits: Limits) -> pa.Table:
-    """Read the headers of some folders in a sandbox, and sort their objects into series."""
-    rows = []
-    identify = partial(headers.read_identities, header_reader(limits))
-
-    def read_head(path: str, num_bytes: int) -> bytes:
-        return storage.read_bytes(storage.join(archive, path), num_bytes)
-
-    for folder in batch.to_pylist():
-        objects = [storage.ObjectInfo(**item) for item in folder["objects"]]
-        series, ignored = manifest.scan_folder(folder["folder"], objects, read_head, identify)
-        rows += [{**item.to_row(), "is_ignored": False} for item in series]
-        rows += [_ignored_row(item) for item in ignored]
-    return pa.Table.from_pylist(rows, schema=SCAN_SCHEMA)
-
-
-def _ignored_row(item: storage.ObjectInfo) -> dict[str, Any]:
-    series = manifest.Series(source_path=item.path, source_format="other", objects=(item,))
-    return {**series.to_row(), "is_ignored": True}
-
-
 def make_plan(run: Run) -> Plan:
     """Count the remaining work and choose the workers among the CPUs that are free.
-
-    One predictor per GPU, or one that uses all cores of its node; decoders on the other CPUs.
 
     Raises:
         ConfigError: the cluster has no CPU to spare for decoding.
@@ -164,15 +111,15 @@ def make_plan(run: Run) -> Plan:
         num_series += 1
         num_bytes += row["num_bytes"]
         num_finished += row["series_key"] in finished
+    node_cpus = _cpus_of_nodes()
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    num_predictors = num_gpus or max(1, _num_nodes())
-    num_needed = num_predictors + 2
+    num_needed = num_cpus_needed(node_cpus, num_gpus)
     num_cpus = _wait_for_cpus(num_needed)
     if num_cpus < num_needed:
         raise ConfigError(
-            f"the cluster has {num_cpus} of {ray.cluster_resources().get('CPU', 0):g} CPUs free, "
-            f"expected at least {num_needed}: {num_predictors} to predict, 1 to decode and 1 to "
-            "measure (ray start --num-cpus)"
+            f"the cluster has {num_cpus} of {sum(node_cpus)} CPUs free, expected at least "
+            f"{num_needed}: {num_needed - 2} to predict, 1 to decode and 1 to measure "
+            "(ray start --num-cpus)"
         )
     return Plan(
         num_series=num_series,
@@ -180,21 +127,13 @@ def make_plan(run: Run) -> Plan:
         num_finished=num_finished,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        num_decoders=max(1, min(num_cpus - num_predictors - 1, _num_cores())),
-        num_predictors=num_predictors,
+        workers=worker_counts(num_cpus, node_cpus, num_gpus),
     )
 
 
-def _num_nodes() -> int:
-    return sum(bool(node["Alive"]) for node in ray.nodes())
-
-
-def _num_cores() -> int:
-    """Return the cores of the cluster, as if all nodes were like this one.
-
-    More logical CPUs than cores do not decode faster.
-    """
-    return _num_nodes() * len(os.sched_getaffinity(0))
+def _cpus_of_nodes() -> list[int]:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [int(resources.get("CPU", 0)) for resources in nodes]
 
 
 def _wait_for_cpus(num_needed: int) -> int:

@@ -4,7 +4,6 @@ MLflow stores this file with the model and runs it on ``mlflow.pyfunc.load_model
 module to import, and no command of this package loads it.
 """
 
-import os
 from pathlib import Path
 
 import mlflow
@@ -13,6 +12,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation
 from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.machine import num_cores
 from covtanet.model.saved_model import load_model
 from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
@@ -25,7 +25,7 @@ class LedgerModel(PythonModel):  # type: ignore[misc]
         """Load the model once; its digest is checked against its own description."""
         model = load_model(Path(context.artifacts["model"]))
         refuse_without_segmentation(model)
-        predictor = Predictor(model, num_threads=len(os.sched_getaffinity(0)))
+        predictor = Predictor(model, num_threads=num_cores())
         config = for_model(ScreeningConfig(), model.preprocessing, model.readout)
         self.screener = Screener(predictor, predictor.window, config, model.digest)
 

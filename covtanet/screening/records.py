@@ -4,7 +4,7 @@
 back. The raw volume is never part of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,11 @@ class PredictedSeries:
     def record(self) -> ScreeningRecord:
         """The record so far."""
         return self.prepared.record
+
+    def without_slices(self) -> "PredictedSeries":
+        """Return the series without the network's input, which only pictures need."""
+        slices = np.empty((0, *self.prepared.slices.shape[1:]), np.uint16)
+        return replace(self, prepared=replace(self.prepared, slices=slices))
 
     def to_row(self) -> dict[str, Any]:
         """Return the series as columns."""

@@ -5,7 +5,6 @@ too long: Ray then starts another worker with the same series, until the attempt
 """
 
 import faulthandler
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from covtanet.ledger.attempts import count_attempt
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import store_row
+from covtanet.machine import num_cores
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
 from covtanet.screening.stages import (
@@ -75,7 +75,10 @@ class PredictorWorker:
     Only this worker imports torch; those that decode or measure start seconds sooner without it.
     """
 
-    def __init__(self, run: Run, config: ScreeningConfig) -> None:
+    def __init__(
+        self, run: Run, config: ScreeningConfig, num_threads: int, keeps_slices: bool
+    ) -> None:
+        """Load the model. keeps_slices: measuring draws pictures of the slices."""
         from covtanet.inference.predictor import Predictor
         from covtanet.model.saved_model import MODEL_FILES, load_model
 
@@ -85,10 +88,11 @@ class PredictorWorker:
             model = load_model(Path(folder), run.model_digest)
         self.run = run
         self.config = config
+        self.keeps_slices = keeps_slices
         self.predictor = Predictor(
             model,
             engine=config.engine,
-            num_threads=len(os.sched_getaffinity(0)),
+            num_threads=min(num_threads, num_cores()),
             max_batch_slices=config.max_batch_slices,
             flips=config.flips,
         )
@@ -102,7 +106,11 @@ class PredictorWorker:
             record = series.record.refused(WORKER_DIED)
             return without_prediction(replace(series, record=record)).to_row()
         with worker_timeout(self.config.worker_timeout_s):
-            return predict_series(series, self.predictor).to_row()
+            predicted = predict_series(series, self.predictor)
+        if not self.keeps_slices:
+            # Half of the row's bytes, which nobody would read.
+            predicted = predicted.without_slices()
+        return predicted.to_row()
 
 
 def measure_and_store(

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from covtanet import drawing, storage
+from covtanet.machine import num_cores
 from covtanet.phantoms import agreement
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
@@ -93,7 +94,7 @@ def running_services(clock: Clock) -> Iterator[dict[str, str]]:
 
 def write_phantoms(clock: Clock) -> None:
     """Write the training set, and an archive of sound and damaged series with their truth."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     archive = f"an archive of {NUM_SOUND} sound and 17 damaged series"
     clock.say(f"making {NUM_TRAINING} phantoms to train on and {archive}")
     write_training_set("s3://demo/training", configs(NUM_TRAINING, TRAINING_SEED), cores)

@@ -1,0 +1,54 @@
+"""Workers of a screening by the CPUs and GPUs of a cluster."""
+
+import pytest
+
+from covtanet.screening.worker_counts import WorkerCounts, num_cpus_needed, worker_counts
+
+
+def num_cpus(counts: WorkerCounts) -> int:
+    predicting = counts.num_predictors * counts.cpus_per_predictor
+    return predicting + counts.num_decoders + counts.num_measurers
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 100])
+@pytest.mark.parametrize("cpus", [4, 5, 8, 16, 64])
+@pytest.mark.parametrize("gpus_per_node", [0, 1])
+def test_workers_fill_the_cluster_and_no_more(
+    num_nodes: int, cpus: int, gpus_per_node: int
+) -> None:
+    counts = worker_counts(num_nodes * cpus, [cpus] * num_nodes, num_nodes * gpus_per_node)
+    assert num_cpus(counts) == num_nodes * cpus
+    assert counts.num_predictors == num_nodes
+
+
+def test_measuring_grows_with_the_cluster() -> None:
+    counts = worker_counts(800, [8] * 100, 100)
+    assert counts.num_decoders == 525
+    assert counts.num_measurers == 175
+
+
+def test_head_without_cpus_gets_no_predictor() -> None:
+    assert worker_counts(16, [0, 8, 8], 0).num_predictors == 2
+    assert num_cpus_needed([0, 8, 8], 0) == 4
+
+
+def test_predictor_holds_half_of_the_smallest_node() -> None:
+    assert worker_counts(72, [8, 64], 0).cpus_per_predictor == 4
+
+
+def test_gpu_predictor_holds_one_cpu() -> None:
+    counts = worker_counts(8, [8], 1)
+    assert (counts.num_predictors, counts.cpus_per_predictor) == (1, 1)
+    assert (counts.num_decoders, counts.num_measurers) == (5, 2)
+
+
+@pytest.mark.parametrize("free", [3, 4, 5, 8])
+def test_busy_cluster_keeps_a_cpu_for_decoding_and_one_for_measuring(free: int) -> None:
+    counts = worker_counts(free, [8], 0)
+    assert num_cpus(counts) <= free
+    assert counts.num_decoders >= 1
+    assert counts.num_measurers >= 1
+
+
+def test_three_cpus_are_needed_on_one_node() -> None:
+    assert num_cpus_needed([4], 0) == 3
