@@ -35,17 +35,15 @@ def measure() -> list[Result]:
     spent = run.times.seconds(run.started, run.ended)
     share = sum(spent.values()) / (CORES * run.spent_s)
     difference = _largest_difference(loop, run.ledger)
+    gain = f"{loop_s / run.spent_s:.2f} x"
+    bound = f"<= {MAX_DIFFERENCE}"
     return [
-        Result(
-            "r", f"plain loop over the job, {text}", f"{loop_s / run.spent_s:.2f} x", ">= 2.5 x"
-        ),
+        Result("r", f"plain loop over the job, {text}", gain, ">= 2.5 x"),
         Result("r", "series per minute by the job", f"{60 * len(loop) / run.spent_s:.1f}"),
         Result("r", "series per minute by the loop", f"{60 * len(loop) / loop_s:.1f}"),
         Result("r", "seconds from the command to the first series", f"{run.start_s:.1f}", "<= 15"),
         Result("r", "share of the cores in use", f"{share:.2f}"),
-        Result(
-            "r", "largest difference of involvement", f"{difference:.4f}", f"<= {MAX_DIFFERENCE}"
-        ),
+        Result("r", "largest difference of involvement", f"{difference:.4f}", bound),
         Result("r", "peak memory of all processes", f"{run.memory.peak_bytes() / 1e9:.1f} GB"),
         *_cpu_seconds(run, loop),
     ]
@@ -83,13 +81,12 @@ def _largest_difference(loop: list[dict[str, Any]], ledger: pa.Table) -> float:
         SystemExit: a series has no involvement in the ledger, or none in the loop.
     """
     by_folder = {Path(row["source_uri"]).name: row["involvement"] for row in ledger.to_pylist()}
-    differences = []
+    differences: list[float] = []
     for row in loop:
         measured = by_folder.get(row["series"])
         if (measured is None) != (row["involvement"] is None):
-            raise SystemExit(
-                f"series {row['series']}: {measured}, by the loop {row['involvement']}"
-            )
+            by_loop = row["involvement"]
+            raise SystemExit(f"series {row['series']}: {measured}, by the loop {by_loop}")
         if measured is not None:
             differences.append(abs(measured - row["involvement"]))
     return max(differences)
@@ -104,7 +101,5 @@ def _cpu_seconds(run: JobRun, loop: list[dict[str, Any]]) -> list[Result]:
     ]
     loop_s = sum(row["cpu_s"] for row in loop)
     rows.append(Result("r", "CPU seconds per series: plain loop", f"{loop_s / len(loop):.2f}"))
-    driver = Result(
-        "r", "CPU seconds of the driver in all", f"{spent.get('driver', 0):.1f}", "<= 5"
-    )
-    return [*rows, driver]
+    driver_s = f"{spent.get('driver', 0):.1f}"
+    return [*rows, Result("r", "CPU seconds of the driver in all", driver_s, "<= 5")]
