@@ -7,13 +7,15 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from covtanet.errors import ConfigError
 from covtanet.screening.config import ScreeningConfig
-from covtanet.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from covtanet.run_config import RunConfig
 
 T = TypeVar("T")
 # Of a checkout, and of an installed package.
@@ -24,30 +26,37 @@ RECIPES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Locations as paths or s3:// URIs; options of the commands override them."""
+class ScreeningFile:
+    """A TOML file with the settings of a screening alone."""
 
-    data: str = ""
-    """Data set of a training; empty if the option gives it."""
-    storage: str = ""
-    """Folder for everything a training keeps; empty if the option gives it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that a TOML file may set, one table per field."""
-
-    places: Places = field(default_factory=Places)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
 
-def load_config(path: Path | None) -> RunConfig:
+def load_screening(path: Path | None) -> ScreeningConfig:
+    """Read the [screening] table of a TOML file or a recipe; without either, return its defaults.
+
+    Other tables are checked as ``load_config`` checks them.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    if path is None:
+        return ScreeningConfig()
+    path = find_recipe(path)
+    # The settings of a training import torch, which takes seconds of the start of a screening.
+    if set(_read_tables(path)) <= {"screening"}:
+        return read_toml(path, ScreeningFile).screening
+    return load_config(path).screening
+
+
+def load_config(path: Path | None) -> "RunConfig":
     """Read a TOML file or a recipe; without either, return the defaults of every table.
 
     Raises:
         ConfigError: missing file, not TOML, an unknown name or a value out of range.
     """
+    from covtanet.run_config import RunConfig
+
     return RunConfig() if path is None else read_toml(find_recipe(path), RunConfig)
 
 
@@ -73,12 +82,7 @@ def read_toml(path: Path, kind: type[T]) -> T:
     Raises:
         ConfigError: missing file, not TOML, an unknown name or a value out of range.
     """
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {path} cannot be read") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    values = _read_tables(path)
     # A configuration given for a list holds for the plain dataclasses in it, at every depth.
     adapter: TypeAdapter[list[T]] = TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
     try:
@@ -87,3 +91,12 @@ def read_toml(path: Path, kind: type[T]) -> T:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
         raise ConfigError(f"{path}: {name}: {first['msg']}") from error
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {path} cannot be read") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error

@@ -191,10 +191,13 @@ def connect(*, with_dashboard: bool = False) -> None:
     check_ray_environment(os.environ)
     for name, value in {**MLFLOW_TIMEOUTS, **RAY_TRAIN_POLLING, **NO_USAGE_STATS}.items():
         os.environ.setdefault(name, value)
-    runtime_env = {"env_vars": WORKER_ENVIRONMENT}
     if os.environ.get("RAY_ADDRESS"):
+        runtime_env = {"env_vars": WORKER_ENVIRONMENT}
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
         return
+    # A Ray of our own inherits the variables. With a runtime environment it would start every
+    # worker anew and by way of an agent, instead of using those that it started with itself.
+    os.environ.update(WORKER_ENVIRONMENT)
     # Before ray.init, which would create the file readable for every user.
     _write_private_token()
     ray.init(
@@ -203,7 +206,6 @@ def connect(*, with_dashboard: bool = False) -> None:
         include_dashboard=with_dashboard,
         _node_ip_address="127.0.0.1",
         logging_level=logging.WARNING,
-        runtime_env=runtime_env,
     )
 
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from covtanet.config import RunConfig
 from covtanet.ledger.schema import markdown as ledger_page
+from covtanet.run_config import RunConfig
 from serve.settings import ServeConfig
 
 DOCS = Path(__file__).resolve().parent

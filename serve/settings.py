@@ -8,7 +8,7 @@ from pathlib import Path
 
 from covtanet import storage
 from covtanet.archive.upload import IntakeLimits
-from covtanet.config import load_config, read_toml
+from covtanet.config import load_screening, read_toml
 from covtanet.errors import ConfigError
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import StudyLimits
@@ -167,7 +167,7 @@ class ServeConfig:
         Raises:
             ConfigError: the file that ``config`` names is missing or invalid.
         """
-        return load_config(Path(self.config) if self.config else None).screening
+        return load_screening(Path(self.config) if self.config else None)
 
     def caller_of(self, token: str) -> Caller | None:
         """Return the caller with this token; every digest is compared, in constant time."""

@@ -25,7 +25,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-from covtanet.config import load_config
+from covtanet.config import load_screening
 from covtanet.ledger.work import read_ignored, read_manifest
 from covtanet.report.summary import ignored_line, plan_table, screening_table
 from covtanet.runtime import (
@@ -127,7 +127,7 @@ def make_job(arguments: argparse.Namespace) -> ScreeningJob:
     results = location(arguments.results, "--results") if arguments.results else ""
     linkage = location(arguments.linkage, "--linkage") if arguments.linkage else ""
     is_registered = arguments.model.startswith("models:")
-    config = load_config(arguments.config).screening
+    config = load_screening(arguments.config)
     if arguments.accurate:
         config = replace(config, flips=True)
     if arguments.group_by:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from covtanet import drawing, storage
+from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.ledger.attempts import count_attempt
@@ -141,6 +141,9 @@ def write_results(
     """Write masks and previews of a screened series."""
     if measured.masks is None or measured.involvement is None:
         return
+    # Only here: nibabel and Pillow's fonts take a second of a worker's start.
+    from covtanet import drawing
+
     prepared = series.prepared
     files = drawing.result_files(
         prepared.slices, prepared.chosen, measured.masks, measured.involvement, window

@@ -11,7 +11,6 @@ from typing import IO, Any
 
 import boto3
 import pyarrow.fs as pafs
-import s3fs
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -173,6 +172,9 @@ class S3Store:
 
         The client of pyarrow itself writes folder markers, which some servers keep.
         """
+        # Its import takes as long as that of all else here, and few processes need it.
+        import s3fs
+
         return pafs.PyFileSystem(pafs.FSSpecHandler(s3fs.S3FileSystem())), uri.removeprefix(S3)
 
 

@@ -79,7 +79,8 @@ ALLOWED = {
         "storage",
         "tracking",
     },
-    "config": {"screening.config", "training.config"},
+    "config": {"run_config", "screening.config"},
+    "run_config": {"screening.config", "training.config"},
     "alerts": set(),
     "api": {"ct", "inference", "ledger", "model", "screening"},
     "commands": {
