@@ -28,15 +28,15 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from covtanet.ct import limits
+from covtanet.ct import jpeg_lossless, limits
 from covtanet.ct.dicom_frames import PLAIN_SYNTAXES, Frame
 from covtanet.ct.dicom_padding import AIR_PADDING_HU, find_padding
 from covtanet.ct.hounsfield import FLOAT32, INT16, rescale
 from covtanet.errors import Reason, StudyError
 
 DECODERS: dict[str, Callable[[bytes], NDArray[Any]]] = {
-    JPEGLossless: imagecodecs.jpegsof3_decode,
-    JPEGLosslessSV1: imagecodecs.jpegsof3_decode,
+    JPEGLossless: jpeg_lossless.decode,
+    JPEGLosslessSV1: jpeg_lossless.decode,
     JPEGLSLossless: imagecodecs.jpegls_decode,
     JPEGLSNearLossless: imagecodecs.jpegls_decode,
     JPEG2000: imagecodecs.jpeg2k_decode,
