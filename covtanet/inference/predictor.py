@@ -149,7 +149,15 @@ class Predictor:
         self.num_slices = model.network.config.num_slices
         self.num_neighbours = self.window.num_neighbours
         self.diagnoses = model.capabilities.diagnoses
-        self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
+        self.engine = build_engine(
+            model.network,
+            self.window.size_px,
+            engine,
+            num_threads,
+            differences=model.engines,
+            quantizers=model.quantizers,
+            is_saved=bool(model.digest),
+        )
         torch.set_num_threads(num_threads)
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:

@@ -218,10 +218,10 @@ def markdown() -> str:
         "`covtanet/ledger/schema.py`; a test compares them. A missing number is null, never 0.",
         "",
         f"This is version {SCHEMA_VERSION} of the columns. Version 1 has no `engine`; `covtanet "
-        "ledger` and `--since last` read both,",
-        "and `diff` compares `schema_version` never and `engine` only if both rows have it. To read "
-        "the files of both versions as",
-        "they lie, DuckDB needs `union_by_name`.",
+        "ledger` and `--since last` read",
+        "both, and `diff` compares the engine only if both rows are of version 2. To read files of "
+        "both versions as they lie,",
+        "DuckDB needs `union_by_name`.",
         "",
         "| column | type | meaning | null |",
         "|---|---|---|---|",
