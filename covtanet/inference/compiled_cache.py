@@ -23,23 +23,26 @@ MAX_ENTRIES = 8
 def cache_folder() -> Path | None:
     """Return the private folder, created if it is missing; None if there is no safe one.
 
-    It is ``covtanet`` in XDG_CACHE_HOME, else in ``~/.cache``. COVTANET_NO_CACHE switches it off.
+    It is that of COVTANET_CACHE, which may be empty for none; else ``covtanet`` in XDG_CACHE_HOME
+    or ``~/.cache``.
     """
-    if os.environ.get("COVTANET_NO_CACHE"):
+    named = os.environ.get("COVTANET_CACHE")
+    if named == "":
         return None
-    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = parent / FOLDER
     try:
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(named) if named else parent / FOLDER
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
-        is_private = _is_private(folder) and _keeps_names(parent)
-    except OSError as error:
+        is_private = _is_private(folder) and _keeps_names(folder.parent)
+    # RuntimeError: the user has no home folder.
+    except (OSError, RuntimeError) as error:
         logger.debug("compiled networks are not kept: %s", type(error).__name__)
         return None
     if not is_private:
         logger.warning(
-            "compiled networks are not kept: the folder covtanet of the user's cache can be "
-            "changed by others, expected mode 0700 and this user as its owner"
+            "compiled networks are not kept: others can change the cache folder, expected mode "
+            "0700 and this user as its owner; COVTANET_CACHE names another one"
         )
         return None
     return folder

@@ -53,6 +53,7 @@ ALLOWED = {
     "experiments": {
         "ct",
         "data",
+        "decoding.prepare",
         "evaluation",
         "inference",
         "model",
