@@ -82,7 +82,7 @@ def test_damaged_entry_counts_as_missing(
     write_entry(folder, "a.compiled", bytes(1000))
     content = bytearray((folder / "a.compiled").read_bytes())
     content[500] ^= 1
-    data = {"cut": content[:-1], "changed": content, "empty": b""}[damage]
+    data = {"cut": content[:-1], "changed": content, "empty": bytearray()}[damage]
     (folder / "a.compiled").write_bytes(data)
     assert read_entry(folder, "a.compiled") is None
     assert "damaged" in caplog.text
