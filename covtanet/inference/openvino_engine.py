@@ -7,6 +7,7 @@
 
 import hashlib
 import logging
+import math
 import threading
 from functools import cache
 from io import BytesIO
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16, INT8 = "openvino", "openvino-bf16", "openvino-int8"
 NAMES = (FLOAT32, BFLOAT16, INT8)
+# Slices of one request to a stream. CPU time per slice is the same from 2 to 16; small requests
+# keep all streams busy to the end of a chunk.
+MAX_REQUEST_SLICES = 4
 # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the tolerance.
 PRECISIONS = {FLOAT32: "f32", BFLOAT16: "bf16", INT8: "f32"}
 
@@ -61,7 +65,8 @@ def build(name: str, source: EngineInput) -> Engine:
             f"engine {name}: the model has no quantization; covtanet calibrate makes it"
         )
     options = compile_options(name, source.num_threads)
-    return Engine(name=name, device="cpu", segment=_segment(_compiled(name, source, options)))
+    compiled = _compiled(name, source, options)
+    return Engine(name=name, device="cpu", segment=_segment(compiled, source.num_threads))
 
 
 def compile_options(name: str, num_threads: int) -> dict[str, Any]:
@@ -69,8 +74,11 @@ def compile_options(name: str, num_threads: int) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": PRECISIONS[name],
         "INFERENCE_NUM_THREADS": num_threads,
-        # One request at a time, with all threads.
-        "PERFORMANCE_HINT": "LATENCY",
+        # Streams of one thread each instead of one stream of all threads: the shipped V8 takes 0.92
+        # of the CPU time per slice in 8 bits and 0.94 in bfloat16 with two threads, since threads
+        # do not wait for each other after every layer.
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": num_threads,
     }
 
 
@@ -128,13 +136,28 @@ def _source_sha256() -> str:
     return digest.hexdigest()
 
 
-def _segment(compiled: Any) -> Segment:
-    # A compiled model refuses a second thread while it works for the first.
+def _segment(compiled: Any, num_streams: int) -> Segment:
+    requests = import_openvino().AsyncInferQueue(compiled, num_streams)
+    # One caller at a time: requests belong to the call that started them.
     one_at_a_time = threading.Lock()
+    answers: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+
+    def keep(request: Any, start: int) -> None:
+        # Copied: the request's own arrays are those of the next slices soon.
+        first, second = (request.get_output_tensor(port).data for port in range(2))
+        answers[start] = np.array(first), np.array(second)
+
+    requests.set_callback(keep)
 
     def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        size = min(MAX_REQUEST_SLICES, math.ceil(len(slices) / num_streams))
         with one_at_a_time:
-            result = compiled(slices)
-            return np.array(result[0]), np.array(result[1])
+            answers.clear()
+            for start in range(0, len(slices), size):
+                requests.start_async([slices[start : start + size]], start)
+            requests.wait_all()
+            in_order = [answers[start] for start in sorted(answers)]
+        probability, pooled = zip(*in_order, strict=True)
+        return np.concatenate(probability), np.concatenate(pooled)
 
     return segment
