@@ -5,7 +5,8 @@ python -m benchmarks.ship_model --weights FILE --out FOLDER [--burden INTERCEPT 
 
 --weights: v8-final of train_gpu.py, TA-SegNet V8 alone. --burden: coefficients of the diagnosis
 from the involvement. --trained-on: volumes of the training, which an evaluation then counts as
-seen. The diagnosis of the network stays untrained and is switched off.
+seen. The diagnosis of the network stays untrained and is switched off. The model runs in float32;
+`covtanet calibrate` adds the engines below it.
 """
 
 import argparse

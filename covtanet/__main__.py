@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "write a run's results as DICOM SEG and SR",
     "train": "train the network in its two phases",
     "evaluate": "evaluate a model, or a training, into the paper's tables",
+    "calibrate": "measure a model in bfloat16 and 8 bits, so that screening may use them",
     "promote": "make the challenger the champion if it is no worse",
 }
 

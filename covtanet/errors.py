@@ -4,6 +4,7 @@ CovtanetError
 ├── ConfigError      the run cannot start as asked: configuration, arguments, resources
 │   ├── NoSeriesError    the input holds no series
 │   ├── LedgerVersionError  a ledger was written by a version of this software with another schema
+│   ├── EngineUnavailableError  the model or the processor cannot give an inference engine
 │   └── WeakSandboxError  the kernel cannot confine the decoder's child process
 ├── AlreadyCommittedError  another driver of the run was first
 ├── CheckpointError  a saved model is missing, damaged or differs from its digest
@@ -134,6 +135,10 @@ class NoSeriesError(ConfigError):
 
 class LedgerVersionError(ConfigError):
     """A ledger was written by a version of this software with another schema."""
+
+
+class EngineUnavailableError(ConfigError):
+    """The model, the processor or a library cannot give an inference engine."""
 
 
 class WeakSandboxError(ConfigError):

@@ -25,6 +25,7 @@ EXAMPLE_ROW: dict[str, Any] = {
     "model_digest": "9f2c" * 16,
     "config_digest": "3ab1" * 16,
     "software_version": "0.1.0+g4f461455ab12",
+    "engine": "openvino-int8",
 }
 
 
@@ -72,6 +73,10 @@ class SeriesRow(BaseModel):
         description="SHA-256 of window and screening configuration, as the screening job has it"
     )
     software_version: str = Field(description="version and commit of the software that answered")
+    engine: str | None = Field(
+        default=None,
+        description="inference engine and precision that ran the network, if it was run",
+    )
 
 
 class StudyAnswer(BaseModel):

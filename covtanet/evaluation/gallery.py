@@ -7,6 +7,7 @@ input size and without the lung mask.
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS
 from covtanet.inference.predictor import Predictor, SliceChunk
 from covtanet.inference.quantization import PROBABILITY_STEPS
-from covtanet.model.saved_model import MODEL_FILES, SavedModel, load_model
+from covtanet.model.saved_model import SavedModel, fetch_model, load_model
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about
@@ -160,5 +161,6 @@ def _read(prepared_uri: str, example: Example) -> LabelledSlice:
 
 def _load(uri: str) -> SavedModel:
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_files(uri, MODEL_FILES, Path(folder) / "model")
+        target = Path(folder) / "model"
+        fetch_model(target, partial(storage.download_files, uri, target=target))
         return load_model(Path(folder) / "model")

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from covtanet.evaluation.segmentation import segmentation
 from covtanet.experiments.experiment import FOLDS, Experiment
 from covtanet.experiments.outcomes import describe_outcome
 from covtanet.experiments.results import evaluation_rows, evaluation_uri, model_uri, read_rows
-from covtanet.model.saved_model import MODEL_FILES, load_model
+from covtanet.model.saved_model import fetch_model, load_model
 from covtanet.report import plots
 
 Row = dict[str, Any]
@@ -126,7 +127,8 @@ def register(experiment: Experiment) -> tuple[str, str]:
     fold = next(fold for fold in folds if describe_outcome(experiment, fold, 2) is not None)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        storage.download_files(model_uri(experiment, fold), MODEL_FILES, folder)
+        fetch = partial(storage.download_files, model_uri(experiment, fold), target=folder)
+        fetch_model(folder, fetch)
         digest = load_model(folder).digest
         headline = metrics.headline(read_rows(experiment, fold))
         tags = {

@@ -1,119 +1,98 @@
-"""Engines that run TA-SegNet: eager PyTorch, channels last, compiled PyTorch, OpenVINO.
+"""The choice of the engine that runs TA-SegNet.
 
-All give the same probability within 1e-4. Measured at the paper's widths on two CPU cores, OpenVINO
-takes a third of eager PyTorch's time (``make bench``), so it is the default without a GPU.
+Float32 engines give the same probability within 1e-4: eager PyTorch, channels last, compiled, and
+OpenVINO, which takes a third of eager PyTorch's time on two CPU cores at the paper's widths
+(``make bench``). Engines below float32 change the answer. ``auto`` takes one only if its difference
+was measured for this model (``covtanet calibrate``) and is within the bounds of
+``EngineDifference``; else it is as if it did not exist.
 """
 
 import logging
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from covtanet.ct.window import INTENSITY_STEPS
-from covtanet.errors import ConfigError
+from covtanet.errors import ConfigError, EngineUnavailableError
+from covtanet.inference import openvino_engine, pytorch_engine
+from covtanet.inference.segmenter import Engine, EngineInput
 from covtanet.model.covtanet import CovTANet
+from covtanet.model.description import EngineDifference
+from covtanet.model.quantizers import Quantizers
 
-ENGINES = ("eager", "channels_last", "compiled", "openvino")
+logger = logging.getLogger(__name__)
 
-# Intensity (B, C, H, W) to lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), all
-# float32.
-Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A network that is ready to run, and the name of its engine."""
-
-    name: str
-    device: str
-    segment: Segment
-
-
-class _Segmenter(nn.Module):
-    """TA-SegNet as it is exported: intensity to probability and pooled fusion vectors."""
-
-    def __init__(self, network: CovTANet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, slices: Tensor) -> tuple[Tensor, Tensor]:
-        logits, pooled = self.network.segment(slices)
-        # (B, 1, H, W) -> (B, H, W)
-        return torch.sigmoid(logits.squeeze(1)), pooled
+ENGINES = (*pytorch_engine.NAMES, *openvino_engine.NAMES)
+# Fastest first. CPU time per slice of the shipped V8 at 256 px, one thread on an AMD EPYC with
+# avx512_vnni and avx512_bf16: 8 bits 0.60 and bfloat16 0.71 of float32's.
+BELOW_FLOAT32 = (openvino_engine.INT8, openvino_engine.BFLOAT16)
 
 
 def default_engine() -> str:
-    """Return the name of the fastest engine of this machine."""
-    return "channels_last" if torch.cuda.is_available() else "openvino"
+    """Return the name of the fastest engine in float32 on this machine."""
+    return "channels_last" if torch.cuda.is_available() else openvino_engine.FLOAT32
+
+
+def choose_engines(differences: Mapping[str, EngineDifference]) -> list[str]:
+    """Return the engines that ``auto`` tries, fastest first; the last one is float32.
+
+    differences: of the model's engines, as they were measured.
+    """
+    if torch.cuda.is_available():
+        return [default_engine()]
+    allowed = [
+        name
+        for name in BELOW_FLOAT32
+        if name in differences
+        and differences[name].is_within_bounds
+        and not openvino_engine.missing_instructions(name)
+    ]
+    return [*allowed, default_engine()]
 
 
 def build_engine(
-    network: CovTANet, size_px: int, name: str = "auto", num_threads: int = 1
+    network: CovTANet,
+    size_px: int,
+    name: str = "auto",
+    num_threads: int = 1,
+    *,
+    differences: Mapping[str, EngineDifference] | None = None,
+    quantizers: Quantizers | None = None,
+    is_saved: bool = False,
 ) -> Engine:
     """Make a network ready to run, on the GPU if there is one. network: in eval mode, on the CPU.
 
+    differences, quantizers: of the model that the network belongs to. is_saved: keep it compiled.
+
     Raises:
-        ConfigError: the engine is unknown.
+        ConfigError: the engine is unknown, or the model or the processor cannot give it.
     """
-    name = default_engine() if name == "auto" else name
-    if name not in ENGINES:
-        raise ConfigError(f"engine {name}, expected auto or one of {', '.join(ENGINES)}")
-    segmenter = _Segmenter(network).eval().requires_grad_(False)
-    if name == "openvino":
-        return Engine(name=name, device="cpu", segment=_openvino(segmenter, size_px, num_threads))
-    torch.set_num_threads(num_threads)
-    torch.backends.cudnn.allow_tf32 = False  # its ten bits of mantissa exceed the tolerance
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Engine(name=name, device=device, segment=_torch(segmenter, name, device))
+    source = EngineInput(
+        network=network,
+        size_px=size_px,
+        num_threads=num_threads,
+        quantizers=quantizers,
+        is_saved=is_saved,
+    )
+    if name != "auto":
+        return _build(name, source)
+    *below_float32, float32 = choose_engines(differences or {})
+    for candidate in below_float32:
+        try:
+            return _build(candidate, source)
+        except EngineUnavailableError as error:
+            logger.warning("engine %s is left out: %s", candidate, error)
+    return _build(float32, source)
 
 
-def _torch(segmenter: nn.Module, name: str, device: str) -> Segment:
-    layout = torch.contiguous_format if name == "eager" else torch.channels_last
-    module: Any = segmenter.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    if name == "compiled":
-        module = torch.compile(module, dynamic=False)
-
-    def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        with torch.inference_mode():
-            probability, pooled = module(torch.from_numpy(slices).to(device, memory_format=layout))
-            return probability.float().cpu().numpy(), pooled.float().cpu().numpy()
-
-    return segment
-
-
-def _openvino(segmenter: _Segmenter, size_px: int, num_threads: int) -> Segment:
-    import openvino
-
-    logging.getLogger("openvino").setLevel(logging.ERROR)
-    example = torch.zeros(1, segmenter.network.config.segnet.in_channels, size_px, size_px)
-    # Converted within the process in seconds; an export to ONNX takes up to a minute.
-    model = openvino.convert_model(segmenter, example_input=example)
-    # Any number of slices at a fixed size, since the last chunk of a volume is smaller.
-    model.reshape({0: [-1, *example.shape[1:]]})
-    # f32 by name: on processors with bfloat16 the plug-in would choose that and leave the
-    # tolerance.
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": num_threads,
-        # One request at a time, with all threads.
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino.Core().compile_model(model, "CPU", options)
-    # A compiled model refuses a second thread while it works for the first.
-    one_at_a_time = threading.Lock()
-
-    def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        with one_at_a_time:
-            result = compiled(slices)
-            return np.array(result[0]), np.array(result[1])
-
-    return segment
+def _build(name: str, source: EngineInput) -> Engine:
+    if name in openvino_engine.NAMES:
+        return openvino_engine.build(name, source)
+    if name in pytorch_engine.NAMES:
+        return pytorch_engine.build(name, source)
+    raise ConfigError(f"engine {name}, expected auto or one of {', '.join(ENGINES)}")
 
 
 def to_intensity(levels: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -33,6 +33,9 @@ class Prediction:
     """Null if the model's diagnosis was not trained."""
     p_severe: float | None
     """Null if the model's diagnosis was not trained."""
+    engine: str | None = None
+    """The engine that ran the network; null if the network does not say. Two names joined by ``+``
+    if replicas on different processors shared the volume."""
 
 
 Probabilities = tuple[float, float] | tuple[None, None]
@@ -54,6 +57,9 @@ class SegmentedChunk(NamedTuple):
     """Lesion probability in steps of 1/254, (S, H, W)."""
     pooled: NDArray[np.float32]
     """Pooled fusion vectors of the slices that the diagnosis reads, (D, C, P, P)."""
+    engine: str = ""
+    """Name of the engine that answered; replicas on different processors may have different
+    ones."""
 
 
 class VolumePredictor(Protocol):
@@ -95,13 +101,16 @@ def predict(network: Network, slices: NDArray[np.uint16], chunk_slices: int) -> 
         for start in range(0, len(slices), chunk_slices)
     )
     # levels: (S, H, W) in chunks. pooled: (D, C, P, P) in chunks.
-    levels, pooled = zip(*network.segment(chunks), strict=True)
+    levels, pooled, engines = zip(*network.segment(chunks), strict=True)
     by_slice = dict(zip(distinct.tolist(), np.concatenate(pooled), strict=True))
     # (num_slices, C, P, P), repeats included.
     vectors = np.stack([by_slice[index] for index in picked.tolist()])
     p_infected, p_severe = network.diagnose(vectors)
     return Prediction(
-        lesion_levels=np.concatenate(levels), p_infected=p_infected, p_severe=p_severe
+        lesion_levels=np.concatenate(levels),
+        p_infected=p_infected,
+        p_severe=p_severe,
+        engine="+".join(sorted(set(engines))) or None,
     )
 
 
@@ -140,7 +149,15 @@ class Predictor:
         self.num_slices = model.network.config.num_slices
         self.num_neighbours = self.window.num_neighbours
         self.diagnoses = model.capabilities.diagnoses
-        self.engine = build_engine(model.network, self.window.size_px, engine, num_threads)
+        self.engine = build_engine(
+            model.network,
+            self.window.size_px,
+            engine,
+            num_threads,
+            differences=model.engines,
+            quantizers=model.quantizers,
+            is_saved=bool(model.digest),
+        )
         torch.set_num_threads(num_threads)
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
@@ -159,7 +176,7 @@ class Predictor:
             if not np.isfinite(probability).all():
                 raise FloatingPointError("the network's output is NaN or infinite")
             levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
-            yield SegmentedChunk(levels, pooled[diagnosed])
+            yield SegmentedChunk(levels, pooled[diagnosed], self.engine.name)
 
     def _run(
         self, intensity: NDArray[np.float32]
@@ -180,7 +197,8 @@ class Predictor:
         start = 0
         for chunk in chunks:
             end = start + len(chunk.slices)
-            yield SegmentedChunk(levels[start:end], pooled[start:end][chunk.diagnosed])
+            vectors = pooled[start:end][chunk.diagnosed]
+            yield SegmentedChunk(levels[start:end], vectors, self.engine.name)
             start = end
 
     def _segment_all(
@@ -191,7 +209,7 @@ class Predictor:
         for start in range(0, len(slices), self.max_batch_slices):
             batch = slices[start : start + self.max_batch_slices]
             batches.append(SliceChunk(batch, list(range(len(batch)))))
-        levels, pooled = zip(*self.segment(batches), strict=True)
+        levels, pooled, _ = zip(*self.segment(batches), strict=True)
         return np.concatenate(levels), np.concatenate(pooled)
 
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:

@@ -6,7 +6,10 @@ import pyarrow as pa
 
 from covtanet.ledger.schema import LEDGER_SCHEMA
 
-NOT_COMPARED = ("run_id", "run_date", "screened_at", "decode_s", "predict_s")
+# The schema's version says which software wrote the row, not what it found.
+NOT_COMPARED = ("schema_version", "run_id", "run_date", "screened_at", "decode_s", "predict_s")
+# First schema version with the column ``engine``.
+ENGINE_SINCE = 2
 PROBABILITIES = ("p_infected", "p_severe")
 MEASUREMENTS = ("lesion_volume_ml", "lung_volume_ml", "involvement")
 # Another number of threads adds up in another order: probabilities move in the sixth digit, volumes
@@ -19,7 +22,7 @@ def differences(left: pa.Table, right: pa.Table) -> list[str]:
     """Return one line for each series and column that differ; an empty list for equal ledgers.
 
     Probabilities may differ by 1e-4, volumes and involvement by 0.1 %; identity and times of a run
-    are not compared.
+    are not compared. The engine is, unless a row was written before the ledger had that column.
     """
     left_rows = {row["series_key"]: row for row in left.to_pylist()}
     right_rows = {row["series_key"]: row for row in right.to_pylist()}
@@ -27,11 +30,18 @@ def differences(left: pa.Table, right: pa.Table) -> list[str]:
     if left.num_rows != len(left_rows) or right.num_rows != len(right_rows):
         lines.append("a series has more than one row")
     for key in sorted(left_rows.keys() & right_rows.keys()):
-        for name in LEDGER_SCHEMA.names:
+        for name in _compared_columns(left_rows[key], right_rows[key]):
             left_value, right_value = left_rows[key][name], right_rows[key][name]
-            if name not in NOT_COMPARED and not _is_equal(name, left_value, right_value):
+            if not _is_equal(name, left_value, right_value):
                 lines.append(f"{key}: {name} is {left_value} and {right_value}")
     return lines
+
+
+def _compared_columns(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    names = [name for name in LEDGER_SCHEMA.names if name not in NOT_COMPARED]
+    oldest = min(left["schema_version"], right["schema_version"])
+    # A null of version 1 says nothing about the engine.
+    return [name for name in names if name != "engine" or oldest >= ENGINE_SINCE]
 
 
 def _is_equal(name: str, left: Any, right: Any) -> bool:

@@ -16,7 +16,7 @@ from covtanet.errors import ConfigError, LedgerVersionError
 from covtanet.ledger.accounting import ACCOUNTED_COLUMNS, Accounting
 from covtanet.ledger.commit import BEGUN_AT
 from covtanet.ledger.run import WORK, latest_date
-from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
+from covtanet.ledger.schema import LEDGER_SCHEMA, READABLE_VERSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ def find_run_file(ledger: str, run_id: str) -> str:
 
 
 def read_run(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one committed file.
+    """Read one committed file; columns that its schema version lacks are null.
 
     Raises:
-        LedgerVersionError: the file has another schema version than this software.
+        LedgerVersionError: the file has a schema version that this software does not know.
     """
-    return _open(uri).read(columns)
+    return _read(_open(uri), columns)
 
 
 def account_run(uri: str) -> Accounting:
@@ -89,7 +89,7 @@ def newest_rows(
     for uri in committed_files(ledger):
         if run_ids is None or uri.rsplit("/", 1)[-1].removesuffix(".parquet") in run_ids:
             file = _open(uri)
-            runs.append((_begun_at(uri, file), file.read(wanted)))
+            runs.append((_begun_at(uri, file), _read(file, wanted)))
     if not runs:
         return LEDGER_SCHEMA.empty_table().select(wanted or LEDGER_SCHEMA.names)
     runs.sort(key=lambda run: run[0])
@@ -117,9 +117,22 @@ def _disarm(text: str | None) -> str | None:
 def _open(uri: str) -> pq.ParquetFile:
     file = pq.ParquetFile(BytesIO(storage.read_bytes(uri)))
     version = (file.schema_arrow.metadata or {}).get(b"covtanet.schema_version", b"none").decode()
-    if version != str(SCHEMA_VERSION):
-        raise LedgerVersionError(f"a ledger of schema version {version}, expected {SCHEMA_VERSION}")
+    if version not in map(str, READABLE_VERSIONS):
+        expected = " or ".join(map(str, READABLE_VERSIONS))
+        raise LedgerVersionError(f"a ledger of schema version {version}, expected {expected}")
     return file
+
+
+def _read(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    """Read columns of one file, in the order in which they are asked for or the schema has them."""
+    wanted = LEDGER_SCHEMA.names if columns is None else columns
+    stored = set(file.schema_arrow.names)
+    table = file.read([name for name in wanted if name in stored])
+    for name in wanted:
+        if name not in stored:  # an older version has fewer columns
+            nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
+            table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
+    return table.select(wanted)
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:

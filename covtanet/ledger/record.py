@@ -61,6 +61,7 @@ class ScreeningRecord:
     lesion_slices: int | None = None
     decode_s: float | None = None
     predict_s: float | None = None
+    engine: str | None = None
 
     def with_flag(self, flag: QcFlag) -> "ScreeningRecord":
         """Return the record with one more flag; a flag stands once."""

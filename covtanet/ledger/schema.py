@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 lacks the column ``engine``, which readers fill with nulls.
+READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,12 @@ COLUMNS = (
         name="predict_s", type=pa.float64(),
         meaning="Seconds for the network.", null="the network did not answer",
     ),
+    # Last, so that a table of version 1 has the same columns in the same order before it.
+    Column(
+        name="engine", type=pa.string(),
+        meaning="The inference engine and precision that ran the network, such as `openvino-int8`.",
+        null="the network did not answer, or a row of version 1",
+    ),
 )  # fmt: skip
 
 LEDGER_SCHEMA = pa.schema(
@@ -208,6 +216,12 @@ def markdown() -> str:
         "",
         "One row per series and run, in `LEDGER/date=YYYY-MM-DD/<run_id>.parquet`. Generated from",
         "`covtanet/ledger/schema.py`; a test compares them. A missing number is null, never 0.",
+        "",
+        f"This is version {SCHEMA_VERSION} of the columns. Version 1 has no `engine`; `covtanet "
+        "ledger` and `--since last` read",
+        "both, and `diff` compares the engine only if both rows are of version 2. To read files of "
+        "both versions as they lie,",
+        "DuckDB needs `union_by_name`.",
         "",
         "| column | type | meaning | null |",
         "|---|---|---|---|",

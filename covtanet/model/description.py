@@ -1,4 +1,4 @@
-"""Typed parts of a saved model's description: preprocessing, capabilities and readout.
+"""Typed parts of a saved model's description: preprocessing, capabilities, readout and engines.
 
 Neither torch nor a network is imported, so that a process that only decodes may read them.
 """
@@ -80,6 +80,72 @@ class Readout:
     """Probability from which a pixel is lesion; fixed before the model was evaluated."""
     burden: BurdenDiagnosis | None = None
     """Diagnosis from the involvement, if the network has none."""
+
+
+# Bounds within which an engine may replace float32 unasked, far below what readers differ by among
+# themselves: two readers of the MedSeg scans agree with a Dice of 0.81 (docs/evaluation.md).
+MAX_DICE_LOSS = 0.005
+MAX_INVOLVEMENT_DIFFERENCE = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineDifference:
+    """Difference of an engine from the same model in float32, on the same labelled volumes.
+
+    Measured by ``covtanet calibrate``, as screening measures; a null was not measurable.
+    """
+
+    mean_dice: float | None
+    """Mean Dice per volume against the labels."""
+    mean_dice_float32: float | None
+    """The same in float32."""
+    mean_involvement_difference: float | None
+    """Mean absolute difference of the involvement, over volumes that have one."""
+    max_involvement_difference: float | None
+    """Largest of these differences."""
+    lesion_volume_ratio: float | None
+    """Lesion volume of all volumes over that in float32."""
+    num_status_changes: int
+    """Volumes whose rejection, diagnosis or severity differs."""
+    num_volumes: int
+    """Volumes that were compared, none of whose slices was used for calibration."""
+    num_slices: int
+    """Slices of these volumes that the network read."""
+    data: tuple[str, ...]
+    """Names of the data sets."""
+
+    def __post_init__(self) -> None:
+        # JSON has lists, and a hashable value travels between processes unchanged.
+        object.__setattr__(self, "data", tuple(self.data))
+
+    @property
+    def dice_loss(self) -> float | None:
+        """By how much the mean Dice is lower than in float32; negative if it is higher."""
+        if self.mean_dice is None or self.mean_dice_float32 is None:
+            return None
+        return self.mean_dice_float32 - self.mean_dice
+
+    @property
+    def is_within_bounds(self) -> bool:
+        """Whether the engine may replace float32 unasked; a difference that is null does not do."""
+        if self.dice_loss is None or self.mean_involvement_difference is None:
+            return False
+        return (
+            self.num_status_changes == 0
+            # A NaN is not within the bounds either.
+            and self.dice_loss <= MAX_DICE_LOSS
+            and self.mean_involvement_difference <= MAX_INVOLVEMENT_DIFFERENCE
+        )
+
+
+def read_engines(description: Mapping[str, Any]) -> dict[str, EngineDifference]:
+    """Return the measured differences of a model's description by engine; none if it has none.
+
+    Raises:
+        KeyError, TypeError: an unknown or missing value.
+    """
+    measured = dict(description.get("engines", {}))
+    return {str(name): EngineDifference(**values) for name, values in measured.items()}
 
 
 def read_readout(description: Mapping[str, Any]) -> Readout:

@@ -35,8 +35,10 @@ class ScreeningConfig:
     severe_involvement: float = 0.25
     """Involvement above which a series is severe by the paper's rule (Section III-A)."""
     engine: str = "auto"
-    """``auto``, ``eager``, ``channels_last``, ``compiled`` or ``openvino``; auto takes OpenVINO on
-    a CPU and channels_last on a GPU."""
+    """``auto``, ``eager``, ``channels_last``, ``compiled``, ``openvino``, ``openvino-bf16`` or
+    ``openvino-int8``. On a CPU auto takes the fastest engine that the processor has and that
+    ``covtanet calibrate`` measured for the model within the bounds, else ``openvino`` in float32;
+    on a GPU channels_last."""
     decode_memory_mib: int = 3072
     """Memory of the decoder's process in MiB; 3 GiB hold the largest volume that is read."""
     decode_timeout_s: float = 60.0

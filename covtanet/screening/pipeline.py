@@ -54,7 +54,7 @@ def screen(
     window: the model's preprocessing. results: location for masks and previews; empty for none.
     """
     # Importing torch takes seconds, which the modules of the other workers do without.
-    from covtanet.model.saved_model import MODEL_FILES
+    from covtanet.model.saved_model import model_files
 
     # One slow series must not hold back those behind it; the commit restores the order.
     ray_data.configure(preserve_order=False)
@@ -68,7 +68,7 @@ def screen(
     logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
     remaining_uri = _write_remaining(run, finished)
     # After the check for remaining series: a run that is finished uploads nothing.
-    for name in MODEL_FILES:  # every node fetches them from there
+    for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, remaining_uri, plan), num_remaining)
 

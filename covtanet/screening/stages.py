@@ -124,6 +124,7 @@ def predict_series(series: PreparedSeries, predictor: "VolumePredictor") -> Pred
         p_infected=prediction.p_infected,
         p_severe=prediction.p_severe,
         predict_s=time.perf_counter() - started,
+        engine=prediction.engine,
     )
     if prediction.p_infected is None:
         record = record.with_flag(QcFlag.NO_DIAGNOSIS)

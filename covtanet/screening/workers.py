@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,14 @@ class PredictorWorker:
     ) -> None:
         """Load the model. keeps_slices: measuring draws pictures of the slices."""
         from covtanet.inference.predictor import Predictor
-        from covtanet.model.saved_model import MODEL_FILES, load_model
+        from covtanet.model.saved_model import fetch_model, load_model
 
-        with tempfile.TemporaryDirectory() as folder:
-            storage.download_files(run.work_uri("model"), MODEL_FILES, Path(folder))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            uri = run.work_uri("model")
+            fetch_model(folder, partial(storage.download_files, uri, target=folder))
             # The digest is checked: a run has one model on all nodes.
-            model = load_model(Path(folder), run.model_digest)
+            model = load_model(folder, run.model_digest)
         self.run = run
         self.config = config
         self.keeps_slices = keeps_slices

@@ -1,6 +1,6 @@
 """Fetching a model's files: from a folder, from S3, or by its name in the registry.
 
-A registered version is a folder of plain files. Two of them are downloaded by name, their digest
+A registered version is a folder of plain files. Those of ours are downloaded by name, their digest
 is compared with the version's tags, and our own loader reads them: MLflow's loaders run code that
 comes with a model.
 
@@ -11,9 +11,10 @@ followed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -25,7 +26,7 @@ from mlflow.utils.rest_utils import http_request
 
 from covtanet import storage
 from covtanet.errors import CheckpointError
-from covtanet.model.saved_model import DESCRIPTION, MODEL_FILES, model_digest
+from covtanet.model.saved_model import DESCRIPTION, fetch_model, model_digest
 from covtanet.tracking.registry import (
     DIGEST_TAG,
     FILES_IN_VERSION,
@@ -63,7 +64,8 @@ def resolve_model(ref: str, folder: Path) -> ModelRef:
         return _resolve_registered(ref, folder)
     if storage.is_s3(ref):
         with _as_checkpoint_error(ref):
-            storage.download_files(storage.absolute(ref), MODEL_FILES, folder)
+            uri = storage.absolute(ref)
+            fetch_model(folder, partial(storage.download_files, uri, target=folder))
     else:
         folder = Path(storage.absolute(ref))
     name = Path(ref.rstrip("/")).name
@@ -75,9 +77,10 @@ def _resolve_registered(ref: str, folder: Path) -> ModelRef:
     uri = storage.join(_source_of(registered, ref), FILES_IN_VERSION)
     with _as_checkpoint_error(ref):
         if uri.startswith(PROXIED):
-            _download_proxied(uri, folder)
+            fetch = partial(_download_proxied, uri, folder)
         else:
-            storage.download_files(uri, MODEL_FILES, folder)
+            fetch = partial(storage.download_files, uri, target=folder)
+        fetch_model(folder, fetch)
     digest = model_digest(folder)
     if digest != registered.tags.get(DIGEST_TAG):
         raise CheckpointError(f"{ref}: the files differ from the digest in the registry")
@@ -179,11 +182,11 @@ def _proxied_location(uri: str, parts: SplitResult, subject: str) -> str:
     return f"{PROXIED}{parts.path.rstrip('/')}"
 
 
-def _download_proxied(uri: str, folder: Path) -> None:
-    """Fetch a model's files through the tracking server, as many bytes as they may have."""
+def _download_proxied(uri: str, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Fetch files of a model through the tracking server, as many bytes as they may have."""
     folder.mkdir(parents=True, exist_ok=True)
     root = MlflowArtifactsRepository.resolve_uri(uri, tracking_uri())
-    for name, max_bytes in MODEL_FILES.items():
+    for name, max_bytes in sizes.items():
         response = http_request(
             get_default_host_creds(root), f"/{name}", "GET", stream=True, allow_redirects=False
         )

@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from covtanet import storage
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.saved_model import MODEL_FILES, model_digest
+from covtanet.model.saved_model import fetch_model, model_digest
 from covtanet.tracking.runs import RunAddress, open_run
 
 MODEL_NAME = "covtanet"
@@ -139,7 +140,7 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, artifact: str) -
     with tempfile.TemporaryDirectory() as temporary:
         # MLflow names its copy of the files as their folder is named.
         files = Path(temporary) / ARTIFACT
-        storage.download_files(str(folder), MODEL_FILES, files)
+        fetch_model(files, partial(storage.download_files, str(folder), target=files))
         target = Path(temporary) / "version"
         mlflow.pyfunc.save_model(
             target,

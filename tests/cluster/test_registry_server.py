@@ -34,7 +34,8 @@ def test_mlflow_server_returns_both_model_files(
     assert source.startswith("mlflow-artifacts:/")
     found = tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
     assert found.digest == saved_model.model_digest(model_folder)
-    assert sorted(path.name for path in found.folder.iterdir()) == sorted(saved_model.MODEL_FILES)
+    names = sorted(path.name for path in found.folder.iterdir())
+    assert names == ["model.json", "weights.safetensors"]
     monkeypatch.setenv("COVTANET_MODEL_SOURCES", "mlflow-artifacts:/elsewhere")
     with pytest.raises(CheckpointError, match="outside of COVTANET_MODEL_SOURCES"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "other")

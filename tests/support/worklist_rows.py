@@ -12,7 +12,7 @@ KEYS = "abcdef"
 
 def row(key: str, **values: Any) -> dict[str, Any]:
     fixed = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run_id": "r",
         "run_date": date(2026, 11, 23),
         "series_key": key * 32,

@@ -55,6 +55,7 @@ ALLOWED = {
     "experiments": {
         "ct",
         "data",
+        "decoding.prepare",
         "evaluation",
         "inference",
         "model",

@@ -79,6 +79,7 @@ function numbersOf(row) {
     model: `${row.model_name} ${row.model_version}, ${row.model_digest.slice(0, 12)}`,
     configuration: row.config_digest.slice(0, 12),
     software: row.software_version,
+    engine: orDash(row.engine),
     run: `${row.run_id}, ${row.screened_at}`,
   };
 }

@@ -9,7 +9,7 @@ from covtanet.report.summary import findings
 
 
 def test_schema_is_the_promise() -> None:
-    """Names and types of version 1, in order; a change needs a new version."""
+    """Names and types of version 2, in order; a change needs a new version."""
     expected = """schema_version: int16|run_id: string|run_date: date32[day]
 screened_at: timestamp[us, tz=UTC]
 series_key: string|source_uri: string|source_format: string
@@ -22,7 +22,8 @@ diagnosis: string|p_severe: float
 severity: string|severity_by_involvement: string|lesion_volume_ml: double|lung_volume_ml: double
 involvement: double|lesion_slices: int32|model_name: string
 model_version: string|model_digest: string
-config_digest: string|software_version: string|decode_s: double|predict_s: double"""
+config_digest: string|software_version: string|decode_s: double|predict_s: double
+engine: string"""
     assert [
         f"{field.name}: {field.type}".replace("element:", "item:") for field in LEDGER_SCHEMA
     ] == [each for line in expected.splitlines() for each in line.split("|")]

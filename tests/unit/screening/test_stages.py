@@ -26,6 +26,7 @@ from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
 from covtanet.screening.conclusion import conclude
 from covtanet.screening.config import ScreeningConfig, config_values
+from covtanet.screening.records import PreparedSeries
 from covtanet.screening.workers import store_record
 
 
@@ -302,3 +303,12 @@ def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
             pq.read_table(run.row_uri(row["series_key"])).to_pylist()[0]["reason"]
             == "internal_error"
         )
+
+
+def test_predicted_series_names_its_engine_and_unpredicted_one_is_null(model_folder: Path) -> None:
+    predictor = Predictor(load_model(model_folder), engine="eager")
+    slices = np.zeros((2, 128, 128), np.uint16)
+    series = PreparedSeries(record=new_record(), slices=slices, chosen=np.arange(2), masks=b"")
+    assert stages.predict_series(series, predictor).record.engine == "eager"
+    ended = stages.ended_before_prediction(new_record(), WINDOW)
+    assert stages.predict_series(ended, predictor).record.engine is None
