@@ -23,7 +23,8 @@ from benchmarks.gpu_networks import Scale, networks
 from benchmarks.gpu_trial import THRESHOLD
 from covtanet.model.covtanet import SIZES, CovTANet
 from covtanet.model.description import BurdenDiagnosis, Capabilities, Preprocessing, Readout
-from covtanet.model.saved_model import SavedModel, file_sha256, save_model
+from covtanet.model.model_files import file_sha256
+from covtanet.model.saved_model import SavedModel, save_model
 
 SLICE_STEP_MM = 2.5
 

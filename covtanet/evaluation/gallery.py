@@ -21,7 +21,8 @@ from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS
 from covtanet.inference.predictor import Predictor, SliceChunk
 from covtanet.inference.quantization import PROBABILITY_STEPS
-from covtanet.model.saved_model import SavedModel, fetch_model, load_model
+from covtanet.model.model_files import fetch_model
+from covtanet.model.saved_model import SavedModel, load_model
 
 Row = dict[str, Any]
 # Smaller lesions are left out: a handful of pixels says more about the outline's width than about

@@ -17,7 +17,8 @@ from covtanet.evaluation.segmentation import segmentation
 from covtanet.experiments.experiment import FOLDS, Experiment
 from covtanet.experiments.outcomes import describe_outcome
 from covtanet.experiments.results import evaluation_rows, evaluation_uri, model_uri, read_rows
-from covtanet.model.saved_model import fetch_model, load_model
+from covtanet.model.model_files import fetch_model
+from covtanet.model.saved_model import load_model
 from covtanet.report import plots
 
 Row = dict[str, Any]

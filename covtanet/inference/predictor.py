@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from covtanet.ct.window import WindowConfig, spread_slices, with_neighbours
-from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine, to_intensity
+from covtanet.inference.model_window import check_capabilities, model_window
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.saved_model import SavedModel
 
@@ -235,36 +235,15 @@ def refuse_without_segmentation(model: SavedModel) -> None:
     """Refuse a model that cannot screen.
 
     Raises:
-        CheckpointError: the model marks no lesions; an involvement of 0 would be invented.
+        CheckpointError: as ``model_window.check_capabilities``.
     """
-    if not model.capabilities.segments:
-        raise CheckpointError(
-            "the model marks no lesions, and a ledger without involvement is no screening"
-        )
+    check_capabilities(model.capabilities)
 
 
 def window_of(model: SavedModel) -> WindowConfig:
     """Return the step from HU to the network's input that a model was trained with.
 
     Raises:
-        CheckpointError: an empty window, an unsupported size, or another number of channels than
-            the network reads.
+        CheckpointError: as ``model_window.model_window``.
     """
-    values = model.preprocessing
-    try:
-        window = WindowConfig(
-            low_hu=values.low_hu,
-            high_hu=values.high_hu,
-            size_px=values.size_px,
-            crops_to_lungs=values.crops_to_lungs,
-            num_neighbours=values.num_neighbours,
-        )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"invalid window of the model: {type(error).__name__}") from error
-    num_channels = 1 + 2 * window.num_neighbours
-    if model.network.config.segnet.in_channels != num_channels:
-        raise CheckpointError(
-            f"the model reads {model.network.config.segnet.in_channels} channels, expected "
-            f"{num_channels} of {window.num_neighbours} neighbours on either side"
-        )
-    return window
+    return model_window(model.preprocessing, model.network.config.segnet.in_channels)

@@ -5,11 +5,10 @@ bits, ``quantization.safetensors``. It is written under another name and renamed
 there whole or not at all. Its digest covers the content of all files.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,25 @@ from covtanet.model.description import (
     read_preprocessing,
     read_readout,
 )
-from covtanet.model.quantizers import MAX_BYTES as MAX_QUANTIZATION_BYTES
+from covtanet.model.model_files import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    QUANTIZATION,
+    QUANTIZATION_SHA256,
+    WEIGHTS,
+    WEIGHTS_SHA256,
+    check_contents,
+    check_digest,
+    check_format,
+    check_sizes,
+    file_sha256,
+    model_digest,
+    read_description,
+)
 from covtanet.model.quantizers import Quantizers, load_quantizers, save_quantizers
 from covtanet.model.registry import BaselineConfig, NoSegmenterConfig, SegmenterConfig
 from covtanet.model.segnet import TASegNetConfig
 
-WEIGHTS = "weights.safetensors"
-DESCRIPTION = "model.json"
-QUANTIZATION = "quantization.safetensors"
-# All files of a saved model, each with the most bytes that it may have. The paper's network takes
-# 86 MiB; a description a few kB, and some 80 kB with the digests of a thousand training volumes.
-# A model that was not calibrated for 8 bits has no quantization.
-MODEL_FILES = {DESCRIPTION: 4 << 20, WEIGHTS: 2 << 30, QUANTIZATION: MAX_QUANTIZATION_BYTES}
-QUANTIZATION_SHA256 = "quantization_sha256"
-FORMAT_VERSION = 2
-# Version 1 kept capabilities in the provenance, the window in an object of its own, and one type of
-# segmenter whose name could be a baseline's.
-READABLE_VERSIONS = (1, 2)
 SEGMENTER_TYPES: dict[str, type[SegmenterConfig]] = {
     "ta-segnet": TASegNetConfig,
     "baseline": BaselineConfig,
@@ -123,7 +124,7 @@ def _write_description(folder: Path, model: SavedModel) -> None:
         "readout": asdict(model.readout),
         "provenance": model.provenance,
         # The other files are written first, so that the description's digest stands for all.
-        "weights_sha256": file_sha256(folder / WEIGHTS),
+        WEIGHTS_SHA256: file_sha256(folder / WEIGHTS),
     }
     # Left out of models without them, whose digests stay as they were.
     if model.engines:
@@ -135,55 +136,6 @@ def _write_description(folder: Path, model: SavedModel) -> None:
     (folder / DESCRIPTION).write_text(f"{text}\n")
 
 
-def model_digest(folder: Path) -> str:
-    """Return the SHA-256 of the description, which holds those of the other files."""
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise CheckpointError(f"no {DESCRIPTION} in the model's folder, expected a saved model")
-    return file_sha256(path)
-
-
-def model_files(folder: Path) -> dict[str, int]:
-    """Return the files that a model in a folder has by its description, each with its most bytes.
-
-    Raises:
-        CheckpointError: there is no description, or it cannot be read.
-    """
-    names = [DESCRIPTION, WEIGHTS]
-    if QUANTIZATION_SHA256 in _read_description(folder):
-        names.append(QUANTIZATION)
-    return {name: MODEL_FILES[name] for name in names}
-
-
-def fetch_model(folder: Path, fetch: Callable[[Mapping[str, int]], None]) -> None:
-    """Fetch a model's files into a folder: the description, then the files that it names.
-
-    No file is tried that a model may lack: some stores answer as if access were denied.
-
-    fetch: copies files by name, each with the most bytes that it may have.
-
-    Raises:
-        CheckpointError: the description cannot be read.
-    """
-    fetch({DESCRIPTION: MODEL_FILES[DESCRIPTION]})
-    sizes = model_files(folder)
-    del sizes[DESCRIPTION]
-    fetch(sizes)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise CheckpointError(f"no {DESCRIPTION} in the model's folder, expected a saved model")
-    try:
-        description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{DESCRIPTION} cannot be read: {type(error).__name__}") from error
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{DESCRIPTION} holds no JSON object")
-    return description
-
-
 def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedModel:
     """Read a model, in eval mode on the CPU.
 
@@ -193,12 +145,10 @@ def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedM
     """
     folder = Path(folder)
     # Before anything is read into memory.
-    _check_sizes(folder)
+    check_sizes(folder)
     digest = model_digest(folder)
-    if expected_digest and digest != expected_digest:
-        raise CheckpointError(
-            f"model digest {digest[:12]}, expected {expected_digest[:12]}: not the registered model"
-        )
+    if expected_digest:
+        check_digest(digest, expected_digest)
     try:
         return _load(folder, digest)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -206,20 +156,19 @@ def load_model(folder: str | Path, expected_digest: str | None = None) -> SavedM
 
 
 def _load(folder: Path, digest: str) -> SavedModel:
-    description = json.loads((folder / DESCRIPTION).read_text())
-    version = description["format_version"]
-    if version not in READABLE_VERSIONS:
-        expected = " or ".join(str(number) for number in READABLE_VERSIONS)
-        raise CheckpointError(f"model format {version}, expected {expected}")
-    # Before the weights are parsed.
-    if file_sha256(folder / WEIGHTS) != description["weights_sha256"]:
-        raise CheckpointError("the weights differ from the digest in the model's description")
-    quantizers = _load_quantizers(folder, description)
+    description = read_description(folder)
+    version = check_format(description)
+    # Before weights and quantization are parsed.
+    check_contents(folder, description)
     config = network_config(description["network"], version)
     state = load_file(folder / WEIGHTS)
     # Shapes are compared on the meta device first: a description may ask for a huge network.
     with torch.device("meta"):
         _check_fits(CovTANet(config), state)
+    quantizers = None
+    # A file that the description does not name is never read: the digest does not cover it.
+    if QUANTIZATION_SHA256 in description:
+        quantizers = load_quantizers(folder / QUANTIZATION)
     parts = {
         "preprocessing": read_preprocessing(description, version),
         "capabilities": read_capabilities(description, version),
@@ -230,34 +179,6 @@ def _load(folder: Path, digest: str) -> SavedModel:
         "digest": digest,
     }
     return _rebuild(config, state, parts)
-
-
-def _load_quantizers(folder: Path, description: Mapping[str, Any]) -> Quantizers | None:
-    """Return the quantization that the description names.
-
-    Raises:
-        CheckpointError: the file is missing, or another than that of the description.
-    """
-    path = folder / QUANTIZATION
-    expected = description.get(QUANTIZATION_SHA256)
-    if expected is None:
-        # The model's digest would not cover it: it is never read.
-        return None
-    if not path.is_file():
-        raise CheckpointError(f"{QUANTIZATION} is missing, and the model's description names it")
-    # Before it is parsed.
-    if file_sha256(path) != expected:
-        raise CheckpointError("the quantization differs from the digest in the description")
-    return load_quantizers(path)
-
-
-def _check_sizes(folder: Path) -> None:
-    for name, max_bytes in MODEL_FILES.items():
-        path = folder / name
-        if path.is_file() and path.stat().st_size > max_bytes:
-            raise CheckpointError(
-                f"{name} has {path.stat().st_size} bytes, expected at most {max_bytes}"
-            )
 
 
 def network_values(config: CovTANetConfig) -> dict[str, Any]:
@@ -296,9 +217,3 @@ def _check_fits(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> Non
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from covtanet import runtime, storage, tracking
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import AlreadyCommittedError, ConfigError, Reason
-from covtanet.inference.predictor import refuse_without_segmentation, window_of
+from covtanet.inference.model_window import check_capabilities, model_window
 from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.batch import name_batch
 from covtanet.ledger.commit import commit_run
@@ -25,7 +25,7 @@ from covtanet.ledger.run import (
     latest_date,
 )
 from covtanet.ledger.work import remove_work
-from covtanet.model.saved_model import SavedModel, load_model
+from covtanet.model.model_files import ModelDescription, describe_model
 from covtanet.runtime import ExitCode
 from covtanet.screening import pipeline
 from covtanet.screening.config import ScreeningConfig, config_values, for_model
@@ -97,10 +97,11 @@ def run_screening(job: ScreeningJob, *, plan_only: bool = False) -> Outcome:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         model = tracking.resolve_model(job.model, Path(folder))
-        loaded = load_model(model.folder, model.digest)
-        check_model(loaded)
-        window = window_of(loaded)
-        config = for_model(job.config, loaded.preprocessing, loaded.readout)
+        # The description alone: torch and the networks are the predictors' to import.
+        description = describe_model(model.folder, model.digest)
+        check_model(description)
+        window = model_window(description.preprocessing, description.in_channels)
+        config = for_model(job.config, description.preprocessing, description.readout)
         run = make_run(job, model, window, config)
         runtime.start_logging(run_id=run.run_id)
         logger.info(
@@ -161,13 +162,13 @@ def _is_known_as_committed(run: Run) -> bool:
         return False
 
 
-def check_model(model: SavedModel) -> None:
+def check_model(model: ModelDescription) -> None:
     """Refuse a model that cannot screen; log a model's limits.
 
     Raises:
         CheckpointError: the model marks no lesions.
     """
-    refuse_without_segmentation(model)
+    check_capabilities(model.capabilities)
     if model.readout.burden is not None:
         logger.warning(
             "the model was trained in phase 1 alone: diagnosis and severity follow from the "

@@ -54,7 +54,7 @@ def screen(
     window: the model's preprocessing. results: location for masks and previews; empty for none.
     """
     # Importing torch takes seconds, which the modules of the other workers do without.
-    from covtanet.model.saved_model import model_files
+    from covtanet.model.model_files import model_files
 
     # One slow series must not hold back those behind it; the commit restores the order.
     ray_data.configure(preserve_order=False)

@@ -81,7 +81,8 @@ class PredictorWorker:
     ) -> None:
         """Load the model. keeps_slices: measuring draws pictures of the slices."""
         from covtanet.inference.predictor import Predictor
-        from covtanet.model.saved_model import fetch_model, load_model
+        from covtanet.model.model_files import fetch_model
+        from covtanet.model.saved_model import load_model
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

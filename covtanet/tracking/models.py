@@ -1,4 +1,4 @@
-"""Fetching a model's files: from a folder, from S3, or by its name in the registry.
+"""Fetching a model's files by its name in the registry.
 
 A registered version is a folder of plain files. Those of ours are downloaded by name, their digest
 is compared with the version's tags, and our own loader reads them: MLflow's loaders run code that
@@ -13,7 +13,6 @@ followed.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -26,13 +25,14 @@ from mlflow.utils.rest_utils import http_request
 
 from covtanet import storage
 from covtanet.errors import CheckpointError
-from covtanet.model.saved_model import DESCRIPTION, fetch_model, model_digest
+from covtanet.model.model_files import fetch_model, model_digest
 from covtanet.tracking.registry import (
     DIGEST_TAG,
     FILES_IN_VERSION,
     artifacts_of,
     registered_version,
 )
+from covtanet.tracking.resolve import ModelRef, as_checkpoint_error
 from covtanet.tracking.runs import tracking_uri
 
 MODEL_SOURCES = "COVTANET_MODEL_SOURCES"
@@ -40,42 +40,14 @@ PROXIED = "mlflow-artifacts:"
 LOCAL_REGISTRIES = ("sqlite", "file", "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRef:
-    """A resolved model: its files in a local folder, and its name for the ledger."""
+def resolve_registered(ref: str, folder: Path) -> ModelRef:
+    """Fetch a model of the registry; see ``resolve_model``.
 
-    folder: Path
-    name: str
-    version: str
-    digest: str
-
-
-def resolve_model(ref: str, folder: Path) -> ModelRef:
-    """Fetch a model once per run.
-
-    ref: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a path or an s3:// URI.
-    folder: an empty local folder for the files.
-
-    Raises:
-        CheckpointError: the model is missing, too large or outside the allowed locations, or its
-            digest differs from the registry's.
+    ref: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
     """
-    if ref.startswith("models:"):
-        return _resolve_registered(ref, folder)
-    if storage.is_s3(ref):
-        with _as_checkpoint_error(ref):
-            uri = storage.absolute(ref)
-            fetch_model(folder, partial(storage.download_files, uri, target=folder))
-    else:
-        folder = Path(storage.absolute(ref))
-    name = Path(ref.rstrip("/")).name
-    return ModelRef(folder=folder, name=name, version="unregistered", digest=model_digest(folder))
-
-
-def _resolve_registered(ref: str, folder: Path) -> ModelRef:
     registered = registered_version(ref)
     uri = storage.join(_source_of(registered, ref), FILES_IN_VERSION)
-    with _as_checkpoint_error(ref):
+    with as_checkpoint_error(ref), _as_os_error():
         if uri.startswith(PROXIED):
             fetch = partial(_download_proxied, uri, folder)
         else:
@@ -90,19 +62,10 @@ def _resolve_registered(ref: str, folder: Path) -> ModelRef:
 
 
 @contextmanager
-def _as_checkpoint_error(ref: str) -> Iterator[None]:
-    """Raise CheckpointError for a model that is missing or too large.
-
-    A store that does not answer stays an OSError.
-    """
+def _as_os_error() -> Iterator[None]:
+    """Raise OSError if the tracking server does not answer."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{ref} has no {DESCRIPTION} or weights, expected a saved model"
-        ) from error
-    except storage.TooLargeError as error:
-        raise CheckpointError(f"{ref}: {error}") from error
     except MlflowException as error:
         raise OSError(f"the tracking server does not answer: {error.error_code}") from error
 

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from covtanet import storage
 from covtanet.errors import CheckpointError, ConfigError
-from covtanet.model.saved_model import fetch_model, model_digest
+from covtanet.model.model_files import fetch_model, model_digest
 from covtanet.tracking.runs import RunAddress, open_run
 
 MODEL_NAME = "covtanet"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from covtanet.errors import CheckpointError
-from covtanet.model.saved_model import file_sha256
+from covtanet.model.model_files import file_sha256
 from covtanet.training.loop import Progress
 
 STATE = "state.json"

@@ -16,7 +16,7 @@ from running import S3
 
 from covtanet import storage, tracking
 from covtanet.errors import CheckpointError
-from covtanet.model.saved_model import MODEL_FILES, model_digest
+from covtanet.model.model_files import MODEL_FILES, model_digest
 from covtanet.storage import s3 as s3_store
 from infra.local.services import LOOPBACK, free_ports
 

@@ -9,7 +9,7 @@ import pytest
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
-from covtanet.model import saved_model
+from covtanet.model import model_files
 from infra.local.services import free_ports, start_mlflow
 
 
@@ -33,7 +33,7 @@ def test_mlflow_server_returns_both_model_files(
     source = mlflow.MlflowClient().get_model_version("covtanet", version).source
     assert source.startswith("mlflow-artifacts:/")
     found = tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "found")
-    assert found.digest == saved_model.model_digest(model_folder)
+    assert found.digest == model_files.model_digest(model_folder)
     names = sorted(path.name for path in found.folder.iterdir())
     assert names == ["model.json", "weights.safetensors"]
     monkeypatch.setenv("COVTANET_MODEL_SOURCES", "mlflow-artifacts:/elsewhere")
@@ -48,7 +48,7 @@ def test_version_with_missing_or_large_files_is_refused(
     version = tracking.register_model(address, model_folder, {})
     client = mlflow.MlflowClient()
     known = client.get_model_version("covtanet", version)
-    monkeypatch.setitem(saved_model.MODEL_FILES, "weights.safetensors", 100)
+    monkeypatch.setitem(model_files.MODEL_FILES, "weights.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors has more than 100 bytes"):
         tracking.resolve_model(f"models:/covtanet/{version}", tmp_path / "large")
     gone = client.create_model_version(

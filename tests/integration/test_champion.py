@@ -16,7 +16,8 @@ from saved_models import rewrite_as_version_1, small_model
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
-from covtanet.model.saved_model import model_digest, save_model
+from covtanet.model.model_files import model_digest
+from covtanet.model.saved_model import save_model
 from covtanet.screening.config import ScreeningConfig
 from covtanet.tracking import models
 from serve.deployments import Segmenter

@@ -38,7 +38,7 @@ ALLOWED = {
         "model.table_i",
         "storage",
     },
-    "tracking": {"model.saved_model", "storage"},
+    "tracking": {"model.model_files", "storage"},
     "training": {"ct", "data", "machine", "model", "ray_data", "storage", "tracking"},
     "evaluation": {
         "ct",

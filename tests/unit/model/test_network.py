@@ -18,8 +18,9 @@ from covtanet.model.description import Capabilities, Preprocessing
 from covtanet.model.encoder import EfficientNetEncoder, packaged_state, pretrained_state
 from covtanet.model.libraries import timm
 from covtanet.model.losses import focal_tversky_loss, joint_loss
+from covtanet.model.model_files import MODEL_FILES
 from covtanet.model.registry import CLASSIFIERS, SEGMENTERS
-from covtanet.model.saved_model import MODEL_FILES, SavedModel, load_model, save_model
+from covtanet.model.saved_model import SavedModel, load_model, save_model
 from covtanet.model.segnet import TASegNet, TASegNetConfig
 from covtanet.model.table_i import SWITCHES
 

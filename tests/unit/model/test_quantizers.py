@@ -14,15 +14,9 @@ from saved_models import small_model
 from covtanet import storage
 from covtanet.errors import CheckpointError
 from covtanet.model.description import EngineDifference
+from covtanet.model.model_files import MODEL_FILES, fetch_model, model_files
 from covtanet.model.quantizers import Quantizers, load_quantizers, save_quantizers
-from covtanet.model.saved_model import (
-    MODEL_FILES,
-    SavedModel,
-    fetch_model,
-    load_model,
-    model_files,
-    save_model,
-)
+from covtanet.model.saved_model import SavedModel, load_model, save_model
 
 INT32, FLOAT32 = np.int32, np.float32
 QUANTIZERS = Quantizers(
