@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from covtanet.ct.densities import AERATED_HU
 from covtanet.ct.lung_coverage import is_cut, lacks_a_lung
@@ -24,7 +23,7 @@ from covtanet.ct.lung_grid import (
     to_grid,
 )
 from covtanet.ct.lung_regions import close_lung, find_cavity, find_gas, find_lung_pieces, halve
-from covtanet.ct.masks import Mask, rim
+from covtanet.ct.masks import Mask, dilate, rim
 from covtanet.ct.unmeasured import blank_slices
 from covtanet.ct.volume import Volume
 from covtanet.errors import Reason, StudyError
@@ -127,7 +126,7 @@ def find_lungs(volume: Volume) -> Lungs:
     closed &= ~grid.outside
     cavity = find_cavity(closed, grid)
     # Lung that consolidation cut off from the rest. Aerated voxels around gas are its rim.
-    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=rim(grid.grid_mm))
+    closed |= aerated & cavity & ~dilate(gas, rim(grid.grid_mm))
     is_partial = is_cut(closed, grid) or (len(pieces) == 1 and lacks_a_lung(pieces[0], grid))
     return _to_source(volume, grid, shown, closed, cavity, is_partial)
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from covtanet.ct.body import find_outside
 from covtanet.ct.densities import AERATED_HU
-from covtanet.ct.masks import IN_PLANE, Mask, Millimetres, span
+from covtanet.ct.masks import IN_PLANE, Mask, Millimetres, dilate, erode, span
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import pixel_aspect
 
@@ -117,8 +116,8 @@ def sharpen(closed: Mask, volume: Volume, steps: Steps) -> Mask:
 
     closed: the lungs on the working grid.
     """
-    core = ndimage.binary_erosion(closed, structure=IN_PLANE)
-    reach = ndimage.binary_dilation(closed, structure=IN_PLANE)
+    core = erode(closed, IN_PLANE)
+    reach = dilate(closed, IN_PLANE)
     out = from_grid(reach, volume.hu.shape, steps)
     core = from_grid(core, volume.hu.shape, steps)
     for slice_mask, slice_core, slice_hu in zip(out, core, volume.hu, strict=True):
