@@ -140,7 +140,11 @@ def convex_hull(slice_mask: Mask) -> Mask:
     rows = np.flatnonzero(slice_mask.any(axis=1))
     left = slice_mask[rows].argmax(axis=1)
     right = slice_mask.shape[1] - 1 - slice_mask[rows, ::-1].argmax(axis=1)
-    points = np.unique(np.column_stack([np.tile(rows, 2), np.concatenate([left, right])]), axis=0)
+    ends = np.column_stack([left, right]).ravel()
+    points = np.column_stack([np.repeat(rows, 2), ends])
+    is_repeated = np.zeros(len(points), bool)
+    is_repeated[1::2] = left == right
+    points = points[~is_repeated]
     if len(points) < 3:
         return slice_mask
     try:
