@@ -5,6 +5,7 @@ follows their outline in the volume itself.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def _block_averages(
 def _added(values: NDArray[Any], axis: int) -> NDArray[np.int32]:
     """Return the sum along a short axis."""
     parts = np.moveaxis(values, axis, 0)
-    total = parts[0].astype(np.int32)
+    total: NDArray[np.int32] = parts[0].astype(np.int32)
     for part in parts[1:]:
         total += part
     return total
@@ -191,8 +192,7 @@ class _Enlargement:
         self._index_y, self._index_x = index_y[self.rows], index_x[self.columns]
         starts = np.searchsorted(index_z, np.arange(len(mask) + 1))
         self.slices = [
-            (z, slice(int(start), int(stop)))
-            for z, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+            (z, slice(int(start), int(stop))) for z, (start, stop) in enumerate(pairwise(starts))
         ]
 
     def __call__(self, slice_mask: Mask) -> Mask:
