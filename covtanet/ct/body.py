@@ -16,6 +16,8 @@ from covtanet.ct.masks import (
     Mask,
     Millimetres,
     diamond,
+    dilate,
+    erode,
     image_edges,
     label_in_plane,
     label_sizes,
@@ -80,9 +82,7 @@ def inside_body(
     """Return the pixels of slices that have thick tissue on both sides, along x or along y."""
     tissue = (hu >= BODY_HU) & ~unmeasured
     reach_px = [int(thicker_than_mm / 2 / mm) for mm in grid_mm[1:]]
-    thick = ndimage.binary_erosion(
-        tissue | unmeasured, structure=diamond(reach_px)[None], border_value=1
-    )
+    thick = erode(tissue | unmeasured, diamond(reach_px)[None], beyond=True)
     labels, count = label_in_plane(thick & tissue)
     is_large = label_sizes(labels, count) * grid_mm[1] * grid_mm[2] / 100.0 >= TISSUE_CM2
     is_large[0] = False
@@ -108,10 +108,8 @@ def _find_cut_lung(
     candidates: of the labels, pieces within one slice. inside: ``inside_body``, if needed.
     """
     # The rim of a piece is partly tissue and says little. An edge that cuts a piece is not its rim.
-    solid = ndimage.binary_erosion(
-        candidates[labels] | unmeasured, structure=rim(grid_mm), border_value=1
-    )
-    solid &= candidates[labels]
+    is_candidate = candidates.take(labels)
+    solid = erode(is_candidate | unmeasured, rim(grid_mm), beyond=True) & is_candidate
     inner, values = labels[solid], samples[solid]
 
     def count(is_counted: Mask) -> NDArray[Any]:
@@ -148,7 +146,7 @@ def _remove_leaks(
         return
     large &= inside()[shown]
     if large.any():
-        grown = ndimage.binary_dilation(large, structure=rim(grid_mm), iterations=2)
+        grown = dilate(dilate(large, rim(grid_mm)), rim(grid_mm))
         room_air[shown] &= ~(inside()[shown] & grown)
 
 

@@ -30,6 +30,7 @@ from covtanet.ct.dicom_objects import (
     silenced_pydicom,
 )
 from covtanet.ct.dicom_pixels import check_complete, decode_stack
+from covtanet.ct.dicom_values import value_of
 from covtanet.ct.hounsfield import check_hu
 from covtanet.ct.volume import Volume, canonical_volume
 from covtanet.errors import QcFlag, Reason, StudyError
@@ -91,7 +92,7 @@ def _parse_objects(objects: Iterable[bytes]) -> _Objects:
         # pixels were the same.
         key = (read_text(dataset, "SOPInstanceUID"), len(data), isal_zlib.crc32(data))
         first = first_by_key.setdefault(key, dataset)
-        if first is not dataset and first.get("PixelData") == dataset.get("PixelData"):
+        if first is not dataset and value_of(first, "PixelData") == value_of(dataset, "PixelData"):
             has_copies = True
         else:
             datasets.append(dataset)
@@ -177,7 +178,8 @@ def _find_slices(datasets: Sequence[FileDataset]) -> _Slices:
     except Exception as error:  # pydicom converts the items of a sequence on access, too
         raise StudyError(Reason.UNREADABLE, "the frames of an object cannot be read") from error
     for frame in frames:
-        check_numbers(frame.dataset)
+        if frame.dataset is not frame.source:  # objects of one frame have been checked
+            check_numbers(frame.dataset)
     check_class(images)
     if not frames:
         raise StudyError(Reason.NOT_CT, "all objects are localizers, expected axial slices")
@@ -208,7 +210,7 @@ def _check_one_patient(datasets: Sequence[FileDataset]) -> None:
 def _check_rescale(headers: Sequence[Dataset]) -> None:
     for header in headers:
         for name in ("RescaleSlope", "RescaleIntercept"):
-            value = header.get(name)
+            value = value_of(header, name)
             is_usable = value is not None and np.isfinite(float(value))
             if not is_usable or (name == "RescaleSlope" and not float(value)):
                 raise StudyError(

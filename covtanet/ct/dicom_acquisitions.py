@@ -25,6 +25,7 @@ from pydicom.dataset import Dataset
 
 from covtanet.ct.dicom_geometry import DUPLICATE_MM, depths, have_one_direction
 from covtanet.ct.dicom_objects import read_text
+from covtanet.ct.dicom_values import value_of
 from covtanet.errors import Reason, StudyError
 
 # Attributes that differ between acquisitions or reconstructions, in any order along the stack.
@@ -71,7 +72,7 @@ def check_one_acquisition(headers: Sequence[Dataset]) -> None:
     for name in NAMES:
         by_value = _group([_normalized(header, name) for header in headers], ranks)
         _refuse_interleaved(name, list(by_value.values()), 0.0, num_slices)
-    by_number = _group([_float(header.get("AcquisitionNumber")) for header in headers], ranks)
+    by_number = _group([_float(value_of(header, "AcquisitionNumber")) for header in headers], ranks)
     _refuse_interleaved("AcquisitionNumber", _passes(by_number), MIN_SHARE_OF_STACK, num_slices)
     by_time = _group(_comparable([_acquisition_moment(header) for header in headers]), ranks)
     if by_time:
@@ -126,7 +127,7 @@ def _rank_slices(headers: Sequence[Dataset]) -> Ranks | None:
 
 
 def _is_vector(header: Dataset, name: str, length: int) -> bool:
-    values = header.get(name)
+    values = value_of(header, name)
     if values is None or len(values) != length:
         return False
     return bool(np.isfinite(np.asarray(values, float)).all())
@@ -183,7 +184,7 @@ def _keys_of_passes(groups: dict[float, Ranks]) -> list[list[float]]:
 
 def _normalized(header: Dataset, name: str) -> str | None:
     """Return a value as text: its parts without blanks, a number without needless zeros."""
-    value = header.get(name)
+    value = value_of(header, name)
     if value is None or isinstance(value, bytes):
         return None
     values = [value] if isinstance(value, str | int | float) else value

@@ -7,6 +7,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from covtanet.ct.dicom_objects import read_text
+from covtanet.ct.dicom_values import value_of
 
 # Texts that name no agent, once only letters and digits count: "W/O CONTRAST" is "W O CONTRAST" and
 # "-" is empty.
@@ -39,7 +40,7 @@ def has_contrast(header: Dataset) -> bool:
     An Enhanced CT lists the agents of all its frames (PS3.3 C.7.6.4b), and in each frame the usage
     of them; an agent without usage counts as administered.
     """
-    if names_agent(str(header.get("ContrastBolusAgent") or "")):
+    if names_agent(str(value_of(header, "ContrastBolusAgent") or "")):
         return True
     agents = [item for item in _items(header, "ContrastBolusAgentSequence") if _is_agent(item)]
     usages = _items(header, "ContrastBolusUsageSequence")
@@ -47,7 +48,7 @@ def has_contrast(header: Dataset) -> bool:
 
 
 def _is_agent(item: Dataset) -> bool:
-    return names_agent(str(item.get("CodeMeaning") or item.get("CodeValue") or ""))
+    return names_agent(str(value_of(item, "CodeMeaning") or value_of(item, "CodeValue") or ""))
 
 
 def _is_administered(agent: Dataset, usages: list[Dataset]) -> bool:
@@ -65,10 +66,10 @@ def _is_used(usage: Dataset) -> bool:
 
 
 def _number(item: Dataset) -> int | None:
-    value: Any = item.get("ContrastBolusAgentNumber")
+    value: Any = value_of(item, "ContrastBolusAgentNumber")
     return value if isinstance(value, int) else None
 
 
 def _items(header: Dataset, name: str) -> list[Dataset]:
-    items = header.get(name)
+    items = value_of(header, name)
     return list(items) if isinstance(items, pydicom.Sequence) else []

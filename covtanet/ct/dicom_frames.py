@@ -22,6 +22,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from covtanet.ct.dicom_values import tag_of, value_of
 from covtanet.errors import Reason, StudyError
 
 PLAIN_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian}
@@ -127,9 +128,9 @@ def read_frames(datasets: AnySequence[FileDataset]) -> list[Frame]:
 def is_convertible(dataset: Dataset, name: str) -> bool:
     """Return whether an attribute is missing, or can be converted with everything nested in it."""
     try:
-        if name not in dataset:
+        if tag_of(name) not in dataset:
             return True
-        element = dataset[name]
+        element = dataset[tag_of(name)]
         is_sequence = isinstance(element.value, Sequence)
         if is_sequence:
             for item in element.value:
@@ -141,12 +142,12 @@ def is_convertible(dataset: Dataset, name: str) -> bool:
 
 
 def _frames(dataset: FileDataset) -> Iterator[Frame]:
-    if dataset.get("SOPClassUID") not in ENHANCED_CLASSES:
+    if value_of(dataset, "SOPClassUID") not in ENHANCED_CLASSES:
         yield Frame(dataset, dataset)
         return
-    count = int(dataset.get("NumberOfFrames") or 1)
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    count = int(value_of(dataset, "NumberOfFrames") or 1)
+    shared = value_of(dataset, "SharedFunctionalGroupsSequence") or []
+    per_frame = value_of(dataset, "PerFrameFunctionalGroupsSequence") or []
     if len(per_frame) != count:
         raise StudyError(
             Reason.UNREADABLE, f"an object of {count} frames describes {len(per_frame)} of them"
@@ -167,7 +168,7 @@ def _single_frame(dataset: FileDataset, shared_groups: Dataset, frame_groups: Da
         if name in dataset:
             frame[name] = dataset[name]
     for group, names in GROUPS.items():
-        items = frame_groups.get(group) or shared_groups.get(group) or []
+        items = value_of(frame_groups, group) or value_of(shared_groups, group) or []
         if len(items):
             _copy_attributes(items[0], names, frame)
     groups = frame_groups if USAGE in frame_groups else shared_groups

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from covtanet.ct.dicom_values import value_of
 from covtanet.ct.volume import MAX_SHEAR, check_spacing
 from covtanet.errors import Reason, StudyError
 
@@ -175,7 +176,7 @@ def _check_vectors(header: Dataset) -> None:
         ("ImageOrientationPatient", 6),
         ("PixelSpacing", 2),
     ):
-        values = header.get(name)
+        values = value_of(header, name)
         has_length = values is not None and len(values) == length
         if not has_length or not np.isfinite(np.asarray(values, float)).all():
             raise StudyError(Reason.MISSING_POSITION, f"a slice has no {name}")

@@ -14,6 +14,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from covtanet.ct.dicom_objects import read_text
+from covtanet.ct.dicom_values import value_of
 
 LOCALIZER = re.compile(
     r"\b(LOCALI[SZ]ERS?|SCOUT|SCANOGRAM|TOPOGRAM|SURVIEW|SCANOSCOPE|CT SOM\d TOP)\b"
@@ -70,7 +71,7 @@ def _any_matches(pattern: re.Pattern[str], values: list[str]) -> bool:
 
 def _image_type(header: Dataset) -> list[str]:
     """Return the values of ImageType in capitals; other characters become one blank."""
-    value: Any = header.get("ImageType") or []
+    value: Any = value_of(header, "ImageType") or []
     values = [value] if isinstance(value, str) else list(value)
     return [" ".join(re.findall(r"[A-Z0-9]+", str(text).upper())) for text in values]
 
@@ -85,7 +86,7 @@ def _technique(header: Dataset) -> str:
 
 def _derivation_codes(header: Dataset) -> set[str]:
     """Return the codes of DCM that say how the image was derived."""
-    items = header.get("DerivationCodeSequence")
+    items = value_of(header, "DerivationCodeSequence")
     if not isinstance(items, pydicom.Sequence):
         return set()
     dcm_items = [item for item in items if _text(item, "CodingSchemeDesignator") in ("DCM", "")]

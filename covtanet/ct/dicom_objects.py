@@ -35,6 +35,7 @@ from covtanet.ct.dicom_headers import (
     transfer_syntax,
 )
 from covtanet.ct.dicom_pixels import SYNTAXES
+from covtanet.ct.dicom_values import tag_of, value_of
 from covtanet.errors import Reason, StudyError
 
 GREY = {"", "MONOCHROME1", "MONOCHROME2"}
@@ -46,6 +47,8 @@ READ_TAGS = [
     "PhotometricInterpretation", "RescaleType", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+# Tags rather than keywords, which pydicom would look up for each object.
+SPECIFIC_TAGS = [tag_of(name) for name in (*READ_TAGS, *OPTIONAL)]
 # How many numbers an attribute holds.
 NUM_VALUES = {
     "ImagePositionPatient": 3,
@@ -101,7 +104,7 @@ def parse_object(data: bytes) -> FileDataset:
 
 def read_text(dataset: Dataset, name: str) -> str:
     """Return an attribute as text without surrounding blanks; empty if it is missing."""
-    return str(dataset.get(name) or "").strip()
+    return str(value_of(dataset, name) or "").strip()
 
 
 def check_numbers(dataset: Dataset) -> None:
@@ -114,7 +117,7 @@ def check_numbers(dataset: Dataset) -> None:
     """
     for name, num_values in NUM_VALUES.items():
         try:
-            value = dataset.get(name)
+            value = value_of(dataset, name)
             if value in (None, ""):
                 continue
             numbers = np.atleast_1d(np.asarray(value, float))
@@ -144,7 +147,7 @@ def check_class(datasets: Sequence[Dataset]) -> None:
         if sop_class not in {CTImageStorage, *ENHANCED_CLASSES} or modality != "CT":
             raise StudyError(Reason.NOT_CT, "the class or modality of an object is not CT")
         is_grey = read_text(dataset, "PhotometricInterpretation") in GREY
-        if int(dataset.get("SamplesPerPixel") or 1) != 1 or not is_grey:
+        if int(value_of(dataset, "SamplesPerPixel") or 1) != 1 or not is_grey:
             raise StudyError(Reason.NOT_CT, "pixels are colours, expected one grey value each")
 
 
@@ -164,7 +167,7 @@ def check_syntax(datasets: Sequence[FileDataset]) -> None:
                 f"transfer syntax {name}, expected uncompressed or lossless CT",
             )
         is_enhanced = read_text(dataset, "SOPClassUID") in ENHANCED_CLASSES
-        if int(dataset.get("NumberOfFrames") or 1) != 1 and not is_enhanced:
+        if int(value_of(dataset, "NumberOfFrames") or 1) != 1 and not is_enhanced:
             raise StudyError(
                 Reason.UNSUPPORTED_SYNTAX,
                 f"{int(dataset.NumberOfFrames)} frames in an object, expected one",
@@ -183,11 +186,11 @@ def _refuse_deflated(data: bytes) -> None:
 
 
 def _parse(data: bytes) -> FileDataset:
-    dataset = pydicom.dcmread(BytesIO(data), specific_tags=[*READ_TAGS, *OPTIONAL])
+    dataset = pydicom.dcmread(BytesIO(data), specific_tags=list(SPECIFIC_TAGS))
     # The buffer holds all of the object, in addition to the values that were read from it.
     dataset.buffer = None
     for name in READ_TAGS:  # the first access converts the value
-        if isinstance(dataset.get(name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
+        if isinstance(value_of(dataset, name), pydicom.Sequence) and dictionary_VR(name) != "SQ":
             raise ValueError("a sequence instead of a value")
     for name in OPTIONAL:
         if not is_convertible(dataset, name):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from covtanet.ct.dicom_values import value_of
 from covtanet.ct.fill import connected_to_edge
 from covtanet.ct.masks import Mask
 
@@ -47,8 +48,8 @@ def _find_declared(
     stored: NDArray[Any], pixels: NDArray[Any], header: Dataset, slope: float, intercept: float
 ) -> Mask | None:
     """Return the pixels that PixelPaddingValue and PixelPaddingRangeLimit name."""
-    value = _integer(header.get("PixelPaddingValue"))
-    limit = _integer(header.get("PixelPaddingRangeLimit"))
+    value = _integer(value_of(header, "PixelPaddingValue"))
+    limit = _integer(value_of(header, "PixelPaddingRangeLimit"))
     if value is None:
         return None
     low, high = sorted((value, value if limit is None else limit))
@@ -87,7 +88,7 @@ def _find_undeclared(
     if value >= 0 or value * slope + intercept >= (AIR_PADDING_HU if is_unsigned else LOWEST_HU):
         return None
     bits = 8 * stored.dtype.itemsize
-    bits_stored = int(header.get("BitsStored") or bits)
+    bits_stored = int(value_of(header, "BitsStored") or bits)
     if bits_stored < bits:
         # The bits above carry a sign if all of them are set; otherwise an old overlay.
         is_off_scale = value >= -(1 << bits_stored)
@@ -101,7 +102,7 @@ def _find_undeclared(
 
 def _slope_and_intercept(header: Dataset) -> tuple[float, float] | None:
     """Return slope and intercept; None if one is missing or NaN, which a later check refuses."""
-    values = [header.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
+    values = [value_of(header, name) for name in ("RescaleSlope", "RescaleIntercept")]
     if any(value is None for value in values):
         return None
     slope, intercept = (float(value) for value in values)

@@ -31,6 +31,7 @@ from pydicom.uid import (
 from covtanet.ct import jpeg_lossless, limits
 from covtanet.ct.dicom_frames import PLAIN_SYNTAXES, Frame
 from covtanet.ct.dicom_padding import AIR_PADDING_HU, find_padding
+from covtanet.ct.dicom_values import value_of
 from covtanet.ct.hounsfield import FLOAT32, INT16, rescale
 from covtanet.errors import Reason, StudyError
 
@@ -77,9 +78,9 @@ def check_complete(frames: Sequence[Frame]) -> None:
 
 def _check_present(frame: Frame) -> None:
     for name in ("Rows", "Columns", "BitsAllocated"):
-        if not frame.dataset.get(name):
+        if not value_of(frame.dataset, name):
             raise StudyError(Reason.TRUNCATED, f"an object ends before its {name}")
-    if not frame.source.get("PixelData"):
+    if not value_of(frame.source, "PixelData"):
         raise StudyError(Reason.TRUNCATED, "an object ends before its PixelData")
     expected, present = frame.num_bytes * frame.count, len(frame.source.PixelData)
     is_plain = frame.syntax in PLAIN_SYNTAXES and frame.dataset.BitsAllocated in BITS_ALLOCATED
@@ -123,7 +124,7 @@ def _check_surplus(frame: Frame) -> None:
 
 
 def _bits_stored(frame: Frame) -> int:
-    return int(frame.dataset.get("BitsStored") or frame.dataset.BitsAllocated)
+    return int(value_of(frame.dataset, "BitsStored") or frame.dataset.BitsAllocated)
 
 
 def _num_bits_below(frame: Frame) -> int:
@@ -131,8 +132,8 @@ def _num_bits_below(frame: Frame) -> int:
 
     A sample takes BitsStored bits from HighBit downwards; in old objects these are the upper bits.
     """
-    high_bit = frame.dataset.get("HighBit")
-    if high_bit is None or high_bit == "" or not frame.dataset.get("BitsStored"):
+    high_bit = value_of(frame.dataset, "HighBit")
+    if high_bit is None or high_bit == "" or not value_of(frame.dataset, "BitsStored"):
         return 0
     return int(high_bit) + 1 - _bits_stored(frame)
 
@@ -145,7 +146,7 @@ def decode(frame: Frame) -> Pixels:
     """
     dataset = frame.dataset
     bits = int(dataset.BitsAllocated)
-    sign = "i" if dataset.get("PixelRepresentation") else "u"
+    sign = "i" if value_of(dataset, "PixelRepresentation") else "u"
     stored = _stored_samples(frame, np.dtype(f"<{sign}{bits // 8}"))
     shift = _num_bits_below(frame)
     if shift:

@@ -8,10 +8,10 @@ Not covered: lobes, pleural effusion as such, a lung that shows no air in any sl
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from covtanet.ct.densities import AERATED_HU
 from covtanet.ct.lung_coverage import is_cut, lacks_a_lung
@@ -24,7 +24,7 @@ from covtanet.ct.lung_grid import (
     to_grid,
 )
 from covtanet.ct.lung_regions import close_lung, find_cavity, find_gas, find_lung_pieces, halve
-from covtanet.ct.masks import Mask, rim
+from covtanet.ct.masks import Mask, dilate, rim
 from covtanet.ct.unmeasured import blank_slices
 from covtanet.ct.volume import Volume
 from covtanet.errors import Reason, StudyError
@@ -54,16 +54,22 @@ class Lungs:
 class Involvement:
     """Lesion and lung of one volume, as masks and as measurements.
 
+    lesion_mask: the lesion within lungs and chest cavity. lungs: those that were measured.
     Volumes are null if the voxel size is unknown. ``involvement`` is null if lungs are cut or
     ``is_implausible``, that is, if lungs cannot have their volume.
     """
 
     lesion_mask: Mask
-    lung_mask: Mask
+    lungs: Lungs
     lesion_volume_ml: float | None
     lung_volume_ml: float | None
     involvement: float | None
     is_implausible: bool = False
+
+    @cached_property
+    def lung_mask(self) -> Mask:
+        """Both lungs with the lesion, (z, y, x) bool; made when it is first read, for pictures."""
+        return self.lungs.lung_mask | self.lesion_mask
 
 
 def measure_involvement(lungs: Lungs, lesion_mask: Mask, voxel_ml: float | None) -> Involvement:
@@ -72,9 +78,14 @@ def measure_involvement(lungs: Lungs, lesion_mask: Mask, voxel_ml: float | None)
     lesion_mask: (z, y, x) bool as predicted, anywhere. voxel_ml: null if the voxel size is unknown;
     involvement is a ratio of voxel counts either way.
     """
-    lesion = lesion_mask & (lungs.lung_mask | lungs.cavity_mask)
-    lung = lungs.lung_mask | lesion
-    num_lesion, num_lung = int(np.count_nonzero(lesion)), int(np.count_nonzero(lung))
+    lesion = np.zeros_like(lesion_mask)
+    num_lesion, num_lung = 0, int(np.count_nonzero(lungs.lung_mask))
+    # Slice by slice: most of a volume has no lesion, and its memory stays untouched.
+    for z in np.flatnonzero(lesion_mask.any(axis=(1, 2))):
+        lung_slice = lungs.lung_mask[z]
+        np.logical_and(lesion_mask[z], lung_slice | lungs.cavity_mask[z], out=lesion[z])
+        num_lesion += int(np.count_nonzero(lesion[z]))
+        num_lung += int(np.count_nonzero(lesion[z] & ~lung_slice))
     lesion_volume_ml = lung_volume_ml = None
     if voxel_ml is not None:
         lesion_volume_ml = float(num_lesion) * voxel_ml
@@ -83,7 +94,7 @@ def measure_involvement(lungs: Lungs, lesion_mask: Mask, voxel_ml: float | None)
     is_measurable = not lungs.is_partial and not is_implausible
     return Involvement(
         lesion_mask=lesion,
-        lung_mask=lung,
+        lungs=lungs,
         lesion_volume_ml=lesion_volume_ml,
         lung_volume_ml=lung_volume_ml,
         involvement=num_lesion / num_lung if is_measurable else None,
@@ -127,7 +138,7 @@ def find_lungs(volume: Volume) -> Lungs:
     closed &= ~grid.outside
     cavity = find_cavity(closed, grid)
     # Lung that consolidation cut off from the rest. Aerated voxels around gas are its rim.
-    closed |= aerated & cavity & ~ndimage.binary_dilation(gas, structure=rim(grid.grid_mm))
+    closed |= aerated & cavity & ~dilate(gas, rim(grid.grid_mm))
     is_partial = is_cut(closed, grid) or (len(pieces) == 1 and lacks_a_lung(pieces[0], grid))
     return _to_source(volume, grid, shown, closed, cavity, is_partial)
 

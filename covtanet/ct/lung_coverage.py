@@ -1,11 +1,10 @@
 """Coverage of the lungs by a volume: whole, or cut by the field of view."""
 
 import numpy as np
-from scipy import ndimage
 
 from covtanet.ct.densities import BODY_HU
 from covtanet.ct.lung_grid import GridVolume
-from covtanet.ct.masks import IN_PLANE, Mask, image_edges, span
+from covtanet.ct.masks import IN_PLANE, Mask, erode, image_edges, span
 from covtanet.ct.unmeasured import next_to_unmeasured
 
 PARTIAL_CM2 = 15.0
@@ -52,7 +51,7 @@ def lacks_a_lung(lone: Mask, grid: GridVolume) -> bool:
         return False  # wider than deep: both lungs in one piece
     shown = np.asarray(lone.any(axis=(1, 2)))
     measured = ~grid.unmeasured[shown]
-    end = measured & ~ndimage.binary_erosion(measured, structure=IN_PLANE)
+    end = measured & ~erode(measured, IN_PLANE)
     body = np.asarray((~grid.outside[shown, rows]).any(axis=1))
     is_any_cut = False
     for side in (slice(0, columns.start), slice(columns.stop, None)):

@@ -5,15 +5,15 @@ follows their outline in the volume itself.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from covtanet.ct.body import find_outside
 from covtanet.ct.densities import AERATED_HU
-from covtanet.ct.masks import IN_PLANE, Mask, Millimetres, span
+from covtanet.ct.masks import IN_PLANE, Mask, Millimetres, dilate, erode, span
 from covtanet.ct.volume import Volume
 from covtanet.ct.window import pixel_aspect
 
@@ -103,12 +103,9 @@ def guess_spacing(hu: NDArray[Any], shown: NDArray[np.intp]) -> Millimetres:
 def from_grid(mask: Mask, shape: tuple[int, ...], steps: Steps) -> Mask:
     """Repeat the voxels of a mask on the working grid on the volume's grid."""
     out = np.zeros(shape, bool)
-    index_z, index_y, index_x = _grid_indices(mask.shape, shape, steps)
-    rows = span(np.asarray(mask.any(axis=(0, 2)))[index_y])
-    columns = span(np.asarray(mask.any(axis=(0, 1)))[index_x])
-    for z, grid_z in enumerate(index_z):
-        slice_mask = mask[grid_z]
-        out[z, rows, columns] = slice_mask.take(index_y[rows], 0).take(index_x[columns], 1)
+    enlarge = _Enlargement(mask, shape, steps)
+    for grid_z, slices in enlarge.slices:
+        out[slices, enlarge.rows, enlarge.columns] = enlarge(mask[grid_z])
     return out
 
 
@@ -117,14 +114,19 @@ def sharpen(closed: Mask, volume: Volume, steps: Steps) -> Mask:
 
     closed: the lungs on the working grid.
     """
-    core = ndimage.binary_erosion(closed, structure=IN_PLANE)
-    reach = ndimage.binary_dilation(closed, structure=IN_PLANE)
-    out = from_grid(reach, volume.hu.shape, steps)
-    core = from_grid(core, volume.hu.shape, steps)
-    for slice_mask, slice_core, slice_hu in zip(out, core, volume.hu, strict=True):
-        rows, columns = span(slice_mask.any(axis=1)), span(slice_mask.any(axis=0))
-        inner = slice_mask[rows, columns]
-        inner &= slice_core[rows, columns] | (slice_hu[rows, columns] < AERATED_HU)
+    core = erode(closed, IN_PLANE)
+    reach = dilate(closed, IN_PLANE)
+    out = np.zeros(volume.hu.shape, bool)
+    enlarge = _Enlargement(reach, out.shape, steps)
+    rows, columns = enlarge.rows, enlarge.columns
+    for grid_z, slices in enlarge.slices:
+        if not reach[grid_z].any():
+            continue
+        slice_core, slice_reach = enlarge(core[grid_z]), enlarge(reach[grid_z])
+        for z in range(slices.start, slices.stop):
+            inner = volume.hu[z, rows, columns] < AERATED_HU
+            inner |= slice_core
+            np.logical_and(inner, slice_reach, out=out[z, rows, columns])
     return out
 
 
@@ -144,14 +146,24 @@ def _block_averages(
     for index, z in enumerate(slices):
         slice_hu = hu[z] if pad == ((0, 0), (0, 0)) else np.pad(hu[z], pad, mode="edge")
         if is_whole:
-            # Sums of whole numbers are exact in any order; rows first is four times as fast.
-            sums = slice_hu.reshape(rows, step_y, -1).sum(axis=1, dtype=np.int32)
-            sums = sums.reshape(rows, columns, step_x).sum(axis=2, dtype=np.int32)
+            # Sums of whole numbers are exact in any order: row by row, then column by column, takes
+            # a fifth of the time of ``sum``.
+            sums = _added(slice_hu.reshape(rows, step_y, -1), axis=1)
+            sums = _added(sums.reshape(rows, columns, step_x), axis=2)
             out[index] = sums.astype(np.float32) / np.float32(step_y * step_x)
         else:
             blocks = slice_hu.astype(np.float32).reshape(rows, step_y, columns, step_x)
             out[index] = blocks.mean(axis=(1, 3))
     return out
+
+
+def _added(values: NDArray[Any], axis: int) -> NDArray[np.int32]:
+    """Return the sum along a short axis."""
+    parts = np.moveaxis(values, axis, 0)
+    total: NDArray[np.int32] = parts[0].astype(np.int32)
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _block_centres(
@@ -164,6 +176,29 @@ def _block_centres(
     for index, z in enumerate(slices):
         out[index] = hu[z].take(rows, axis=0).take(columns, axis=1)
     return out
+
+
+class _Enlargement:
+    """Slices of the working grid at the source's resolution, within the box of a mask.
+
+    rows, columns: the box in the source. slices: each z index of the grid with the slices of the
+    source that it stands for.
+    """
+
+    def __init__(self, mask: Mask, shape: tuple[int, ...], steps: Steps) -> None:
+        index_z, index_y, index_x = _grid_indices(mask.shape, shape, steps)
+        self.rows = span(np.asarray(mask.any(axis=(0, 2)))[index_y])
+        self.columns = span(np.asarray(mask.any(axis=(0, 1)))[index_x])
+        self._index_y, self._index_x = index_y[self.rows], index_x[self.columns]
+        starts = np.searchsorted(index_z, np.arange(len(mask) + 1))
+        self.slices = [
+            (z, slice(int(start), int(stop))) for z, (start, stop) in enumerate(pairwise(starts))
+        ]
+
+    def __call__(self, slice_mask: Mask) -> Mask:
+        """Repeat the pixels of one slice (y, x) of the grid, within the box."""
+        # Columns first: whole rows are copied fast, and few rows have their columns repeated.
+        return slice_mask.take(self._index_x, axis=1).take(self._index_y, axis=0)
 
 
 def _grid_indices(

@@ -10,9 +10,12 @@ from covtanet.ct.masks import (
     IN_PLANE,
     Mask,
     Millimetres,
+    ball,
     connected_to_border,
     convex_hull,
+    dilate,
     dilate_in_plane,
+    erode,
     label_in_plane,
     label_sizes,
     rim,
@@ -45,11 +48,11 @@ def find_gas(aerated: Mask, grid: GridVolume) -> Mask:
     if median_hu < SURELY_AIR_HU and is_dense.any():
         median_hu = float(np.median(grid.hu[is_dense]))
     threshold_hu = min((median_hu + AIR_HU) / 2, PURE_AIR_HU)
-    core = ndimage.binary_opening(aerated & (grid.hu < threshold_hu), structure=IN_PLANE)
+    core = dilate(erode(aerated & (grid.hu < threshold_hu), IN_PLANE), IN_PLANE)
     labels, count = label_in_plane(core)
     is_large = label_sizes(labels, count) * grid.pixel_cm2 >= PURE_AIR_CM2
     is_large[0] = False
-    return aerated & ndimage.binary_dilation(is_large[labels], structure=rim(grid.grid_mm))
+    return aerated & dilate(is_large.take(labels), rim(grid.grid_mm))
 
 
 def find_lung_pieces(aerated: Mask, grid: GridVolume) -> list[Mask]:
@@ -106,10 +109,9 @@ def close_lung(lung: Mask, grid_mm: Millimetres) -> Mask:
     box = boxes[0]
     pad = [int(np.ceil(CLOSING_MM / mm)) + 1 for mm in grid_mm]
     inner = np.pad(lung[box], [(n, n) for n in pad])
-    # Dilation and erosion by distances: the cost does not grow with the ball.
-    grown = ndimage.distance_transform_edt(~inner, sampling=grid_mm) <= CLOSING_MM
-    shrunk = ndimage.distance_transform_edt(grown, sampling=grid_mm) > CLOSING_MM
-    filled = shrunk | inner
+    # The padding is wider than the ball, so that the dilated lung reaches no end of the array.
+    near = ball(CLOSING_MM, grid_mm)
+    filled = erode(dilate(inner, near), near, beyond=True) | inner
     filled |= ~filled & ~connected_to_border(~filled)
     out = np.zeros_like(lung)
     out[box] = filled[tuple(slice(n, -n) for n in pad)]
@@ -123,8 +125,8 @@ def find_cavity(closed: Mask, grid: GridVolume) -> Mask:
     """
     reach = max(1, round(CAVITY_MARGIN_MM * 2 / grid.grid_mm[0]))
     both_sides = closed | _mirrored(closed)
-    spread = ndimage.maximum_filter1d(both_sides.view(np.uint8), 2 * reach + 1, axis=0)
-    hull = np.stack([convex_hull(mask) for mask in spread.astype(bool)])
+    spread = dilate(both_sides, np.ones((2 * reach + 1, 1, 1), bool))
+    hull = np.stack([convex_hull(mask) for mask in spread])
     hull = dilate_in_plane(hull, CAVITY_MARGIN_MM, grid.grid_mm)
     hull &= ~dilate_in_plane(grid.outside, CHEST_WALL_MM, grid.grid_mm)
     return hull | closed

@@ -1,7 +1,10 @@
-"""Operations on masks that work slice by slice.
+"""Operations on masks that work slice by slice, and dilation and erosion.
 
 Masks are (z, y, x) bool unless stated otherwise; two voxels of different slices are never
 connected here.
+
+Choice: dilation and erosion are written here. ``scipy.ndimage`` visits voxel after voxel and takes
+8 to 26 times as long on the working grid of the lungs, for the same masks.
 """
 
 from typing import Any
@@ -72,12 +75,64 @@ def rim(grid_mm: Millimetres) -> Mask:
     return diamond([max(1, round(2 * finer_mm / mm)) for mm in grid_mm[1:]])[None]
 
 
+def ball(radius_mm: float, grid_mm: Millimetres) -> Mask:
+    """Return a structuring element (z, y, x): the voxels within a radius in millimetres."""
+    reach = [int(np.ceil(radius_mm / mm)) for mm in grid_mm]
+    axes = (np.arange(-n, n + 1) * mm for n, mm in zip(reach, grid_mm, strict=True))
+    z, y, x = np.ix_(*axes)
+    return np.asarray(np.sqrt(z * z + y * y + x * x) <= radius_mm)
+
+
+def dilate(mask: Mask, structure: Mask) -> Mask:
+    """Dilate a mask by a structuring element; beyond the array nothing is in the mask.
+
+    structure: (z, y, x) of odd lengths, in which each row along x is a run around its middle, as in
+    ``diamond``, ``ball`` and ``IN_PLANE``. So each row takes one OR with the mask, shifted along z
+    and y and dilated along x before.
+    """
+    half_widths = structure.sum(axis=2) // 2
+    along_x = [mask]
+    for reach in range(1, int(half_widths.max()) + 1):
+        wider = along_x[-1].copy()
+        wider[:, :, reach:] |= mask[:, :, :-reach]
+        wider[:, :, :-reach] |= mask[:, :, reach:]
+        along_x.append(wider)
+    out = np.zeros_like(mask)
+    middle = np.array(structure.shape[:2]) // 2
+    for row in np.argwhere(structure.any(axis=2)):
+        shifted = along_x[half_widths[tuple(row)]]
+        (to_z, from_z), (to_y, from_y) = map(_shift, row - middle, mask.shape)
+        out[to_z, to_y] |= shifted[from_z, from_y]
+    return out
+
+
+def erode(mask: Mask, structure: Mask, *, beyond: bool = False) -> Mask:
+    """Erode a mask by a structuring element as that of ``dilate``.
+
+    beyond: whether what lies beyond the array counts as part of the mask.
+    """
+    out: Mask = ~dilate(~mask, structure)
+    if beyond:
+        return out
+    offsets = np.argwhere(structure) - np.array(structure.shape) // 2
+    for axis, reach in enumerate(offsets.max(axis=0)):
+        ends = np.moveaxis(out, axis, 0)
+        ends[:reach] = False
+        ends[max(0, len(ends) - reach) :] = False
+    return out
+
+
+def _shift(offset: int, length: int) -> tuple[slice, slice]:
+    """Return the target and the source of a shift along an axis."""
+    if abs(offset) >= length:
+        return slice(0, 0), slice(0, 0)
+    to = slice(max(0, offset), length + min(0, offset))
+    return to, slice(to.start - offset, to.stop - offset)
+
+
 def dilate_in_plane(mask: Mask, reach_mm: float, grid_mm: Millimetres) -> Mask:
     """Dilate within slices by a length in millimetres, at least one pixel along each axis."""
-    reach_y, reach_x = (max(1, round(reach_mm / mm)) for mm in grid_mm[1:])
-    if reach_y == reach_x:  # a small element many times is faster
-        return np.asarray(ndimage.binary_dilation(mask, structure=IN_PLANE, iterations=reach_y))
-    return np.asarray(ndimage.binary_dilation(mask, structure=diamond([reach_y, reach_x])[None]))
+    return dilate(mask, diamond([max(1, round(reach_mm / mm)) for mm in grid_mm[1:]])[None])
 
 
 def convex_hull(slice_mask: Mask) -> Mask:
@@ -85,7 +140,11 @@ def convex_hull(slice_mask: Mask) -> Mask:
     rows = np.flatnonzero(slice_mask.any(axis=1))
     left = slice_mask[rows].argmax(axis=1)
     right = slice_mask.shape[1] - 1 - slice_mask[rows, ::-1].argmax(axis=1)
-    points = np.unique(np.column_stack([np.tile(rows, 2), np.concatenate([left, right])]), axis=0)
+    ends = np.column_stack([left, right]).ravel()
+    points = np.column_stack([np.repeat(rows, 2), ends])
+    is_repeated = np.zeros(len(points), bool)
+    is_repeated[1::2] = left == right
+    points = points[~is_repeated]
     if len(points) < 3:
         return slice_mask
     try:

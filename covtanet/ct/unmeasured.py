@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from covtanet.ct.densities import AIR_HU, BODY_HU, TISSUE_HU
-from covtanet.ct.masks import IN_PLANE, Mask, connected_to_corners
+from covtanet.ct.masks import IN_PLANE, Mask, connected_to_corners, diamond, dilate
 
 # No measured block average lies below: air is -1000, and noise averages out within a block.
 UNMEASURED_HU = -1100
@@ -23,6 +22,7 @@ BLANK_TAIL = 20
 # Between slices of a chest, a slice without anything denser shows no body.
 BLANK_AIR_HU = -800
 BLANK_SAMPLES = 32
+TWO_PIXELS = diamond([2, 2])[None]
 
 
 def blank_slices(hu: NDArray[Any]) -> Mask:
@@ -73,7 +73,7 @@ def find_unmeasured(hu: NDArray[np.float32]) -> Mask:
         return unmeasured
     # Within the fill value of a resampling lies the padding that the scanner left.
     padding = (hu <= AIR_HU) & _is_flat(hu)
-    near = ndimage.binary_dilation(unmeasured, structure=IN_PLANE, iterations=2)
+    near = dilate(unmeasured, TWO_PIXELS)
     return unmeasured | (connected_to_corners(near | padding) & padding)
 
 
@@ -83,10 +83,10 @@ def next_to_unmeasured(unmeasured: Mask, hu: NDArray[np.float32]) -> Mask:
     It is if the fill value is as dense as the body: between air and a fill value of 0,
     interpolation leaves values that are neither.
     """
-    near = ndimage.binary_dilation(unmeasured, structure=IN_PLANE)
+    near = dilate(unmeasured, IN_PLANE)
     visible = unmeasured & (hu >= BODY_HU)
     if visible.any():
-        near |= ndimage.binary_dilation(visible, structure=IN_PLANE, iterations=2)
+        near |= dilate(visible, TWO_PIXELS)
     return near & ~unmeasured
 
 

@@ -164,12 +164,25 @@ def from_input(
 
     The inverse of ``to_input``.
     """
+    region, inner = from_input_region(probabilities, shape, aspect, box)
+    out = np.zeros(shape, np.float32)
+    out[region] = inner
+    return out
+
+
+def from_input_region(
+    probabilities: NDArray[np.float32],
+    shape: tuple[int, int],
+    aspect: float = 1.0,
+    box: SliceBox | None = None,
+) -> tuple[Region, NDArray[np.float32]]:
+    """Return the part of the source's slice that the network reads, and its map at that size."""
     frame = _frame(shape, len(probabilities), aspect, box)
     inner = resize_slice(probabilities, frame.height, frame.width)[frame.inner]
-    out = np.zeros(shape, np.float32)
-    # Of the same size already if pixels are square.
-    out[frame.source] = resize_slice(inner, *out[frame.source].shape)
-    return out
+    height, width = (part.stop - part.start for part in frame.source)
+    if inner.shape != (height, width):  # of the same size already if pixels are square
+        inner = resize_slice(inner, height, width)
+    return frame.source, inner
 
 
 def with_neighbours(

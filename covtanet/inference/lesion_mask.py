@@ -8,9 +8,12 @@ from numpy.typing import NDArray
 
 from covtanet.ct.lung import Lungs
 from covtanet.ct.masks import Mask
-from covtanet.ct.window import WindowConfig, box_of, from_input, pixel_aspect
+from covtanet.ct.window import WindowConfig, box_of, from_input_region, pixel_aspect
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.description import Readout
+
+# Of the interpolation, in steps of probability.
+ROUNDING_STEPS = 0.01
 
 
 def lesion_in_source(
@@ -27,20 +30,28 @@ def lesion_in_source(
     A slice in between takes the mask of the nearest segmented slice, so that volumes count it. The
     mask is not cut to the lungs yet.
     """
-    shape = lungs.lung_mask.shape
+    depth, *in_plane = lungs.lung_mask.shape
     aspect = pixel_aspect(spacing_mm)
     if lesion_threshold is None:
         lesion_threshold = Readout().lesion_threshold
     threshold = np.float32(lesion_threshold * PROBABILITY_STEPS)
     box = box_of(lungs.lung_mask, window, aspect)
-    by_slice = np.empty((len(chosen), *shape[1:]), bool)
-    for index, levels in enumerate(lesion_levels):
-        probability = from_input(levels.astype(np.float32), shape[1:], aspect, box)
-        by_slice[index] = probability >= threshold
-    inside = lungs.lung_mask[chosen] | lungs.cavity_mask[chosen]
-    lesion_slices = int((by_slice & inside).any(axis=(1, 2)).sum())
-    lesion_mask = np.zeros(shape, bool)
     lung_slices = np.flatnonzero(lungs.lung_mask.any(axis=(1, 2)))
     nearest = np.abs(lung_slices[:, None] - chosen[None, :]).argmin(axis=1)
-    lesion_mask[lung_slices] = by_slice[nearest]
+    # Memory that is not written to costs nothing: slices without a lesion stay as they are.
+    lesion_mask = np.zeros((depth, *in_plane), bool)
+    lesion_slices = 0
+    for index, levels in enumerate(lesion_levels):
+        # Interpolation exceeds the largest of its values by rounding at most.
+        if float(levels.max()) < threshold - ROUNDING_STEPS:
+            continue
+        region, probability = from_input_region(
+            levels.astype(np.float32), (in_plane[0], in_plane[1]), aspect, box
+        )
+        lesion = probability >= threshold
+        z = int(chosen[index])
+        inside = lungs.lung_mask[z][region] | lungs.cavity_mask[z][region]
+        lesion_slices += bool((lesion & inside).any())
+        for shown in lung_slices[nearest == index]:
+            lesion_mask[shown][region] = lesion
     return lesion_mask, lesion_slices

@@ -26,6 +26,38 @@ def test_samples_are_those_that_were_encoded(bits: int, shape: tuple[int, int]) 
     np.testing.assert_array_equal(jpeg_lossless.decode(encode(pixels, bits)), pixels)
 
 
+@pytest.mark.parametrize("predictor", [1, 2, 4, 6, 7])
+@pytest.mark.parametrize("bits", [8, 10, 14])
+def test_samples_of_any_predictor_are_those_that_were_encoded(bits: int, predictor: int) -> None:
+    pixels = picture(bits).astype(np.uint8 if bits == 8 else np.uint16)
+    stream = imagecodecs.jpeg8_encode(
+        pixels, lossless=True, bitspersample=bits, predictor=predictor
+    )
+    decoded = jpeg_lossless.decode(bytes(stream))
+    assert decoded.dtype == pixels.dtype
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+def test_last_rows_of_the_starting_value_are_read() -> None:
+    """They look like those of a stream that lacks rows."""
+    pixels = picture(12)
+    pixels[-3:] = 1 << 11
+    np.testing.assert_array_equal(jpeg_lossless.decode(encode(pixels, 12)), pixels)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_stream_that_lacks_rows_before_its_end_marker_is_refused(share: float) -> None:
+    stream = encode(picture(12), 12)
+    with pytest.raises(ValueError, match="no data for its last rows"):
+        jpeg_lossless.decode(stream[: int(share * len(stream))] + EOI)
+
+
+def test_lossy_stream_is_refused() -> None:
+    lossy = bytes(imagecodecs.jpeg8_encode(picture(8).astype(np.uint8), level=90))
+    with pytest.raises(ValueError, match="another process than lossless"):
+        jpeg_lossless.decode(lossy)
+
+
 def test_padding_after_the_end_is_accepted() -> None:
     pixels = picture(16)
     np.testing.assert_array_equal(jpeg_lossless.decode(encode(pixels) + b"\0"), pixels)

@@ -21,8 +21,9 @@ def test_every_axis_order_gives_the_same_volume(mild: Phantom, axes: str) -> Non
     np.testing.assert_allclose(volume.affine, mild.affine, atol=1e-4)
 
 
-def test_masks_go_back_to_the_axis_order_of_their_source(mild: Phantom) -> None:
-    source = as_nifti(mild, "PSR")
+@pytest.mark.parametrize("axes", ["LPS", "PSR", "SPL", "AIR", "SRA"])
+def test_masks_go_back_to_the_axis_order_of_their_source(mild: Phantom, axes: str) -> None:
+    source = as_nifti(mild, axes)
     volume = nifti.read(source)
     written = nib.Nifti1Image.from_bytes(gzip.decompress(nifti.write(volume.hu, volume.source)))
     original = nib.Nifti1Image.from_bytes(source)
