@@ -34,12 +34,12 @@ from covtanet.phantoms.sampling import configs
 from covtanet.phantoms.training_set import write_training_set
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Sampling, assign_lanes
-from covtanet.training.lanes import slice_rows
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
+from covtanet.training.sample_files import slice_rows
 from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
@@ -176,7 +176,7 @@ def _measure_phase1(data: PreparedData) -> list[Result]:
     plain: list[History] = []
     under_ray: dict[str, list[History]] = {
         "samples kept in memory": [],
-        "streamed every epoch": [],
+        "read from storage every epoch": [],
     }
     for turn in range(2):
         say("phase 1, plain loop")
@@ -185,13 +185,13 @@ def _measure_phase1(data: PreparedData) -> list[Result]:
         under_ray["samples kept in memory"].append(cached)
         # A cache of one byte holds no sample: every epoch reads them anew.
         streamed = data.train_phase1(f"stream{turn}", replace(CONFIG, cache_bytes=1))
-        under_ray["streamed every epoch"].append(streamed)
+        under_ray["read from storage every epoch"].append(streamed)
     base = min(map(step_s, plain))
     over = f"over the plain loop's ({base:.2f} s)"
     results = []
     for kind, histories in under_ray.items():
         ratio = min(map(step_s, histories)) / base
-        name = f"phase-1 step under Ray Train and Ray Data, {kind}, {over}"
+        name = f"phase-1 step under Ray Train, {kind}, {over}"
         results.append(Result("t", name, f"{ratio:.2f} x", "<= 1.1 x"))
     for kind, histories in under_ray.items():
         share = f"{100 * max(map(wait_share, histories)):.1f} %"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
+from covtanet.training.device import to_device
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
@@ -66,12 +67,27 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
 
     features: computes pooled features if the rows hold slices; null if the rows hold features.
     """
-    pooled = torch.from_numpy(rows["pooled"]) if features is None else features(rows["levels"])
+    pooled = stored_features(rows, device) if features is None else features(rows["levels"])
     is_infected, is_severe = (
-        torch.from_numpy(rows[name].astype(np.float32)).to(device)
-        for name in ("is_infected", "is_severe")
+        to_device(rows[name], device).float() for name in ("is_infected", "is_severe")
     )
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
+
+
+def stored_features(rows: Rows, device: torch.device) -> Tensor:
+    """Return stored features as values on the device, (B, S, C, P, P).
+
+    Those with a ``scale`` (B, C) have 8 bits a value, see ``features``; others are values.
+    """
+    pooled = to_device(rows["pooled"], device).float()
+    if "scale" not in rows:
+        return pooled
+    # (B, C) -> (B, 1, C, 1, 1)
+    scale, offset = (
+        to_device(rows[name], device)[:, None, :, None, None] for name in ("scale", "offset")
+    )
+    # In place: a copy of the paper's size takes 84 MB a volume.
+    return pooled.mul_(scale).add_(offset)
 
 
 def _validation_sums(

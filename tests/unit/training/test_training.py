@@ -19,7 +19,6 @@ from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Rows, Sampling, assign_lanes
-from covtanet.training.lanes import regroup
 from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.phase_config import PhaseConfig
@@ -110,11 +109,6 @@ def test_lanes_are_level_and_the_same_for_the_same_sizes() -> None:
     loads = [sum(sizes[key] for key in own) for own in lanes]
     assert max(loads) - min(loads) < max(sizes.values())
     assert assign_lanes(dict(reversed(sizes.items())), 3) == lanes
-
-
-def test_stream_is_cut_into_whole_batches() -> None:
-    parts = ({"name": np.arange(start, start + 3)} for start in range(0, 9, 3))
-    assert [batch["name"].tolist() for batch in regroup(parts, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("phase", [1, 2])
