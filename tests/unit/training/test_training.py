@@ -117,9 +117,8 @@ def test_accumulated_gradient_is_that_of_the_added_sums(phase: int) -> None:
     own = build(phase, CONFIG, Ranks())
     own.module.train()
     batches = [own.batch_of(next(lane(number, phase, CONFIG).batches(0)), 0) for number in range(2)]
-    value = backward(
-        own.model, batches, own.sums, own.loss, LaneStatistics(own.module, 2, Ranks()), [5, 6]
-    )
+    statistics = LaneStatistics(own.module, 2, Ranks())
+    value = float(backward(own.model, batches, own.sums, own.loss, statistics, [5, 6]).loss)
     found = {
         name: p.grad.clone() for name, p in own.module.named_parameters() if p.grad is not None
     }
