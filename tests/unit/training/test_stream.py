@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from training import CONFIG, build, curve, slice_rows
 
 from covtanet import storage
 from covtanet.data.prepared import PreparedVolume, Samples
 from covtanet.data.prepared_file import to_parquet
-from covtanet.training.feed import Rows, Sampling, series_of, steps
+from covtanet.training.feed import Lane, Rows, Sampling, series_of, steps
+from covtanet.training.loop import Progress, fit
+from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.ranks import Ranks
 from covtanet.training.sample_files import SampleFile, read_slices, slice_name
 from covtanet.training.stream import SampleStream, StreamLane
 from covtanet.training.stream_plan import plan_epoch, plan_lane
@@ -210,3 +215,35 @@ def test_prepared_file_is_read_as_its_description_names_it(tmp_path: Path) -> No
     stream = SampleStream([other], Sampling(batch_size=2), lambda each: read_slices(each, PX))
     with pytest.raises(RuntimeError, match="file of v: other samples than its description names"):
         list(stream.lane().batches(0))
+
+
+def test_interrupted_streamed_training_ends_with_the_same_weights() -> None:
+    """Two lanes of three volumes, continued after the first of two epochs."""
+    config = replace(CONFIG, num_epochs=2)
+    undisturbed = train_streamed(config, Progress())
+    stopped = train_streamed(replace(config, num_epochs=1), Progress())
+    continued = train_streamed(config, stopped)
+    assert curve(continued) == curve(undisturbed)
+    for name, value in undisturbed.weights.items():
+        assert torch.equal(continued.weights[name], value), name
+
+
+def train_streamed(config: PhaseConfig, progress: Progress) -> Progress:
+    rows = {f"series{number}": slice_rows(8, number) for number in range(3)}
+    files = [
+        SampleFile(
+            series=series,
+            uri="",
+            names=tuple(columns["name"].tolist()),
+            has_lesion=tuple(columns["has_lesion"].tolist()),
+            bytes_per_sample=1,
+        )
+        for series, columns in rows.items()
+    ]
+    sampling = Sampling(batch_size=config.batch_size)
+    stream = SampleStream(
+        files, sampling, lambda file: rows[file.series], 2, config.num_epochs, window_bytes=10
+    )
+    phase = build(1, config, Ranks())
+    lanes: dict[int, Lane] = {number: stream.lane(number) for number in range(2)}
+    return fit(config, phase, lanes, Ranks(), 0, progress, lambda _: None)
