@@ -96,8 +96,8 @@ class TrainingConfig:
     slices_per_volume: int = 0
     """Slices of a volume that an epoch of phase 1 draws; 0 draws all."""
     cache_features: bool = True
-    """Compute TA-SegNet's features once for phase 2, not every epoch, and keep them in storage with
-    8 bits a value until the phase is finished."""
+    """Compute TA-SegNet's features once for phase 2, not every epoch, and store them until it is
+    finished."""
     cache_bytes: int = 4 << 30
     """Largest set of a phase's samples that every worker keeps in memory; larger ones are read from
     storage every epoch."""

@@ -67,27 +67,11 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
 
     features: computes pooled features if the rows hold slices; null if the rows hold features.
     """
-    pooled = stored_features(rows, device) if features is None else features(rows["levels"])
+    pooled = to_device(rows["pooled"], device) if features is None else features(rows["levels"])
     is_infected, is_severe = (
         to_device(rows[name], device).float() for name in ("is_infected", "is_severe")
     )
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
-
-
-def stored_features(rows: Rows, device: torch.device) -> Tensor:
-    """Return stored features as values on the device, (B, S, C, P, P).
-
-    Those with a ``scale`` (B, C) have 8 bits a value, see ``features``; others are values.
-    """
-    pooled = to_device(rows["pooled"], device).float()
-    if "scale" not in rows:
-        return pooled
-    # (B, C) -> (B, 1, C, 1, 1)
-    scale, offset = (
-        to_device(rows[name], device)[:, None, :, None, None] for name in ("scale", "offset")
-    )
-    # In place: a copy of the paper's size takes 84 MB a volume.
-    return pooled.mul_(scale).add_(offset)
 
 
 def _validation_sums(

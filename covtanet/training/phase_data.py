@@ -18,7 +18,7 @@ from covtanet.data.prepared import PreparedVolume, diagnosis_slices
 from covtanet.errors import ConfigError
 from covtanet.model.covtanet import CovTANet
 from covtanet.training.config import TrainingConfig
-from covtanet.training.features import FORMAT_VERSION, encode_features, save_features
+from covtanet.training.features import FORMAT_VERSION, save_features
 from covtanet.training.feed import assign_lanes
 from covtanet.training.lanes import fit_in_memory, phase_config
 from covtanet.training.loop import State
@@ -131,12 +131,10 @@ def volume_data(
 
 def _bytes_per_volume(config: TrainingConfig) -> int:
     network = config.architecture
-    if config.keeps_features:
-        # 8 bits a value.
-        values_per_slice = network.segnet.fused_channels * network.pooled_px**2
-        return network.num_slices * values_per_slice
-    # uint16.
     values_per_slice = (1 + 2 * config.num_neighbours) * config.window.size_px**2
+    if config.keeps_features:
+        values_per_slice = network.segnet.fused_channels * network.pooled_px**2
+    # Two bytes a value: uint16 slices or float16 features.
     return 2 * network.num_slices * values_per_slice
 
 
@@ -217,8 +215,8 @@ class _FrozenSegNet:
 
     def __call__(self, row: Row) -> Row:
         # (S, C, H, W) -> (1, S, C, H, W) -> (S, C, P, P)
-        pooled = self.features(row["levels"][None])[0].float().cpu().numpy()
-        storage.write_bytes(row["features_uri"], save_features(encode_features(pooled)))
+        pooled = self.features(row["levels"][None])[0].cpu().numpy()
+        storage.write_bytes(row["features_uri"], save_features(pooled))
         return {"features_uri": row["features_uri"]}
 
 
