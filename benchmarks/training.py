@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,24 +23,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import WORK, Result, say
-from covtanet import tracking
+from covtanet import storage, tracking
 from covtanet.data.folds import Split
 from covtanet.data.labels import LabelledVolume
-from covtanet.data.prepared import PreparedVolume
-from covtanet.data.prepared_file import file_uri
+from covtanet.data.prepared import PreparedVolume, Samples
+from covtanet.data.prepared_file import file_uri, to_parquet
 from covtanet.experiments.preparation import prepare_volumes
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.registry import build_segmenter
+from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs
 from covtanet.phantoms.training_set import write_training_set
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Sampling, assign_lanes
-from covtanet.training.lanes import slice_rows
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
+from covtanet.training.sample_files import SampleFile, read_slices, slice_name, slice_rows
+from covtanet.training.stream import SampleStream
 from covtanet.training.trainer import PhaseRun, train_phase1, train_phase2
 
 NUM_VOLUMES, NUM_HELD = 9, 1
@@ -50,6 +53,9 @@ CONFIG = TrainingConfig(
     size="small", num_folds=2, folds=(0,), num_workers=2, phase1=PHASE1, phase2=PHASE2
 )
 MIN_LOGICAL_CPUS = 4
+# Of the measurement of reading alone: 24 volumes of 40 slices, in three windows.
+NUM_READ_VOLUMES = 24
+READ_PX = 256
 
 
 History = list[dict[str, float]]
@@ -58,6 +64,14 @@ History = list[dict[str, float]]
 def step_s(history: History) -> float:
     """Return the seconds of a step, median of the epochs that count."""
     return statistics.median(epoch["step_s"] for epoch in history[1:])
+
+
+def epoch_s(history: History) -> float:
+    """Return the seconds of an epoch's steps, median of the epochs that count.
+
+    Every epoch takes all samples, in steps of slightly different sizes.
+    """
+    return statistics.median(epoch["step_s"] * epoch["num_steps"] for epoch in history[1:])
 
 
 def wait_share(history: History) -> float:
@@ -149,6 +163,7 @@ def measure() -> list[Result]:
     try:
         data = _prepare(folder, labelled)
         results = [*_measure_phase1(data), *_measure_phase2(data)]
+        results += _measure_reading(folder)
     finally:
         ray.shutdown()
     if torch.cuda.is_available():
@@ -176,7 +191,7 @@ def _measure_phase1(data: PreparedData) -> list[Result]:
     plain: list[History] = []
     under_ray: dict[str, list[History]] = {
         "samples kept in memory": [],
-        "streamed every epoch": [],
+        "read from storage every epoch": [],
     }
     for turn in range(2):
         say("phase 1, plain loop")
@@ -185,18 +200,62 @@ def _measure_phase1(data: PreparedData) -> list[Result]:
         under_ray["samples kept in memory"].append(cached)
         # A cache of one byte holds no sample: every epoch reads them anew.
         streamed = data.train_phase1(f"stream{turn}", replace(CONFIG, cache_bytes=1))
-        under_ray["streamed every epoch"].append(streamed)
-    base = min(map(step_s, plain))
-    over = f"over the plain loop's ({base:.2f} s)"
+        under_ray["read from storage every epoch"].append(streamed)
+    base = min(map(epoch_s, plain))
+    over = f"over the plain loop's ({base:.1f} s)"
     results = []
     for kind, histories in under_ray.items():
-        ratio = min(map(step_s, histories)) / base
-        name = f"phase-1 step under Ray Train and Ray Data, {kind}, {over}"
+        ratio = min(map(epoch_s, histories)) / base
+        name = f"phase-1 epoch under Ray Train, {kind}, {over}"
         results.append(Result("t", name, f"{ratio:.2f} x", "<= 1.1 x"))
+    memory, stream = (min(map(epoch_s, histories)) for histories in under_ray.values())
+    name = "phase-1 epoch, read from storage every epoch over kept in memory"
+    results.append(Result("t", name, f"{stream / memory:.2f} x", "<= 1.1 x"))
     for kind, histories in under_ray.items():
         share = f"{100 * max(map(wait_share, histories)):.1f} %"
         results.append(Result("t", f"a worker waits for data, {kind}", share, "<= 10 %"))
     return results
+
+
+def _measure_reading(folder: Path) -> list[Result]:
+    """Measure a lane that reads slices from storage without a training."""
+    files = [_write_volume(folder, number) for number in range(NUM_READ_VOLUMES)]
+    read = partial(read_slices, size_px=READ_PX)
+    stream = SampleStream(files, Sampling(batch_size=8), read, num_epochs=1, window_bytes=64 << 20)
+    started_s, started_cpu_s = time.perf_counter(), time.process_time()
+    num_slices = sum(len(rows["name"]) for rows in stream.lane().batches(0))
+    rate = num_slices / (time.perf_counter() - started_s)
+    cpu_ms = 1000 * (time.process_time() - started_cpu_s) / num_slices
+    name = f"slices of {READ_PX} x {READ_PX} that a worker reads a second, without a training"
+    cpu = f"CPU time of reading a slice of {READ_PX} x {READ_PX}"
+    return [Result("t", name, f"{rate:.0f}"), Result("t", cpu, f"{cpu_ms:.2f} ms")]
+
+
+def _write_volume(folder: Path, number: int) -> SampleFile:
+    """Write a phantom as a prepared volume."""
+    (config,) = configs(1, number, size_px=READ_PX, num_slices=40)
+    phantom = make_phantom(config)
+    share = (phantom.hu + 1000.0) / 1400
+    key = f"read-{number}"
+    names = tuple(slice_name(key, index) for index in range(len(share)))
+    volume = PreparedVolume(
+        key=key,
+        volume_path="",
+        patient=key,
+        intensity="hu",
+        slices=tuple(range(len(share))),
+        lesion_px=tuple(int(mask.sum()) for mask in phantom.lesion_mask),
+        size_px=READ_PX,
+    )
+    levels = (np.clip(share, 0, 1) * np.iinfo(np.uint16).max).astype(np.uint16)
+    samples = Samples(levels=levels, lesion=phantom.lesion_mask.astype(np.uint8))
+    uri = str(folder / f"{key}.parquet")
+    storage.write_bytes(uri, to_parquet(volume, samples))
+    has_lesion = tuple(pixels > 0 for pixels in volume.lesion_px or ())
+    num_bytes = 3 * READ_PX**2
+    return SampleFile(
+        series=key, uri=uri, names=names, has_lesion=has_lesion, bytes_per_sample=num_bytes
+    )
 
 
 def _measure_phase2(data: PreparedData) -> list[Result]:

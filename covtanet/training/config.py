@@ -96,10 +96,11 @@ class TrainingConfig:
     slices_per_volume: int = 0
     """Slices of a volume that an epoch of phase 1 draws; 0 draws all."""
     cache_features: bool = True
-    """Compute TA-SegNet's features once for phase 2, not every epoch."""
+    """Compute TA-SegNet's features once for phase 2, not every epoch, and store them until it is
+    finished."""
     cache_bytes: int = 4 << 30
-    """Largest set of a phase's samples that every worker keeps in memory; larger ones are
-    streamed."""
+    """Largest set of a phase's samples that every worker keeps in memory; larger ones are read from
+    storage every epoch."""
     num_workers: int = 0
     """Training workers; must divide ``micro_batches`` of both phases. 0 for one on every GPU, or
     one without a GPU."""
@@ -220,6 +221,11 @@ class TrainingConfig:
     def epochs_per_checkpoint(self, phase: PhaseConfig) -> int:
         """Return the number of epochs between two checkpoints of a phase."""
         return self.checkpoint_epochs or max(1, phase.num_epochs // CHECKPOINTS_PER_PHASE)
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether phase 2 reads stored features; a backbone of Table IV reads the slices."""
+        return self.cache_features and not self.architecture.backbone
 
     @property
     def phase1_loss(self) -> FocalTverskyConfig | CrossEntropyDiceConfig:

@@ -2,14 +2,15 @@
 
 An optimizer step takes one micro-batch from every lane. Lanes are shared out over the ranks, so
 that the number of ranks changes which rank computes a micro-batch, and never its samples. The
-samples of an epoch, and in memory their order, follow from seed, epoch and lane alone: an
-interrupted training goes on as if it had not been interrupted. ``pool`` holds lanes in memory,
-``lanes`` those that are streamed.
+samples of an epoch and their order follow from seed, epoch and lane alone: an interrupted training
+goes on as if it had not been interrupted. ``pool`` holds samples in memory, ``stream`` reads them
+from storage every epoch.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,7 +82,7 @@ def volumes_of(rows: Rows) -> list[str]:
 def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
     """Deal volumes out over lanes, the largest first to the lane with the fewest samples.
 
-    Lanes for validation, and those that are streamed; in memory training samples are mixed.
+    Lanes for validation; those of the training are dealt out anew every epoch.
     """
     lanes: list[list[str]] = [[] for _ in range(num_lanes)]
     load = [0] * num_lanes
@@ -94,7 +95,19 @@ def assign_lanes(sizes: Mapping[str, int], num_lanes: int) -> list[list[str]]:
 
 
 def steps(lanes: Sequence[Lane], epoch: int, num_steps: int) -> Iterator[list[Rows]]:
-    """Yield the epoch's steps: one micro-batch of every lane."""
+    """Yield the epoch's steps; a thread gathers the next one meanwhile."""
+    gathered = _gather(lanes, epoch, num_steps)
+    with ThreadPoolExecutor(1, thread_name_prefix="next-step") as pool:
+        upcoming = pool.submit(next, gathered)
+        for number in range(num_steps):
+            step = upcoming.result()
+            if number + 1 < num_steps:
+                upcoming = pool.submit(next, gathered)
+            yield step
+
+
+def _gather(lanes: Sequence[Lane], epoch: int, num_steps: int) -> Iterator[list[Rows]]:
+    """Yield one micro-batch of every lane for each step."""
     streams = [lane.batches(epoch) for lane in lanes]
     for _ in range(num_steps):
         # One micro-batch of every lane: the global batch does not depend on the number of workers.

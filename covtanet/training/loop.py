@@ -22,7 +22,7 @@ from covtanet.training.optimizer import (
 )
 from covtanet.training.phase_config import PhaseConfig
 from covtanet.training.ranks import LaneStatistics, Ranks
-from covtanet.training.step import Named, backward, check_gradients
+from covtanet.training.step import Named, backward, check_finite
 
 B = TypeVar("B", bound=Named)
 State = dict[str, Tensor]
@@ -94,7 +94,7 @@ def fit(
         FloatingPointError: a loss or gradient is not finite; the epoch is not reported.
         ValueError: there are too few samples for one step.
     """
-    optimizer = make_optimizer(config, phase.module)
+    optimizer = make_optimizer(config, phase.module, fused=ranks.device.type == "cuda")
     average = WeightAverage(phase.module, config.average_decay) if config.average_decay else None
     if progress.history:
         _restore(phase.module, optimizer, average, progress)
@@ -202,9 +202,11 @@ def _train_epoch(training: _Training[B], epoch: int) -> dict[str, float]:
         waited += time.perf_counter() - asked
         seeds = [seed_of(training.seed, epoch, number, lane) for lane in training.lanes]
         losses.append(_step(training, rows, seeds))
+    # Read before the clock: the host waits for the device here.
+    total_loss = sum(torch.stack(losses).tolist())
     spent = time.perf_counter() - started
     return {
-        "train_loss": sum(losses) / num_steps,
+        "train_loss": total_loss / num_steps,
         "num_steps": float(num_steps),
         "data_wait_share": waited / spent,
         "step_s": spent / num_steps,
@@ -223,21 +225,21 @@ def _num_steps(training: _Training[B], epoch: int) -> int:
     return num_steps
 
 
-def _step(training: _Training[B], rows: Sequence[Rows], seeds: list[int]) -> float:
-    """Take one optimizer step, a micro-batch per lane, and return its loss."""
+def _step(training: _Training[B], rows: Sequence[Rows], seeds: list[int]) -> Tensor:
+    """Take one optimizer step, a micro-batch per lane, and return its loss on the device."""
     phase = training.phase
     statistics = training.statistics
     pairs = zip(rows, seeds, strict=True)
     batches = [phase.batch_of(lane_rows, seed) for lane_rows, seed in pairs]
     training.optimizer.zero_grad(set_to_none=True)
-    loss = backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds)
-    # Before clipping, which would spread one NaN over all gradients.
-    check_gradients(phase.module, batches, statistics.ranks)
+    step = backward(phase.model, batches, phase.sums, phase.loss, statistics, seeds)
+    # Before the weights change, and before clipping, which would spread one NaN over all gradients.
+    check_finite(phase.module, step, batches, statistics.ranks)
     clip_gradients(training.config, phase.module.parameters())
     training.optimizer.step()
     if training.average:
         training.average.update()
-    return loss
+    return step.loss
 
 
 def in_order(lanes: Sequence[Lane], batch_of: Callable[[Rows, int], B]) -> Iterator[B]:
@@ -267,11 +269,16 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Param
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: State
 ) -> None:
+    groups = optimizer.state_dict()["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number_of = {id(value): number for value, number in zip(parameters, numbers, strict=True)}
+    entries: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
-        if key.startswith(AVERAGE):
-            continue
-        name, _, entry = key.rpartition("/")
-        parameter = named[name]
-        # Adam keeps its count of steps on the CPU.
-        stored = value.clone() if entry == "step" else value.to(parameter.device)
-        optimizer.state[parameter][entry] = stored
+        if not key.startswith(AVERAGE):
+            name, _, entry = key.rpartition("/")
+            # A copy: the optimizer changes it, a progress never changes.
+            entries.setdefault(number_of[id(named[name])], {})[entry] = value.clone()
+    # torch puts the moments on their parameter's device, and the count of steps there too if the
+    # optimizer is fused.
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})

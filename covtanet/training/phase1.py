@@ -16,6 +16,7 @@ from covtanet.model.losses import (
     LossTerms,
     loss_terms,
 )
+from covtanet.training.device import to_device
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
 from covtanet.training.metrics import count_samples, metrics_of
@@ -42,16 +43,12 @@ def slice_batch(rows: Rows, device: torch.device) -> SliceBatch:
     levels = rows["levels"]
     if levels.ndim == 3:
         levels = levels[:, None]
-    scale = np.float32(np.iinfo(levels.dtype).max)
-    # (B, C, H, W), in [0, 1]
-    slices = torch.from_numpy(levels.astype(np.float32) / scale)
-    mask = torch.from_numpy(rows["lesion"].astype(np.float32))[:, None]
     layout = torch.channels_last
-    return SliceBatch(
-        slices.to(device, memory_format=layout),
-        mask.to(device, memory_format=layout),
-        volumes_of(rows),
-    )
+    # Scaled on the device: 2 bytes a pixel and 1 of the mask are sent instead of 4 each.
+    slices = to_device(levels, device).to(torch.float32, memory_format=layout)
+    mask = to_device(rows["lesion"], device)[:, None].to(torch.float32, memory_format=layout)
+    # (B, C, H, W), in [0, 1]
+    return SliceBatch(slices.div_(np.iinfo(levels.dtype).max), mask, volumes_of(rows))
 
 
 def supervised_sums(

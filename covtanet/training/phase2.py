@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from covtanet.model.losses import JointLossConfig, joint, joint_sums
+from covtanet.training.device import to_device
 from covtanet.training.feed import Lane, Rows, volumes_of
 from covtanet.training.loop import Phase
 from covtanet.training.metrics import count, metrics_of
@@ -66,10 +67,9 @@ def volume_batch(rows: Rows, device: torch.device, features: Features | None) ->
 
     features: computes pooled features if the rows hold slices; null if the rows hold features.
     """
-    pooled = torch.from_numpy(rows["pooled"]) if features is None else features(rows["levels"])
+    pooled = to_device(rows["pooled"], device) if features is None else features(rows["levels"])
     is_infected, is_severe = (
-        torch.from_numpy(rows[name].astype(np.float32)).to(device)
-        for name in ("is_infected", "is_severe")
+        to_device(rows[name], device).float() for name in ("is_infected", "is_severe")
     )
     return VolumeBatch(pooled.to(device).float(), is_infected, is_severe, volumes_of(rows))
 

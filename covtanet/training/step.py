@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ class Named(Protocol):
 B = TypeVar("B", bound=Named)
 
 
+class StepLoss(NamedTuple):
+    """Loss of a step on the device; nothing of it has been read by the host."""
+
+    loss: Tensor
+    total: Tensor
+    """Sums of all micro-batches of all ranks, (k,), the same on every rank."""
+    parts: list[Tensor]
+    """Sums of each of this rank's micro-batches, (k,)."""
+
+
 def backward(
     model: nn.Module,
     micro_batches: Sequence[B],
@@ -31,17 +41,14 @@ def backward(
     loss: Callable[[Tensor], Tensor],
     statistics: LaneStatistics,
     seeds: Sequence[int],
-) -> float:
+) -> StepLoss:
     """Set the gradients of ``loss`` of the sums over all micro-batches of all ranks.
 
     sums: forward of one micro-batch to numbers that add up, (k,). seeds: for dropout, one per
-    micro-batch. Returns the loss.
+    micro-batch.
 
     A rank with several micro-batches runs them forward without gradient first, since the loss needs
     every sum before the first gradient: a third more work for the memory of one micro-batch.
-
-    Raises:
-        FloatingPointError: a sum is not finite; names the series of the step's micro-batches.
     """
     ranks = statistics.ranks
     is_alone = len(micro_batches) == 1
@@ -51,9 +58,7 @@ def backward(
             parts.append(_forward(sums, batch, lane, statistics, seeds[lane]))
     # Sums of all micro-batches of all ranks, (k,), the same on every rank.
     total = ranks.sum(torch.stack([part.detach() for part in parts]).sum(0))
-    # Before the first gradient, so that no weight changes by a loss that is NaN.
-    _check_finite(total, parts, micro_batches, ranks)
-    value = math.nan
+    value = total.new_tensor(math.nan)
     for lane, batch in enumerate(micro_batches):
         is_last = lane == len(micro_batches) - 1
         # Ranks exchange gradients once, with the last micro-batch.
@@ -66,8 +71,8 @@ def backward(
             # their sum.
             (step_loss * ranks.count).backward()  # type: ignore[no-untyped-call]
         statistics.leave(lane)
-        value = float(step_loss.detach())
-    return value
+        value = step_loss.detach()
+    return StepLoss(value, total, [part.detach() for part in parts])
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
@@ -85,33 +90,26 @@ def _forward(
     return sums(batch)
 
 
-def _check_finite(
-    total: Tensor, parts: Sequence[Tensor], micro_batches: Sequence[Named], ranks: Ranks
+def check_finite(
+    model: nn.Module, step: StepLoss, micro_batches: Sequence[Named], ranks: Ranks
 ) -> None:
-    if torch.isfinite(total).all():
-        return
-    names: list[str] = []
-    for part, batch in zip(parts, micro_batches, strict=True):
-        if not torch.isfinite(part).all():
-            names += batch.names
-    # Every rank takes part, also one whose own sums are finite.
-    gathered = ", ".join(ranks.gather(names))
-    raise FloatingPointError(
-        f"the loss is not finite (NaN or inf); series of the batch: {gathered}"
-    )
-
-
-def check_gradients(model: nn.Module, micro_batches: Sequence[Named], ranks: Ranks) -> None:
-    """Refuse gradients that are not finite, which are the same on every rank.
+    """Refuse a loss or gradients that are not finite, which are the same on every rank.
 
     Raises:
-        FloatingPointError: names the series of the step's micro-batches.
+        FloatingPointError: names the series of the step's micro-batches, of a loss those alone
+            whose sums are not finite.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # One norm of all gradients: the host waits for the device once, not once per tensor.
-    if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+    # One number for everything: the host waits for the device once a step.
+    if torch.isfinite(torch.nn.utils.get_total_norm(gradients) + step.loss):
         return
-    names = ranks.gather([name for batch in micro_batches for name in batch.names])
+    kind, culprits = "a gradient", list(micro_batches)
+    if not torch.isfinite(step.total).all():
+        pairs = zip(step.parts, micro_batches, strict=True)
+        kind = "the loss"
+        culprits = [batch for part, batch in pairs if not torch.isfinite(part).all()]
+    # Every rank takes part, also one whose own sums are finite.
+    names = ranks.gather([name for batch in culprits for name in batch.names])
     raise FloatingPointError(
-        f"a gradient is not finite (NaN or inf); series of the batch: {', '.join(names)}"
+        f"{kind} is not finite (NaN or inf); series of the batch: {', '.join(names)}"
     )

@@ -1,7 +1,7 @@
-"""Both phases on Ray Train, which optimizes on the data that Ray Data feeds.
+"""Both phases on Ray Train, whose workers read prepared volumes or features from storage.
 
-Phase 1 trains TA-SegNet on the slices of prepared volumes. Phase 2 has its weights frozen: an
-actor turns every volume into pooled fusion features once, and the workers train the joint
+Phase 1 trains TA-SegNet on the slices of prepared volumes. Phase 2 has its weights frozen: Ray
+Data turns every volume into pooled fusion features in storage once, and the workers train the joint
 classifier on those; or, without that cache, the workers compute them every epoch.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 
@@ -26,7 +25,13 @@ from covtanet.training.callbacks import MetricsToMlflow
 from covtanet.training.checkpoint_store import NUM_CHECKPOINTS, newest_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.loop import Progress, State, is_finished
-from covtanet.training.phase_data import PhaseData, slice_data, volume_data
+from covtanet.training.phase_data import (
+    PhaseData,
+    compute_features,
+    features_folder,
+    slice_data,
+    volume_data,
+)
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -89,11 +94,14 @@ def train_phase2(
     segnet_state: State,
 ) -> Progress:
     """Train the joint classifier on the split's volumes that have a grade, TA-SegNet frozen."""
-    data = volume_data(config, volumes, split, prepared_uri, segnet_state)
-    # With cached features the workers have no use for TA-SegNet; a backbone reads the slices
-    # themselves, through a segmenter without weights.
-    has_features = config.cache_features and not config.architecture.backbone
-    return _run(config, 2, data, phase_run, None if has_features else segnet_state)
+    features_uri = features_folder(phase_run.checkpoints_uri, config, segnet_state)
+    data = volume_data(config, volumes, split, prepared_uri, features_uri)
+    if not config.keeps_features:
+        # A backbone reads the slices themselves, through a segmenter without weights.
+        return _run(config, 2, data, phase_run, segnet_state)
+    compute_features(config, volumes, data, prepared_uri, features_uri, segnet_state)
+    # The workers have no use for TA-SegNet.
+    return _run(config, 2, data, phase_run)
 
 
 def _run(
@@ -111,15 +119,14 @@ def _run(
     job = WorkerJob(
         config=config,
         phase=phase,
-        train=tuple(data.lanes["train"]),
-        validation=tuple(data.lanes["validation"]),
+        data=data,
         num_threads=_num_threads(config.num_workers * phase_run.num_at_once),
         checkpoints_uri=phase_run.checkpoints_uri,
         segnet_state=segnet_state,
         encoder_state=encoder_state,
     )
     name = phase_run.run.name
-    trainer = _trainer(job, data, phase_run)
+    trainer = _trainer(job, phase_run)
     with tracking.system_metrics(phase_run.run):
         try:
             result = trainer.fit()
@@ -133,13 +140,9 @@ def _run(
     return progress
 
 
-def _trainer(
-    job: WorkerJob, data: PhaseData, phase_run: PhaseRun
-) -> "ray.train.torch.TorchTrainer":
+def _trainer(job: WorkerJob, phase_run: PhaseRun) -> "ray.train.torch.TorchTrainer":
     config = job.config
     filesystem, path = storage.filesystem(phase_run.storage_uri)
-    # Two runs then see the same batches.
-    options = ray.data.ExecutionOptions(preserve_order=True)
     return ray.train.torch.TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
@@ -148,8 +151,6 @@ def _trainer(
             use_gpu=_check_resources(config),
             resources_per_worker={"CPU": 1},
         ),
-        # A lane is a dataset as a whole: its worker reads all of it.
-        dataset_config=ray.train.DataConfig(datasets_to_split=[], execution_options=options),
         run_config=ray.train.RunConfig(
             name=phase_run.name,
             storage_path=path,
@@ -159,7 +160,6 @@ def _trainer(
             callbacks=[MetricsToMlflow(phase_run.run, phase_run.run.name)],
             worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
-        datasets=data.datasets,
     )
 
 

@@ -1,11 +1,11 @@
 """The training function of a Ray Train worker, for both phases.
 
-A worker has its lanes of the data and its rank of the model; rank 0 writes checkpoints.
+A worker has its lanes of the data, which it reads from storage itself, and its rank of the model;
+rank 0 writes checkpoints.
 """
 
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +24,18 @@ from covtanet.training.callbacks import summary
 from covtanet.training.checkpoint_store import CheckpointWriter, newest_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Lane, seed_of
-from covtanet.training.lanes import LaneSpec, StreamLane, fit_in_memory, sample_pool
+from covtanet.training.lanes import (
+    fit_in_memory,
+    phase_config,
+    training_lanes,
+    validation_lanes,
+)
 from covtanet.training.loop import Phase, Progress, State, fit, is_finished
 from covtanet.training.optimizer import set_final_bias
 from covtanet.training.phase1 import Augment, phase1
 from covtanet.training.phase2 import frozen_features, phase2
 from covtanet.training.phase_config import PhaseConfig
-from covtanet.training.pool import SamplePool
+from covtanet.training.phase_data import PhaseData
 from covtanet.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -42,8 +47,7 @@ class WorkerJob:
 
     config: TrainingConfig
     phase: int
-    train: tuple[LaneSpec, ...]
-    validation: tuple[LaneSpec, ...]
+    data: PhaseData
     num_threads: int
     checkpoints_uri: str
     """Folder in which Ray Train keeps this phase's checkpoints."""
@@ -55,7 +59,12 @@ class WorkerJob:
     @property
     def phase_config(self) -> PhaseConfig:
         """Settings of the job's phase."""
-        return self.config.phase1 if self.phase == 1 else self.config.phase2
+        return phase_config(self.config, self.phase)
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether every worker keeps all samples of the phase."""
+        return fit_in_memory(self.config, self.data.files)
 
 
 def train(loop_config: dict[str, Any]) -> dict[str, str]:
@@ -68,6 +77,9 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     # It would repeat every report.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     torch.set_num_threads(job.num_threads)
+    # On a GPU the fastest convolution for the sizes at hand; an epoch has micro-batches of at most
+    # two sizes.
+    torch.backends.cudnn.benchmark = True
     # The same initial weights on every rank.
     torch.manual_seed(seed_of(job.config.seed, job.phase))
     ranks = _ranks()
@@ -96,10 +108,10 @@ def _ranks() -> Ranks:
     return Ranks(index=context.get_world_rank(), count=context.get_world_size(), device=device)
 
 
-def _numbers(lanes: Sequence[LaneSpec], ranks: Ranks) -> range:
+def _numbers(num_lanes: int, ranks: Ranks) -> range:
     """Return the numbers of the lanes that belong to this rank."""
     # Whole lanes, dealt out in turn.
-    return range(ranks.index, len(lanes), ranks.count)
+    return range(ranks.index, num_lanes, ranks.count)
 
 
 def _build_module(job: WorkerJob) -> nn.Module:
@@ -152,46 +164,18 @@ def _augment(config: TrainingConfig, device: torch.device) -> Augment | None:
 
 
 def _training_lanes(job: WorkerJob, ranks: Ranks) -> dict[int, Lane]:
-    """Return this rank's training lanes by number.
-
-    In memory they share one pool, which mixes the volumes of all lanes; else each streams its own.
-    """
-    numbers = _numbers(job.train, ranks)
-    if _fits(job):
-        pool = _pool(job, job.train, len(job.train))
-        return {number: pool.lane(number) for number in numbers}
-    return {number: _stream(job, number, job.train) for number in numbers}
+    """Return this rank's training lanes by number."""
+    numbers = _numbers(job.phase_config.micro_batches, ranks)
+    return training_lanes(
+        job.config, job.phase, job.data.train, numbers, in_memory=job.fits_in_memory
+    )
 
 
 def _validation_lanes(job: WorkerJob, ranks: Ranks) -> list[Lane]:
     """Return this rank's validation lanes, each of whole volumes."""
-    numbers = _numbers(job.validation, ranks)
-    if not _fits(job):
-        return [_stream(job, number, job.validation) for number in numbers]
-    return [_pool(job, [job.validation[number]]).lane() for number in numbers]
-
-
-def _pool(job: WorkerJob, specs: Sequence[LaneSpec], num_lanes: int = 1) -> SamplePool:
-    config = job.config
-    # Phase 2's volumes have their neighbours already.
-    num_neighbours = config.num_neighbours if job.phase == 1 else 0
-    sampling = config.sampling(job.phase_config)
-    return sample_pool(
-        specs, sampling, config.window.size_px, _open_shard, num_lanes, num_neighbours
-    )
-
-
-def _fits(job: WorkerJob) -> bool:
-    return fit_in_memory(job.config, (*job.train, *job.validation))
-
-
-def _stream(job: WorkerJob, number: int, specs: Sequence[LaneSpec]) -> Lane:
-    sampling = job.config.sampling(job.phase_config)
-    return StreamLane(specs[number], sampling, number, job.config.window.size_px, _open_shard)
-
-
-def _open_shard(name: str) -> Any:
-    return ray.train.get_dataset_shard(name)
+    numbers = _numbers(len(job.data.validation), ranks)
+    lanes = [job.data.validation[number] for number in numbers]
+    return validation_lanes(job.config, job.phase, lanes, in_memory=job.fits_in_memory)
 
 
 def _resume(job: WorkerJob, ranks: Ranks) -> Progress:

@@ -13,6 +13,7 @@ from covtanet.training.checkpoint_store import CheckpointWriter, newest_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.loop import Progress
 from covtanet.training.phase_config import PhaseConfig
+from covtanet.training.phase_data import PhaseData
 from covtanet.training.ranks import Ranks
 
 
@@ -99,9 +100,8 @@ def reports_of(
         reported.append({**metrics, **options})
 
     monkeypatch.setattr(ray.train, "report", report)
-    job = worker.WorkerJob(
-        config=config, phase=1, train=(), validation=(), num_threads=1, checkpoints_uri=""
-    )
+    data = PhaseData(train=(), validation=())
+    job = worker.WorkerJob(config=config, phase=1, data=data, num_threads=1, checkpoints_uri="")
     reporter = worker._Reporter(job, Ranks(index=index, count=2))
     for number in range(1, num_epochs + 1):
         reporter(progress_of(number, {}))

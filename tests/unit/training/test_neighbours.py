@@ -7,17 +7,14 @@ import pytest
 import torch
 from training import CONFIG, slice_rows
 
-from covtanet.errors import ConfigError
 from covtanet.model.losses import FocalTverskyConfig
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Rows, Sampling
-from covtanet.training.lanes import LaneSpec
 from covtanet.training.loop import Progress, fit
 from covtanet.training.neighbours import FARTHEST_NEIGHBOUR, REPEAT_SHARE, Neighbours
 from covtanet.training.phase1 import phase1, slice_batch
-from covtanet.training.phase_data import _refuse_streamed_neighbours
 from covtanet.training.pool import SamplePool
 from covtanet.training.ranks import Ranks
 
@@ -124,12 +121,3 @@ def test_fusion_channels_replace_those_of_the_size() -> None:
         assert isinstance(segnet, TASegNetConfig)
         sizes.append(segnet.fusion_channels)
     assert sizes == [8, 24]
-
-
-def test_neighbours_of_streamed_slices_are_refused() -> None:
-    spec = LaneSpec(shard="train-0", names=("a:0",), has_lesion=(True,), bytes_per_sample=100)
-    by_part = {"train": [spec], "validation": []}
-    _refuse_streamed_neighbours(TrainingConfig(num_neighbours=1), by_part)
-    _refuse_streamed_neighbours(TrainingConfig(cache_bytes=1), by_part)
-    with pytest.raises(ConfigError, match="the slices take more than cache_bytes, 1, expected"):
-        _refuse_streamed_neighbours(TrainingConfig(num_neighbours=1, cache_bytes=1), by_part)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from covtanet.model.segnet import TASegNet, TASegNetConfig
+from covtanet.training.loop import _load_optimizer, _optimizer_state
 from covtanet.training.optimizer import (
     WeightAverage,
     clip_gradients,
@@ -149,3 +150,32 @@ def test_final_bias_is_set_in_ta_segnet_only() -> None:
 def test_impossible_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PhaseConfig(**settings)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_restored_optimizer_takes_the_step_of_an_undisturbed_one(fused: bool) -> None:
+    """Also a fused one, whose count of steps torch keeps beside the weights."""
+    config = PhaseConfig(learning_rate=0.1)
+    module = Pair()
+    optimizer = make_optimizer(config, module, fused=fused)
+    for gradient in (2.0, 1.0):
+        set_gradients(module, gradient)
+        optimizer.step()
+    named = dict(module.named_parameters())
+    stored = _optimizer_state(optimizer, named)
+    kept = {name: value.clone() for name, value in stored.items()}
+    other = Pair()
+    other.load_state_dict(module.state_dict())
+    restored = make_optimizer(config, other, fused=fused)
+    _load_optimizer(restored, dict(other.named_parameters()), stored)
+    for each, own in ((module, optimizer), (other, restored)):
+        set_gradients(each, -3.0)
+        own.step()
+    assert values(other) == values(module)
+    # A progress is never changed.
+    assert all(torch.equal(stored[name], kept[name]) for name in kept)
+
+
+def set_gradients(module: Pair, gradient: float) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)

@@ -19,6 +19,7 @@ from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.loop import Progress, fit
 from covtanet.training.phase1 import phase1
+from covtanet.training.phase_data import PhaseData
 from covtanet.training.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -128,9 +129,8 @@ def test_two_augmentations_at_once_are_refused() -> None:
 def test_worker_sets_the_final_bias_of_phase_1() -> None:
     config = TrainingConfig(size="tiny", network="V1", phases=(1,))
     config = replace(config, phase1=replace(config.phase1, final_bias=-2.0))
-    job = worker.WorkerJob(
-        config=config, phase=1, train=(), validation=(), num_threads=1, checkpoints_uri=""
-    )
+    data = PhaseData(train=(), validation=())
+    job = worker.WorkerJob(config=config, phase=1, data=data, num_threads=1, checkpoints_uri="")
     module = worker._build_module(job)
     assert isinstance(module, TASegNet)
     layer = module.filter[-1]

@@ -8,11 +8,7 @@ import torch
 from torch import nn
 from training import CONFIG, lanes, slice_rows
 
-from covtanet.errors import ConfigError
-from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Rows, Sampling, series_of
-from covtanet.training.lanes import LaneSpec
-from covtanet.training.phase_data import _refuse_small
 from covtanet.training.pool import SamplePool, count_steps
 
 
@@ -81,18 +77,5 @@ def test_batch_norm_of_one_value_per_sample_trains_on_every_micro_batch() -> Non
         assert torch.isfinite(norm(values)).all()
 
 
-def test_too_few_samples_for_a_step_are_refused() -> None:
+def test_too_few_samples_give_no_step() -> None:
     assert pool_of(7, 4, 2).lane(0).num_batches(0) == 0
-    specs = [
-        LaneSpec(shard="train-0", names=("a:0", "a:1"), has_lesion=(True,) * 2, bytes_per_sample=1),
-        LaneSpec(shard="train-1", names=(), has_lesion=(), bytes_per_sample=1),
-    ]
-    by_part = {"train": specs, "validation": []}
-    # One volume is enough if its slices fill a step, because lanes share them.
-    _refuse_small(TrainingConfig(), by_part, "phase 1", "slices", Sampling(batch_size=1))
-    message = "phase 1 draws 2 samples of slices, expected at least micro_batches times .*, 4"
-    with pytest.raises(ConfigError, match=message):
-        _refuse_small(TrainingConfig(), by_part, "phase 1", "slices", Sampling(batch_size=2))
-    streamed = TrainingConfig(cache_bytes=1)
-    with pytest.raises(ConfigError, match="fewer slices to train on than micro_batches, 2"):
-        _refuse_small(streamed, by_part, "phase 1", "slices", Sampling(batch_size=1))

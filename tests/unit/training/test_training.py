@@ -19,7 +19,6 @@ from covtanet.training.augment import AugmentConfig, Augmenter
 from covtanet.training.checkpoint import load_progress, save_progress
 from covtanet.training.config import TrainingConfig
 from covtanet.training.feed import Rows, Sampling, assign_lanes
-from covtanet.training.lanes import regroup
 from covtanet.training.loop import Progress, attention_weights, fit
 from covtanet.training.phase2 import frozen_features
 from covtanet.training.phase_config import PhaseConfig
@@ -112,20 +111,14 @@ def test_lanes_are_level_and_the_same_for_the_same_sizes() -> None:
     assert assign_lanes(dict(reversed(sizes.items())), 3) == lanes
 
 
-def test_stream_is_cut_into_whole_batches() -> None:
-    parts = ({"name": np.arange(start, start + 3)} for start in range(0, 9, 3))
-    assert [batch["name"].tolist() for batch in regroup(parts, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
 @pytest.mark.parametrize("phase", [1, 2])
 def test_accumulated_gradient_is_that_of_the_added_sums(phase: int) -> None:
     """Two micro-batches one after the other against both graphs held at once."""
     own = build(phase, CONFIG, Ranks())
     own.module.train()
     batches = [own.batch_of(next(lane(number, phase, CONFIG).batches(0)), 0) for number in range(2)]
-    value = backward(
-        own.model, batches, own.sums, own.loss, LaneStatistics(own.module, 2, Ranks()), [5, 6]
-    )
+    statistics = LaneStatistics(own.module, 2, Ranks())
+    value = float(backward(own.model, batches, own.sums, own.loss, statistics, [5, 6]).loss)
     found = {
         name: p.grad.clone() for name, p in own.module.named_parameters() if p.grad is not None
     }
