@@ -1,7 +1,6 @@
 """Data of a phase: the files of a split, and the stored features that phase 2 reads."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from covtanet.data import prepared_file
 from covtanet.data.folds import Split
 from covtanet.data.prepared import PreparedVolume, diagnosis_slices
 from covtanet.errors import ConfigError
+from covtanet.machine import num_cores
 from covtanet.model.covtanet import CovTANet
 from covtanet.training.config import TrainingConfig
 from covtanet.training.features import FORMAT_VERSION, save_features
@@ -205,7 +205,7 @@ class _FrozenSegNet:
     """TA-SegNet in eval mode: a volume's slices to its pooled fusion vectors in storage."""
 
     def __init__(self, config: TrainingConfig, segnet_state: State) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(num_cores())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = CovTANet(config.architecture)
         network.segnet.load_state_dict(segnet_state)

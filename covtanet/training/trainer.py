@@ -5,7 +5,6 @@ Data turns every volume into pooled fusion features in storage once, and the wor
 classifier on those; or, without that cache, the workers compute them every epoch.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from covtanet import storage, tracking
 from covtanet.data.folds import Split
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import ConfigError, TrainingError
+from covtanet.machine import num_cores
 from covtanet.model.encoder import pretrained_state
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training import worker
@@ -166,9 +166,9 @@ def _trainer(job: WorkerJob, phase_run: PhaseRun) -> "ray.train.torch.TorchTrain
 def _num_threads(num_workers: int) -> int:
     """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
     num_nodes = len([node for node in ray.nodes() if node["Alive"]])
-    num_cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     # Shared by all trainings at once, and no more than a node has.
-    return max(1, min(num_cores, num_nodes * num_cores // num_workers))
+    return max(1, min(cores, num_nodes * cores // num_workers))
 
 
 def _check_resources(config: TrainingConfig) -> bool:
