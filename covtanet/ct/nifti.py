@@ -121,9 +121,9 @@ def _first_axis_fastest(array: NDArray[Any]) -> NDArray[Any]:
     ordered = np.zeros(array.shape, array.dtype, order="F")
     slowest = int(np.argmax(np.abs(array.strides)))
     planes = np.moveaxis(array, slowest, 0)
-    # Of a mask, the box around it is copied, which is a third of the volume or less.
-    is_used = planes.any(axis=0)
-    box = (span(is_used.any(axis=1)), span(is_used.any(axis=0)))
+    # Of a mask, only the box around it is copied.
+    is_used = np.asarray(planes.any(axis=0))
+    box = (span(np.asarray(is_used.any(axis=1))), span(np.asarray(is_used.any(axis=0))))
     for ordered_plane, plane in zip(np.moveaxis(ordered, slowest, 0), planes, strict=True):
         ordered_plane[box] = plane[box]
     return ordered
