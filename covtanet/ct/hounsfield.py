@@ -45,8 +45,8 @@ def rescale_to(
     if dtype == INT16:
         if stored.dtype == INT16 and slope == 1 and intercept == 0:
             return stored
-        # All in 16 bits, which is half of the time of 32: the result fits, so that steps before it
-        # may overflow and their overflows cancel.
+        # All in 16 bits, without conversion to 32 and back: the result fits, so that steps before
+        # it may overflow, and their overflows cancel.
         is_unsigned = stored.dtype == UINT16  # of this machine's byte order
         hu = stored.view(INT16) if is_unsigned else stored.astype(INT16, copy=False)
         if slope != 1:

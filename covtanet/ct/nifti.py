@@ -14,6 +14,7 @@ from covtanet.ct import limits
 from covtanet.ct.fill import is_on_scale, replace_fill
 from covtanet.ct.gzip_stream import compress
 from covtanet.ct.hounsfield import check_hu, hu_dtype, rescale, rescale_to
+from covtanet.ct.masks import span
 from covtanet.ct.nifti_affine import has_known_spacing, read_affine
 from covtanet.ct.nifti_file import check_num_bytes, read_header, read_stored, slope_and_intercept
 from covtanet.ct.volume import LPS_TO_RAS, SourceGrid, Volume, canonical_volume
@@ -117,11 +118,14 @@ def _first_axis_fastest(array: NDArray[Any]) -> NDArray[Any]:
     """
     if array.flags.f_contiguous:
         return array
-    ordered = np.empty(array.shape, array.dtype, order="F")
+    ordered = np.zeros(array.shape, array.dtype, order="F")
     slowest = int(np.argmax(np.abs(array.strides)))
     planes = np.moveaxis(array, slowest, 0)
+    # Of a mask, only the box around it is copied.
+    is_used = np.asarray(planes.any(axis=0))
+    box = (span(np.asarray(is_used.any(axis=1))), span(np.asarray(is_used.any(axis=0))))
     for ordered_plane, plane in zip(np.moveaxis(ordered, slowest, 0), planes, strict=True):
-        ordered_plane[...] = plane
+        ordered_plane[box] = plane[box]
     return ordered
 
 
