@@ -4,9 +4,12 @@ NNCF is an extra (``pip install 'covtanet[quantize]'``) that only calibration im
 reads the parameters it left.
 
 Choice: post-training quantization with the preset ``MIXED`` (weights symmetric, activations
-asymmetric) of the whole network. Of the shipped V8 no part needed to stay in float32, so that
-neither NNCF's accuracy control nor an ignored scope is used; the difference is measured after it,
-and an engine that leaves its bounds is not taken unasked.
+asymmetric) of all but depthwise convolutions, which have few weights and channels of very different
+ranges. In 8 bits they cost the shipped V8 most: on a patient of another collection the involvement
+differs from float32's by 0.0039 with them in float32, by 0.0072 without, at the same speed. All of
+the encoder, all attention units, all maps of the slice's full size or the last layers in float32
+gain nothing. NNCF's accuracy control is not used; the difference is measured afterwards, and an
+engine that leaves its bounds is not taken unasked.
 """
 
 import logging
@@ -27,6 +30,8 @@ from covtanet.inference.openvino_runtime import core, import_openvino
 from covtanet.inference.segmenter import EngineInput
 from covtanet.model.quantizers import Quantizers
 
+# OpenVINO's type of a depthwise convolution.
+DEPTHWISE = "GroupConvolution"
 # Largest difference of probability between NNCF's graph and the one that is put together again.
 REBUILD_TOLERANCE = 1e-6
 
@@ -59,6 +64,8 @@ def quantize(source: EngineInput, slices: NDArray[np.float32]) -> Quantizers:
         # One slice at a time: ranges do not depend on the batch.
         nncf.Dataset([slices[index : index + 1] for index in range(len(slices))]),
         preset=nncf.QuantizationPreset.MIXED,
+        # A network without such layers is no error.
+        ignored_scope=nncf.IgnoredScope(types=[DEPTHWISE], validate=False),
         subset_size=len(slices),
         # Weights stay in float32 in the graph: their ranges are kept, not a second copy of them.
         advanced_parameters=nncf.AdvancedQuantizationParameters(
