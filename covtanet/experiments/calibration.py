@@ -24,7 +24,7 @@ from covtanet.evaluation.rows import EvaluatedModel
 from covtanet.inference.engine import to_intensity
 from covtanet.inference.openvino_engine import BFLOAT16, FLOAT32, INT8, missing_instructions
 from covtanet.inference.predictor import Predictor, window_of
-from covtanet.inference.quantize import has_nncf, quantize
+from covtanet.inference.quantize import has_nncf, import_nncf, quantize
 from covtanet.inference.segmenter import EngineInput
 from covtanet.model.quantizers import Quantizers
 from covtanet.model.saved_model import SavedModel
@@ -109,6 +109,7 @@ def calibrate(
     model = replace(model, engines={}, quantizers=None, digest="")
     quantizers = None
     if INT8 in engines:
+        import_nncf()  # before volumes are read, so that its lack is told at once
         slices = calibration_slices(model, data, num_slices)
         quantizers = quantize_model(model, slices, num_threads)
         model = replace(model, quantizers=quantizers)

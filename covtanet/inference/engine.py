@@ -25,8 +25,8 @@ from covtanet.model.quantizers import Quantizers
 logger = logging.getLogger(__name__)
 
 ENGINES = (*pytorch_engine.NAMES, *openvino_engine.NAMES)
-# Fastest first. CPU time per slice of the shipped V8 at 256 px, one thread on an AMD EPYC with
-# avx512_vnni and avx512_bf16: 8 bits 0.60 and bfloat16 0.71 of float32's.
+# Fastest first. CPU time per slice of the shipped V8 at 256 px on two cores with avx512_vnni and
+# avx512_bf16: 8 bits 0.52 and bfloat16 0.69 of float32's (benchmarks/engines_2cpu_202611.md).
 BELOW_FLOAT32 = (openvino_engine.INT8, openvino_engine.BFLOAT16)
 
 

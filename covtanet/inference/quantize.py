@@ -39,7 +39,7 @@ REBUILD_TOLERANCE = 1e-6
 def has_nncf() -> bool:
     """Return whether NNCF is installed."""
     try:
-        _import_nncf()
+        import_nncf()
     except ConfigError:
         return False
     return True
@@ -54,7 +54,7 @@ def quantize(source: EngineInput, slices: NDArray[np.float32]) -> Quantizers:
         ConfigError: NNCF is not installed.
         ValueError: NNCF changed the graph in a way that the parameters do not describe.
     """
-    nncf = _import_nncf()
+    nncf = import_nncf()
     graph, copy = (convert(source.segmenter(), source.size_px) for _ in range(2))
     # Equal graphs have equal names after this, which NNCF keeps.
     if number_nodes(graph) != number_nodes(copy):
@@ -78,7 +78,12 @@ def quantize(source: EngineInput, slices: NDArray[np.float32]) -> Quantizers:
     return quantizers
 
 
-def _import_nncf() -> Any:
+def import_nncf() -> Any:
+    """Import NNCF without its telemetry.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     # Before NNCF, which reports its use to a server on the internet if OpenVINO's module for that
     # is there.
     import_openvino()
@@ -88,7 +93,7 @@ def _import_nncf() -> Any:
         raise ConfigError(
             "NNCF is missing, which calibration for 8 bits needs: pip install 'covtanet[quantize]'"
         ) from None
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
 
 
