@@ -21,7 +21,7 @@ from covtanet.errors import ConfigError, StudyError
 from covtanet.evaluation.engine_difference import EngineResult, compare_engines, run_engine
 from covtanet.evaluation.pipeline import step_of
 from covtanet.evaluation.rows import EvaluatedModel
-from covtanet.inference.engine import to_intensity
+from covtanet.inference.float_engine import to_intensity
 from covtanet.inference.openvino_engine import BFLOAT16, FLOAT32, INT8, missing_instructions
 from covtanet.inference.predictor import Predictor, window_of
 from covtanet.inference.quantize import has_nncf, quantize
