@@ -8,7 +8,7 @@ of ``EngineDifference``; else it is as if it did not exist.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,11 +27,12 @@ ENGINES = (*pytorch_engine.NAMES, *openvino_engine.NAMES, *device_engine.NAMES)
 BELOW_FLOAT32 = (openvino_engine.INT8, openvino_engine.BFLOAT16)
 # A GPU gives one of them; not timed yet (``benchmarks/gpu.py``).
 BELOW_FLOAT32_ON_GPU = device_engine.NAMES
+FLOAT32_ON_GPU = "channels_last"
 
 
 def default_engine() -> str:
     """Return the name of the fastest engine in float32 on this machine."""
-    return "channels_last" if torch.cuda.is_available() else openvino_engine.FLOAT32
+    return FLOAT32_ON_GPU if torch.cuda.is_available() else openvino_engine.FLOAT32
 
 
 def choose_engines(differences: Mapping[str, EngineDifference]) -> list[str]:
@@ -39,12 +40,12 @@ def choose_engines(differences: Mapping[str, EngineDifference]) -> list[str]:
 
     differences: of the model's engines, as they were measured.
     """
-    allowed = [
-        name
-        for name in below_float32()
-        if name in differences and differences[name].is_within_bounds
-    ]
-    return [*allowed, default_engine()]
+    return [*within_bounds(below_float32(), differences), default_engine()]
+
+
+def within_bounds(names: Sequence[str], differences: Mapping[str, EngineDifference]) -> list[str]:
+    """Return the engines that were measured for a model and may replace float32 unasked."""
+    return [name for name in names if name in differences and differences[name].is_within_bounds]
 
 
 def below_float32() -> list[str]:
