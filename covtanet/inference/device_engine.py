@@ -105,16 +105,19 @@ class DeviceEngine:
         self.device = self.torch_device.type
         # A copy: other engines of the same model stay in float32.
         module = LevelsNetwork(copy.deepcopy(network), PRECISIONS[name], flips)
-        self._run: Callable[[Tensor], Answer] = module
+        self.run: Callable[[Tensor], Answer] = module
         if is_compiled:
-            self._run = torch.compile(module, dynamic=False)
+            self.run = torch.compile(module, dynamic=False)
         self.batch_slices = self._largest_batch(shape, batch_slices)
         # After the weights were rounded: the streams wait for that once, here.
         self.streams = Streams(self.torch_device)
         self._lock = threading.Lock()
+        self.has_graph = False
         if has_graph and self.device == "cuda":
             example = torch.zeros((self.batch_slices, *shape), dtype=torch.int16)
-            self._run = capture(self._run, example.to(self.torch_device), self.streams)
+            plain = self.run
+            self.run = capture(plain, example.to(self.torch_device), self.streams)
+            self.has_graph = self.run is not plain
 
     def _largest_batch(self, shape: tuple[int, int, int], batch_slices: int) -> int:
         """Run an empty batch; return its size, halved until it fits the device's memory."""
@@ -122,7 +125,7 @@ class DeviceEngine:
             try:
                 with torch.inference_mode():
                     stored = torch.zeros((batch_slices, *shape), dtype=torch.int16)
-                    self._run(stored.to(self.torch_device))
+                    self.run(stored.to(self.torch_device))
                 return batch_slices
             except torch.OutOfMemoryError:
                 if batch_slices == 1:
@@ -154,7 +157,7 @@ class DeviceEngine:
         with self._lock, torch.inference_mode():
             stored, diagnosed = self.streams.load(stored, diagnosed)
             with self.streams.computing():
-                answer = self._run(stored)
+                answer = self.run(stored)
                 # Only these are copied back: all of a batch are 64 times as much.
                 vectors = answer.pooled.index_select(0, diagnosed).float()
                 levels, is_finite = self.streams.own(answer.levels, answer.is_finite)

@@ -127,7 +127,7 @@ def test_one_batch_is_under_way_while_an_earlier_one_is_waited_for() -> None:
 def test_nan_in_a_batch_is_refused_and_the_next_batch_answers() -> None:
     network = small_model().network
     engine = device_engine(network=network)
-    module = engine._run.network.segnet.filter[-1]
+    module = engine.run.network.segnet.filter[-1]
     with torch.no_grad():
         good = module.bias.clone()
         module.bias.fill_(float("nan"))
@@ -140,14 +140,14 @@ def test_nan_in_a_batch_is_refused_and_the_next_batch_answers() -> None:
 
 def test_nan_of_one_slice_is_refused_whatever_its_position() -> None:
     engine = device_engine()
-    run = engine._run
+    run = engine.run
 
     def with_nan(stored: torch.Tensor) -> Any:
         answer = run(stored)
         answer.is_finite[2] = False
         return answer
 
-    engine._run = with_nan
+    engine.run = with_nan
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         segment_one(engine, noise(3), [])
     # A slice that the batch was filled up with is nobody's.
