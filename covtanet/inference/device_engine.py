@@ -104,10 +104,10 @@ class DeviceEngine:
         self.torch_device = next(network.parameters()).device
         self.device = self.torch_device.type
         # A copy: other engines of the same model stay in float32.
-        module = LevelsNetwork(copy.deepcopy(network), PRECISIONS[name], flips)
-        self.run: Callable[[Tensor], Answer] = module
+        self.plain = LevelsNetwork(copy.deepcopy(network), PRECISIONS[name], flips)
+        self.run: Callable[[Tensor], Answer] = self.plain
         if is_compiled:
-            self.run = torch.compile(module, dynamic=False)
+            self.run = torch.compile(self.plain, dynamic=False)
         self.batch_slices = self._largest_batch(shape, batch_slices)
         # After the weights were rounded: the streams wait for that once, here.
         self.streams = Streams(self.torch_device)
@@ -115,9 +115,9 @@ class DeviceEngine:
         self.has_graph = False
         if has_graph and self.device == "cuda":
             example = torch.zeros((self.batch_slices, *shape), dtype=torch.int16)
-            plain = self.run
-            self.run = capture(plain, example.to(self.torch_device), self.streams)
-            self.has_graph = self.run is not plain
+            single = self.run
+            self.run = capture(single, example.to(self.torch_device), self.streams)
+            self.has_graph = self.run is not single
 
     def _largest_batch(self, shape: tuple[int, int, int], batch_slices: int) -> int:
         """Run an empty batch; return its size, halved until it fits the device's memory."""
@@ -179,7 +179,8 @@ class DeviceEngine:
         return stored
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device == "cuda" else tensor
+        is_copied = self.device == "cuda" and tensor.numel() > 0
+        return tensor.pin_memory() if is_copied else tensor
 
     def _finish(self, started: _Started) -> SegmentedChunk:
         """Wait for a batch and drop what it was filled up with."""

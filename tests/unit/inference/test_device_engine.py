@@ -22,6 +22,7 @@ from covtanet.model.covtanet import CovTANet
 
 SIZE_PX = 128
 SHAPE = (1, SIZE_PX, SIZE_PX)
+WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU gives the engine")
 # Measured with the contrast of ``contrasting_network``: 1.7 in the mean and 11 at most.
 MEAN_LEVELS_APART, MOST_LEVELS_APART = 3.0, 20
@@ -127,7 +128,7 @@ def test_one_batch_is_under_way_while_an_earlier_one_is_waited_for() -> None:
 def test_nan_in_a_batch_is_refused_and_the_next_batch_answers() -> None:
     network = small_model().network
     engine = device_engine(network=network)
-    module = engine.run.network.segnet.filter[-1]
+    module = engine.plain.network.segnet.filter[-1]
     with torch.no_grad():
         good = module.bias.clone()
         module.bias.fill_(float("nan"))
@@ -216,3 +217,31 @@ def test_predictor_predicts_a_volume_with_it() -> None:
     assert found.engine == BFLOAT16
     assert_near(found.lesion_levels, expected.lesion_levels)
     assert found.p_infected == pytest.approx(expected.p_infected, abs=0.02)
+
+
+@WITH_GPU
+@pytest.mark.parametrize("has_graph", [False, True])
+def test_gpu_gives_the_levels_of_a_cpu_in_order(has_graph: bool) -> None:
+    """Eleven batches, so that copies and kernels of several are under way at once."""
+    on_cpu = device_engine()
+    on_gpu = device_engine(network=contrasting_network().to("cuda"), has_graph=has_graph)
+    assert on_gpu.has_graph == has_graph
+    slices = noise(43)
+    chunks = [SliceChunk(slices[start : start + 4], [1]) for start in range(0, 43, 4)]
+    for found, expected in zip(on_gpu.segment(chunks), on_cpu.segment(chunks), strict=True):
+        assert_near(found.lesion_levels, expected.lesion_levels)
+        error = np.abs(found.pooled - expected.pooled).mean()
+        assert error < 0.02 * np.abs(expected.pooled).mean()
+
+
+@WITH_GPU
+def test_gpu_refuses_nan_of_a_graph() -> None:
+    engine = device_engine(network=contrasting_network().to("cuda"))
+    on_cpu = noise(1)
+    assert len(segment_one(engine, on_cpu, []).pooled) == 0
+    # The recorded kernels read the weights where they lie.
+    module = engine.plain.network.segnet.filter[-1]
+    with torch.no_grad():
+        module.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        segment_one(engine, on_cpu, [0])
