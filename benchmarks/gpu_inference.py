@@ -24,9 +24,14 @@ WARM_CALLS = 3
 DIAGNOSED_EVERY = 4
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, timed_s: float) -> float:
+def seconds_of(
+    work: Callable[[], object],
+    device: torch.device,
+    timed_s: float,
+    warm_calls: int = WARM_CALLS,
+) -> float:
     """Return the mean seconds of a call; the device is waited for after all calls."""
-    for _ in range(WARM_CALLS):
+    for _ in range(warm_calls):
         work()
     single_s = _timed(work, 1, device)
     num_calls = max(1, round(timed_s / max(single_s, 1e-6)))
@@ -195,7 +200,8 @@ def _end_to_end_s(
         for _ in engine.segment(chunks):
             pass
 
-    return seconds_of(run, device, effort.timed_s) / len(slices)
+    # Each call is many batches: one warms up.
+    return seconds_of(run, device, effort.timed_s, warm_calls=1) / len(slices)
 
 
 def _difference(
