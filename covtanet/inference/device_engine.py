@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 BFLOAT16, FLOAT16 = "cuda-bf16", "cuda-fp16"
 NAMES = (BFLOAT16, FLOAT16)
 PRECISIONS = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
-# Choice: many small layers of one slice leave a GPU idle. Not tuned: no GPU was at hand.
+# Choice: many small layers of one slice leave a GPU idle. Not tuned: it has not run on a GPU yet.
 BATCH_SLICES = 64
 # Batches that are under way before the first of them is waited for: one is computed while the next
 # one is copied.
@@ -158,7 +158,7 @@ class DeviceEngine:
             stored, diagnosed = self.streams.load(stored, diagnosed)
             with self.streams.computing():
                 answer = self.run(stored)
-                # Only these are copied back: all of a batch are 64 times as much.
+                # Only these are copied back.
                 vectors = answer.pooled.index_select(0, diagnosed).float()
                 levels, is_finite = self.streams.own(answer.levels, answer.is_finite)
             (levels, is_finite, vectors), wait = self.streams.store(levels, is_finite, vectors)
