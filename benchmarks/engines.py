@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from covtanet.inference.float_engine import FloatEngine
 from covtanet.inference.openvino_engine import INT8, NAMES, missing_instructions
 from covtanet.inference.predictor import Predictor
-from covtanet.inference.segmenter import Engine
 from covtanet.model.saved_model import SavedModel, load_model
 
 NUM_SLICES, BATCH, ROUNDS = 64, 16, 5
@@ -41,10 +41,7 @@ def main() -> int:
         starts = {
             name: [_start_s(model, name, arguments.threads) for _ in range(2)] for name in names
         }
-        engines = {
-            name: Predictor(model, engine=name, num_threads=arguments.threads).engine
-            for name in names
-        }
+        engines = {name: _engine(model, name, arguments.threads) for name in names}
     spent = _in_turns(engines, model)
     print(
         "| engine | CPU ms a slice | slices a second | of float32 | start, CPU s | from the cache |"
@@ -57,6 +54,12 @@ def main() -> int:
     return 0
 
 
+def _engine(model: SavedModel, name: str, num_threads: int) -> FloatEngine:
+    engine = Predictor(model, engine=name, num_threads=num_threads).engine
+    assert isinstance(engine, FloatEngine)
+    return engine
+
+
 def _start_s(model: SavedModel, name: str, num_threads: int) -> float:
     return _cpu_s(lambda: Predictor(model, engine=name, num_threads=num_threads))
 
@@ -67,7 +70,7 @@ def _cpu_s(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _in_turns(engines: dict[str, Engine], model: SavedModel) -> dict[str, tuple[float, float]]:
+def _in_turns(engines: dict[str, FloatEngine], model: SavedModel) -> dict[str, tuple[float, float]]:
     """Return the least CPU milliseconds per slice and the most slices per second, by engine."""
     size = model.preprocessing.size_px
     channels = model.network.config.segnet.in_channels
@@ -78,7 +81,7 @@ def _in_turns(engines: dict[str, Engine], model: SavedModel) -> dict[str, tuple[
         for name, engine in engines.items():
             cpu, wall = time.process_time(), time.perf_counter()
             for start in range(0, NUM_SLICES, BATCH):
-                engine.segment(slices[start : start + BATCH])
+                engine.run(slices[start : start + BATCH])
             cpu_s[name].append(time.process_time() - cpu)
             wall_s[name].append(time.perf_counter() - wall)
     return {

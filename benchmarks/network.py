@@ -9,7 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import CORES, Result, side_by_side
-from covtanet.inference.engine import ENGINES, build_engine
+from covtanet.inference import openvino_engine, pytorch_engine
+from covtanet.inference.engine import build_engine
+from covtanet.inference.float_engine import FloatEngine
 from covtanet.inference.openvino_engine import INT8, missing_instructions
 from covtanet.model.covtanet import SIZES, CovTANet
 
@@ -29,11 +31,13 @@ def measure() -> list[Result]:
     works: dict[str, Callable[[], object]] = {"gemm": partial(torch.matmul, matrix, matrix)}
     answers = {}
     # 8 bits need a calibration, which an untrained network has not.
-    names = [name for name in ENGINES if name != INT8 and not missing_instructions(name)]
+    engines = (*pytorch_engine.NAMES, *openvino_engine.NAMES)
+    names = [name for name in engines if name != INT8 and not missing_instructions(name)]
     for name in names:
         engine = build_engine(copy.deepcopy(network), SIZE_PX, name, CORES)
-        answers[name] = engine.segment(slices)[0]
-        works[name] = partial(engine.segment, slices)
+        assert isinstance(engine, FloatEngine)
+        answers[name] = engine.run(slices)[0]
+        works[name] = partial(engine.run, slices)
     spent = side_by_side(works)
     rate = 2 * MATRIX**3 / spent["gemm"]
     results = [Result("a", "GEMM, GFLOP/s of this run (what shares refer to)", f"{rate / 1e9:.0f}")]

@@ -29,7 +29,7 @@ from covtanet.data.stacks import pair
 from covtanet.errors import ConfigError
 from covtanet.evaluation import rows
 from covtanet.evaluation.overlap import overlap
-from covtanet.inference.predictor import FLIPS
+from covtanet.inference.segmenter import FLIPS
 
 # Pixels per block: neighbouring pixels are alike, and the correlation of all slices takes seconds.
 BLOCK_PX = 2

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from ray import serve as ray_serve
 
 from covtanet import tracking
+from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.inference.predictor import (
     Predictor,
     Probabilities,
-    SegmentedChunk,
-    SliceChunk,
     refuse_without_segmentation,
 )
 from covtanet.machine import num_cores

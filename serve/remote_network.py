@@ -13,11 +13,10 @@ from ray.serve.handle import DeploymentHandle
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
+from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.inference.predictor import (
     Prediction,
     Probabilities,
-    SegmentedChunk,
-    SliceChunk,
     predict,
 )
 from covtanet.screening.config import ScreeningConfig

@@ -1,15 +1,16 @@
-"""Measure a saved model in bfloat16 and in 8 bits, so that screening on CPUs may use them.
+"""Measure a saved model in bfloat16 and in 8 bits, so that screening may use them.
 
 covtanet calibrate --model REF --out DIR --images DIR --masks DIR
 covtanet calibrate --model REF --out DIR --images DIR --masks DIR --test-images DIR --test-masks DIR
 
 Of the patients in --images one in --every gives the slices from which the 8-bit ranges are taken.
 All others, and those in --test-images, are screened in float32 and by each engine, in pixels of
-their source. The model is written to --out with the differences; REF is not changed. Screening
-takes the fastest engine that the processor has if the mean Dice fell by at most 0.005, the
-involvement differs by at most 0.005 in the mean, and no rejection, diagnosis or severity changed;
-the other engines only if they are asked for by name. Patients whom the model was not trained on
-give the fairer measure.
+their source. On a machine with a GPU its engines are measured, cuda-bf16 or cuda-fp16, else those
+of the processor; differences of the other kind of engine stay, so that two calls measure both. The
+model is written to --out with the differences; REF is not changed. Screening takes the fastest
+engine that the machine has if the mean Dice fell by at most 0.005, the involvement differs by at
+most 0.005 in the mean, and no rejection, diagnosis or severity changed; the other engines only if
+they are asked for by name. Patients whom the model was not trained on give the fairer measure.
 
 REF and the volumes are as for `covtanet evaluate`. 8 bits need `pip install 'covtanet[quantize]'`
 (NNCF) for this command, not for screening. No Ray is started. `python jobs/calibrate.py` is the
@@ -20,7 +21,7 @@ Exit codes:
 0  done
 1  storage or this software failed
 2  usage
-3  refused to start: no such model, no volumes, NNCF missing, or the processor lacks instructions
+3  refused to start: no such model, no volumes, NNCF missing, or the machine cannot give an engine
 4  written, but an engine is outside the bounds: screening does not take it unasked
 """
 
@@ -119,10 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
     num_threads = len(os.sched_getaffinity(0))
     calibrated = calibrate(model, data, engines, arguments.num_slices, num_threads)
     digest = save_model(out, calibrated)
-    lines = [(name, describe(difference)) for name, difference in calibrated.engines.items()]
+    measured = {name: calibrated.engines[name] for name in engines}
+    lines = [(name, describe(difference)) for name, difference in measured.items()]
     print(table("Engines against float32", lines))
     print(f"\nwritten to {arguments.out}, digest {digest}")
-    return conclude(calibrated.engines)
+    return conclude(measured)
 
 
 def _open_sources(arguments: argparse.Namespace) -> Mapping[str, DataSource]:

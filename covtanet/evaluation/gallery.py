@@ -19,7 +19,8 @@ from covtanet.ct.window import with_neighbours
 from covtanet.data import prepared_file
 from covtanet.data.counts import Counts
 from covtanet.evaluation.rows import COUNTS
-from covtanet.inference.predictor import Predictor, SliceChunk
+from covtanet.inference.chunks import SliceChunk
+from covtanet.inference.predictor import Predictor
 from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.model_files import fetch_model
 from covtanet.model.saved_model import SavedModel, load_model

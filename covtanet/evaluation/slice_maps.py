@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from covtanet.ct.window import INTENSITY_STEPS, WindowConfig, from_input, to_input
 from covtanet.data.slice_file import GREY_STEPS, SliceFile
-from covtanet.inference.predictor import FLIPS
+from covtanet.inference.segmenter import FLIPS
 
 BATCH_SIZE = 32
 

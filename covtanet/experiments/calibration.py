@@ -1,7 +1,8 @@
 """Calibration of a saved model for engines below float32, and the measure of each engine.
 
 Some labelled volumes give the ranges of the 8-bit numbers. All others, of other patients, are
-screened by every engine and compared with float32.
+screened by every engine and compared with float32. Engines of CPUs and of GPUs are measured in
+calls of their own, against float32 on the same device; differences of the other kind stay.
 """
 
 import logging
@@ -21,8 +22,10 @@ from covtanet.errors import ConfigError, StudyError
 from covtanet.evaluation.engine_difference import EngineResult, compare_engines, run_engine
 from covtanet.evaluation.pipeline import step_of
 from covtanet.evaluation.rows import EvaluatedModel
-from covtanet.inference.engine import to_intensity
-from covtanet.inference.openvino_engine import BFLOAT16, FLOAT32, INT8, missing_instructions
+from covtanet.inference import device_engine
+from covtanet.inference.engine import FLOAT32_ON_GPU, below_float32, missing_on_this_machine
+from covtanet.inference.float_engine import to_intensity
+from covtanet.inference.openvino_engine import BFLOAT16, FLOAT32, INT8
 from covtanet.inference.predictor import Predictor, window_of
 from covtanet.inference.quantize import has_nncf, import_nncf, quantize
 from covtanet.inference.segmenter import EngineInput
@@ -32,7 +35,7 @@ from covtanet.model.saved_model import SavedModel
 logger = logging.getLogger(__name__)
 
 # Engines below float32, in the order in which they are measured.
-CALIBRATED = (BFLOAT16, INT8)
+CALIBRATED = (BFLOAT16, INT8, *device_engine.NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,31 @@ class CalibrationData:
 
 
 def default_engines() -> list[str]:
-    """Return the engines below float32 that this machine can give."""
-    return [
-        name
-        for name in CALIBRATED
-        if not missing_instructions(name) and (name != INT8 or has_nncf())
-    ]
+    """Return the engines below float32 that this machine can give; with a GPU, those of the GPU."""
+    possible = [name for name in below_float32() if name != INT8 or has_nncf()]
+    return [name for name in CALIBRATED if name in possible]
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Refuse engines that cannot be measured here together.
+
+    Raises:
+        ConfigError: this machine cannot give one, or some are of CPUs and some of GPUs.
+    """
+    for name in engines:
+        missing = missing_on_this_machine(name)
+        if missing:
+            raise ConfigError(f"engine {name}: {missing}")
+    if len({is_of_gpu(name) for name in engines}) > 1:
+        raise ConfigError(
+            "engines of CPUs and of GPUs, expected one kind: measure them in two calls, the second "
+            "of which takes the model of the first"
+        )
+
+
+def is_of_gpu(engine: str) -> bool:
+    """Return whether an engine runs on GPUs."""
+    return engine in device_engine.NAMES
 
 
 def split_data(
@@ -103,26 +125,52 @@ def calibrate(
     num_slices: slices that the ranges of ``openvino-int8`` are taken from.
 
     Raises:
-        ConfigError: a library or the processor cannot give an engine, or no volume can be read.
+        ConfigError: a library or the machine cannot give an engine, engines of CPUs and of GPUs, or
+            no volume can be read.
     """
+    check_engines(engines)
+    data_names = sorted({name for name, _ in data.held_out})
     # Not a saved model until it is saved: nothing of it is kept compiled.
-    model = replace(model, engines={}, quantizers=None, digest="")
+    uncalibrated = replace(model, engines={}, quantizers=None, digest="")
+    if is_of_gpu(engines[0]):
+        names = (FLOAT32_ON_GPU, *engines)
+        results = measure(uncalibrated, data, names, num_threads)
+        return with_differences(model, engines, results, data_names)
     quantizers = None
+    used: dict[str, object] = {"data": sorted({name for name, _ in data.calibration})}
     if INT8 in engines:
         import_nncf()  # before volumes are read, so that its lack is told at once
-        slices = calibration_slices(model, data, num_slices)
-        quantizers = quantize_model(model, slices, num_threads)
-        model = replace(model, quantizers=quantizers)
-    results = measure(model, data, (FLOAT32, *engines), num_threads)
-    names = sorted({name for name, _ in data.held_out})
-    differences = {
-        engine: compare_engines(results[engine], results[FLOAT32], names) for engine in engines
-    }
-    used: dict[str, object] = {"data": sorted({name for name, _ in data.calibration})}
-    if quantizers is not None:
+        slices = calibration_slices(uncalibrated, data, num_slices)
+        quantizers = quantize_model(uncalibrated, slices, num_threads)
         used |= {"num_slices": num_slices, "num_volumes": len(data.calibration)}
-    provenance = {**model.provenance, "calibration": used}
-    return replace(model, engines=differences, provenance=provenance)
+    calibrated = replace(
+        model,
+        quantizers=quantizers,
+        provenance={**model.provenance, "calibration": used},
+        digest="",
+    )
+    results = measure(calibrated, data, (FLOAT32, *engines), num_threads)
+    return with_differences(calibrated, engines, results, data_names)
+
+
+def with_differences(
+    model: SavedModel,
+    engines: Sequence[str],
+    results: Mapping[str, Sequence[EngineResult]],
+    data_names: Sequence[str],
+) -> SavedModel:
+    """Return the model with these engines' differences, and those of the other kind of device.
+
+    results: of the float32 engine first. data_names: of the data sets of the held-out volumes.
+    """
+    float32 = next(iter(results.values()))
+    kept = {
+        name: difference
+        for name, difference in model.engines.items()
+        if is_of_gpu(name) != is_of_gpu(engines[0])
+    }
+    measured = {name: compare_engines(results[name], float32, data_names) for name in engines}
+    return replace(model, engines={**kept, **measured}, digest="")
 
 
 def quantize_model(model: SavedModel, slices: NDArray[np.uint16], num_threads: int) -> Quantizers:

@@ -2,37 +2,37 @@
 
 Float32 engines give the same probability within 1e-4: eager PyTorch, channels last, compiled, and
 OpenVINO, which takes a third of eager PyTorch's time on two CPU cores at the paper's widths
-(``make bench``). Engines below float32 change the answer. ``auto`` takes one only if its difference
-was measured for this model (``covtanet calibrate``) and is within the bounds of
-``EngineDifference``; else it is as if it did not exist.
+(``make bench``). Engines below float32, on CPUs and on GPUs, change the answer. ``auto`` takes one
+only if its difference was measured for this model (``covtanet calibrate``) and is within the bounds
+of ``EngineDifference``; else it is as if it did not exist.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from covtanet.ct.window import INTENSITY_STEPS
 from covtanet.errors import ConfigError, EngineUnavailableError
-from covtanet.inference import openvino_engine, pytorch_engine
-from covtanet.inference.segmenter import Engine, EngineInput
+from covtanet.inference import device_engine, openvino_engine, pytorch_engine
+from covtanet.inference.segmenter import FLIPS, NO_FLIPS, Engine, EngineInput
 from covtanet.model.covtanet import CovTANet
 from covtanet.model.description import EngineDifference
 from covtanet.model.quantizers import Quantizers
 
 logger = logging.getLogger(__name__)
 
-ENGINES = (*pytorch_engine.NAMES, *openvino_engine.NAMES)
+ENGINES = (*pytorch_engine.NAMES, *openvino_engine.NAMES, *device_engine.NAMES)
 # Fastest first. CPU time per slice of the shipped V8 at 256 px on two cores with avx512_vnni and
 # avx512_bf16: 8 bits 0.52 and bfloat16 0.69 of float32's (benchmarks/engines_2cpu_202611.md).
 BELOW_FLOAT32 = (openvino_engine.INT8, openvino_engine.BFLOAT16)
+# A GPU gives one of them; not timed yet (``benchmarks/gpu.py``).
+BELOW_FLOAT32_ON_GPU = device_engine.NAMES
+FLOAT32_ON_GPU = "channels_last"
 
 
 def default_engine() -> str:
     """Return the name of the fastest engine in float32 on this machine."""
-    return "channels_last" if torch.cuda.is_available() else openvino_engine.FLOAT32
+    return FLOAT32_ON_GPU if torch.cuda.is_available() else openvino_engine.FLOAT32
 
 
 def choose_engines(differences: Mapping[str, EngineDifference]) -> list[str]:
@@ -40,16 +40,26 @@ def choose_engines(differences: Mapping[str, EngineDifference]) -> list[str]:
 
     differences: of the model's engines, as they were measured.
     """
+    return [*within_bounds(below_float32(), differences), default_engine()]
+
+
+def within_bounds(names: Sequence[str], differences: Mapping[str, EngineDifference]) -> list[str]:
+    """Return the engines that were measured for a model and may replace float32 unasked."""
+    return [name for name in names if name in differences and differences[name].is_within_bounds]
+
+
+def below_float32() -> list[str]:
+    """Return the engines below float32 of this machine, fastest first; those of its GPU if any."""
     if torch.cuda.is_available():
-        return [default_engine()]
-    allowed = [
-        name
-        for name in BELOW_FLOAT32
-        if name in differences
-        and differences[name].is_within_bounds
-        and not openvino_engine.missing_instructions(name)
-    ]
-    return [*allowed, default_engine()]
+        return [name for name in BELOW_FLOAT32_ON_GPU if not device_engine.missing_device(name)]
+    return [name for name in BELOW_FLOAT32 if not openvino_engine.missing_instructions(name)]
+
+
+def missing_on_this_machine(name: str) -> str:
+    """Return what an engine lacks on this machine; empty if nothing."""
+    if name in device_engine.NAMES:
+        return device_engine.missing_device(name)
+    return openvino_engine.missing_instructions(name)
 
 
 def build_engine(
@@ -61,10 +71,13 @@ def build_engine(
     differences: Mapping[str, EngineDifference] | None = None,
     quantizers: Quantizers | None = None,
     is_saved: bool = False,
+    batch_slices: int | None = None,
+    flips: bool = False,
 ) -> Engine:
     """Make a network ready to run, on the GPU if there is one. network: in eval mode, on the CPU.
 
     differences, quantizers: of the model that the network belongs to. is_saved: keep it compiled.
+    batch_slices: null for the engine's own number. flips: mean of four flips of every slice.
 
     Raises:
         ConfigError: the engine is unknown, or the model or the processor cannot give it.
@@ -75,11 +88,13 @@ def build_engine(
         num_threads=num_threads,
         quantizers=quantizers,
         is_saved=is_saved,
+        batch_slices=batch_slices,
+        flips=FLIPS if flips else NO_FLIPS,
     )
     if name != "auto":
         return _build(name, source)
-    *below_float32, float32 = choose_engines(differences or {})
-    for candidate in below_float32:
+    *candidates, float32 = choose_engines(differences or {})
+    for candidate in candidates:
         try:
             return _build(candidate, source)
         except EngineUnavailableError as error:
@@ -92,9 +107,6 @@ def _build(name: str, source: EngineInput) -> Engine:
         return openvino_engine.build(name, source)
     if name in pytorch_engine.NAMES:
         return pytorch_engine.build(name, source)
+    if name in device_engine.NAMES:
+        return device_engine.build(name, source)
     raise ConfigError(f"engine {name}, expected auto or one of {', '.join(ENGINES)}")
-
-
-def to_intensity(levels: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return the network's input (B, C, H, W) in [0, 1] from stored intensity of that shape."""
-    return levels.astype(np.float32) / np.float32(INTENSITY_STEPS)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from covtanet.errors import EngineUnavailableError
 from covtanet.inference import compiled_cache
+from covtanet.inference.float_engine import FloatEngine, RunSlices
 from covtanet.inference.openvino_graph import convert, insert_quantizers
 from covtanet.inference.openvino_runtime import (
     core,
@@ -28,7 +29,7 @@ from covtanet.inference.openvino_runtime import (
     has_int8,
     import_openvino,
 )
-from covtanet.inference.segmenter import Engine, EngineInput, Segment
+from covtanet.inference.segmenter import EngineInput
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def missing_instructions(name: str) -> str:
     return ""
 
 
-def build(name: str, source: EngineInput) -> Engine:
+def build(name: str, source: EngineInput) -> FloatEngine:
     """Make a network ready to run.
 
     Raises:
@@ -66,7 +67,7 @@ def build(name: str, source: EngineInput) -> Engine:
         )
     options = compile_options(name, source.num_threads)
     compiled = _compiled(name, source, options)
-    return Engine(name=name, device="cpu", segment=_segment(compiled, source.num_threads))
+    return FloatEngine.of(name, "cpu", _run(compiled, source.num_threads), source)
 
 
 def compile_options(name: str, num_threads: int) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _source_sha256() -> str:
     return digest.hexdigest()
 
 
-def _segment(compiled: Any, num_streams: int) -> Segment:
+def _run(compiled: Any, num_streams: int) -> RunSlices:
     requests = import_openvino().AsyncInferQueue(compiled, num_streams)
     # One caller at a time: requests belong to the call that started them.
     one_at_a_time = threading.Lock()
@@ -149,7 +150,7 @@ def _segment(compiled: Any, num_streams: int) -> Segment:
 
     requests.set_callback(keep)
 
-    def segment(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(slices: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         size = min(MAX_REQUEST_SLICES, math.ceil(len(slices) / num_streams))
         with one_at_a_time:
             answers.clear()
@@ -160,4 +161,4 @@ def _segment(compiled: Any, num_streams: int) -> Segment:
         probability, pooled = zip(*in_order, strict=True)
         return np.concatenate(probability), np.concatenate(pooled)
 
-    return segment
+    return run

@@ -7,20 +7,17 @@ No Ray, no files, no HTTP: ``Predictor`` runs the network in this process; the e
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from covtanet.ct.window import WindowConfig, spread_slices, with_neighbours
-from covtanet.inference.engine import build_engine, to_intensity
+from covtanet.inference.chunks import SegmentedChunk, SliceChunk, join, split
+from covtanet.inference.engine import build_engine
 from covtanet.inference.model_window import check_capabilities, model_window
-from covtanet.inference.quantization import PROBABILITY_STEPS
 from covtanet.model.saved_model import SavedModel
-
-# Flipped axes of slices (.., H, W): no axis, left to right, top to bottom, both.
-FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +36,6 @@ class Prediction:
 
 
 Probabilities = tuple[float, float] | tuple[None, None]
-
-
-class SliceChunk(NamedTuple):
-    """Some slices of a volume, so that memory does not grow with the volume."""
-
-    slices: NDArray[np.uint16]
-    """Stored intensity, (S, C, size, size); the channels are neighbours in z."""
-    diagnosed: list[int]
-    """Indices of the slices in this chunk that the diagnosis reads."""
-
-
-class SegmentedChunk(NamedTuple):
-    """The network's output for a chunk of slices."""
-
-    lesion_levels: NDArray[np.uint8]
-    """Lesion probability in steps of 1/254, (S, H, W)."""
-    pooled: NDArray[np.float32]
-    """Pooled fusion vectors of the slices that the diagnosis reads, (D, C, P, P)."""
-    engine: str = ""
-    """Name of the engine that answered; replicas on different processors may have different
-    ones."""
 
 
 class VolumePredictor(Protocol):
@@ -138,14 +114,16 @@ class Predictor:
         *,
         engine: str = "auto",
         num_threads: int = 1,
-        max_batch_slices: int = 16,
+        max_batch_slices: int | None = None,
         flips: bool = False,
     ) -> None:
-        """Make a model ready to run. flips: mean of four flips of every slice."""
+        """Make a model ready to run.
+
+        max_batch_slices: slices that go to the network together; null for the engine's own number.
+        flips: mean of four flips of every slice.
+        """
         self.window = window_of(model)
-        self.max_batch_slices = max_batch_slices
         self.network = model.network
-        self.flips = FLIPS if flips else FLIPS[:1]
         self.num_slices = model.network.config.num_slices
         self.num_neighbours = self.window.num_neighbours
         self.diagnoses = model.capabilities.diagnoses
@@ -157,60 +135,27 @@ class Predictor:
             differences=model.engines,
             quantizers=model.quantizers,
             is_saved=bool(model.digest),
+            batch_slices=max_batch_slices,
+            flips=flips,
         )
         torch.set_num_threads(num_threads)
 
     def predict(self, slices: NDArray[np.uint16]) -> Prediction:
         """Predict one volume; see ``predict``."""
-        return predict(self, slices, self.max_batch_slices)
+        return predict(self, slices, self.engine.batch_slices)
 
     def segment(self, chunks: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
-        """Segment chunks one by one.
+        """Segment chunks in their order, each of at most ``engine.batch_slices``.
 
         Raises:
             FloatingPointError: the network's output is NaN or infinite.
         """
-        for slices, diagnosed in chunks:
-            probability, pooled = self._run(to_intensity(slices))
-            # Checked before rounding: a cast of NaN to uint8 gives an arbitrary number.
-            if not np.isfinite(probability).all():
-                raise FloatingPointError("the network's output is NaN or infinite")
-            levels = np.rint(probability * PROBABILITY_STEPS).astype(np.uint8)
-            yield SegmentedChunk(levels, pooled[diagnosed], self.engine.name)
-
-    def _run(
-        self, intensity: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the mean probability over the flips, and the pooled vectors of the first."""
-        probability, pooled = self.engine.segment(intensity)
-        for axes in self.flips[1:]:
-            flipped, _ = self.engine.segment(np.ascontiguousarray(np.flip(intensity, axes)))
-            # Flipped back, so that the maps lie upon each other.
-            probability = probability + np.flip(flipped, axes)
-        return probability / np.float32(len(self.flips)), pooled
+        return self.engine.segment(chunks)
 
     def segment_together(self, chunks: Sequence[SliceChunk]) -> Iterator[SegmentedChunk]:
         """Segment chunks of several volumes, whose slices share the network's batches."""
-        # (S of all chunks, C, size, size)
-        slices = np.concatenate([chunk.slices for chunk in chunks])
-        levels, pooled = self._segment_all(slices)
-        start = 0
-        for chunk in chunks:
-            end = start + len(chunk.slices)
-            vectors = pooled[start:end][chunk.diagnosed]
-            yield SegmentedChunk(levels[start:end], vectors, self.engine.name)
-            start = end
-
-    def _segment_all(
-        self, slices: NDArray[np.uint16]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return lesion levels and pooled vectors of every slice."""
-        batches = []
-        for start in range(0, len(slices), self.max_batch_slices):
-            batch = slices[start : start + self.max_batch_slices]
-            batches.append(SliceChunk(batch, list(range(len(batch)))))
-        levels, pooled, _ = zip(*self.segment(batches), strict=True)
-        return np.concatenate(levels), np.concatenate(pooled)
+        batches = join(chunks, self.engine.batch_slices)
+        return split(list(self.segment(batches)), chunks)
 
     def diagnose(self, pooled: NDArray[np.float32]) -> Probabilities:
         """Return p_infected and p_severe of a volume; nulls if phase 2 was not trained.

@@ -1,29 +1,49 @@
 """What every engine runs and what it answers: TA-SegNet as one function of slices."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.model.covtanet import CovTANet
 from covtanet.model.quantizers import Quantizers
 
-# Intensity (B, C, H, W) to lesion probability (B, H, W) and pooled fusion vectors (B, C, P, P), all
-# float32.
-Segment = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+Flips = tuple[tuple[int, ...], ...]
+# Flipped axes of slices (.., H, W): no axis, left to right, top to bottom, both.
+FLIPS: Flips = ((), (-1,), (-2,), (-2, -1))
+NO_FLIPS: Flips = FLIPS[:1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A network that is ready to run, and the name of its engine."""
+class Engine(Protocol):
+    """A network that is ready to run."""
 
-    name: str
-    device: str
-    segment: Segment
+    @property
+    def name(self) -> str:
+        """Name of library and precision, as rows of the ledger have it."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        ...
+
+    @property
+    def batch_slices(self) -> int:
+        """Most slices of a chunk."""
+        ...
+
+    def segment(self, chunks: Iterable[SliceChunk]) -> Iterator[SegmentedChunk]:
+        """Segment chunks in their order; may be called by several threads at once.
+
+        Raises:
+            FloatingPointError: the network's output is NaN or infinite.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +59,10 @@ class EngineInput:
     """Parameters of the network in 8 bits; null if it has none."""
     is_saved: bool
     """Whether the network belongs to a saved model, so that it is worth keeping compiled."""
+    batch_slices: int | None = None
+    """Slices that go to the network together; null for the engine's own number."""
+    flips: Flips = NO_FLIPS
+    """Views whose mean is the probability; the pooled vectors are those of the first."""
 
     def segmenter(self) -> "Segmenter":
         """Return the network as it is run."""

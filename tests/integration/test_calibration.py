@@ -94,8 +94,8 @@ def engine_of(model: SavedModel, name: str) -> Any:
 @NEEDS_INT8
 def test_calibrated_model_runs_in_8_bits_near_float32(calibrated: Path) -> None:
     model = load_model(calibrated)
-    probability, pooled = engine_of(model, INT8).segment(slices())
-    expected, vectors = engine_of(model, "openvino").segment(slices())
+    probability, pooled = engine_of(model, INT8).run(slices())
+    expected, vectors = engine_of(model, "openvino").run(slices())
     difference = np.abs(probability - expected)
     assert 0 < difference.max() < 0.2
     assert difference.mean() < 0.02
@@ -180,8 +180,8 @@ def test_two_conversions_have_equal_numbers_of_nodes() -> None:
 
 
 def test_float32_of_a_calibrated_model_is_that_of_the_model(calibrated: Path) -> None:
-    one = engine_of(load_model(calibrated), "openvino").segment(slices())
-    other = engine_of(small_model(), "eager").segment(slices())
+    one = engine_of(load_model(calibrated), "openvino").run(slices())
+    other = engine_of(small_model(), "eager").run(slices())
     for found, expected in zip(one, other, strict=True):
         assert np.abs(found - expected).max() < 1e-4
 
@@ -209,15 +209,15 @@ def test_compiled_network_comes_from_the_cache_and_survives_damage(
 ) -> None:
     monkeypatch.setenv("COVTANET_CACHE", str(tmp_path / "cache"))
     model = load_model(model_folder)
-    expected, _ = engine_of(model, "openvino").segment(slices())
+    expected, _ = engine_of(model, "openvino").run(slices())
     (entry,) = (tmp_path / "cache").iterdir()
     content = entry.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(openvino_engine, "convert", None)  # a call would fail
-        found, _ = engine_of(model, "openvino").segment(slices())
+        found, _ = engine_of(model, "openvino").run(slices())
     assert np.array_equal(found, expected)
     entry.write_bytes(content[:-1])
-    again, _ = engine_of(model, "openvino").segment(slices())
+    again, _ = engine_of(model, "openvino").run(slices())
     assert np.array_equal(again, expected)
     assert "damaged" in caplog.text
     # Written again.

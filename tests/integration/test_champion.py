@@ -16,6 +16,7 @@ from saved_models import rewrite_as_version_1, small_model
 from covtanet import tracking
 from covtanet.errors import CheckpointError
 from covtanet.inference.engine import build_engine
+from covtanet.inference.float_engine import FloatEngine
 from covtanet.model.model_files import model_digest
 from covtanet.model.saved_model import save_model
 from covtanet.screening.config import ScreeningConfig
@@ -89,11 +90,12 @@ def test_changed_files_of_a_champion_are_not_loaded(registry: str, tmp_path: Pat
 def test_engine_gives_the_same_result_to_concurrent_threads(name: str) -> None:
     """The endpoint asks the model how it is while it works on studies."""
     engine = build_engine(small_model().network, 128, name, 1)
+    assert isinstance(engine, FloatEngine)
     slices = np.random.default_rng(0).random((8, 1, 128, 128), dtype=np.float32)
     parts = [slices, slices[:1], slices[3:6]]
-    expected = [engine.segment(part)[0] for part in parts]
+    expected = [engine.run(part)[0] for part in parts]
     with ThreadPoolExecutor(4) as pool:
-        for index, (found, _) in enumerate(pool.map(engine.segment, parts * 8)):
+        for index, (found, _) in enumerate(pool.map(engine.run, parts * 8)):
             assert np.abs(found - expected[index % 3]).max() < 1e-6
 
 

@@ -11,7 +11,7 @@ from saved_models import small_model
 from covtanet.errors import ConfigError, EngineUnavailableError
 from covtanet.inference import engine as engines
 from covtanet.inference import openvino_runtime
-from covtanet.inference.engine import build_engine, choose_engines
+from covtanet.inference.engine import build_engine, choose_engines, within_bounds
 from covtanet.model.description import EngineDifference
 
 INT8, BFLOAT16 = "openvino-int8", "openvino-bf16"
@@ -68,6 +68,28 @@ def test_auto_tries_measured_engines_within_bounds_fastest_first(cpu: Any) -> No
         assert choose_engines({BFLOAT16: GOOD, INT8: bad}) == [BFLOAT16, "openvino"]
     # An engine that another version measured and this one does not know.
     assert choose_engines({"openvino-int4": GOOD}) == ["openvino"]
+
+
+def test_engine_of_a_gpu_is_taken_unasked_only_if_measured_within_the_bounds() -> None:
+    names = engines.BELOW_FLOAT32_ON_GPU
+    assert names == ("cuda-bf16", "cuda-fp16")
+    assert within_bounds(names, {INT8: GOOD}) == []
+    assert within_bounds(names, {"cuda-bf16": GOOD, INT8: GOOD}) == ["cuda-bf16"]
+    assert within_bounds(names, {"cuda-bf16": replace(GOOD, mean_dice=0.7)}) == []
+
+
+@WITHOUT_GPU
+def test_processor_never_takes_an_engine_of_a_gpu(cpu: Any) -> None:
+    cpu("avx2")
+    assert choose_engines({"cuda-bf16": GOOD}) == ["openvino"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_takes_its_measured_engine() -> None:
+    name = engines.below_float32()[0]
+    assert choose_engines({}) == ["channels_last"]
+    assert choose_engines({name: GOOD, INT8: GOOD}) == [name, "channels_last"]
+    assert build_engine(small_model().network, 128, differences={name: GOOD}).name == name
 
 
 @WITHOUT_GPU

@@ -16,13 +16,9 @@ from stage_rows import CONFIG, WINDOW
 from covtanet import drawing
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.prepare import prepare_volume
-from covtanet.inference.predictor import (
-    Predictor,
-    Probabilities,
-    SegmentedChunk,
-    SliceChunk,
-    predict,
-)
+from covtanet.inference.chunks import SegmentedChunk, SliceChunk
+from covtanet.inference.float_engine import FloatEngine
+from covtanet.inference.predictor import Predictor, Probabilities, predict
 from covtanet.phantoms.phantom import Phantom
 from covtanet.screening import stages
 from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
@@ -120,10 +116,11 @@ def test_flips_give_the_mean_of_four_views() -> None:
     ramp = np.linspace(0, 0.4, 4, dtype=np.float32)
     weight = ramp[:, None] + ramp[None, :]
 
-    def segment(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return slices[:, 0] * weight, slices[:, :, :1, :1]
 
-    predictor.engine = replace(predictor.engine, segment=segment)
+    assert isinstance(predictor.engine, FloatEngine)
+    predictor.engine = replace(predictor.engine, run=run)
     slices = np.zeros((1, 1, 4, 4), np.uint16)
     slices[0, 0, 0, 3] = 65535
     (chunk,) = predictor.segment([SliceChunk(slices, [0])])

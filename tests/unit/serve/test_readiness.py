@@ -9,7 +9,7 @@ import pytest
 
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import UnavailableError
-from covtanet.inference.predictor import SliceChunk
+from covtanet.inference.chunks import SliceChunk
 from serve.readiness import Readiness
 from serve.remote_network import RemoteNetwork
 
@@ -99,4 +99,4 @@ def test_late_answer_is_never_given_to_the_next_study() -> None:
     segmented: list[Any] = list(
         network.segment([SliceChunk(np.zeros((1, 1, 2, 2), np.uint16), [0])])
     )
-    assert segmented == [("levels", "pooled")]
+    assert segmented == [("levels", "pooled", "")]
