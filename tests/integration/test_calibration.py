@@ -101,7 +101,7 @@ def test_calibrated_model_runs_in_8_bits_near_float32(calibrated: Path) -> None:
     assert difference.mean() < 0.02
     assert np.abs(pooled - vectors).mean() < 0.05 * np.abs(vectors).mean() + 0.02
     if openvino_runtime.has_bfloat16():
-        rounded, _ = engine_of(model, BFLOAT16).segment(slices())
+        rounded, _ = engine_of(model, BFLOAT16).run(slices())
         assert 0 < np.abs(rounded - expected).max() < 0.05
 
 
