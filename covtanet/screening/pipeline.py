@@ -40,7 +40,7 @@ SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # Bound of the object store: so many prepared series for every worker that makes or reads them. Ray
 # Data reserves three quarters of it for what other stages may put there, and counts a series that
 # is being decoded as if it were there; with 8 in all, one of six decoders worked.
-SERIES_PER_WORKER = 10
+SERIES_PER_WORKER = 6
 SLICES_PER_SERIES = 128  # of an adult's lungs at 2.5 mm
 # A prepared slice is uint16, its lesion map uint8.
 BYTES_PER_PIXEL = 3

@@ -11,6 +11,8 @@ import sys
 from repository import ROOT
 
 NUM_DECODERS, NUM_SERIES, DECODE_S = 6, 36, 1.0
+# Measured on two cores: 0.76 to 0.86 of the decoders; 0.16 with the earlier limit.
+MIN_SHARE = 0.6
 # Stages that sleep, with rows as large as those of a series of 96 slices of 160 pixels.
 PIPELINE = """
 import json, sys, time
@@ -76,4 +78,5 @@ def test_most_decoders_work_at_the_same_time() -> None:
     last = max(started for started, _ in spans)
     busy_until_last_s = sum(min(ended, last) - started for started, ended in spans)
     assert busy_s >= NUM_SERIES * DECODE_S
-    assert busy_until_last_s / (last - first) >= 0.8 * NUM_DECODERS
+    mean = busy_until_last_s / (last - first)
+    assert mean >= MIN_SHARE * NUM_DECODERS
