@@ -19,6 +19,7 @@ import numpy as np
 from covtanet.inference.float_engine import FloatEngine
 from covtanet.inference.openvino_engine import INT8, NAMES, missing_instructions
 from covtanet.inference.predictor import Predictor
+from covtanet.machine import num_cores
 from covtanet.model.saved_model import SavedModel, load_model
 
 NUM_SLICES, BATCH, ROUNDS = 64, 16, 5
@@ -30,7 +31,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options.add_argument("--threads", type=int, default=num_cores())
     arguments = options.parse_args()
     model = load_model(arguments.model)
     names = [name for name in NAMES if not missing_instructions(name)]

@@ -27,7 +27,6 @@ Exit codes:
 
 import argparse
 import logging
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from covtanet.experiments.calibration import (
     default_engines,
     split_data,
 )
+from covtanet.machine import num_cores
 from covtanet.model.description import EngineDifference
 from covtanet.model.saved_model import load_model, save_model
 from covtanet.report.summary import table
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     sources = _open_sources(arguments)
     data = split_data(sources, arguments.every, arguments.test_name)
     # The CPUs that this process may use, which may be fewer than those of the machine.
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = num_cores()
     calibrated = calibrate(model, data, engines, arguments.num_slices, num_threads)
     digest = save_model(out, calibrated)
     measured = {name: calibrated.engines[name] for name in engines}

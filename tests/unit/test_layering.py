@@ -91,6 +91,7 @@ ALLOWED = {
         "evaluation",
         "experiments",
         "ledger",
+        "machine",
         "model",
         "report",
         "runtime",
