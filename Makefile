@@ -33,7 +33,7 @@ stop: .venv/.installed ## end a make serve
 
 # Unit and integration tests run on two processes. Those of cluster and http share one Ray, so they
 # run in one process; http comes last, because the endpoint holds a CPU that screenings would use.
-test: .venv/.installed ## run the tests (21 minutes on two cores)
+test: .venv/.installed ## run the tests (14 minutes on two cores)
 	@$(BIN)/python -m pytest tests/unit tests/integration -n 2
 	@$(BIN)/python -m pytest tests/cluster tests/http
 
