@@ -18,7 +18,8 @@ FORMAT_VERSION = 1
 
 def save_features(pooled: NDArray[Any]) -> bytes:
     """Return pooled features of one volume, (S, C, P, P), as the bytes of a file."""
-    return save({"pooled": pooled.astype(np.float16)})
+    # safetensors writes the memory as it lies; a network in channels_last lays it in another order.
+    return save({"pooled": np.ascontiguousarray(pooled, np.float16)})
 
 
 def load_features(data: bytes) -> Rows:
