@@ -9,14 +9,15 @@ import numpy as np
 import SimpleITK
 from numpy.typing import NDArray
 
-from benchmarks.measure import CORES, ROOT, WORK, Result, side_by_side
+from benchmarks.measure import CORES, WORK, Result, side_by_side
+from benchmarks.real_archive import real_ct
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import SourceGrid
 from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 
 # A series of a patient, which may not be published; without it phantoms are measured.
-REAL_SERIES = ROOT.parent / "shared" / "data" / "dicom" / "ricord-1a-001012"
+REAL_SERIES = real_ct()
 PHANTOM = PhantomConfig(involvement=0.3, size_px=512, num_slices=120, pixel_mm=0.7, slice_mm=2.25)
 ROUNDS = 3
 

@@ -17,7 +17,7 @@ STAGES = {
     "Decoder": "decoder's worker",
     "PredictorWorker": "network",
     "measure": "measuring",
-    "_scan": "headers",
+    "scan_folders": "headers",
     "jobs/screen.py": "driver",
 }
 

@@ -23,12 +23,17 @@ UID_ROOT = "2.25."
 PHANTOM_PX, PHANTOM_SLICES = 512, 150
 
 
+def real_ct() -> Path:
+    """Return the folder of the real series, which may be missing."""
+    return Path(os.environ.get(REAL_CT, DEFAULT_REAL_CT))
+
+
 def real_archive(count: int) -> tuple[Path, str]:
     """Return a folder with ``count`` series, made at the first call, and a text that says of what.
 
     COVTANET_REAL_CT names the folder of a DICOM series to copy.
     """
-    source = Path(os.environ.get(REAL_CT, DEFAULT_REAL_CT))
+    source = real_ct()
     paths = sorted(source.rglob("*.dcm"))
     if not paths:
         return _phantoms(count)

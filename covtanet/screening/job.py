@@ -24,7 +24,7 @@ from covtanet.ledger.run import (
     is_committed,
     latest_date,
 )
-from covtanet.ledger.work import remove_work
+from covtanet.ledger.work import finished_keys, remove_work
 from covtanet.model.model_files import ModelDescription, describe_model
 from covtanet.runtime import ExitCode
 from covtanet.screening import pipeline
@@ -141,7 +141,7 @@ def _screen(
     try:
         make_manifest(run, config)
         if plan_only:
-            return Outcome(run=run, plan=make_plan(run))
+            return Outcome(run=run, plan=make_plan(run, finished_keys(run)))
         pipeline.screen(run, config, window, model_folder, job.results)
         accounting = commit_run(run, is_exclusive=is_exclusive)
     except Exception as error:

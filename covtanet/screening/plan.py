@@ -16,7 +16,7 @@ from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.errors import ConfigError
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import finished_keys, read_manifest, write_manifest
+from covtanet.ledger.work import read_manifest, write_manifest
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.listing import list_folders, note_series_keys, read_series, split_scan
 from covtanet.screening.scan import scan
@@ -97,13 +97,14 @@ def _unsettled(
             yield row
 
 
-def make_plan(run: Run) -> Plan:
+def make_plan(run: Run, finished: set[str]) -> Plan:
     """Count the remaining work and choose the workers among the CPUs that are free.
+
+    finished: keys of the series that have a row.
 
     Raises:
         ConfigError: the cluster has no CPU to spare for decoding.
     """
-    finished = finished_keys(run)
     num_series = 0
     num_bytes = 0
     num_finished = 0
