@@ -43,19 +43,27 @@ def check_endpoints(environment: Mapping[str, str]) -> None:
         ConfigError: with the variable and the host, without the rest of the URL, which may hold a
             password.
     """
-    is_private_allowed = environment.get(ALLOW_PLAIN_HTTP) == "1"
     for name in ENDPOINTS:
         uri = environment.get(name, "").strip()
         if not uri.lower().startswith("http:"):
             continue
         host = _host(uri)
-        if _is_near(host) or (is_private_allowed and _is_private(host)):
+        if allows_plain_http(environment, host):
             continue
         raise ConfigError(
             f"{name} is plain http to {host or 'no host'}, keys and images would travel in clear "
             "text; expected https://, loopback or a Service of this cluster "
             f"(a private address, .local or .internal: {ALLOW_PLAIN_HTTP}=1)"
         )
+
+
+def allows_plain_http(environment: Mapping[str, str], host: str) -> bool:
+    """Return whether a host may be asked in clear text.
+
+    It is loopback or a Service of this cluster, or, with COVTANET_ALLOW_PLAIN_HTTP=1, private.
+    """
+    is_private_allowed = environment.get(ALLOW_PLAIN_HTTP) == "1"
+    return _is_near(host) or (is_private_allowed and _is_private(host))
 
 
 def check_ray_environment(environment: Mapping[str, str]) -> None:

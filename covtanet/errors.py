@@ -21,6 +21,7 @@ Failures of storage are ``OSError``, as everywhere in Python:
 
 OSError
 ├── AccessError         the store refuses the credentials for every object: this stops a job
+├── UnreachableError    the store answers no request, after retries: this stops a job
 ├── ObjectChangedError  an object differs from its entry in the listing
 ├── TooManyObjectsError a tree holds more objects than allowed
 └── TooLargeError       an object has more bytes than allowed
@@ -207,6 +208,10 @@ class UploadError(CovtanetError):
 
 class AccessError(OSError):
     """The store refuses the credentials, so that no object can be read or written."""
+
+
+class UnreachableError(OSError):
+    """The store answers no request, so that no object can be read or written."""
 
 
 class ObjectChangedError(OSError):

@@ -69,7 +69,7 @@ QUIET_LOGGERS = (
 )  # fmt: skip
 SILENT_LOGGERS = ("ray._private.authentication", "ray.data._internal.progress")
 # A stage does not turn these into a row, since they concern every series.
-JOB_ERRORS = (storage.AccessError, WeakSandboxError, CheckpointError)
+JOB_ERRORS = (storage.AccessError, storage.UnreachableError, WeakSandboxError, CheckpointError)
 
 
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -237,11 +237,13 @@ def is_ray_job() -> bool:
 
 
 def location(uri: str, option: str) -> str:
-    """Return an absolute path or s3:// URI.
+    """Return an absolute path, an s3:// URI or a DICOMweb URI.
 
     Raises:
         ConfigError: a relative path inside a Ray job.
     """
+    if storage.is_dicomweb(uri):
+        return storage.absolute(uri)
     path = Path(uri.removeprefix("file://")).expanduser()
     if is_ray_job() and not storage.is_s3(uri) and not path.is_absolute():
         raise ConfigError(

@@ -16,15 +16,36 @@ Pending = tuple[storage.ObjectInfo, Future[list[bytes]] | None]
 
 
 def fetch_series(
+    series: Series,
+    archive: str,
+    digest: storage.ContentDigest,
+    max_bytes: int | None = None,
+) -> Iterator[Iterator[bytes]]:
+    """Yield the objects of a series, each in chunks, and add them to the digest.
+
+    max_bytes: of the whole series, if its listing does not tell its size.
+
+    Raises:
+        StudyError: ``too_large``.
+        OSError: an object is missing, has changed since it was listed, or cannot be read.
+    """
+    if not storage.is_dicomweb(archive):
+        yield from _read_objects(series, archive, digest)
+        return
+    # Only here: other archives do without its libraries.
+    from covtanet.archive.dicomweb_series import fetch_instances
+
+    for uid, chunks in fetch_instances(series, archive, max_bytes):
+        yield digest.tee(uid, chunks)
+
+
+def _read_objects(
     series: Series, archive: str, digest: storage.ContentDigest
 ) -> Iterator[Iterator[bytes]]:
-    """Yield the objects of a series in order, each in chunks, and add them to the digest.
+    """Yield the objects of a series in order.
 
     A few threads read small objects ahead; of a large object there is never more than a chunk in
     memory.
-
-    Raises:
-        OSError: an object is missing, has changed since it was listed, or cannot be read.
     """
     folder = series.source_path[: series.source_path.rfind("/") + 1]
     remaining = iter(series.objects)
@@ -51,7 +72,7 @@ def _read_ahead(
     pool: ThreadPoolExecutor, series: Series, archive: str, item: storage.ObjectInfo
 ) -> Future[list[bytes]] | None:
     """Start to read a small object; a large one, or the only one, is read when its turn comes."""
-    if item.num_bytes > SMALL_OBJECT_BYTES or len(series.objects) == 1:
+    if (item.num_bytes or 0) > SMALL_OBJECT_BYTES or len(series.objects) == 1:
         return None
     return pool.submit(lambda: list(_chunks(archive, item)))
 

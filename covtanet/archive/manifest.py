@@ -3,7 +3,7 @@
 A NIfTI object is a series. DICOM objects of one folder with one SeriesInstanceUID are a series,
 whatever their names, with a preamble or without. An object that should be DICOM but has no readable
 header, and an archive file such as a zip, are separate rows. All other objects are ignored, but
-counted.
+counted. The series of a PACS come from ``archive.dicomweb_series``.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ MANIFEST_SCHEMA = pa.schema([
     pa.field("source_format", pa.string(), nullable=False),
     pa.field("source_version", pa.string(), nullable=False),
     pa.field("num_objects", pa.int32(), nullable=False),
-    pa.field("num_bytes", pa.int64(), nullable=False),
+    # Null before the series is read, if the server tells no size.
+    pa.field("num_bytes", pa.int64()),
     pa.field("study_uid", pa.string()),
     pa.field("series_uid", pa.string()),
     pa.field("reason", pa.string()),
@@ -42,7 +43,9 @@ MANIFEST_SCHEMA = pa.schema([
 ])  # fmt: skip
 IGNORED_SCHEMA = pa.schema([
     pa.field("path", pa.string(), nullable=False),
-    pa.field("num_bytes", pa.int64(), nullable=False),
+    pa.field("num_bytes", pa.int64()),
+    # Of a series at a DICOMweb server: its modality, or why it is no CT to screen.
+    pa.field("kind", pa.string()),
 ])  # fmt: skip
 # Format and reason of the row of a single object. A vanished object may be a slice: its row fails
 # when the object is fetched.
@@ -72,6 +75,12 @@ class Series:
     qc_flags: tuple[QcFlag, ...] = field(default=())
 
     @property
+    def num_bytes(self) -> int | None:
+        """Bytes of all objects as they are stored; None if the server does not tell."""
+        sizes = [item.num_bytes for item in self.objects if item.num_bytes is not None]
+        return sum(sizes) if len(sizes) == len(self.objects) else None
+
+    @property
     def series_key(self) -> str:
         """First 32 hex digits of SHA-256 over the path in the archive and the series UID."""
         identity = f"{self.source_path}\n{self.series_uid or ''}".encode("utf-8", "surrogateescape")
@@ -85,7 +94,7 @@ class Series:
             "source_format": self.source_format,
             "source_version": version_digest(list(self.objects)),
             "num_objects": len(self.objects),
-            "num_bytes": sum(item.num_bytes for item in self.objects),
+            "num_bytes": self.num_bytes,
             "study_uid": self.study_uid,
             "series_uid": self.series_uid,
             "reason": self.reason,

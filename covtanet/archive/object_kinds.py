@@ -81,7 +81,7 @@ def _kinds_of_group(
     longer: list[ObjectInfo] = []
     for (item, header), identity in zip(headers.items(), identities, strict=True):
         kinds[item] = identity or _kind_without_identity(item, header)
-        if identity is None and item.num_bytes > HEADER_BYTES:  # the UIDs may come later
+        if identity is None and (item.num_bytes or 0) > HEADER_BYTES:  # the UIDs may come later
             longer.append(item)
     for start in range(0, len(longer), LONG_HEADERS_AT_A_TIME):
         batch = longer[start : start + LONG_HEADERS_AT_A_TIME]

@@ -3,8 +3,10 @@
 covtanet screen --archive URI --ledger URI --model REF
 ray job submit --working-dir . -- python jobs/screen.py --archive URI --ledger URI --model REF
 
-URIs are local paths or s3://BUCKET/PREFIX. REF is models:/NAME@ALIAS, models:/NAME/VERSION, or the
-path or URI of a saved model. Started again, the same command continues the run. Exit codes:
+URIs are local paths or s3://BUCKET/PREFIX. The archive may also be a PACS that speaks DICOMweb:
+dicomweb+https://HOST/PATH?StudyDate=20260101-20260131, with any attributes that it can search by;
+docs/pacs.md says where its password comes from. REF is models:/NAME@ALIAS, models:/NAME/VERSION, or
+the path or URI of a saved model. Started again, the same command continues the run. Exit codes:
 
 0  committed, now or before, or nothing new; a run that was committed before is judged once more
 1  storage, Ray or this software failed; the same command continues. If series met a fault of this
@@ -25,6 +27,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+from covtanet import storage
 from covtanet.config import load_screening
 from covtanet.ledger.work import read_ignored, read_manifest
 from covtanet.report.summary import ignored_line, plan_table, screening_table
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     options = parser(__doc__, "screen")
     add = options.add_argument
-    add("--archive", required=True, help="folder or s3:// prefix with the CT")
+    add("--archive", required=True, help="folder, s3:// prefix or DICOMweb server with the CT")
     add("--ledger", required=True, help="folder or s3:// prefix for the ledger")
     add("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, path or URI")
     add(
@@ -122,7 +125,8 @@ def make_job(arguments: argparse.Namespace) -> ScreeningJob:
     Raises:
         ConfigError: a location or the configuration does not allow it.
     """
-    archive = location(arguments.archive, "--archive")
+    root, filters = storage.split_query(arguments.archive)
+    archive = location(root, "--archive")
     ledger = location(arguments.ledger, "--ledger")
     results = location(arguments.results, "--results") if arguments.results else ""
     linkage = location(arguments.linkage, "--linkage") if arguments.linkage else ""
@@ -134,6 +138,7 @@ def make_job(arguments: argparse.Namespace) -> ScreeningJob:
         config = replace(config, group_by=arguments.group_by)
     return ScreeningJob(
         archive=archive,
+        filters=filters,
         ledger=ledger,
         model=arguments.model if is_registered else location(arguments.model, "--model"),
         config=config,

@@ -17,7 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAGIC_AT, MAGIC = 128, b"DICM"
-META_GROUP, SYNTAX_ELEMENT = b"\x02\x00", b"\x10\x00"
+META_GROUP = b"\x02\x00"
+# Media Storage SOP Instance UID and Transfer Syntax UID.
+INSTANCE_ELEMENT, SYNTAX_ELEMENT = b"\x03\x00", b"\x10\x00"
 # Media Storage SOP Class UID (0002,0002) of a DICOMDIR, within the first elements of the file meta.
 DIRECTORY = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
 DIRECTORY_WITHIN = 512
@@ -118,17 +120,30 @@ def transfer_syntax(data: bytes) -> tuple[str | None, int]:
     Raises:
         ValueError: the file meta has more elements than any real one.
     """
+    return _meta_text(data, SYNTAX_ELEMENT)
+
+
+def instance_uid(header: bytes) -> str:
+    """Return the UID of an instance from its file meta; empty if it is missing."""
+    try:
+        return _meta_text(header, INSTANCE_ELEMENT)[0] or ""
+    except ValueError:
+        return ""
+
+
+def _meta_text(data: bytes, element: bytes) -> tuple[str | None, int]:
+    """Return the text of an element of the file meta, and the start of the data set."""
     at = data_start(data)
-    syntax = None
+    text = None
     for _ in range(MAX_META_ELEMENTS):
         if data[at : at + 2] != META_GROUP or at + 12 > len(data):
-            return syntax, at
+            return text, at
         is_long = data[at + 4 : at + 6] in LONG_VRS
         start = at + (12 if is_long else 8)
         length_bytes = data[at + 8 : at + 12] if is_long else data[at + 6 : at + 8]
         length = int.from_bytes(length_bytes, "little")
-        if data[at + 2 : at + 4] == SYNTAX_ELEMENT:
-            syntax = data[start : start + length].decode("ascii", "replace").strip("\0 ")
+        if data[at + 2 : at + 4] == element:
+            text = data[start : start + length].decode("ascii", "replace").strip("\0 ")
         at = start + length
     raise ValueError(f"the file meta has more than {MAX_META_ELEMENTS} elements")
 

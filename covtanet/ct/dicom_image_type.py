@@ -8,6 +8,7 @@ Not covered: free text, as in SeriesDescription.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pydicom
@@ -41,6 +42,11 @@ def is_localizer(header: Dataset) -> bool:
     return _any_matches(LOCALIZER, _image_type(header))
 
 
+def is_localizer_type(image_type: Sequence[str]) -> bool:
+    """Return whether the values of an ImageType are those of an overview image."""
+    return _any_matches(LOCALIZER, _as_words(image_type))
+
+
 def is_projection(header: Dataset) -> bool:
     """Return whether pixels are extremes of many or of a rendering, which make no volume."""
     values = _image_type(header)
@@ -72,7 +78,10 @@ def _any_matches(pattern: re.Pattern[str], values: list[str]) -> bool:
 def _image_type(header: Dataset) -> list[str]:
     """Return the values of ImageType in capitals; other characters become one blank."""
     value: Any = value_of(header, "ImageType") or []
-    values = [value] if isinstance(value, str) else list(value)
+    return _as_words([value] if isinstance(value, str) else list(value))
+
+
+def _as_words(values: Sequence[object]) -> list[str]:
     return [" ".join(re.findall(r"[A-Z0-9]+", str(text).upper())) for text in values]
 
 

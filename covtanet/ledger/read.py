@@ -132,7 +132,8 @@ def _read(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
         if name not in stored:  # an older version has fewer columns
             nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
             table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
-    return table.select(wanted)
+    # An older file may allow fewer columns to be null.
+    return table.select(wanted).cast(pa.schema([LEDGER_SCHEMA.field(name) for name in wanted]))
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:

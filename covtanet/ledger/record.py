@@ -34,7 +34,7 @@ class ScreeningRecord:
     source_format: str
     source_version: str
     num_objects: int
-    num_bytes: int
+    num_bytes: int | None
     started_at: float
     """Time in seconds since the epoch at which work on the series began; not a column."""
     study_uid: str | None = None

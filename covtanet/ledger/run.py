@@ -33,6 +33,9 @@ class Run:
     software_version: str
     model_ref: str = ""
     """The name by which the model was asked for, such as ``models:/covtanet@champion``."""
+    filters: str = ""
+    """Query of a DICOMweb archive, such as ``StudyDate=20260101-``; it is no part of the archive's
+    identity, so that a series of another night is known."""
     limit: int = 0
     """Largest number of series; 0 screens all."""
     since_last: bool = False
@@ -51,17 +54,19 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """Values that two starts of the same run share, the date aside."""
-        return {
+        key = {
             "archive": self.archive,
             "model_digest": self.model_digest,
             "config_digest": self.config_digest,
             "limit": self.limit,
             "since_last": self.since_last,
         }
+        # Only if there are any: runs of other archives keep the ids that they always had.
+        return {**key, "filters": self.filters} if self.filters else key
 
     @property
     def run_id(self) -> str:
-        """Digest of archive, model, configuration, limit, since_last and date."""
+        """Digest of archive, filters, model, configuration, limit, since_last and date."""
         return digest_of({**self.key, "run_date": self.run_date.isoformat()})[:RUN_ID_DIGITS]
 
     @property
@@ -182,7 +187,9 @@ def known_runs(ledger: str, work_root: str) -> list[KnownRun]:
 def choose_date(run: Run) -> date:
     """Return the date of the newest unfinished run with the same key, else today in UTC."""
     for known in reversed(known_runs(run.ledger, run.work_root)):
-        is_same = all(known.description.get(name) == value for name, value in run.key.items())
+        described = {"filters": "", **known.description}
+        wanted = {"filters": "", **run.key}
+        is_same = all(described.get(name) == value for name, value in wanted.items())
         if is_same and not known.is_committed and not known.is_ahead:
             return date.fromisoformat(known.description["run_date"])
     return datetime.now(UTC).date()

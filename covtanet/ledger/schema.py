@@ -42,8 +42,8 @@ COLUMNS = (
     ),
     Column(
         name="run_id", type=pa.string(),
-        meaning="Digest of archive, model, configuration, limit, `--since` and date; name of the "
-        "file.",
+        meaning="Digest of archive, filter, model, configuration, limit, `--since` and date; name "
+        "of the file.",
     ),
     Column(name="run_date", type=pa.date32(), meaning="Date of the run."),
     Column(
@@ -58,8 +58,8 @@ COLUMNS = (
     ),
     Column(
         name="source_uri", type=pa.string(),
-        meaning="The NIfTI object, or the folder of the DICOM series; a pseudonym if identities "
-        "are hidden.",
+        meaning="The NIfTI object, or the folder of the DICOM series, or the series at a DICOMweb "
+        "server; a pseudonym if identities are hidden.",
     ),
     Column(name="source_format", type=pa.string(), meaning="`dicom` or `nifti`."),
     Column(
@@ -74,7 +74,10 @@ COLUMNS = (
         null="not all objects were read",
     ),
     Column(name="num_objects", type=pa.int32(), meaning="Number of objects of the series."),
-    Column(name="num_bytes", type=pa.int64(), meaning="Bytes of all objects as they are stored."),
+    Column(
+        name="num_bytes", type=pa.int64(), meaning="Bytes of all objects as they are stored.",
+        null="a PACS, which tells no sizes, and not all objects were read",
+    ),
     Column(
         name="study_uid", type=pa.string(),
         meaning="StudyInstanceUID; a pseudonym if identities are hidden.",

@@ -63,7 +63,7 @@ def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) 
     rows += [(f"  refused by listing: {name}", count) for name, count in sorted(refused.items())]
     rows += [
         ("already finished", planned.num_finished),
-        ("bytes", f"{planned.num_bytes / 1e6:.1f} MB"),
+        ("bytes", f"{planned.num_bytes / 1e6:.1f} MB" if planned.num_bytes else "unknown"),
         ("cluster", f"{planned.num_cpus} CPUs, {planned.num_gpus} GPUs: fits"),
         (
             "workers",
@@ -76,9 +76,12 @@ def plan_table(run: "Run", planned: "Plan", manifest: Iterable[dict[str, Any]]) 
 
 
 def ignored_line(ignored: pa.Table) -> str:
-    """Return the number of objects that belong to no series, by suffix."""
-    suffixes = Counter(_suffix(path) for path in ignored["path"].to_pylist())
-    counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+    """Return the number of objects that belong to no series, by suffix.
+
+    Of a PACS these are series, by modality.
+    """
+    kinds = Counter(row["kind"] or _suffix(row["path"]) for row in ignored.to_pylist())
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return f"ignored, no series: {counts or 'nothing'}"
 
 

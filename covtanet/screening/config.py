@@ -49,6 +49,9 @@ class ScreeningConfig:
     """A series of more MiB is rejected unread."""
     worker_timeout_s: float = 1800.0
     """Seconds after which a worker is ended that a series still holds."""
+    max_pacs_requests: int = 8
+    """Series that all decoders together fetch from a PACS at a time, so that it can serve people as
+    well. No part of the run's identity, since it changes no number."""
     deidentify: bool = False
     """Write keyed digests instead of names and UIDs."""
     allow_weak_sandbox: bool = False
@@ -74,6 +77,8 @@ class ScreeningConfig:
             raise ValueError(
                 f"lesion_threshold is {self.lesion_threshold:g}, expected above 0 and below 1"
             )
+        if self.max_pacs_requests < 1:
+            raise ValueError("max_pacs_requests must be at least 1")
         if self.worker_timeout_s <= 0:
             raise ValueError("worker_timeout_s must be above 0")
         if self.decode_memory_mib < 256 or self.decode_timeout_s <= 0 or self.max_series_mib < 1:
@@ -103,5 +108,6 @@ def for_model(
 def config_values(window: WindowConfig, config: ScreeningConfig) -> dict[str, Any]:
     """Return every setting that can change a number, for the digest of the configuration."""
     screening = asdict(config)
-    del screening["allow_weak_sandbox"]
+    for name in ("allow_weak_sandbox", "max_pacs_requests"):
+        del screening[name]
     return {"window": asdict(window), "screening": screening}

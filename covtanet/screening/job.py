@@ -41,6 +41,7 @@ class ScreeningJob:
     """A screening as it was asked for; locations are absolute paths or s3:// URIs."""
 
     archive: str
+    """A path, an s3:// URI, or the root of a DICOMweb server."""
     ledger: str
     model: str
     """``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or the location of a saved model."""
@@ -49,6 +50,8 @@ class ScreeningJob:
     """Location for masks and previews; empty for none."""
     run_date: date | None = None
     """Null takes the date of the unfinished run, or today."""
+    filters: str = ""
+    """Query of a DICOMweb archive, such as ``StudyDate=20260101-``."""
     limit: int = 0
     """Screen only the first so many series; 0 screens all."""
     since_last: bool = False
@@ -141,7 +144,7 @@ def _screen(
     try:
         make_manifest(run, config)
         if plan_only:
-            return Outcome(run=run, plan=make_plan(run, finished_keys(run)))
+            return Outcome(run=run, plan=make_plan(run, config, finished_keys(run)))
         pipeline.screen(run, config, window, model_folder, job.results)
         accounting = commit_run(run, is_exclusive=is_exclusive)
     except Exception as error:
@@ -197,6 +200,7 @@ def make_run(
         config_digest=digest_of(config_values(window, config)),
         software_version=tracking.software_version(),
         model_ref=job.model,
+        filters=job.filters,
         limit=job.limit,
         since_last=job.since_last,
     )

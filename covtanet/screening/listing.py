@@ -5,6 +5,7 @@ The files hold everything that grows with the archive, so that the driver's memo
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,34 @@ def list_folders(
 
 def _as_row(item: storage.ObjectInfo) -> dict[str, Any]:
     return {"path": item.path, "num_bytes": item.num_bytes, "version": item.version}
+
+
+def find_series(run: Run, series: Path, ignored: Path) -> Counter[str]:
+    """Write the series of a DICOMweb server, and those that are ignored, to two files.
+
+    Returns how often each series UID occurs.
+    """
+    # Only here: other archives do without its libraries.
+    from covtanet.archive.dicomweb_series import IgnoredSeries, find_archive
+
+    uid_counts: Counter[str] = Counter()
+    num_series = 0
+    with (
+        pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
+        pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+    ):
+        for group in batched(find_archive(run.archive, run.filters), SERIES_PER_GROUP):
+            found = [item for item in group if not isinstance(item, IgnoredSeries)]
+            rows = [item.to_row() for item in found]
+            left_out = [asdict(item) for item in group if isinstance(item, IgnoredSeries)]
+            series_file.write_table(pa.Table.from_pylist(rows, schema=manifest.MANIFEST_SCHEMA))
+            ignored_file.write_table(pa.Table.from_pylist(left_out, schema=manifest.IGNORED_SCHEMA))
+            uid_counts.update(item.series_uid for item in found)
+            num_series += len(found)
+            # A run of the new series alone needs more than its limit.
+            if run.limit and not run.since_last and num_series >= run.limit:
+                break
+    return uid_counts
 
 
 def split_scan(

@@ -59,7 +59,7 @@ def screen(
     # One slow series must not hold back those behind it; the commit restores the order.
     ray_data.configure(preserve_order=False)
     finished = finished_keys(run)
-    plan = make_plan(run, finished)
+    plan = make_plan(run, config, finished)
     num_remaining = plan.num_series - plan.num_finished
     if plan.num_finished:
         logger.info("continuing: %d of %d series are finished", plan.num_finished, plan.num_series)

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +19,13 @@ from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import read_manifest, write_manifest
 from covtanet.screening.config import ScreeningConfig
-from covtanet.screening.listing import list_folders, note_series_keys, read_series, split_scan
+from covtanet.screening.listing import (
+    find_series,
+    list_folders,
+    note_series_keys,
+    read_series,
+    split_scan,
+)
 from covtanet.screening.scan import scan
 from covtanet.screening.worker_counts import WorkerCounts, num_cpus_needed, worker_counts
 
@@ -32,6 +39,7 @@ class Plan:
 
     num_series: int
     num_bytes: int
+    """Bytes of the series whose size is known."""
     num_finished: int
     num_cpus: int
     num_gpus: int
@@ -57,10 +65,40 @@ def make_manifest(run: Run, config: ScreeningConfig) -> None:
 
 def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, folder: Path) -> None:
     """Make the manifest in a local folder, then publish it."""
-    listing = folder / "listing.parquet"
-    folders = folder / "folders.parquet"
     series = folder / "series.parquet"
     ignored = folder / "ignored.parquet"
+    folders = None
+    if storage.is_dicomweb(run.archive):
+        uid_counts = find_series(run, series, ignored)
+    else:
+        folders = folder / "folders.parquet"
+        uid_counts = _scan_folders(run, config, previous_runs, folder, folders, series, ignored)
+    uid_counts.update(
+        known.series_uid for known in previous_runs.series.values() if known.series_uid
+    )
+    arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
+    arranged = arrange(read_series(series), uid_counts)
+    remaining = _unsettled(arranged, run, previous_runs)
+    if run.limit:
+        remaining = islice(remaining, run.limit)
+    # A run with a limit has not listed all: its folders settle nothing.
+    write_manifest(run, remaining, ignored, None if run.limit else folders)
+
+
+def _scan_folders(
+    run: Run,
+    config: ScreeningConfig,
+    previous_runs: PreviousRuns,
+    folder: Path,
+    folders: Path,
+    series: Path,
+    ignored: Path,
+) -> Counter[str]:
+    """Write the series and ignored objects of an archive of objects, and its folders.
+
+    Returns how often each series UID occurs.
+    """
+    listing = folder / "listing.parquet"
     by_uid = config.group_by == "uid"
     # A series that is spread over folders may have changed in any of them: none is skipped.
     skipping = replace(previous_runs, folders={}) if by_uid else previous_runs
@@ -73,18 +111,9 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     # Series that are joined by UID must all be read before the first of them is complete.
     limit = 0 if by_uid else run.limit
     uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
-    uid_counts.update(
-        known.series_uid for known in previous_runs.series.values() if known.series_uid
-    )
-    arrange = manifest.join_by_uid if by_uid else manifest.flag_repeated
-    arranged = arrange(read_series(series), uid_counts)
-    remaining = _unsettled(arranged, run, previous_runs)
-    if run.limit:
-        remaining = islice(remaining, run.limit)
     # Before the manifest, whose write ends the planning.
     note_series_keys(run, folders, keys_by_folder, previous_runs)
-    # A run with a limit has not listed all: its folders settle nothing.
-    write_manifest(run, remaining, ignored, None if run.limit else folders)
+    return uid_counts
 
 
 def _unsettled(
@@ -97,7 +126,7 @@ def _unsettled(
             yield row
 
 
-def make_plan(run: Run, finished: set[str]) -> Plan:
+def make_plan(run: Run, config: ScreeningConfig, finished: set[str]) -> Plan:
     """Count the remaining work and choose the workers among the CPUs that are free.
 
     finished: keys of the series that have a row.
@@ -110,7 +139,7 @@ def make_plan(run: Run, finished: set[str]) -> Plan:
     num_finished = 0
     for row in read_manifest(run, ["series_key", "num_bytes"]):
         num_series += 1
-        num_bytes += row["num_bytes"]
+        num_bytes += row["num_bytes"] or 0
         num_finished += row["series_key"] in finished
     node_cpus = _cpus_of_nodes()
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -128,8 +157,15 @@ def make_plan(run: Run, finished: set[str]) -> Plan:
         num_finished=num_finished,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        workers=worker_counts(num_cpus, node_cpus, num_gpus),
+        workers=_workers(run, config, worker_counts(num_cpus, node_cpus, num_gpus)),
     )
+
+
+def _workers(run: Run, config: ScreeningConfig, counts: WorkerCounts) -> WorkerCounts:
+    """Return the workers; of a PACS, no more decoders than it gets requests at a time."""
+    if not storage.is_dicomweb(run.archive):
+        return counts
+    return replace(counts, num_decoders=min(counts.num_decoders, config.max_pacs_requests))
 
 
 def _cpus_of_nodes() -> list[int]:

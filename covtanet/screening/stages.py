@@ -35,6 +35,7 @@ from covtanet.errors import (
     StudyError,
     StudyTimeoutError,
     UnavailableError,
+    UnreachableError,
     WeakSandboxError,
     error_location,
 )
@@ -91,8 +92,8 @@ def prepare_series(
     # Also of a refused series: the time was spent.
     record = replace(record, decode_s=time.perf_counter() - started)
     # A digest of some of the objects would be taken for that of the series.
-    if digest.num_objects == len(series.objects):
-        record = replace(record, source_digest=digest.hexdigest())
+    if series.objects and digest.num_objects == len(series.objects):
+        record = replace(record, source_digest=digest.hexdigest(), num_bytes=digest.num_bytes)
     if isinstance(result, Refusal):
         return ended_before_prediction(record.refused(result), window)
     spacing_z_mm, spacing_y_mm, spacing_x_mm = result.spacing_mm
@@ -200,10 +201,10 @@ def refuse_on_error(series_key: str, work: Callable[[], T]) -> T | Refusal:
     """Do the work of a stage on one series; return a refusal if it fails.
 
     StudyError is the input's fault, OSError the storage's. Errors that concern every series are not
-    caught and end the job or the request: credentials that the store refuses, a model that does not
-    answer, a sandbox that cannot be confined or that another thread closed. Any other error is a
-    fault of this software: its type and location are logged, never its text, which may quote the
-    input.
+    caught and end the job or the request: credentials that the store refuses, a server that cannot
+    be reached, a model that does not answer, a sandbox that cannot be confined or that another
+    thread closed. Any other error is a fault of this software: its type and location are logged,
+    never its text, which may quote the input.
     """
     try:
         return work()
@@ -212,7 +213,13 @@ def refuse_on_error(series_key: str, work: Callable[[], T]) -> T | Refusal:
     except StudyTimeoutError as error:
         return _failure(Reason.TIMEOUT, str(error))
     # Before OSError, since they concern every series and not this one.
-    except (storage.AccessError, UnavailableError, WeakSandboxError, SandboxClosedError):
+    except (
+        storage.AccessError,
+        UnreachableError,
+        UnavailableError,
+        WeakSandboxError,
+        SandboxClosedError,
+    ):
         raise
     except FileNotFoundError:
         return _failure(Reason.VANISHED, "an object is gone since it was listed")
@@ -246,7 +253,8 @@ def _fetch_and_decode(
 ) -> Prepared:
     """Decode a series from its stored bytes. Raises StudyError and errors of storage."""
     _check_listing(series, config)
-    objects = fetch_series(series, archive, digest)
+    max_bytes = config.max_series_mib << 20
+    objects = fetch_series(series, archive, digest, max_bytes)
     prepared = None
     is_awaited = True
     try:
@@ -261,7 +269,8 @@ def _fetch_and_decode(
         if is_awaited:
             _read_rest(objects)
     if prepared is None:  # once more: the machine may have killed the decoder, not the series
-        prepared = decoder(series.source_format, fetch_series(series, archive, ContentDigest()))
+        objects = fetch_series(series, archive, ContentDigest(), max_bytes)
+        prepared = decoder(series.source_format, objects)
     return prepared
 
 
@@ -269,9 +278,8 @@ def _check_listing(series: Series, config: ScreeningConfig) -> None:
     """Refuse a series by its entry in the manifest, before anything is read."""
     if series.reason:
         raise StudyError(series.reason, LISTING_DETAILS[series.reason])
-    num_bytes = sum(item.num_bytes for item in series.objects)
-    if num_bytes > config.max_series_mib << 20:
-        message = f"{num_bytes} bytes, expected at most {config.max_series_mib} MiB"
+    if (series.num_bytes or 0) > config.max_series_mib << 20:
+        message = f"{series.num_bytes} bytes, expected at most {config.max_series_mib} MiB"
         raise StudyError(Reason.TOO_LARGE, message)
     if len(series.objects) > MAX_SLICES:
         message = f"{len(series.objects)} objects, expected at most {MAX_SLICES}"

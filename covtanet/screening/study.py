@@ -80,7 +80,7 @@ class Screener:
         Columns that belong to a run of the screening job are null. The digest of the configuration
         is that of a run with the same window and configuration.
 
-        uri: a path or s3:// URI.
+        uri: a path, an s3:// URI, or a study or series of a DICOMweb server.
 
         Raises:
             NoSeriesError: the input holds no series.
@@ -88,15 +88,29 @@ class Screener:
                 decoded then.
             SandboxClosedError: it was closed; raised as soon as no read of storage is under way.
         """
-        root, folders = _list_study(storage.absolute(uri), limits)
-        for series in self._identify(root, folders, limits):
+        root, study = self._find(storage.absolute(uri), limits)
+        self._check(study, limits)
+        for series in study:
             record = self._screen(series, root)
             columns = record.to_columns() | self.provenance | {"screened_at": datetime.now(UTC)}
             yield {name: columns.get(name) for name in LEDGER_SCHEMA.names}
 
-    def _identify(
-        self, root: str, folders: list[FolderObjects], limits: StudyLimits | None
-    ) -> list[manifest.Series]:
+    def _find(self, uri: str, limits: StudyLimits | None) -> tuple[str, list[manifest.Series]]:
+        """Return the root of a study's paths, and its series."""
+        if not storage.is_dicomweb(uri):
+            root, folders = _list_study(uri, limits)
+            return root, self._identify(root, folders)
+        # Only here: other studies do without its libraries.
+        from covtanet.archive.dicomweb_series import find_study
+
+        root, study = find_study(uri)
+        num_objects = sum(len(series.objects) for series in study)
+        if limits is not None and num_objects > limits.max_objects:
+            message = f"{num_objects} objects, expected at most {limits.max_objects} in a request"
+            raise UploadError("too_large", message)
+        return root, study
+
+    def _identify(self, root: str, folders: list[FolderObjects]) -> list[manifest.Series]:
         """Read the headers in the sandbox and return the series."""
 
         def read_head(path: str, num_bytes: int) -> bytes:
@@ -108,6 +122,10 @@ class Screener:
         for folder, objects in folders:
             series, _ = manifest.scan_folder(folder, objects, read_head, identify)
             study += series
+        return study
+
+    @staticmethod
+    def _check(study: list[manifest.Series], limits: StudyLimits | None) -> None:
         if not study:
             raise NoSeriesError(
                 "the input holds no series, expected a NIfTI file or a folder with CT"
@@ -115,7 +133,6 @@ class Screener:
         if limits is not None and len(study) > limits.max_series:
             message = f"{len(study)} series, expected at most {limits.max_series} in a request"
             raise UploadError("too_large", message)
-        return study
 
     def _screen(self, series: manifest.Series, root: str) -> ScreeningRecord:
         prepared = prepare_series(
@@ -148,7 +165,7 @@ def _list_study(uri: str, limits: StudyLimits | None) -> tuple[str, list[FolderO
     else:
         root = uri.rpartition("/")[0]
         folders = [("", [item])]
-    num_bytes = sum(item.num_bytes for _, objects in folders for item in objects)
+    num_bytes = sum(item.num_bytes or 0 for _, objects in folders for item in objects)
     if limits is not None and num_bytes > limits.max_bytes:
         message = f"{num_bytes} bytes, expected at most {limits.max_bytes} in a request"
         raise UploadError("too_large", message)

@@ -1,6 +1,7 @@
 """Objects under a local path or an s3:// URI: listing, reading and writing them whole.
 
-``open_store`` chooses the store of a URI. Every failure is an ``OSError``.
+``open_store`` chooses the store of a URI. Every failure is an ``OSError``. A DICOMweb server is no
+such store: ``storage.dicomweb`` searches it.
 """
 
 import io
@@ -11,12 +12,26 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from covtanet.errors import AccessError, ObjectChangedError, TooLargeError, TooManyObjectsError
+from covtanet.errors import (
+    AccessError,
+    ObjectChangedError,
+    TooLargeError,
+    TooManyObjectsError,
+    UnreachableError,
+)
 from covtanet.storage.digest import ContentDigest, version_digest
 from covtanet.storage.local import LocalStore
 from covtanet.storage.s3 import S3Store
 from covtanet.storage.store import CHUNK_BYTES, OUTSIDE, Folder, ObjectInfo, Store
-from covtanet.storage.uri import absolute, is_s3, join, local_path, resolve
+from covtanet.storage.uri import (
+    absolute,
+    is_dicomweb,
+    is_s3,
+    join,
+    local_path,
+    resolve,
+    split_query,
+)
 
 __all__ = [
     "CHUNK_BYTES",
@@ -27,6 +42,7 @@ __all__ = [
     "ObjectInfo",
     "TooLargeError",
     "TooManyObjectsError",
+    "UnreachableError",
     "absolute",
     "create",
     "delete",
@@ -36,6 +52,7 @@ __all__ = [
     "exists",
     "filesystem",
     "honours_create",
+    "is_dicomweb",
     "is_s3",
     "join",
     "list_names",
@@ -46,6 +63,7 @@ __all__ = [
     "read_whole",
     "resolve",
     "save_chunks",
+    "split_query",
     "upload",
     "version_digest",
     "walk",
@@ -56,7 +74,13 @@ LOCAL, OBJECT_STORE = LocalStore(), S3Store()
 
 
 def open_store(uri: str) -> Store:
-    """Return the store that a URI belongs to."""
+    """Return the store that a URI belongs to.
+
+    Raises:
+        OSError: a DICOMweb server.
+    """
+    if is_dicomweb(uri):
+        raise OSError("a DICOMweb server is an archive of series, expected a path or s3:// URI")
     return OBJECT_STORE if is_s3(uri) else LOCAL
 
 

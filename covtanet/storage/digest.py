@@ -28,6 +28,8 @@ class ContentDigest:
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
+        self.num_bytes = 0
+        """Bytes of these objects."""
 
     @property
     def num_objects(self) -> int:
@@ -42,6 +44,7 @@ class ContentDigest:
             digest.update(chunk)
             num_bytes += len(chunk)
             yield chunk
+        self.num_bytes += num_bytes
         self._lines[path] = f"{path}\0{num_bytes}\0{digest.hexdigest()}\n"
 
     def hexdigest(self) -> str:

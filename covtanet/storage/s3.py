@@ -122,7 +122,7 @@ class S3Store:
                 raise
             except OSError:
                 # With all bytes read there is no range left to ask for.
-                if attempt == MAX_ATTEMPTS - 1 or num_read >= expected.num_bytes:
+                if attempt == MAX_ATTEMPTS - 1 or num_read == expected.num_bytes:
                     raise
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
 

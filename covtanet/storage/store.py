@@ -19,11 +19,12 @@ Folder = tuple[str, list["ObjectInfo"]]
 class ObjectInfo:
     """One object of a listing.
 
-    path: relative to the listed root. version: ETag, or time of change on a disk.
+    path: relative to the listed root. num_bytes: None if the server does not tell, as DICOMweb.
+    version: ETag, or time of change on a disk.
     """
 
     path: str
-    num_bytes: int
+    num_bytes: int | None
     version: str
 
 

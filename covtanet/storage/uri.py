@@ -1,22 +1,47 @@
-"""URIs of storage: a local path or ``s3://BUCKET/KEY``. Nothing here reads or writes.
+"""URIs of storage; nothing here reads or writes.
 
-Keys are opaque: they are never unquoted or normalised, and joined only with ``/``.
+A local path, ``s3://BUCKET/KEY``, or a DICOMweb server as ``dicomweb+https://HOST/PATH``, which is
+an archive to read. Keys are opaque: they are never unquoted or normalised, and joined only with
+``/``.
 """
 
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from covtanet.environment import allows_plain_http
 from covtanet.errors import ConfigError
 
 S3 = "s3://"
+DICOMWEB, DICOMWEB_PLAIN = "dicomweb+https://", "dicomweb+http://"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
 def is_s3(uri: str) -> bool:
     """Return whether a URI names an object store rather than a local path."""
     return uri.startswith(S3)
+
+
+def is_dicomweb(uri: str) -> bool:
+    """Return whether a URI names a DICOMweb server."""
+    return uri.startswith((DICOMWEB, DICOMWEB_PLAIN))
+
+
+def http_url(uri: str) -> str:
+    """Return the URL by which HTTP reaches a DICOMweb URI."""
+    return uri.removeprefix("dicomweb+")
+
+
+def split_query(uri: str) -> tuple[str, str]:
+    """Return a DICOMweb URI without its query, and the query; other URIs have none."""
+    if not is_dicomweb(uri):
+        return uri, ""
+    root, _, query = uri.partition("?")
+    return root, query
 
 
 def join(root: str, *parts: str) -> str:
@@ -40,17 +65,43 @@ def absolute(uri: str) -> str:
     """Return the URI with an absolute local path and without a trailing slash.
 
     Raises:
-        ConfigError: unsupported scheme, or an s3:// URI with more than bucket and key.
+        ConfigError: unsupported scheme, an s3:// URI with more than bucket and key, a DICOMweb URI
+            with more than host and path, or one in clear text to another machine.
     """
+    if is_dicomweb(uri):
+        return _absolute_dicomweb(uri)
     scheme = SCHEME.match(uri)
     if scheme and scheme[0].lower() not in (S3, "file://"):
-        raise ConfigError(f"unsupported scheme {scheme[0]}, expected a path or s3://BUCKET/PREFIX")
+        raise ConfigError(
+            f"unsupported scheme {scheme[0]}, expected a path, s3://BUCKET/PREFIX or "
+            "dicomweb+https://HOST/PATH"
+        )
     if not is_s3(uri):
         return str(Path(uri.removeprefix("file://")).expanduser().resolve())
     bucket, _, key = uri.removeprefix(S3).partition("/")
     if not BUCKET.fullmatch(bucket) or ".." in key.split("/"):
         raise ConfigError("expected s3://BUCKET/PREFIX without user, port, query or '..'")
     return uri.rstrip("/")
+
+
+def _absolute_dicomweb(uri: str) -> str:
+    host, slash, path = http_url(uri).partition("://")[2].partition("/")
+    path = f"{slash}{path}".rstrip("/")
+    # Not quoted in the message: what does not belong into a URI may be a password.
+    if not HOST.fullmatch(host) or not PATH.fullmatch(path) or ".." in path.split("/"):
+        raise ConfigError(
+            "expected dicomweb+https://HOST[:PORT]/PATH without user and password, which come from "
+            "the environment (docs/pacs.md)"
+        )
+    if uri.startswith(DICOMWEB_PLAIN):
+        name = urlsplit(f"//{host}").hostname or ""
+        if not allows_plain_http(os.environ, name):
+            raise ConfigError(
+                f"dicomweb+http to {name}: images and passwords would travel in clear text, "
+                "expected dicomweb+https, or loopback"
+            )
+    scheme = DICOMWEB_PLAIN if uri.startswith(DICOMWEB_PLAIN) else DICOMWEB
+    return f"{scheme}{host}{path}"
 
 
 def split_s3(uri: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ ALLOWED = {
     "machine": set(),
     "runtime": {"environment", "machine", "storage"},
     "ray_data": set(),
-    "storage": set(),
+    "storage": {"environment"},
     "ct": set(),
     "model": set(),
     "drawing": {"ct", "decoding.stored_masks"},

@@ -1,0 +1,1 @@
+"""A PACS on this machine: Orthanc with DICOMweb, to try it, for tests, and before a router."""
