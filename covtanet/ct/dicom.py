@@ -10,9 +10,11 @@ series gets the first.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from isal import isal_zlib
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 
 from covtanet.ct import limits
@@ -29,7 +31,7 @@ from covtanet.ct.dicom_objects import (
     read_text,
     silenced_pydicom,
 )
-from covtanet.ct.dicom_pixels import check_complete, decode_stack
+from covtanet.ct.dicom_pixels import check_complete, decode, decode_stack, slice_to_hu
 from covtanet.ct.dicom_values import value_of
 from covtanet.ct.hounsfield import check_hu
 from covtanet.ct.volume import Volume, canonical_volume
@@ -77,6 +79,26 @@ def read_series(objects: Iterable[bytes], *, num_threads: int = 1) -> Volume:
     if not parsed.has_copies:
         return volume
     return replace(volume, qc_flags=(*volume.qc_flags, QcFlag.DUPLICATE_OBJECTS))
+
+
+def read_slice(data: bytes, shape: tuple[int, int]) -> NDArray[Any]:
+    """Return the HU of one single-frame object, (rows, columns), as its rows and columns lie.
+
+    shape: expected rows and columns.
+
+    Raises:
+        StudyError: the object cannot be read, or has another size.
+    """
+    with silenced_pydicom():
+        dataset = parse_object(data)
+        check_numbers(dataset)
+        (frame,) = _find_slices([dataset]).frames
+        check_complete([frame])
+        size = (int(frame.dataset.Rows), int(frame.dataset.Columns))
+        if size != shape:
+            raise StudyError(Reason.UNREADABLE, f"a slice of {size} pixels, expected {shape}")
+        _check_rescale([frame.dataset])
+        return slice_to_hu(decode(frame), frame.dataset)
 
 
 def _parse_objects(objects: Iterable[bytes]) -> _Objects:

@@ -1,4 +1,4 @@
-"""The decoder's child process, which prepares series. See ``sandbox``."""
+"""The decoder's child process, which prepares series and reads slices. See ``sandbox``."""
 
 import io
 import zipfile
@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from covtanet.ct.window import WindowConfig
-from covtanet.decoding import confinement, header_child
+from covtanet.decoding import confinement, header_child, slice_child
 from covtanet.decoding.prepare import prepare
 from covtanet.errors import Reason, StudyError, error_location
 
 
 def main() -> None:
     """Answer requests from standard input until it ends."""
-    handlers = {"series": decode_series, "headers": header_child.read_headers}
+    handlers = {
+        "series": decode_series,
+        "headers": header_child.read_headers,
+        "slices": slice_child.read_slices,
+    }
     confinement.run(handlers, warm_up)
 
 

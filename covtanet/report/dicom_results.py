@@ -92,7 +92,8 @@ def segmentation(
     """
     return hd.seg.Segmentation(
         source_images=completed(headers),
-        pixel_array=np.stack([lesion, lung], axis=-1).astype(np.uint8),
+        # A view: bool and uint8 hold the same bytes.
+        pixel_array=np.stack([lesion, lung], axis=-1).view(np.uint8),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[_description(segment, finding) for segment in SEGMENTS],
         series_instance_uid=finding.uid("segmentation series"),

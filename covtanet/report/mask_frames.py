@@ -26,12 +26,12 @@ def frames_of(
     Raises:
         StudyError: ``missing_position`` if a slice is off the grid of the mask.
     """
-    grid = _MaskGrid(affine)
+    grid = MaskGrid(affine)
     # (slices, rows, columns)
     return np.stack([_frame(header, mask, grid) for header in headers])
 
 
-class _MaskGrid:
+class MaskGrid:
     """The voxels of a mask in space. limits_mm: how far a pixel may be from its voxel."""
 
     def __init__(self, affine: NDArray[np.float64]) -> None:
@@ -40,10 +40,27 @@ class _MaskGrid:
         limits_mm = [off_grid_limit_mm(float(mm)) for mm in self.voxel_mm]
         self.limits_mm = np.array(limits_mm) + STORED_AFFINE_MM
 
+    def pixel_steps(
+        self, header: pydicom.Dataset
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the index of a slice's first pixel, and its steps to the next row and column."""
+        # LPS, mm, as DICOM has it.
+        corner = np.array([*header.ImagePositionPatient, 1.0], float)
+        # Along a row of the image the column grows, and the other way round.
+        along_row = np.array([*header.ImageOrientationPatient[0:3], 0.0], float)
+        along_column = np.array([*header.ImageOrientationPatient[3:6], 0.0], float)
+        # PixelSpacing gives the distance of rows first.
+        row_mm, column_mm = (float(value) for value in header.PixelSpacing)
+        return (
+            (self.to_index @ corner)[:3],
+            (self.to_index @ (along_column * row_mm))[:3],
+            (self.to_index @ (along_row * column_mm))[:3],
+        )
 
-def _frame(header: pydicom.Dataset, mask: NDArray[np.bool_], grid: _MaskGrid) -> NDArray[np.bool_]:
+
+def _frame(header: pydicom.Dataset, mask: NDArray[np.bool_], grid: MaskGrid) -> NDArray[np.bool_]:
     """Return the mask at the pixels of one slice."""
-    corner, step_row, step_column = _pixel_grid(header, grid.to_index)
+    corner, step_row, step_column = grid.pixel_steps(header)
     start = np.rint(corner).astype(int)
     by_row = np.rint(step_row).astype(int)
     by_column = np.rint(step_column).astype(int)
@@ -59,24 +76,6 @@ def _frame(header: pydicom.Dataset, mask: NDArray[np.bool_], grid: _MaskGrid) ->
     # Indexing, not resampling: the slices lie on the grid of the mask.
     frame: NDArray[np.bool_] = mask[index[0], index[1], index[2]]
     return frame
-
-
-def _pixel_grid(
-    header: pydicom.Dataset, to_index: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the index of the first pixel, and its steps to the next row and column."""
-    # LPS, mm, as DICOM has it.
-    corner = np.array([*header.ImagePositionPatient, 1.0], float)
-    # Along a row of the image the column grows, and the other way round.
-    along_row = np.array([*header.ImageOrientationPatient[0:3], 0.0], float)
-    along_column = np.array([*header.ImageOrientationPatient[3:6], 0.0], float)
-    # PixelSpacing gives the distance of rows first.
-    row_mm, column_mm = (float(value) for value in header.PixelSpacing)
-    return (
-        (to_index @ corner)[:3],
-        (to_index @ (along_column * row_mm))[:3],
-        (to_index @ (along_row * column_mm))[:3],
-    )
 
 
 def _is_inside(index: Sequence[NDArray[np.int64]], shape: Sequence[int]) -> bool:

@@ -21,8 +21,8 @@ from covtanet import storage
 from covtanet.commands.export import report_outcomes
 from covtanet.ct import dicom
 from covtanet.errors import StudyError
-from covtanet.report import export
-from covtanet.report.export import parse_header, source_headers
+from covtanet.report import export, series_results
+from covtanet.report.source_series import SourceSlice, find_series, parse_header, read_source
 from covtanet.storage import AccessError, ObjectChangedError
 
 Edit = Callable[[list[Dataset]], None]
@@ -47,6 +47,11 @@ def exported(
     box[2:-2, 20:60, 30:70] = True
     folder = keep_masks(row, results, box, objects)
     return export.export_series(row, str(results)), folder
+
+
+def source_of(row: dict[str, Any]) -> list[SourceSlice]:
+    """The slices of a row's series as export reads them."""
+    return read_source(*find_series(row), row["source_digest"])
 
 
 def edited(edit: Edit) -> list[bytes]:
@@ -114,7 +119,7 @@ def test_export_has_the_slices_that_were_screened(
         assert row.get("reason") is None, name
         found, folder = exported(row, objects, tmp_path / name / "results")
         assert found["outcome"] == "written", name
-        seg = pydicom.dcmread(folder / export.SEG)
+        seg = pydicom.dcmread(folder / series_results.SEG)
         referenced = {each.ReferencedSOPInstanceUID for each in seg.SourceImageSequence}
         assert referenced == {pydicom.dcmread(BytesIO(data)).SOPInstanceUID for data in slices()}, (
             name
@@ -203,7 +208,7 @@ def test_internal_error_of_export_names_its_location(
     row = dict(screened[0])
     del row["model_name"]
     found, _ = exported(row, list(slices()), tmp_path / "results")
-    assert found["detail"].startswith("KeyError at report/export.py:")
+    assert found["detail"].startswith("KeyError at report/series_results.py:")
 
 
 def test_export_is_pickled_by_value_for_workers() -> None:
@@ -255,9 +260,9 @@ def no_parser(screened: object, bomb: bytes, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_series_as_it_was_screened_is_parsed(screened: tuple[dict[str, Any], Path]) -> None:
-    headers = source_headers(screened[0])
-    assert len(headers) == 12
-    assert all("PixelData" not in header for header in headers)
+    found = source_of(screened[0])
+    assert len(found) == 12
+    assert all("PixelData" not in item.header and item.data is None for item in found)
 
 
 @pytest.mark.usefixtures("no_parser")
@@ -271,7 +276,7 @@ def test_replaced_series_is_refused_by_its_content(
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(ObjectChangedError, match="by its content"):
-        source_headers(row)
+        source_of(row)
 
 
 @pytest.mark.usefixtures("no_parser")

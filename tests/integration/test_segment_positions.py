@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from covtanet.ct.volume import canonical_volume
 from covtanet.phantoms.dicom_writer import write_series
 from covtanet.phantoms.phantom import Phantom, PhantomConfig, make_phantom
-from covtanet.report import dicom_results, export
+from covtanet.report import dicom_results, export, series_results
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_segment_has_the_patient_positions_of_its_mask(
     canonical = canonical_volume(mask.astype(np.int16), affine).hu > 0
     folder = keep_masks(row, tmp_path / "results", canonical, objects)
     assert export.export_series(row, str(tmp_path / "results"))["outcome"] == "written"
-    found = points_mm(pydicom.dcmread(folder / export.SEG), dicom_results.LUNG)
+    found = points_mm(pydicom.dcmread(folder / series_results.SEG), dicom_results.LUNG)
     truth = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
     distances_mm, nearest = map(np.asarray, KDTree(truth).query(found))
     assert len(set(nearest.tolist())) == len(found) == len(truth) > 1000
