@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from screening_runs import Screening
     from training_runs import TrainingRun, TrainingSetup
 
+    from infra.pacs.orthanc import Orthanc
+
 
 def _refuse(*args: object, **kwargs: object) -> NoReturn:
     raise AssertionError(
@@ -119,6 +121,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
 @pytest.fixture(scope="session")
 def cluster(s3: "S3", tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
     """One Ray cluster with dashboard on free ports, shared by all tests that need one."""
+    from pacs import credentials
     from running import Cluster
 
     from infra.local.endpoint import SERVE_ENVIRONMENT
@@ -130,6 +133,7 @@ def cluster(s3: "S3", tmp_path_factory: pytest.TempPathFactory) -> Iterator["Clu
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "COVTANET_SERVE_CONFIG": str(folder / "serve.toml"),
         **SERVE_ENVIRONMENT,
+        **credentials(folder),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     token = folder / "token"
@@ -148,6 +152,21 @@ def cluster(s3: "S3", tmp_path_factory: pytest.TempPathFactory) -> Iterator["Clu
         yield Cluster({**os.environ, **ray.environment, "RAY_TMP": short})
         ray.stop()
         foreign.stop()
+
+
+@pytest.fixture(scope="session")
+def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Orthanc"]:
+    """A real Orthanc with some phantoms, and with series that are not to be screened."""
+    from pacs import PASSWORD, fill
+
+    from infra.pacs.orthanc import INSTALL, is_installed, start_orthanc
+
+    if not is_installed():
+        pytest.skip(f"Orthanc is not installed: {INSTALL}")
+    server = start_orthanc(tmp_path_factory.mktemp("orthanc"), PASSWORD)
+    fill(server)
+    yield server
+    server.service.stop()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from covtanet.errors import (
     ObjectChangedError,
     Reason,
     StudyError,
+    StudyTimeoutError,
     UnreachableError,
 )
 from covtanet.storage import ObjectInfo, dicomweb
@@ -44,6 +45,8 @@ STUDIES_AT_A_TIME = 64
 MAX_ATTEMPTS = 5
 # Before a series that broke off is asked for again; the pause doubles with each attempt.
 FIRST_PAUSE_S = 0.25
+# Half of the time after which a watchdog ends the worker, which would tell less.
+SERIES_TIMEOUT_S = 900.0
 # The file meta with the UID of an instance comes first.
 HEAD_BYTES = 4096
 
@@ -160,6 +163,7 @@ def fetch_instances(
 
     Raises:
         StudyError: ``too_large``, the instances have more than ``max_bytes``.
+        StudyTimeoutError: the server takes too long.
         FileNotFoundError: the server does not have the series any more.
         ObjectChangedError: it has other instances than were listed.
         OSError: it does not answer as it should.
@@ -182,6 +186,7 @@ class _Fetch:
         self.num_unknown = 0
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self.deadline = time.monotonic() + SERIES_TIMEOUT_S
 
     def whole_series(self) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Yield what comes in the answer for the series; it may break off."""
@@ -218,6 +223,7 @@ class _Fetch:
         num_read = 0
         digest = hashlib.sha256()
         for attempt in range(MAX_ATTEMPTS):
+            self._check_time()
             source = self._request(uid, num_read, digest.digest()) if chunks is None else chunks
             try:
                 for chunk in source:
@@ -242,7 +248,13 @@ class _Fetch:
                 return
         raise FileNotFoundError("the DICOMweb server sent no instance")
 
+    def _check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            message = f"fetching the series takes longer than {SERIES_TIMEOUT_S:g} s"
+            raise StudyTimeoutError(message)
+
     def _count(self, num_bytes: int) -> None:
+        self._check_time()
         self.num_bytes += num_bytes
         if self.max_bytes is not None and self.num_bytes > self.max_bytes:
             message = f"more than {self.max_bytes >> 20} MiB, the most for a series"

@@ -132,8 +132,10 @@ def _read(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
         if name not in stored:  # an older version has fewer columns
             nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
             table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
-    # An older file may allow fewer columns to be null.
-    return table.select(wanted).cast(pa.schema([LEDGER_SCHEMA.field(name) for name in wanted]))
+    # An older file may allow fewer columns to be null; no value is converted.
+    fields = [table.schema.field(name) for name in wanted]
+    allowed = [field.with_nullable(LEDGER_SCHEMA.field(field.name).nullable) for field in fields]
+    return table.select(wanted).cast(pa.schema(allowed))
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:

@@ -1,4 +1,4 @@
-"""A TCP proxy that slows a server down, as a far or overloaded store does, or shuts it off."""
+"""A TCP proxy that slows a server down, as a far or overloaded store does, cuts it, or shuts it."""
 
 import socket
 import threading
@@ -14,7 +14,8 @@ class SlowDoor:
     """Pass connections on to a port of loopback.
 
     bytes_per_s: limit of one connection's answers; 0 for no limit. is_shut: accept no connection
-    and pass nothing on.
+    and pass nothing on. cut_after_bytes: close a connection behind so many bytes of its answers,
+    the first ``num_cuts`` times that one has more.
     """
 
     def __init__(self, port: int) -> None:
@@ -22,6 +23,9 @@ class SlowDoor:
         (self.port,) = free_ports(1)
         self.bytes_per_s = 0.0
         self.is_shut = False
+        self.cut_after_bytes = 0
+        self.num_cuts = 0
+        self.num_connections = 0
         self._listener = socket.create_server((LOOPBACK, self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -33,6 +37,7 @@ class SlowDoor:
         with suppress(OSError):  # the listener is closed
             while True:
                 client, _ = self._listener.accept()
+                self.num_connections += 1
                 if self.is_shut:
                     client.close()
                     continue
@@ -42,9 +47,14 @@ class SlowDoor:
                     threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        num_passed = 0
         with suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
                 if self.is_shut:
+                    break
+                num_passed += len(data)
+                if is_answer and self.num_cuts and num_passed > self.cut_after_bytes:
+                    self.num_cuts -= 1
                     break
                 if is_answer and self.bytes_per_s:
                     time.sleep(len(data) / self.bytes_per_s)
