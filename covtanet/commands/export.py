@@ -1,31 +1,38 @@
-"""Write a run's results as DICOM: a segmentation and a structured report for every DICOM series.
+"""Write a run's results as DICOM: segmentation, structured report and key images of every series.
 
-covtanet export --ledger URI [--run RUN_ID] [--results URI] [--series SERIES_KEY ...]
+covtanet export --ledger URI [--run RUN_ID] [--results URI] [--series SERIES_KEY ...] [--to SERVER]
 
 The run must have kept results (covtanet screen --results), and its archive must not have changed or
 moved: a series that differs from the screened one is refused, by the digest of its content. Written
-beside the results: RESULTS/RUN_ID/SERIES_KEY/lesion.seg.dcm (segments lesion and lung) and
-measurements.sr.dcm (TID 1500). Objects that are there are left alone. Attributes that the source
-lacks, as after de-identification, are empty in them. Enhanced multi-frame CT is not exported.
+beside the results: RESULTS/RUN_ID/SERIES_KEY/lesion.seg.dcm (segments lesion and lung),
+measurements.sr.dcm (TID 1500) and key-01.sc.dcm to at most key-12.sc.dcm (Secondary Capture: the
+slices with most lesion, or a few slices of a series without). Objects that are there are left
+alone. Attributes that the source lacks, as after de-identification, are empty in them. NIfTI and
+Enhanced multi-frame CT are not exported.
 
-Every series has an outcome, and the last line counts them: written, there already, a reason of
-docs/input.md, or
+--to dicomweb+https://HOST/PATH sends them to that server by STOW-RS, one request for each series;
+its credentials come from the environment (COVTANET_DICOMWEB_USER and others). Objects that the
+server holds are not sent again.
+
+Every series has an outcome, and the last line counts them: written, there already, with --to sent
+or sent already, a reason of docs/input.md, or
 
 enhanced_multi_frame  not exported, see above
 no_masks              the run kept no masks of the series
 vanished, changed     the series is gone, or another than was screened
 hidden                the ledger hides the location of the series (deidentify = true)
-storage               an object could not be read or written, after retries
+refused               the server stored not all objects; the log names them and its reasons (PS3.18)
+storage               an object could not be read, written or sent, after retries
 worker_died           the series ended its worker, twice
 internal_error        a fault of this software; type and location are in the log
 
 Exit codes:
 
-0  all written, now or before
-1  storage, Ray or this software failed; the same command continues
+0  all written and sent, now or before
+1  storage, the server, Ray or this software failed; the same command continues
 2  wrong arguments
 3  refused to start, or nothing to export
-4  some could not be exported, the others are
+4  some could not be exported or sent, the others are
 
 Research use only, not a medical device.
 """
@@ -46,14 +53,16 @@ from covtanet.report.export import (
     THERE_ALREADY,
     WRITTEN,
     export_series,
-    exportable_rows,
     outcome_of,
 )
+from covtanet.report.exportable import exportable_rows
+from covtanet.report.sending import SENT, SENT_ALREADY
 from covtanet.runtime import ExitCode, connect, location, parser, run_command
+from covtanet.storage import dicomweb
 
 logger = logging.getLogger(__name__)
 
-DONE = {WRITTEN, THERE_ALREADY}
+DONE = {WRITTEN, THERE_ALREADY, SENT, SENT_ALREADY}
 # Two, so that a CPU has the next series when it has finished one.
 SERIES_PER_CPU = 2
 
@@ -70,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ledger", required=True, help="folder or s3:// prefix of the ledger")
     add("--run", default="", help="run id; default: the newest committed run")
     add("--results", default="", help="location of the run's results; default: LEDGER/_results")
+    add("--to", default="", help="dicomweb+https://HOST/PATH that the objects are sent to")
     add("--series", action="append", default=[], help="series key; default: every DICOM series")
     return options.parse_args(argv)
 
@@ -80,9 +90,10 @@ def export(arguments: argparse.Namespace) -> int:
     results = storage.join(ledger, "_results")
     if arguments.results:
         results = location(arguments.results, "--results")
+    server = dicomweb.server_root(arguments.to) if arguments.to else ""
     rows = chosen_rows(ledger, arguments.run, arguments.series)
     connect()
-    return report_outcomes(export_all(rows, results))
+    return report_outcomes(export_all(rows, results, server))
 
 
 def chosen_rows(ledger: str, run_id: str, keys: list[str]) -> list[dict[str, Any]]:
@@ -101,7 +112,9 @@ def chosen_rows(ledger: str, run_id: str, keys: list[str]) -> list[dict[str, Any
     return rows
 
 
-def export_all(rows: Sequence[dict[str, Any]], results: str) -> Iterator[dict[str, Any]]:
+def export_all(
+    rows: Sequence[dict[str, Any]], results: str, server: str = ""
+) -> Iterator[dict[str, Any]]:
     """Yield the outcome of every row as it ends.
 
     Tasks, not a plan of Ray Data, whose worker deaths name no row: here a series that ends its
@@ -116,7 +129,7 @@ def export_all(rows: Sequence[dict[str, Any]], results: str) -> Iterator[dict[st
     running: dict[Any, str] = {}
     while True:
         for row in islice(remaining, max_running - len(running)):
-            running[task.remote(row, results)] = row["series_key"]
+            running[task.remote(row, results, server)] = row["series_key"]
         if not running:
             return
         (ended,), _ = ray.wait(list(running), num_returns=1)
@@ -128,7 +141,7 @@ def export_all(rows: Sequence[dict[str, Any]], results: str) -> Iterator[dict[st
 
 
 def report_outcomes(outcomes: Iterable[dict[str, Any]]) -> int:
-    """Log every series that was not written and the counts; return the exit code."""
+    """Log every series that was not exported and the counts; return the exit code."""
     counts: Counter[str] = Counter()
     for row in outcomes:
         outcome = row["outcome"]

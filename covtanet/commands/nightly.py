@@ -1,6 +1,6 @@
 """One night: screen new and changed series, alert if something is wrong, report, remove old files.
 
-covtanet nightly --archive URI --ledger URI --model REF [--alert-url-file FILE]
+covtanet nightly --archive URI --ledger URI --model REF [--alert-url-file FILE] [--export-to SERVER]
 covtanet nightly --ledger URI --night DATE --acknowledge "why"
 ray job submit --submission-id screen-20261123 --working-dir . -- python jobs/nightly.py ...
 
@@ -10,6 +10,10 @@ code, until a person acknowledges it. Exit codes are those of covtanet screen, b
 half the series for rejected ones (--max-rejected 0.5; screen alone has 1.0). Each start that ends
 otherwise than with 0 raises one alert: a log line that begins with ALERT and, with
 --alert-url-file, a POST of the same as JSON; it holds counts and dates, nothing of any study.
+
+--export-to dicomweb+https://HOST/PATH sends the results of a committed night as covtanet export
+does. An export that fails raises the alert export_failed, and every later start, of this night or
+another, tries it again without screening again, until the night is acknowledged.
 
 Research use only, not a medical device.
 """
@@ -30,6 +34,7 @@ from zoneinfo import ZoneInfo
 
 from covtanet import storage
 from covtanet.alerts import send_alert
+from covtanet.commands.night_exports import drop_export, export_nights, note_export
 from covtanet.errors import ConfigError, Reason, error_location
 from covtanet.ledger.batch import run_of_batch
 from covtanet.ledger.read import account_run, find_run_file, read_run
@@ -43,6 +48,7 @@ from covtanet.ledger.run import WORK, known_runs
 from covtanet.report.night_report import write_report
 from covtanet.report.worklist import summary
 from covtanet.runtime import ExitCode, location, parser, start_logging
+from covtanet.storage import dicomweb
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--site-key", type=Path, help="file with the secret of the pseudonyms (deidentify = true)")
     add("--linkage", default="", help="folder or s3:// prefix for identities (deidentify = true)")
     add("--alert-url-file", type=Path, help="file with the URL that alerts are sent to, a secret")
+    add("--export-to", default="", help="dicomweb+https://HOST/PATH that results are sent to")
     add(
         "--keep-days",
         type=int,
@@ -94,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = options.parse_args(argv)
     if not arguments.acknowledge and not (arguments.archive and arguments.model):
         options.error("--archive and --model are needed, unless a night is acknowledged")
+    if arguments.export_to and arguments.site_key:
+        options.error("--export-to needs the locations of the series, which --site-key hides")
     if arguments.keep_days < 1:
         options.error("--keep-days must be at least 1: work of today's runs is under way")
     if arguments.keep_results_days < 0:
@@ -142,6 +151,16 @@ def run_watched(arguments: argparse.Namespace, night: date) -> int:
 
 
 def run(arguments: argparse.Namespace, night: date, ledger: str, watch: Watch) -> int:
+    """Screen the night unless it is marked, then export what is still to be exported."""
+    server = dicomweb.server_root(arguments.export_to) if arguments.export_to else ""
+    code = run_unless_marked(arguments, night, ledger, watch)
+    if server and export_nights(ledger, server, run_process) != ExitCode.DONE:
+        watch.alert("export_failed")
+        return code or ExitCode.ERROR
+    return code
+
+
+def run_unless_marked(arguments: argparse.Namespace, night: date, ledger: str, watch: Watch) -> int:
     """Screen, alert, report, remove old files, and mark the night if its ledger is committed."""
     mark_uri = uri_of_mark(ledger, night)
     if storage.exists(mark_uri):
@@ -177,6 +196,8 @@ def finish(
     try:
         mark["report"] = write_report(ledger, mark["run_id"], "")
         remove_old_files(arguments, night, ledger)
+        if arguments.export_to:
+            note_export(ledger, night, mark["run_id"])
         storage.write_bytes(uri_of_mark(ledger, night), json.dumps(mark, indent=2).encode())
     except (OSError, ConfigError) as error:
         kind = type(error).__name__
@@ -218,6 +239,7 @@ def acknowledge(ledger: str, night: date, why: str) -> int:
     acknowledged = {"who": user(), "why": why, "at": datetime.now(UTC).isoformat()}
     mark = {**json.loads(storage.read_bytes(mark_uri)), "acknowledged": acknowledged}
     storage.write_bytes(mark_uri, json.dumps(mark, indent=2).encode())
+    drop_export(ledger, night)
     logger.info("the night of %s is acknowledged by %s", night, acknowledged["who"])
     return ExitCode.DONE
 
@@ -272,6 +294,11 @@ def screen(arguments: argparse.Namespace, night: date, ledger: str) -> int:
     for name in ("config", "site_key", "linkage"):
         if value := getattr(arguments, name):
             command += [f"--{name.replace('_', '-')}", str(value)]
+    return run_process(command)
+
+
+def run_process(command: Sequence[str]) -> int:
+    """Run a command of this package; return its exit code."""
     code = subprocess.run(command, check=False).returncode
     return code if code in tuple(ExitCode) else ExitCode.ERROR  # a killed process has another code
 

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import nibabel as nib
@@ -11,7 +10,7 @@ import numpy as np
 from covtanet import storage
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding.slices import slice_reader
-from covtanet.errors import Reason, Status, StudyError, error_location
+from covtanet.errors import Reason, StudyError, error_location
 from covtanet.report.sending import send_results
 from covtanet.report.series_results import (
     FIRST_KEY_IMAGE,
@@ -27,17 +26,6 @@ WRITTEN = "written"
 THERE_ALREADY = "there already"
 # run_id and series_key become a folder.
 SAFE_NAME = re.compile(r"[0-9A-Za-z]+")
-
-
-def exportable_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the screened DICOM series of a run. keys: of these series alone; empty for all."""
-    return [
-        row
-        for row in rows
-        if row["status"] == Status.SCREENED
-        and row["source_format"] == "dicom"
-        and (not keys or row["series_key"] in keys)
-    ]
 
 
 def export_series(row: dict[str, Any], results: str, server: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from covtanet.storage.dicomweb_server import (
     read_answer,
 )
 from covtanet.storage.multipart import Part, boundary_of, read_parts
+from covtanet.storage.uri import absolute, is_dicomweb
 
 PAGE = 500
 UID_CHARACTERS = frozenset("0123456789.")
@@ -86,6 +87,20 @@ def split_path(uri: str) -> tuple[str, str, str]:
     if not is_sound or (slash and not rest.startswith("series/")):
         raise ConfigError("expected ROOT/studies/UID or ROOT/studies/UID/series/UID")
     return root, study_uid, series_uid
+
+
+def server_root(uri: str) -> str:
+    """Return the root of a server that a user names.
+
+    Raises:
+        ConfigError: the URI names none, or the server's credentials cannot be read.
+    """
+    root = absolute(uri)
+    if not is_dicomweb(root) or split_path(root)[1]:
+        raise ConfigError("expected the server as dicomweb+https://HOST/PATH")
+    # Now, and not when the first object is sent.
+    dicomweb_server(root)
+    return root
 
 
 def is_uid(text: str) -> bool:

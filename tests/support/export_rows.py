@@ -18,9 +18,13 @@ def write_objects(folder: Path, objects: list[bytes]) -> None:
         (folder / f"{index:03d}.dcm").write_bytes(data)
 
 
-def screened_row(archive: Path) -> dict[str, Any]:
-    """The ledger row of the one series of an archive, as far as decoding fills it."""
-    (row,) = manifest_rows(archive)
+def screened_row(archive: Path | str, row: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The ledger row of a series of an archive, as far as decoding fills it.
+
+    row: of the manifest; by default that of the folder's one series.
+    """
+    if row is None:
+        (row,) = manifest_rows(Path(archive))
     decoder = stages.in_process(WINDOW, CONFIG)
     prepared = stages.prepare_series(
         row, archive=str(archive), window=WINDOW, config=CONFIG, decoder=decoder
