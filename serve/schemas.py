@@ -79,6 +79,22 @@ class SeriesRow(BaseModel):
     )
 
 
+class SeriesResults(BaseModel):
+    """What became of the DICOM results of a screened DICOM series: SEG, SR and key images."""
+
+    series_key: str
+    outcome: str = Field(
+        description="made; if they were to be stored: sent, sent already or refused; else the "
+        "reason why there are none, see covtanet export --help and docs/input.md",
+        examples=["sent"],
+    )
+    detail: str = Field(
+        default="",
+        description="objects that the server refused, with its failure reasons (PS3.18)",
+        examples=["SEG 0xa700"],
+    )
+
+
 class StudyAnswer(BaseModel):
     """The series of a study in the columns of the ledger.
 
@@ -90,13 +106,30 @@ class StudyAnswer(BaseModel):
     reason: str | None = Field(
         default=None, description="reason of the first series, if no series was screened"
     )
+    results: list[SeriesResults] | None = Field(
+        default=None, description="there if the request asked for DICOM results"
+    )
     research_use_only: Literal[True] = True
 
 
 class UriRequest(Strict):
-    """A study in storage: a NIfTI object, or the prefix of a DICOM series."""
+    """A study in storage: a NIfTI object, the prefix of a DICOM series, or a study or series of a
+    DICOMweb server.
 
-    uri: str = Field(examples=["s3://hospital/ct/study-17/"], max_length=1024)
+    store_results: send SEG, SR and key images to the DICOMweb server that the study came from.
+    """
+
+    uri: str = Field(
+        examples=[
+            "s3://hospital/ct/study-17/",
+            "dicomweb+https://pacs.hospital/dicom-web/studies/1.2.3",
+        ],
+        max_length=1024,
+    )
+    store_results: bool = Field(
+        default=False,
+        description="send SEG, SR and key images to the DICOMweb server that the study came from",
+    )
 
 
 class BatchRequest(Strict):

@@ -41,7 +41,10 @@ class Caller:
     token_sha256: str
     """SHA-256 of the bearer token, in hex."""
     places: tuple[str, ...] = ()
-    """Allowed locations: the ``s3://BUCKET/PREFIX`` below which this caller may read."""
+    """Allowed locations: the ``s3://BUCKET/PREFIX``, or ``dicomweb+https://HOST/PATH`` of a server
+    or of one of its studies, below which this caller may read."""
+    may_store: bool = False
+    """Whether this caller may have results stored at the DICOMweb server of a study."""
 
     def __post_init__(self) -> None:
         if len(self.token_sha256) != 64 or set(self.token_sha256) - set("0123456789abcdef"):
@@ -51,21 +54,32 @@ class Caller:
                 "token_sha256 is the digest of an empty text, expected that of a token"
             )
         for location in self.places:
-            if not storage.is_s3(location):
-                raise ValueError(f"places has {location}, expected s3://BUCKET/PREFIX")
+            if not _is_location(location):
+                raise ValueError(
+                    f"places has {location}, expected s3://BUCKET/PREFIX or "
+                    "dicomweb+https://HOST/PATH"
+                )
             storage.absolute(location)
 
     def may_read(self, uri: str) -> bool:
-        """Return whether an ``s3://`` URI is under an allowed location of this caller."""
-        if not storage.is_s3(uri) or not uri.isprintable():
+        """Return whether a URI is under an allowed location of this caller."""
+        if not _is_location(uri) or not uri.isprintable():
             return False
-        if set(uri) & set("?#%\\*") or "//" in uri.removeprefix("s3://"):
+        path = uri.partition("://")[2]
+        if set(uri) & set("?#%\\*") or "//" in path:
+            return False
+        # HTTP leaves out a segment that is a dot, so that the path would be another.
+        if storage.is_dicomweb(uri) and "." in path.split("/"):
             return False
         try:
             location = storage.absolute(uri)
         except ConfigError:
             return False
         return any(_is_under(location, storage.absolute(allowed)) for allowed in self.places)
+
+
+def _is_location(uri: str) -> bool:
+    return storage.is_s3(uri) or storage.is_dicomweb(uri)
 
 
 def _is_under(location: str, folder: str) -> bool:

@@ -1,6 +1,7 @@
 """Screening of one study: a decoder slot reads it, model replicas answer its slices."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from covtanet.tracking import software_version
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 from serve.refusals import RefusedError, busy
 from serve.remote_network import RemoteNetwork, StudyScreener
+from serve.results import Results, ResultsMaker, ResultsRequest
 from serve.settings import ServeConfig
 
 # A model replica that hangs answers no caller; the request is refused as busy after this time.
@@ -27,6 +29,8 @@ DESCRIBE_TIMEOUT_S = 10.0
 SECONDS_BUCKETS = [0.5, 1, 2, 5, 10, 30, 60, 120]
 
 Check = Callable[[], None]
+# The rows of a study, and its results if they were asked for.
+Read = tuple[list[dict[str, Any]], Results | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class StudyRequest:
     limits: StudyLimits
     source: str = ""
     """Replaces that location in the rows if it is not empty, as for an upload."""
+    results: ResultsRequest | None = None
+    """The DICOM results to make of its series; None for the rows alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class ScreenedStudy:
 
     rows: list[dict[str, Any]]
     model: dict[str, Any]
+    results: Results | None = None
 
 
 class Studies:
@@ -62,6 +69,8 @@ class Studies:
         self.decoders = Decoders(
             settings.num_decoders, settings.max_waiting, settings.request_timeout_s
         )
+        # Results take memory that a replica has for one study at a time.
+        self.results_lock = threading.Lock()
         self.answered = Counter(
             "covtanet_http_studies", "Series answered over HTTP.", ("status", "reason")
         )
@@ -94,21 +103,20 @@ class Studies:
         model = await self.describe_model()
         # Not the time of day, which may be set back.
         started = time.monotonic()
-        rows = await self._run(partial(self._read, study, model), resources)
+        rows, results = await self._run(partial(self._read, study, model), resources)
         self.seconds.observe(time.monotonic() - started)
         for row in rows:
             self.answered.inc(tags={"status": row["status"], "reason": row["reason"] or ""})
             row["source_uri"] = study.source or row["source_uri"]
             row["model_name"] = model["name"]
             row["model_version"] = model["version"]
-        return ScreenedStudy(rows=rows, model=model)
+        return ScreenedStudy(rows=rows, model=model, results=results)
 
-    async def _run(
-        self, work: Callable[[Slot], list[dict[str, Any]]], resources: ExitStack
-    ) -> list[dict[str, Any]]:
+    async def _run(self, work: Callable[[Slot], Read], resources: ExitStack) -> Read:
         try:
             return await self.decoders.run(work, resources)
-        except NoSeriesError:
+        # Some DICOMweb servers answer 404 about a study that they do not have, others nothing.
+        except (NoSeriesError, FileNotFoundError):
             raise RefusedError(422, "no_series", "no series in it, expected a chest CT") from None
         except (UnavailableError, BusyError):
             raise busy(self.settings.retry_after_s) from None
@@ -117,11 +125,16 @@ class Studies:
             message = f"the study took over {limit_s:g} s; submit an archive as a batch"
             raise RefusedError(504, "deadline", message) from None
 
-    def _read(self, study: StudyRequest, model: dict[str, Any], slot: Slot) -> list[dict[str, Any]]:
+    def _read(self, study: StudyRequest, model: dict[str, Any], slot: Slot) -> Read:
         """Read and screen a study in the thread that holds this slot."""
         location = study.locate(slot.check)
         screener = slot.screener(model["digest"], partial(self._make_screener, model))
-        return list(screener(location, study.limits))
+        if study.results is None:
+            return list(screener(location, study.limits)), None
+        child = screener.decoder.child
+        maker = ResultsMaker(study.results, model, child, self.results_lock, slot.check)
+        rows = list(screener(location, study.limits, maker.receive))
+        return rows, maker.results
 
     def _make_screener(self, model: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, model["preprocessing"], model["readout"])

@@ -53,9 +53,9 @@ from covtanet.report.export import (
     THERE_ALREADY,
     WRITTEN,
     export_series,
-    outcome_of,
 )
 from covtanet.report.exportable import exportable_rows
+from covtanet.report.outcomes import outcome_of
 from covtanet.report.sending import SENT, SENT_ALREADY
 from covtanet.runtime import ExitCode, connect, location, parser, run_command
 from covtanet.storage import dicomweb

@@ -10,7 +10,7 @@ import numpy as np
 from covtanet import storage
 from covtanet.ct.volume import LPS_TO_RAS
 from covtanet.decoding.slices import slice_reader
-from covtanet.errors import Reason, StudyError, error_location
+from covtanet.report.outcomes import outcome_of, outcome_of_work
 from covtanet.report.sending import send_results
 from covtanet.report.series_results import (
     FIRST_KEY_IMAGE,
@@ -35,36 +35,19 @@ def export_series(row: dict[str, Any], results: str, server: str = "") -> dict[s
 
     Raises:
         AccessError, UnreachableError: store or server refuse the credentials, or the server does
-            not answer, which concerns every series.
+            not answer, which concerns every series; so do errors of the sandbox.
     """
     key = row["series_key"]
     # Before any path is made of them.
     if not all(SAFE_NAME.fullmatch(row[name]) for name in ("run_id", "series_key")):
         return outcome_of("", "run_id or series_key is not of letters and digits")
     folder = storage.join(results, row["run_id"], key)
-    try:
-        outcome, detail = _write(row, folder), ""
-        if server:
-            outcome, detail = send_results(folder, server)
-        return outcome_of(key, outcome, detail)
-    except StudyError as error:
-        return outcome_of(key, error.reason, str(error))
-    except NotExportedError as error:
-        return outcome_of(key, str(error))
-    except (storage.AccessError, storage.UnreachableError):
-        raise
-    # Before OSError, of which it is a kind.
-    except storage.ObjectChangedError:
-        return outcome_of(key, Reason.CHANGED)
-    except OSError as error:
-        return outcome_of(key, Reason.STORAGE, type(error).__name__)
-    except Exception as error:  # its text may quote the source
-        return outcome_of(key, Reason.INTERNAL_ERROR, error_location(error))
 
+    def work() -> tuple[str, str]:
+        outcome = _write(row, folder)
+        return send_results(folder, server) if server else (outcome, "")
 
-def outcome_of(series_key: str, outcome: str, detail: str = "") -> dict[str, Any]:
-    """Return the outcome of a series as plain values. detail: for the log alone."""
-    return {"series_key": series_key, "outcome": str(outcome), "detail": detail}
+    return outcome_of_work(key, work)
 
 
 def _write(row: dict[str, Any], folder: str) -> str:

@@ -3,7 +3,7 @@
 Headers and series are read in one sandbox.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,10 +17,10 @@ from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.decoding.sandbox import Sandbox
 from covtanet.errors import NoSeriesError, UploadError
 from covtanet.inference.predictor import VolumePredictor
-from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import digest_of
 from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
 from covtanet.screening.config import ScreeningConfig, config_values
+from covtanet.screening.records import MeasuredSeries
 from covtanet.screening.stages import measure_series, predict_series, prepare_series
 
 # A folder and its objects.
@@ -37,6 +37,19 @@ class StudyLimits:
     """Files of all series."""
     max_bytes: int = 1 << 30
     """Bytes of all objects as they are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenedSeries:
+    """A finished series: its row, the archive that it lies in, and its masks."""
+
+    row: dict[str, Any]
+    archive: str
+    series: manifest.Series
+    measured: MeasuredSeries
+
+
+Receive = Callable[[ScreenedSeries], None]
 
 
 class Screener:
@@ -74,13 +87,16 @@ class Screener:
         refuse_weak_sandbox(config.decode_limits)
         self.decoder = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
-    def __call__(self, uri: str, limits: StudyLimits | None = None) -> Iterator[dict[str, Any]]:
+    def __call__(
+        self, uri: str, limits: StudyLimits | None = None, receive: Receive | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Yield one row per series of a NIfTI file or a folder, in the ledger's columns.
 
         Columns that belong to a run of the screening job are null. The digest of the configuration
         is that of a run with the same window and configuration.
 
-        uri: a path, an s3:// URI, or a study or series of a DICOMweb server.
+        uri: a path, an s3:// URI, or a study or series of a DICOMweb server. receive: gets every
+        series with its masks before its row is yielded.
 
         Raises:
             NoSeriesError: the input holds no series.
@@ -91,9 +107,7 @@ class Screener:
         root, study = self._find(storage.absolute(uri), limits)
         self._check(study, limits)
         for series in study:
-            record = self._screen(series, root)
-            columns = record.to_columns() | self.provenance | {"screened_at": datetime.now(UTC)}
-            yield {name: columns.get(name) for name in LEDGER_SCHEMA.names}
+            yield self._screen(series, root, receive)
 
     def _find(self, uri: str, limits: StudyLimits | None) -> tuple[str, list[manifest.Series]]:
         """Return the root of a study's paths, and its series."""
@@ -134,7 +148,10 @@ class Screener:
             message = f"{len(study)} series, expected at most {limits.max_series} in a request"
             raise UploadError("too_large", message)
 
-    def _screen(self, series: manifest.Series, root: str) -> ScreeningRecord:
+    def _screen(
+        self, series: manifest.Series, root: str, receive: Receive | None
+    ) -> dict[str, Any]:
+        """Return the row of a series. Its masks are gone with the end of this method."""
         prepared = prepare_series(
             series.to_row(),
             archive=root,
@@ -145,7 +162,13 @@ class Screener:
         # A series that was refused by its listing did not use the child and did not notice.
         self.decoder.child.check_open()
         predicted = predict_series(prepared, self.predictor)
-        return measure_series(predicted, self.window, self.config).record
+        measured = measure_series(predicted, self.window, self.config)
+        columns = measured.record.to_columns() | self.provenance
+        columns["screened_at"] = datetime.now(UTC)
+        row = {name: columns.get(name) for name in LEDGER_SCHEMA.names}
+        if receive is not None:
+            receive(ScreenedSeries(row=row, archive=root, series=series, measured=measured))
+        return row
 
     def close(self) -> None:
         """End the child process and the study in work, for good; any thread may call it."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ config = "{config}"
 name = "local"
 token_sha256 = "{digest}"
 places = [{places}]
+may_store = {may_store}
 """
 
 
@@ -55,6 +57,7 @@ def write_config(
     upload_timeout_s: float = 120,
     request_timeout_s: float = 300,
     max_uploads_per_caller: int = 16,
+    may_store: bool = False,
 ) -> None:
     """Write the endpoint's settings with one caller, who may read ``places``.
 
@@ -69,6 +72,7 @@ def write_config(
         upload_timeout_s=upload_timeout_s,
         request_timeout_s=request_timeout_s,
         max_uploads_per_caller=max_uploads_per_caller,
+        may_store=json.dumps(may_store),
         digest=hashlib.sha256(token.encode()).hexdigest(),
         places=", ".join(f'"{uri}"' for uri in places),
     )

@@ -1,5 +1,6 @@
 """An endpoint on the cluster of all tests, and a batch that was submitted to it."""
 
+import hashlib
 import json
 import secrets
 import time
@@ -9,26 +10,51 @@ from typing import Any
 
 import pytest
 from nights import NIGHT, NIGHT_HEADERS, SubmittedBatch
+from pacs import PASSWORD, READER_TOKEN, phantom_series
 from running import Cluster
 from screening_runs import Screening
 
 from infra.local.endpoint import Endpoint, start_endpoint, write_config
 from infra.local.services import free_ports
+from infra.pacs.orthanc import INSTALL, Orthanc, is_installed, start_orthanc
 
 # A screening of 25 series on five logical CPUs of a busy machine.
 BATCH_TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="session")
-def endpoint(screening: Screening, cluster: Cluster) -> Iterator[Endpoint]:
+def pacs_port() -> int:
+    """The port of the PACS that the endpoint may read, whether one is installed or not."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="session")
+def pacs(pacs_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    """An Orthanc that the endpoint may read, with one phantom."""
+    if not is_installed():
+        pytest.skip(f"Orthanc is not installed: {INSTALL}")
+    server = start_orthanc(tmp_path_factory.mktemp("pacs"), PASSWORD, pacs_port)
+    server.load(phantom_series(0))
+    yield server
+    server.service.stop()
+
+
+@pytest.fixture(scope="session")
+def endpoint(screening: Screening, cluster: Cluster, pacs_port: int) -> Iterator[Endpoint]:
     """The endpoint; while it runs it holds a CPU that screenings would use."""
     folder = Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent
     token = secrets.token_urlsafe(32)
+    places = ("s3://bucket/archive", f"dicomweb+http://127.0.0.1:{pacs_port}/dicom-web")
     write_config(
         folder / "serve.toml", token, model=str(screening.folder / "model"),
-        ledger="s3://bucket/served", places=("s3://bucket/archive",), max_waiting=2,
+        ledger="s3://bucket/served", places=places, max_waiting=2, may_store=True,
         config=str(screening.folder / "screening.toml"), max_uploads_per_caller=4,
     )  # fmt: skip
+    with (folder / "serve.toml").open("a") as file:
+        digest = hashlib.sha256(READER_TOKEN.encode()).hexdigest()
+        file.write(
+            f'[[callers]]\nname = "reader"\ntoken_sha256 = "{digest}"\nplaces = {list(places)}\n'
+        )
     (port,) = free_ports(1)
     started = start_endpoint(cluster.environment, port, folder / "serve.log", token)
     yield started

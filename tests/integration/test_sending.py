@@ -20,6 +20,7 @@ from covtanet.archive.manifest import Series
 from covtanet.commands.export import report_outcomes
 from covtanet.ct import dicom
 from covtanet.report import export
+from covtanet.report.outcomes import outcome_of
 from covtanet.report.sending import send_objects
 from covtanet.report.series_results import SEG, SR
 from covtanet.storage import AccessError, UnreachableError, dicomweb_server
@@ -166,7 +167,7 @@ def test_refused_object_is_named_with_its_reason(
     assert outcome == "refused"
     assert detail.startswith("SR 0x")
     with caplog.at_level(logging.INFO):
-        refused = export.outcome_of(row["series_key"], outcome, detail)
+        refused = outcome_of(row["series_key"], outcome, detail)
         assert report_outcomes([refused]) == 4
     assert f"series {row['series_key']}: refused, SR 0x" in caplog.text
     assert row["series_uid"] not in caplog.text

@@ -19,6 +19,8 @@ from infra.pacs.orthanc import USER, Orthanc
 
 # It must not be found in any log.
 PASSWORD = "canary-of-the-pacs"
+# Of a caller of the endpoint who may not store results.
+READER_TOKEN = "token-of-the-reader"
 SEED = 61
 NUM_SERIES = 4
 # Kinds that a run counts and does not screen.
