@@ -12,12 +12,15 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pydicom
+import pytest
+from pacs import PASSWORD
 from repository import ROOT
 from running import Cluster
 from screening_runs import Screening
 
 from covtanet import storage
 from covtanet.ledger.diff import differences
+from infra.pacs.orthanc import INSTALL, is_installed, start_orthanc
 
 ARCHIVE = "s3://bucket/archive"
 
@@ -178,3 +181,37 @@ def test_export_writes_seg_and_sr_of_every_series(screening: Screening, cluster:
         ]
         pixels = read.get_pixels_by_source_instance(uids, [1], assert_missing_frames_are_empty=True)
         assert int(pixels.sum()) == int(lesion.sum())
+
+
+def test_export_to_pacs_sends_every_series_once(
+    screening: Screening, cluster: Cluster, tmp_path: Path
+) -> None:
+    """From results that are not written yet; then once more; then with a wrong password."""
+    if not is_installed():
+        pytest.skip(f"Orthanc is not installed: {INSTALL}")
+    kept = screening.bucket / "clean-results"
+    for path in kept.rglob("*_mask.nii.gz"):
+        name = path.relative_to(kept).as_posix()
+        storage.write_bytes(f"s3://bucket/sent-results/{name}", path.read_bytes())
+    arguments = ["--ledger", "s3://bucket/clean", "--results", "s3://bucket/sent-results"]
+    rows = [
+        row
+        for row in screening.clean.to_pylist()
+        if row["status"] == "screened" and row["source_format"] == "dicom"
+    ]
+    pacs = start_orthanc(tmp_path / "orthanc", PASSWORD)
+    try:
+        for outcome in ("sent", "sent already"):
+            output = cluster.run_job("export.py", *arguments, "--to", pacs.archive)
+            assert f"{len(rows)} {outcome}" in output
+        stored = pacs.request("GET", "studies").json()
+        assert len(stored) == len({row["study_uid"] for row in rows})
+    finally:
+        pacs.service.stop()
+    strange = start_orthanc(tmp_path / "strange", "another password")
+    try:
+        output = cluster.run_job("export.py", *arguments, "--to", strange.archive, expect=1)
+        assert "AccessError" in output
+        assert PASSWORD not in output
+    finally:
+        strange.service.stop()
