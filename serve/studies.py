@@ -133,8 +133,11 @@ class Studies:
             return list(screener(location, study.limits)), None
         child = screener.decoder.child
         maker = ResultsMaker(study.results, model, child, self.results_lock, slot.check)
-        rows = list(screener(location, study.limits, maker.receive))
-        return rows, maker.results
+        try:
+            return list(screener(location, study.limits, maker.receive)), maker.results
+        except BaseException:
+            maker.results.close()
+            raise
 
     def _make_screener(self, model: dict[str, Any]) -> StudyScreener:
         config = for_model(self.screening, model["preprocessing"], model["readout"])
