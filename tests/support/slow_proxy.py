@@ -8,6 +8,7 @@ from contextlib import suppress
 from infra.local.services import LOOPBACK, free_ports
 
 CHUNK_BYTES = 1 << 14
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class SlowDoor:
@@ -15,17 +16,17 @@ class SlowDoor:
 
     bytes_per_s: limit of one connection's answers; 0 for no limit. is_shut: accept no connection
     and pass nothing on. cut_after_bytes: close a connection behind so many bytes of its answers,
-    the first ``num_cuts`` times that one has more.
+    the first ``num_cuts`` times that one has more. busy_answers: answer so many requests with 503.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, listen_on: int = 0) -> None:
         self.server_port = port
-        (self.port,) = free_ports(1)
+        self.port = listen_on or free_ports(1)[0]
         self.bytes_per_s = 0.0
         self.is_shut = False
         self.cut_after_bytes = 0
         self.num_cuts = 0
-        self.num_connections = 0
+        self.busy_answers = 0
         self._listener = socket.create_server((LOOPBACK, self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -37,7 +38,10 @@ class SlowDoor:
         with suppress(OSError):  # the listener is closed
             while True:
                 client, _ = self._listener.accept()
-                self.num_connections += 1
+                if self.busy_answers:
+                    self.busy_answers -= 1
+                    threading.Thread(target=_answer_busy, args=(client,), daemon=True).start()
+                    continue
                 if self.is_shut:
                     client.close()
                     continue
@@ -63,3 +67,9 @@ class SlowDoor:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
+
+
+def _answer_busy(client: socket.socket) -> None:
+    with client, suppress(OSError):
+        client.recv(CHUNK_BYTES)
+        client.sendall(BUSY)
