@@ -81,6 +81,8 @@ class DicomwebServer:
             self.session.verify = ca_file
         retry = Retry(
             total=MAX_RETRIES,
+            # Such as a certificate that is not trusted: once more is the same.
+            other=0,
             backoff_factor=BACKOFF_S,
             status_forcelist=RETRIED,
             # POST stores objects under their own UIDs: once more is the same.

@@ -1,9 +1,11 @@
 """A TCP proxy that slows a server down, as a far or overloaded store does, cuts it, or shuts it."""
 
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from infra.local.services import LOOPBACK, free_ports
 
@@ -17,9 +19,10 @@ class SlowDoor:
     bytes_per_s: limit of one connection's answers; 0 for no limit. is_shut: accept no connection
     and pass nothing on. cut_after_bytes: close a connection behind so many bytes of its answers,
     the first ``num_cuts`` times that one has more. busy_answers: answer so many requests with 503.
+    certificate: PEM file with a certificate and its key; clients must speak TLS.
     """
 
-    def __init__(self, port: int, listen_on: int = 0) -> None:
+    def __init__(self, port: int, listen_on: int = 0, certificate: Path | None = None) -> None:
         self.server_port = port
         self.port = listen_on or free_ports(1)[0]
         self.bytes_per_s = 0.0
@@ -27,6 +30,9 @@ class SlowDoor:
         self.cut_after_bytes = 0
         self.num_cuts = 0
         self.busy_answers = 0
+        self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if certificate else None
+        if self._tls is not None:
+            self._tls.load_cert_chain(str(certificate))
         self._listener = socket.create_server((LOOPBACK, self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -45,10 +51,18 @@ class SlowDoor:
                 if self.is_shut:
                     client.close()
                     continue
-                server = socket.create_connection((LOOPBACK, self.server_port))
-                for source, target, is_answer in ((client, server, False), (server, client, True)):
-                    arguments = (source, target, is_answer)
-                    threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+                threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        with suppress(OSError):  # the client does not trust the certificate, or the server is away
+            if self._tls is not None:
+                client = self._tls.wrap_socket(client, server_side=True)
+            server = socket.create_connection((LOOPBACK, self.server_port))
+            arguments = (client, server, False)
+            threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+            self._pass_on(server, client, True)
+            return
+        client.close()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         num_passed = 0
