@@ -33,8 +33,8 @@ def worker_counts(
 ) -> WorkerCounts:
     """Share out the free CPUs: one predictor per GPU, or one per node without GPUs.
 
-    num_free_cpus: at least ``num_cpus_needed``. max_decoders: null for no limit. A node without CPUs, as the head of a cluster may
-    be, gets no predictor.
+    num_free_cpus: at least ``num_cpus_needed``. max_decoders: None for no limit. A node without
+    CPUs, as the head of a cluster may be, gets no predictor.
     """
     num_predictors = _num_predictors(node_cpus, num_gpus)
     cpus_per_predictor = 1
