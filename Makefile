@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve stop test test-all check docs bench faults fuzz audit lock clean
+.PHONY: help install demo screen serve pacs stop test test-all check docs bench faults fuzz audit lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,9 @@ screen: .venv/.installed ## screen your series: make screen ARCHIVE=folder-or-s3
 
 serve: .venv/.installed ## run S3, MLflow, Ray, the endpoint and the worklist on loopback, until Ctrl-C or make stop
 	@$(BIN)/python -m infra.local.serve
+
+pacs: .venv/.installed ## screen a real PACS on loopback: Orthanc filled, two nights, results stored back, in .pacs/ (2 minutes)
+	@$(BIN)/python -m infra.pacs.night $(if $(PORT),--port $(PORT))
 
 stop: .venv/.installed ## end a make serve
 	@$(BIN)/python -m infra.local.serve --stop
@@ -57,10 +60,11 @@ bench: .venv/.installed ## measure ratios side by side, keep them under benchmar
 FAULTS_training := tests/faults/test_training_faults.py
 FAULTS_screening := tests/faults/test_screening_faults.py
 FAULTS_serve := tests/faults/test_serving_faults.py
+FAULTS_pacs := tests/faults/test_pacs_faults.py
 FAULTS_all := tests/faults
 
-faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, all)
-	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve or all))
+faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, pacs, all)
+	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve, pacs or all))
 
 fuzz: .venv/.installed ## search bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
 	@$(BIN)/python tests/support/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)
@@ -74,4 +78,4 @@ lock: .venv/.installed ## write infra/image/requirements.txt with hashes from co
 	@$(BIN)/python infra/image/lock.py --uv .venv/lock/bin/uv
 
 clean: ## remove the files of demo, benchmarks and fuzzing
-	rm -rf .demo .bench .fuzz
+	rm -rf .demo .bench .fuzz .pacs

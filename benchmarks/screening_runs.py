@@ -125,18 +125,18 @@ class JobRun:
 
 
 def run_job(
-    folder: Path,
+    archive: Path | str,
     disturb: Callable[[int, threading.Event], None] | None = None,
     model: Path | None = None,
 ) -> JobRun:
-    """Screen a folder on a Ray that the job starts.
+    """Screen an archive on a Ray that the job starts.
 
     model: null for the untrained network of ``model_folder``.
     disturb: runs in a thread; gets the job's pid, and an event that is set when the job ends.
     """
     with tempfile.TemporaryDirectory() as ledger:
         launched = time.time()
-        process = _start_job(folder, ledger, model or model_folder())
+        process = _start_job(str(archive), ledger, model or model_folder())
         is_over = threading.Event()
         if disturb is not None:
             threading.Thread(target=disturb, args=(process.pid, is_over), daemon=True).start()
@@ -156,9 +156,9 @@ def run_job(
         )
 
 
-def _start_job(folder: Path, ledger: str, model: Path) -> "subprocess.Popen[str]":
+def _start_job(archive: str, ledger: str, model: Path) -> "subprocess.Popen[str]":
     command = [
-        sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", str(folder),
+        sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", archive,
         "--ledger", ledger, "--model", str(model),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -151,21 +151,16 @@ def make_plan(run: Run, config: ScreeningConfig, finished: set[str]) -> Plan:
             f"{num_needed}: {num_needed - 2} to predict, 1 to decode and 1 to measure "
             "(ray start --num-cpus)"
         )
+    # Each decoder fetches one series at a time.
+    max_decoders = config.max_pacs_requests if storage.is_dicomweb(run.archive) else None
     return Plan(
         num_series=num_series,
         num_bytes=num_bytes,
         num_finished=num_finished,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        workers=_workers(run, config, worker_counts(num_cpus, node_cpus, num_gpus)),
+        workers=worker_counts(num_cpus, node_cpus, num_gpus, max_decoders),
     )
-
-
-def _workers(run: Run, config: ScreeningConfig, counts: WorkerCounts) -> WorkerCounts:
-    """Return the workers; of a PACS, no more decoders than it gets requests at a time."""
-    if not storage.is_dicomweb(run.archive):
-        return counts
-    return replace(counts, num_decoders=min(counts.num_decoders, config.max_pacs_requests))
 
 
 def _cpus_of_nodes() -> list[int]:

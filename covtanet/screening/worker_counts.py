@@ -28,11 +28,13 @@ def num_cpus_needed(node_cpus: Sequence[int], num_gpus: int) -> int:
     return _num_predictors(node_cpus, num_gpus) + 2
 
 
-def worker_counts(num_free_cpus: int, node_cpus: Sequence[int], num_gpus: int) -> WorkerCounts:
+def worker_counts(
+    num_free_cpus: int, node_cpus: Sequence[int], num_gpus: int, max_decoders: int | None = None
+) -> WorkerCounts:
     """Share out the free CPUs: one predictor per GPU, or one per node without GPUs.
 
-    num_free_cpus: at least ``num_cpus_needed``. A node without CPUs, as the head of a cluster may
-    be, gets no predictor.
+    num_free_cpus: at least ``num_cpus_needed``. max_decoders: None for no limit. A node without
+    CPUs, as the head of a cluster may be, gets no predictor.
     """
     num_predictors = _num_predictors(node_cpus, num_gpus)
     cpus_per_predictor = 1
@@ -46,7 +48,7 @@ def worker_counts(num_free_cpus: int, node_cpus: Sequence[int], num_gpus: int) -
     return WorkerCounts(
         num_predictors=num_predictors,
         cpus_per_predictor=cpus_per_predictor,
-        num_decoders=max(1, num_left - num_measurers),
+        num_decoders=max(1, min(num_left - num_measurers, max_decoders or num_left)),
         num_measurers=num_measurers,
     )
 

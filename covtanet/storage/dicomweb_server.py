@@ -41,9 +41,9 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 # A server that trickles ends an answer here; a watchdog ends its worker after 30 minutes.
 ANSWER_TIMEOUT_S = 900.0
 CHUNK_BYTES = 1 << 18
-# Pauses of 0, 1, 2, 4, 8 and 16 s: a server may restart within half a minute.
+# Pauses of 0, 1, 2, 4, 8 and 16 s: a server may restart within half a minute, and close connections
+# until then.
 MAX_RETRIES, BACKOFF_S, MAX_RETRY_AFTER_S = 6, 0.5, 60
-MAX_READ_RETRIES = 2
 RETRIED = (429, 502, 503, 504)
 # Connections of one process.
 MAX_CONNECTIONS = 8
@@ -81,8 +81,8 @@ class DicomwebServer:
             self.session.verify = ca_file
         retry = Retry(
             total=MAX_RETRIES,
-            # A request that the server does not answer in time costs it a minute each.
-            read=MAX_READ_RETRIES,
+            # Such as a certificate that is not trusted: once more is the same.
+            other=0,
             backoff_factor=BACKOFF_S,
             status_forcelist=RETRIED,
             # POST stores objects under their own UIDs: once more is the same.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -274,3 +275,31 @@ def test_objects_are_sent_once_and_found(orthanc: Orthanc) -> None:
     assert dicomweb.is_stored(orthanc.archive, path)
     assert len(dicomweb.find_instances(orthanc.archive, path.partition("/instances/")[0])) == 1
     delete_series(orthanc, series_uid)
+
+
+def test_certificate_of_private_authority_is_trusted_by_its_file_alone(
+    orthanc: Orthanc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not Orthanc's own TLS: version 1.10.1 of Debian ends with a segmentation fault.
+    certificate = make_certificate(tmp_path)
+    door = SlowDoor(int(orthanc.url.rpartition(":")[2]), certificate=certificate)
+    root = behind(door).replace("http:", "https:")
+    with pytest.raises(storage.UnreachableError, match="certificate"):
+        list(find_archive(root, ""))
+    monkeypatch.setenv("COVTANET_DICOMWEB_CA_FILE", str(certificate))
+    dicomweb_server.dicomweb_server.cache_clear()
+    assert fetched(chest(root), root) == stored()
+    door.close()
+
+
+def make_certificate(folder: Path) -> Path:
+    """Return a PEM file with a key and a certificate of 127.0.0.1 that nobody knows."""
+    key, certificate, both = (folder / name for name in ("key.pem", "one.pem", "both.pem"))
+    command = [
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
+        "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+        "-keyout", str(key), "-out", str(certificate),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    both.write_text(key.read_text() + certificate.read_text())
+    return both

@@ -20,9 +20,10 @@ def test_run_id_follows_from_what_is_screened_with_what_and_when(run: Run) -> No
         {"model_digest": "e" * 64},
         {"config_digest": "e" * 64},
         {"limit": 5},
+        {"filters": "StudyDate=20260101-"},
         {"run_date": date(2026, 11, 24)},
     ]
-    assert len({run.run_id, *(replace(run, **change).run_id for change in changes)}) == 6
+    assert len({run.run_id, *(replace(run, **change).run_id for change in changes)}) == 7
     assert (
         replace(run, ledger="/elsewhere", software_version="2", model_version="9").run_id
         == run.run_id
@@ -41,6 +42,19 @@ def test_the_newest_unfinished_run_is_continued(run: Run, tmp_path: Path) -> Non
     commit_run(older)
     assert choose_date(run) == today
     assert choose_date(replace(run, limit=3)) == today
+
+
+def test_run_of_another_filter_is_not_continued_and_its_series_are_known(
+    run: Run, tmp_path: Path
+) -> None:
+    filtered = replace(run, filters="StudyDate=20260101-")
+    today = datetime.now(UTC).date()
+    freeze(filtered, tmp_path)
+    assert choose_date(run) == today
+    assert choose_date(filtered) == run.run_date
+    (known,) = known_runs(run.ledger, run.work_root)
+    assert known.description["filters"] == "StudyDate=20260101-"
+    assert known.is_of(run)
 
 
 def test_ledger_and_archive_may_not_lie_in_each_other() -> None:

@@ -52,3 +52,11 @@ def test_busy_cluster_keeps_a_cpu_for_decoding_and_one_for_measuring(free: int) 
 
 def test_three_cpus_are_needed_on_one_node() -> None:
     assert num_cpus_needed([4], 0) == 3
+
+
+def test_decoders_are_no_more_than_the_pacs_gets_requests() -> None:
+    assert worker_counts(64, [64], 0).num_decoders == 24
+    limited = worker_counts(64, [64], 0, 8)
+    assert limited.num_decoders == 8
+    assert limited.num_measurers == worker_counts(64, [64], 0).num_measurers
+    assert worker_counts(4, [4], 0, 8) == worker_counts(4, [4], 0)
