@@ -13,6 +13,7 @@ name a patient.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +79,8 @@ class DicomwebServer:
         """Open no connection yet. root: URI without query; see ``storage.absolute``."""
         self.url = http_url(root)
         self.read_timeout_s = read_timeout_s
+        # Its warnings about retries quote the path, which names studies and series.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self.session = requests.Session()
         # A proxy or a .netrc of the user would get the hospital's requests or give them a password.
         self.session.trust_env = False
