@@ -138,7 +138,7 @@ class SourceSeries(BaseModel):
 
     num_slices: int = Field(examples=[197])
     instance_numbers: list[int | None] = Field(
-        description="one per slice; null if the PACS has none"
+        description="one per slice, of an Enhanced CT its frame; null if the PACS has none"
     )
 
 

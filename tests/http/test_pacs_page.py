@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pacs import PASSWORD, credentials
 from pacs_worklist import (
     ACCESSION,
+    ENHANCED_SERIES_UID,
     NUM_SLICES,
     QUARTER_HU,
     SERIES_UID,
@@ -23,6 +24,7 @@ from pacs_worklist import (
     STUDY_UID,
     Served,
     commit_batch,
+    enhanced_object,
     serving,
     slice_hu,
     source_objects,
@@ -32,6 +34,7 @@ from PIL import Image
 from worklist_rows import row
 
 from covtanet.archive import dicomweb_images
+from infra.local.endpoint import Endpoint
 from infra.local.services import LOOPBACK, free_ports
 from infra.pacs.orthanc import INSTALL, Orthanc, is_installed, start_orthanc
 from serve.settings import Caller, ServeConfig
@@ -44,7 +47,7 @@ needs_browser = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.skipif(not is_installed(), reason=f"Orthanc is not installed: {INSTALL}")
 
-BATCH, OTHER_BATCH = "1" * 16, "2" * 16
+BATCH, OTHER_BATCH, ENHANCED_BATCH, SERVE_BATCH = (digit * 16 for digit in "1234")
 TOKEN, OTHER_TOKEN = "token-of-ann", "token-of-ben"
 VIEWER = "https://pacs.example/ohif/viewer?StudyInstanceUIDs={study_uid}"
 # Series keys of the batch's rows; worklist_rows has these letters.
@@ -61,7 +64,7 @@ def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
     """A PACS with one series of 512 x 512, and its credentials in the environment."""
     folder = tmp_path_factory.mktemp("pacs")
     server = start_orthanc(folder, PASSWORD)
-    server.load(source_objects())
+    server.load([*source_objects(), enhanced_object()])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in credentials(folder).items():
             patch.setenv(name, value)
@@ -99,6 +102,8 @@ def settings(
     ]
     commit_batch(ledger, ann, BATCH, rows)
     commit_batch(ledger, ben, OTHER_BATCH, rows[:1])
+    enhanced_ct = row("a", **known, source_uri=source_uri(pacs.archive, ENHANCED_SERIES_UID))
+    commit_batch(ledger, ann, ENHANCED_BATCH, [enhanced_ct], is_listed=False)
     return ServeConfig(callers=(ann, ben), ledger=ledger, viewer_url=VIEWER, shows_accession=True)
 
 
@@ -112,12 +117,18 @@ def path_of(key: str, name: str, batch: str = BATCH) -> str:
     return f"/v1/batches/{batch}/series/{key}/{name}"
 
 
-def picture(served: Served, index: int, window: str = LUNG) -> NDArray[np.uint8]:
-    answer = served.ask(path_of(IN_PACS, f"source/{index}?{window}"))
+def picture(
+    served: Served, index: int, window: str = LUNG, batch: str = BATCH
+) -> NDArray[np.uint8]:
+    answer = served.ask(path_of(IN_PACS, f"source/{index}?{window}", batch))
     assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"] == "image/png"
     assert answer.headers["Cache-Control"] == "no-store"
     return np.asarray(Image.open(BytesIO(answer.content)))
+
+
+def grey_of(index: int, low_hu: int = -1350, high_hu: int = 150) -> float:
+    return min(255, 255 * max(0, slice_hu(index) - low_hu) / (high_hu - low_hu))
 
 
 def test_source_lists_slices_from_base_to_apex(served: Served) -> None:
@@ -141,6 +152,31 @@ def test_source_picture_has_every_pixel_and_greys_by_the_window(
         assert np.abs(shown[:half, :half] - grey(QUARTER_HU)).max() <= 1
         assert np.abs(shown[half:] - grey(slice_hu(index))).max() <= 1
         assert np.abs(shown[:, half:] - grey(slice_hu(index))).max() <= 1
+
+
+def test_frames_of_enhanced_ct_are_shown_from_base_to_apex(served: Served) -> None:
+    answer = served.ask(path_of(IN_PACS, "source", ENHANCED_BATCH)).json()
+    assert answer["num_slices"] == NUM_SLICES
+    assert answer["instance_numbers"] == [1, 6, 2, 7, 3, 8, 4, 9, 5]  # every second slice first
+    for index in (0, 4, NUM_SLICES - 1):
+        shown = picture(served, index, batch=ENHANCED_BATCH)
+        assert abs(float(shown[400, 400]) - grey_of(index)) <= 1
+
+
+def test_endpoint_on_ray_serve_shows_the_series_of_the_pacs(
+    endpoint: Endpoint, pacs: Orthanc
+) -> None:
+    uris = {"source_uri": source_uri(pacs.archive), "study_uid": STUDY_UID}
+    rows = [row("a", **uris, series_uid=SERIES_UID)]
+    commit_batch("s3://bucket/served", caller("local", TOKEN), SERVE_BATCH, rows, is_listed=False)
+    listed = endpoint.ask("GET", path_of(IN_PACS, "source", SERVE_BATCH))[1]
+    assert listed["num_slices"] == NUM_SLICES
+    status, content, headers = endpoint.ask("GET", path_of(IN_PACS, "source/2", SERVE_BATCH))
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    shown = np.asarray(Image.open(BytesIO(content)))
+    assert abs(float(shown[400, 400]) - grey_of(2)) <= 1
+    status, answer, _ = endpoint.ask("GET", path_of(IN_PACS, "study", SERVE_BATCH))
+    assert (status, answer["reason"]) == (404, "not_shown")
 
 
 def test_study_labels_come_from_the_pacs(served: Served) -> None:
@@ -267,10 +303,6 @@ def shown_grey(page: Any) -> int:
         }"""
     )
     return grey
-
-
-def grey_of(index: int, low_hu: int = -1350, high_hu: int = 150) -> float:
-    return min(255, 255 * max(0, slice_hu(index) - low_hu) / (high_hu - low_hu))
 
 
 @needs_browser

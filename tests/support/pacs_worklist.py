@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pydicom
 import requests
 import uvicorn
+from chests import enhanced
 
 from covtanet import drawing, storage
 from covtanet.ct.window import WindowConfig, to_input
@@ -29,6 +30,7 @@ from serve.state import ReplicaState, current_state
 
 NIGHT = date(2026, 11, 23)
 STUDY_UID, SERIES_UID = "1.2.826.0.1.3680043.10.1471.77", "1.2.826.0.1.3680043.10.1471.77.1"
+ENHANCED_SERIES_UID = "1.2.826.0.1.3680043.10.1471.77.2"
 # Neither may be found in a log.
 ACCESSION, STUDY_DATE = "CANARY-7731", "20260102"
 NUM_SLICES, SIZE_PX = 9, 512
@@ -66,13 +68,35 @@ def _labelled(content: bytes, number: int) -> bytes:
     return buffer.getvalue()
 
 
+def enhanced_object() -> bytes:
+    """Return the same slices, in no order, as the frames of one Enhanced CT of another series."""
+    series_uid = ENHANCED_SERIES_UID
+    whole = enhanced([pydicom.dcmread(BytesIO(content)) for content in source_objects()])
+    whole.SeriesInstanceUID = series_uid
+    whole.SOPInstanceUID = f"{series_uid}.1"
+    whole.file_meta.MediaStorageSOPInstanceUID = whole.SOPInstanceUID
+    buffer = BytesIO()
+    whole.save_as(buffer)
+    return buffer.getvalue()
+
+
 def source_uri(root: str, series_uid: str = SERIES_UID) -> str:
     """Return the location of a series as the ledger has it."""
     return f"{root}/studies/{STUDY_UID}/series/{series_uid}/"
 
 
-def commit_batch(ledger: str, caller: Caller, batch_id: str, rows: list[dict[str, Any]]) -> None:
-    """Write a committed batch of a caller, with the viewer's tiles of its first row."""
+def commit_batch(
+    ledger: str,
+    caller: Caller,
+    batch_id: str,
+    rows: list[dict[str, Any]],
+    *,
+    is_listed: bool = True,
+) -> None:
+    """Write a committed batch of a caller, with the viewer's tiles of its first row.
+
+    is_listed: whether the list of the caller's batches has it.
+    """
     batches = Batches(ServeConfig(callers=(caller,), ledger=ledger))
     now = datetime.now(UTC)
     run = {"run_id": batch_id, "run_date": NIGHT.isoformat(), "begun_at": now.isoformat()}
@@ -91,7 +115,8 @@ def commit_batch(ledger: str, caller: Caller, batch_id: str, rows: list[dict[str
         "ended": {"run_id": batch_id, "state": "committed", "series": len(rows)},
     }
     batches.records.write(record, caller)
-    batches.records.list_as_newest(batch_id, caller, now)
+    if is_listed:
+        batches.records.list_as_newest(batch_id, caller, now)
     tiles, layout = _tiles()
     results = storage.join(batches.ledger, "_results", batch_id, rows[0]["series_key"])
     storage.write_bytes(storage.join(results, "viewer.png"), tiles)
@@ -122,7 +147,7 @@ class Served:
 @contextmanager
 def serving(settings: ServeConfig, token: str) -> Iterator[Served]:
     """Serve the application over HTTP; nothing here asks its model, so there is none."""
-    state = ReplicaState(None, settings)  # type: ignore[arg-type]
+    state = ReplicaState(None, settings)
     # The application is one object, which another server of this process may serve as well.
     overrides = dict(api.dependency_overrides)
     api.dependency_overrides[current_state] = lambda: state
