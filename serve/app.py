@@ -22,7 +22,7 @@ from covtanet.environment import check_endpoints, check_ray_environment
 from serve.deployments import Segmenter
 from serve.handlers import HANDLERS
 from serve.middleware import Audit, SecurityHeaders
-from serve.routes import batches, health, models, page, studies, worklist
+from serve.routes import batches, health, models, page, source, studies, worklist
 from serve.settings import ServeConfig, load_settings
 from serve.state import ReplicaState
 
@@ -37,7 +37,8 @@ api = FastAPI(
 )
 api.add_middleware(Audit)
 api.add_middleware(SecurityHeaders)  # the last one added is the outermost
-for subject in (studies, batches, models, health, worklist, page):
+# The routes of a row's source before those of its result files, which match any name.
+for subject in (studies, source, batches, models, health, worklist, page):
     api.include_router(subject.router)
 
 

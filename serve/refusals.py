@@ -10,6 +10,7 @@ _PROBLEM_OR_STUDY = {"model": Problem | StudyAnswer}
 
 PROBLEMS: Responses = dict.fromkeys((401, 403, 404, 405, 422, 500, 503), _PROBLEM)
 BODY_PROBLEMS: Responses = {**PROBLEMS, 408: _PROBLEM, 413: _PROBLEM}
+PACS_PROBLEMS: Responses = {**PROBLEMS, 502: _PROBLEM}
 BATCH_PROBLEMS: Responses = {**BODY_PROBLEMS, 429: _PROBLEM}
 # If no series of a study was screened, the answer has its rows under the status of a problem.
 STUDY_PROBLEMS: Responses = {
@@ -36,6 +37,6 @@ class RefusedError(Exception):
         self.retry_after_s = retry_after_s
 
 
-def busy(retry_after_s: int) -> RefusedError:
-    """Return the refusal of a request that finds every decoder and every waiting slot taken."""
-    return RefusedError(503, "busy", "all decoders are busy", retry_after_s)
+def busy(retry_after_s: int, message: str = "all decoders are busy") -> RefusedError:
+    """Return the refusal of a request that finds every worker and every waiting slot taken."""
+    return RefusedError(503, "busy", message, retry_after_s)

@@ -159,6 +159,22 @@ class BatchRequest(Strict):
         return run_date
 
 
+class StudyLabels(BaseModel):
+    """Names by which a hospital knows the study of a series; null if the PACS has none."""
+
+    accession_number: str | None = Field(examples=["A1234567"])
+    study_date: str | None = Field(examples=["2026-01-31"], description="ISO 8601")
+
+
+class SourceSeries(BaseModel):
+    """Slices of a series at the PACS, from base to apex."""
+
+    num_slices: int = Field(examples=[197])
+    instance_numbers: list[int | None] = Field(
+        description="one per slice, of an Enhanced CT its frame; null if the PACS has none"
+    )
+
+
 class BatchState(BaseModel):
     """State and progress of a batch.
 

@@ -12,6 +12,7 @@ from covtanet.config import load_screening, read_toml
 from covtanet.errors import ConfigError
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.study import StudyLimits
+from serve.viewer_link import check_template
 
 VARIABLE = "COVTANET_SERVE_CONFIG"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -139,6 +140,12 @@ class ServeConfig:
     """Limits of an upload and of what a zip may unpack to."""
     study: StudyLimits = field(default_factory=StudyLimits)
     """Limits of one study."""
+    viewer_url: str = ""
+    """Address of a PACS viewer, to which the worklist links each row, with ``{study_uid}`` and
+    ``{series_uid}`` in it; https, or http to loopback. Empty: no link."""
+    shows_accession: bool = False
+    """Whether the worklist shows accession number and study date of an opened row, from the PACS.
+    """
 
     def __post_init__(self) -> None:
         if not self.callers:
@@ -152,6 +159,8 @@ class ServeConfig:
         for name in AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.viewer_url:
+            check_template(self.viewer_url)
 
     @property
     def replica_memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ from serve.batches import Batches
 from serve.readiness import Readiness
 from serve.refusals import RefusedError
 from serve.settings import Caller, ServeConfig
+from serve.sources import Sources
 from serve.studies import Studies
 from serve.uploads import Uploads
 
@@ -37,6 +38,7 @@ class ReplicaState:
         # Batches wait for storage and for Ray's job server; with threads of their own they delay no
         # study.
         self.batch_threads = ThreadPoolExecutor(BATCH_THREADS, "batches")
+        self.sources = Sources()
         self.readiness = Readiness(segmenter, READY_FOR_S)
 
     def open_batches(self) -> Batches:

@@ -13,6 +13,7 @@ name a patient.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,9 +68,19 @@ class DicomwebServer:
         OSError: it refuses otherwise, or its answer breaks off.
     """
 
-    def __init__(self, root: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        root: str,
+        environment: Mapping[str, str],
+        *,
+        max_retries: int = MAX_RETRIES,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
         """Open no connection yet. root: URI without query; see ``storage.absolute``."""
         self.url = http_url(root)
+        self.read_timeout_s = read_timeout_s
+        # Its warnings about retries quote the path, which names studies and series.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self.session = requests.Session()
         # A proxy or a .netrc of the user would get the hospital's requests or give them a password.
         self.session.trust_env = False
@@ -80,14 +91,14 @@ class DicomwebServer:
         if ca_file:
             self.session.verify = ca_file
         retry = Retry(
-            total=MAX_RETRIES,
+            total=max_retries,
             # Such as a certificate that is not trusted: once more is the same.
             other=0,
             backoff_factor=BACKOFF_S,
             status_forcelist=RETRIED,
             # POST stores objects under their own UIDs: once more is the same.
             allowed_methods=("GET", "POST"),
-            retry_after_max=MAX_RETRY_AFTER_S,
+            retry_after_max=int(min(MAX_RETRY_AFTER_S, read_timeout_s)),
             redirect=0,
             raise_on_status=False,
         )
@@ -154,7 +165,7 @@ class DicomwebServer:
                 headers=headers,
                 data=body,
                 stream=True,
-                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                timeout=(CONNECT_TIMEOUT_S, self.read_timeout_s),
                 # Another host would get the credentials.
                 allow_redirects=False,
             )

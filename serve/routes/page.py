@@ -12,8 +12,10 @@ router = APIRouter()
 PageFile = Literal[
     "dom.js",
     "format.js",
+    "full_resolution.js",
     "list.js",
     "main.js",
+    "pacs.js",
     "source.js",
     "study.js",
     "summary.js",

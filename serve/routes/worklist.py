@@ -1,7 +1,7 @@
 """The route behind the worklist: summary and rows of a batch."""
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
@@ -10,7 +10,10 @@ from covtanet.report import worklist
 from serve.auth import AuthenticatedCaller, authenticated
 from serve.refusals import PROBLEMS
 from serve.routes.batches import MAX_OFFSET, BatchId
+from serve.settings import ServeConfig
+from serve.sources import location_of
 from serve.state import State
+from serve.viewer_link import viewer_url
 
 router = APIRouter(dependencies=[Depends(authenticated)])
 
@@ -39,4 +42,17 @@ async def get_worklist(
         offset=offset,
         limit=limit,
     )
-    return JSONResponse(await state.in_batch_thread(make_page))
+    answer = await state.in_batch_thread(make_page)
+    for row in answer["rows"]:
+        row["pacs"] = _pacs_of(row, state.settings)
+    return JSONResponse(answer)
+
+
+def _pacs_of(row: dict[str, Any], settings: ServeConfig) -> dict[str, Any]:
+    """Return what the page offers of a row from the PACS."""
+    has_source = location_of(row) is not None
+    return {
+        "viewer_url": viewer_url(settings.viewer_url, row),
+        "has_source": has_source,
+        "has_labels": has_source and settings.shows_accession,
+    }

@@ -90,7 +90,7 @@ def test_every_answer_matches_openapi_and_is_not_5xx(
     endpoint: Endpoint, batch: str, num_examples: int
 ) -> None:
     seen = fuzz(endpoint, batch, num_examples)
-    assert len(seen) == 13
+    assert len(seen) == 16
     assert not [statuses for statuses in seen.values() if max(statuses) >= 500], seen
     answered = {
         "GET /v1/batches",

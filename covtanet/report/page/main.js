@@ -3,7 +3,7 @@
 import { byId, make } from "./dom.js";
 import { markSelected, showPosition, showRows } from "./list.js";
 import { Endpoint, Report } from "./source.js";
-import { closeStudy, currentViewer, openStudy } from "./study.js";
+import { closeStudy, currentViewer, openStudy, pressFull } from "./study.js";
 import { showSummary } from "./summary.js";
 import { NUM_WINDOWS } from "./viewer.js";
 
@@ -131,13 +131,14 @@ function onKey(event) {
 /** Return whether a key belongs to a field; sliders keep their arrows and give up the letters. */
 function isTyping(event) {
   if (!/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return false;
-  return event.target.type !== "range" || !/^[jko123]$/.test(event.key);
+  return event.target.type !== "range" || !/^[jkfo123]$/.test(event.key);
 }
 
 function actions() {
   const keys = {
     j: () => select(state.selected + 1),
     k: () => select(state.selected - 1),
+    f: pressFull,
     "/": () => byId("text").focus(),
   };
   const viewer = currentViewer();

@@ -50,12 +50,32 @@ export class Endpoint {
 
   /** Return the tiles of a series and their layout; the layout is null for results of old runs. */
   async picture(row) {
-    const folder = `v1/batches/${this.batch}/series/${row.series_key}`;
+    const folder = this.#folder(row);
     const [tiles, layout] = await Promise.all([
       this.#get(`${folder}/viewer.png`).then((answer) => answer.blob()),
       this.#json(`${folder}/viewer.json`).catch(nullIfMissing),
     ]);
     return { tiles, layout };
+  }
+
+  /** Return accession number and date of a series' study, which the PACS tells. */
+  studyLabels(row) {
+    return this.#json(`${this.#folder(row)}/study`);
+  }
+
+  /** Return the number of slices of a series at the PACS. */
+  async numSlices(row) {
+    return (await this.#json(`${this.#folder(row)}/source`)).num_slices;
+  }
+
+  /** Return the picture of one slice at full resolution, counted from the base. */
+  async slice(row, index, { low, high }) {
+    const path = `${this.#folder(row)}/source/${index}?low_hu=${low}&high_hu=${high}`;
+    return (await this.#get(path)).blob();
+  }
+
+  #folder(row) {
+    return `v1/batches/${this.batch}/series/${row.series_key}`;
   }
 
   async #json(path) {

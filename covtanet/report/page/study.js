@@ -2,29 +2,40 @@
 
 import { byId, make } from "./dom.js";
 import { finding, number, orDash, percent } from "./format.js";
+import { SourceViewer } from "./full_resolution.js";
+import { addStudyLabels, makePacsTools } from "./pacs.js";
 import { readTiles } from "./tiles.js";
 import { makeLegend, Viewer } from "./viewer.js";
 
-// The row of the open panel, and its viewer once the pictures have arrived.
-const panel = { row: null, viewer: null };
+// The row of the open panel, and its viewers once the pictures have arrived; `full` is the one at
+// full resolution, and isFull tells which of both is on the screen.
+const panel = { row: null, viewer: null, full: null, isFull: false };
 
+/** Return the viewer on the screen; null if there is none. */
 export function currentViewer() {
-  return panel.viewer;
+  return panel.isFull ? panel.full : panel.viewer;
 }
 
 export function closeStudy() {
   byId("study").hidden = true;
-  panel.row = null;
-  panel.viewer = null;
+  showRow(null);
+}
+
+function showRow(row) {
+  panel.full?.close();
+  Object.assign(panel, { row, viewer: null, full: null, isFull: false });
 }
 
 /** Open a series and load its pictures from the source. */
 export async function openStudy(row, source) {
+  showRow(row);
   const pictures = make("div", { textContent: openingText(row) });
-  byId("study").replaceChildren(pictures, makeNumbers(row));
+  const full = make("div", { hidden: true });
+  const tools = makePacsTools(row, () => toggleFull(row, source, pictures, full));
+  const numbers = makeNumbers(row);
+  byId("study").replaceChildren(pictures, full, tools, numbers);
   byId("study").hidden = false;
-  panel.row = row;
-  panel.viewer = null;
+  if (row.pacs?.has_labels) addStudyLabels(numbers, row, source);
   if (row.status !== "screened") return;
   try {
     const picture = await source.picture(row);
@@ -32,6 +43,36 @@ export async function openStudy(row, source) {
     if (panel.row === row) await showPicture(pictures, row, picture);
   } catch (error) {
     pictures.textContent = `No pictures: ${error.message}`;
+  }
+}
+
+/** Press the switch to full resolution, if the open series has one. */
+export function pressFull() {
+  byId("full")?.click();
+}
+
+/** Change between the slices that the network saw and the series of the PACS. */
+function toggleFull(row, source, pictures, full) {
+  panel.isFull = !panel.isFull;
+  pictures.hidden = panel.isFull;
+  full.hidden = !panel.isFull;
+  byId("full").setAttribute("aria-pressed", panel.isFull);
+  if (!panel.isFull) panel.viewer?.draw();
+  else if (panel.full) panel.full.draw();
+  else openFull(row, source, full);
+}
+
+async function openFull(row, source, full) {
+  full.textContent = "Loading";
+  try {
+    const numSlices = await source.numSlices(row);
+    // The user may have opened another series, or pressed the switch twice, meanwhile.
+    if (panel.row !== row || panel.full) return;
+    panel.full = new SourceViewer(row, source, numSlices);
+    full.replaceChildren(...panel.full.elements());
+    panel.full.draw();
+  } catch (error) {
+    full.textContent = `No full resolution: ${error.message}`;
   }
 }
 

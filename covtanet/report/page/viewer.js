@@ -2,7 +2,7 @@
 
 import { byId, make } from "./dom.js";
 
-const WINDOWS = [
+export const WINDOWS = [
   { name: "lung", low: -1350, high: 150 },
   { name: "wide", low: -1000, high: 400 },
   { name: "soft tissue", low: -160, high: 240 },
@@ -13,7 +13,7 @@ const SHARES = { [MARKS.lung]: 0.25, [MARKS.lesion]: 1 };
 const OPACITY = 0.45;
 
 // The choices of the user, kept from series to series.
-const choices = { window: 0, opacity: OPACITY };
+export const choices = { window: 0, opacity: OPACITY };
 
 export class Viewer {
   constructor(tiles) {
@@ -23,9 +23,7 @@ export class Viewer {
     this.position = make("span", { className: "quiet" });
     this.slider = makeSlider("slice", tiles.count - 1, tiles.count >> 1);
     this.overlay = makeSlider("opacity of the overlay", 100, 100 * choices.opacity);
-    this.preset = make("select", {}, ...WINDOWS.map(makeOption));
-    this.preset.setAttribute("aria-label", "window");
-    this.preset.value = choices.window;
+    this.preset = makePresets();
     this.tints = readTints();
     this.#listen();
   }
@@ -53,7 +51,6 @@ export class Viewer {
   /** Choose a window by its position in the list. */
   chooseWindow(index) {
     choices.window = index;
-    this.preset.value = index;
     this.draw();
   }
 
@@ -65,6 +62,7 @@ export class Viewer {
 
   draw() {
     const index = Number(this.slider.value);
+    this.preset.value = choices.window;
     const pixels = this.tiles.pixels(index);
     const palette = this.#palette();
     const { data } = pixels;
@@ -123,10 +121,18 @@ function readTints() {
   return { [MARKS.lung]: read("--lung-rgb"), [MARKS.lesion]: read("--lesion-rgb") };
 }
 
-function makeSlider(label, max, value) {
+export function makeSlider(label, max, value) {
   const slider = make("input", { type: "range", min: 0, max, value, title: label });
   slider.setAttribute("aria-label", label);
   return slider;
+}
+
+/** Return the list of windows. */
+export function makePresets() {
+  const preset = make("select", {}, ...WINDOWS.map(makeOption));
+  preset.setAttribute("aria-label", "window");
+  preset.value = choices.window;
+  return preset;
 }
 
 function makeOption({ name }, index) {

@@ -25,6 +25,7 @@ PARAMETERS = {
     "batch_id": "0" * 16,
     "series_key": "0" * 32,
     "name": "preview.png",
+    "index": "0",
 }
 
 
