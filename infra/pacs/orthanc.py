@@ -58,8 +58,14 @@ def is_installed() -> bool:
     return bool(shutil.which("Orthanc")) and PLUGIN.exists()
 
 
-def start_orthanc(folder: Path, password: str, port: int = 0) -> Orthanc:
-    """Start Orthanc with its files in a folder. port: 0 takes a free one."""
+def start_orthanc(
+    folder: Path, password: str, port: int = 0, stable_age_s: int | None = None
+) -> Orthanc:
+    """Start Orthanc with its files in a folder.
+
+    port: 0 takes a free one. stable_age_s: seconds after which a study that does not change counts
+    as stable; None for those of the configuration.
+    """
     port = port or free_ports(1)[0]
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(CONFIGURATION.read_text()) | {
@@ -69,6 +75,8 @@ def start_orthanc(folder: Path, password: str, port: int = 0) -> Orthanc:
         "RegisteredUsers": {USER: password},
         "Plugins": [str(PLUGIN)],
     }
+    if stable_age_s is not None:
+        settings["StableAge"] = stable_age_s
     configuration = folder / "orthanc.json"
     write_private(configuration, json.dumps(settings))
     log = folder / "orthanc.log"

@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime.start_logging()
     try:
         push = Push(arguments.orthanc, arguments.endpoint, arguments.state)
+        return push.follow(is_once=arguments.once)
     except ConfigError as error:
         logger.error("%s", error)
         return runtime.ExitCode.REFUSED
-    return push.follow(is_once=arguments.once)
 
 
 @dataclass
@@ -103,7 +103,11 @@ class Push:
         self.token = _token()
 
     def follow(self, *, is_once: bool = False) -> int:
-        """Deal with one change after the other. is_once: return after the last one."""
+        """Deal with one change after the other. is_once: return after the last one.
+
+        Raises:
+            ConfigError: Orthanc or the endpoint refuses the credentials.
+        """
         while True:
             has_more = False
             try:
@@ -169,6 +173,11 @@ class Push:
             timeout=ANSWER_TIMEOUT_S,
         )
         outcome = _outcome(answer)
+        if answer.status_code in (401, 403):  # of every study
+            raise ConfigError(
+                f"the endpoint answers {answer.status_code} {outcome}, expected a token whose "
+                "caller has this Orthanc in places and may_store = true"
+            )
         logger.info("change %d: %d %s", change.number, answer.status_code, outcome)
         # The study's own fault: once more would be the same.
         if answer.ok or answer.status_code in (413, 422):
@@ -194,6 +203,8 @@ class Push:
             auth=self.credentials,
             timeout=ANSWER_TIMEOUT_S,
         )
+        if answer.status_code == requests.codes.unauthorized:
+            raise ConfigError("Orthanc refuses the credentials")
         if missing_is_none and answer.status_code == requests.codes.not_found:
             return None
         answer.raise_for_status()
@@ -234,7 +245,7 @@ def _token() -> str:
 
 
 def _outcome(answer: requests.Response) -> str:
-    """Return the statuses of a study's series, or the reason of a refusal."""
+    """Return the statuses of a study's series and of its results, or the reason of a refusal."""
     try:
         content = answer.json()
     except ValueError:
@@ -242,7 +253,9 @@ def _outcome(answer: requests.Response) -> str:
     series = content.get("series")
     if not series:
         return str(content.get("reason"))
-    return ", ".join(str(row["reason"] or row["status"]) for row in series)
+    statuses = [str(row["reason"] or row["status"]) for row in series]
+    sent = [f"results {result['outcome']}" for result in content.get("results") or ()]
+    return ", ".join([*statuses, *sent])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def pacs(pacs_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
     """An Orthanc that the endpoint may read, with one phantom."""
     if not is_installed():
         pytest.skip(f"Orthanc is not installed: {INSTALL}")
-    server = start_orthanc(tmp_path_factory.mktemp("pacs"), PASSWORD, pacs_port)
+    server = start_orthanc(tmp_path_factory.mktemp("pacs"), PASSWORD, pacs_port, stable_age_s=1)
     server.load(phantom_series(0))
     yield server
     server.service.stop()
