@@ -74,6 +74,7 @@ def modalities(pacs: Orthanc) -> Counter[str]:
 @pytest.fixture(scope="module")
 def state(pacs: Orthanc, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state file of a program that has dealt with everything so far."""
+    wait_until_stable(pacs, 0)  # the series that were there before
     path = tmp_path_factory.mktemp("push") / "last-change"
     path.write_text(str(last_change(pacs)))
     return path
