@@ -88,7 +88,7 @@ def _absolute_dicomweb(uri: str) -> str:
     host, slash, path = http_url(uri).partition("://")[2].partition("/")
     path = f"{slash}{path}".rstrip("/")
     # Not quoted in the message: what does not belong into a URI may be a password.
-    if not HOST.fullmatch(host) or not PATH.fullmatch(path) or ".." in path.split("/"):
+    if not HOST.fullmatch(host) or not PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
         raise ConfigError(
             "expected dicomweb+https://HOST[:PORT]/PATH without user and password, which come from "
             "the environment (docs/pacs.md)"

@@ -36,7 +36,8 @@ async def location_of_row(
     """Return the location of a series of the caller's batch, by its row.
 
     Raises:
-        RefusedError: 404, there is no such row, or it is of no DICOMweb server.
+        RefusedError: 404, there is no such row, or it is of no DICOMweb server; 403, the caller may
+            not read from there.
     """
     batches = state.open_batches()
 
@@ -53,6 +54,10 @@ async def location_of_row(
     if location is None:
         message = "the series is of no DICOMweb server, or its identity is hidden"
         raise RefusedError(404, "no_source", message)
+    # A location may have been taken from the caller since the batch.
+    if not state.settings.may_read(caller, f"{location.root}/{location.path}"):
+        message = "the series is not under an allowed location of this caller"
+        raise RefusedError(403, "place_not_allowed", message)
     return location
 
 

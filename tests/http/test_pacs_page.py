@@ -55,8 +55,9 @@ IN_PACS, IN_FOLDER, HIDDEN, DELETED, REFUSED, UNREACHABLE = (letter * 32 for let
 LUNG = "low_hu=-1350&high_hu=150"
 
 
-def caller(name: str, token: str) -> Caller:
-    return Caller(name=name, token_sha256=hashlib.sha256(token.encode()).hexdigest())
+def caller(name: str, token: str, *places: str) -> Caller:
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return Caller(name=name, token_sha256=digest, places=places)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +88,12 @@ def settings(
 ) -> ServeConfig:
     """Settings with all that the PACS offers, and a ledger with one batch of each caller."""
     ledger = str(tmp_path_factory.mktemp("ledger"))
-    ann, ben = caller("ann", TOKEN), caller("ben", OTHER_TOKEN)
     (closed,) = free_ports(1)
     known: dict[str, Any] = {"study_uid": STUDY_UID, "series_uid": SERIES_UID}
     found: dict[str, Any] = {**known, "diagnosis": "infected", "p_infected": 0.9}
     nowhere = f"dicomweb+http://{LOOPBACK}:{closed}/dicom-web"
+    ann = caller("ann", TOKEN, pacs.archive, foreign_pacs.archive, nowhere)
+    ben = caller("ben", OTHER_TOKEN, pacs.archive)
     rows = [
         row("a", **found, involvement=0.4, source_uri=source_uri(pacs.archive)),
         row("b", **found, source_uri="s3://bucket/b"),
@@ -217,6 +219,14 @@ def test_series_of_another_callers_batch_returns_404(served: Served) -> None:
         answer = served.ask(path_of(IN_PACS, name, OTHER_BATCH))
         assert (answer.status_code, answer.json()["reason"]) == (404, "no_such_batch")
         assert served.ask(path_of(IN_PACS, name, OTHER_BATCH), OTHER_TOKEN).status_code == 200
+
+
+def test_location_that_was_taken_from_a_caller_returns_403(settings: ServeConfig) -> None:
+    callers = (caller("ann", TOKEN, "s3://bucket/archive"),)
+    with serving(replace(settings, callers=callers), TOKEN) as application:
+        for name in ("study", "source", "source/0"):
+            answer = application.ask(path_of(IN_PACS, name))
+            assert (answer.status_code, answer.json()["reason"]) == (403, "place_not_allowed")
 
 
 def test_log_has_series_key_and_neither_labels_nor_uids(

@@ -28,6 +28,7 @@ def test_absolute_uri_of_server_has_no_final_slash(uri: str) -> None:
         "dicomweb+https://user:canary@pacs/x",
         "dicomweb+https://canary@pacs",
         "dicomweb+https://pacs/../canary",
+        "dicomweb+https://pacs/./canary",
         "dicomweb+https://pacs/x?canary=1",
         "dicomweb+https://pacs/x#canary",
         "dicomweb+https://pacs/x y",
