@@ -78,7 +78,8 @@ class Series:
     def num_bytes(self) -> int | None:
         """Bytes of all objects as they are stored; None if the server does not tell."""
         sizes = [item.num_bytes for item in self.objects if item.num_bytes is not None]
-        return sum(sizes) if len(sizes) == len(self.objects) else None
+        is_known = sizes and len(sizes) == len(self.objects)
+        return sum(sizes) if is_known else None
 
     @property
     def series_key(self) -> str:

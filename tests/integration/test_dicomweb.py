@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,9 @@ def test_changed_and_deleted_series_fail_their_rows(orthanc: Orthanc) -> None:
     assert relisted.series_key == listed.series_key
     delete_series(orthanc, series_uid)
     assert reason_of(listed, orthanc.archive) == Reason.VANISHED
+    # Its listing may have failed, too: a digest of nothing would be taken for that of the series.
+    record = prepared(replace(listed, objects=()), orthanc.archive)
+    assert (record.reason, record.source_digest, record.num_bytes) == ("vanished", None, None)
 
 
 def test_series_without_one_of_its_instances_fails_its_row(orthanc: Orthanc) -> None:
@@ -233,6 +237,30 @@ def test_server_that_is_away_stops_the_job(monkeypatch: pytest.MonkeyPatch) -> N
     root = f"dicomweb+http://127.0.0.1:{free_ports(1)[0]}/dicom-web"
     with pytest.raises(storage.UnreachableError, match="NewConnectionError"):
         list(find_archive(root, ""))
+    series = Series(source_path="studies/1.2/series/3.4/", source_format="dicom", objects=())
+    with pytest.raises(storage.UnreachableError):  # it concerns every series: no row of this one
+        prepared(series, root)
+
+
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"502 Bad Gateway", b"503 Busy"])
+def test_busy_server_is_asked_again(door: SlowDoor, status: bytes) -> None:
+    door.busy_answer = b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\nRetry-After: 0\r\n\r\n"
+    door.busy_answers = 4
+    assert len(chest(behind(door)).objects) == 20
+    assert door.busy_answers == 0
+
+
+def test_redirect_is_refused_without_a_request_to_its_target(
+    door: SlowDoor, orthanc: Orthanc
+) -> None:
+    target = SlowDoor(int(orthanc.url.rpartition(":")[2]))
+    location = f"Location: http://127.0.0.1:{target.port}/dicom-web/studies\r\n".encode()
+    door.busy_answer = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n" + location + b"\r\n"
+    door.busy_answers = 1
+    with pytest.raises(OSError, match="answered 302"):
+        list(find_archive(behind(door), ""))
+    target.close()
+    assert target.num_connections == 0
 
 
 def test_server_that_answers_late_fails_one_series(
@@ -286,6 +314,7 @@ def test_certificate_of_private_authority_is_trusted_by_its_file_alone(
     root = behind(door).replace("http:", "https:")
     with pytest.raises(storage.UnreachableError, match="certificate"):
         list(find_archive(root, ""))
+    assert door.num_connections == 1  # once more would be the same
     monkeypatch.setenv("COVTANET_DICOMWEB_CA_FILE", str(certificate))
     dicomweb_server.dicomweb_server.cache_clear()
     assert fetched(chest(root), root) == stored()

@@ -18,7 +18,8 @@ class SlowDoor:
 
     bytes_per_s: limit of one connection's answers; 0 for no limit. is_shut: accept no connection
     and pass nothing on. cut_after_bytes: close a connection behind so many bytes of its answers,
-    the first ``num_cuts`` times that one has more. busy_answers: answer so many requests with 503.
+    the first ``num_cuts`` times that one has more. busy_answers: answer so many requests with 503,
+    or with ``busy_answer``.
     certificate: PEM file with a certificate and its key; clients must speak TLS.
     """
 
@@ -30,6 +31,8 @@ class SlowDoor:
         self.cut_after_bytes = 0
         self.num_cuts = 0
         self.busy_answers = 0
+        self.busy_answer = BUSY
+        self.num_connections = 0
         self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if certificate else None
         if self._tls is not None:
             self._tls.load_cert_chain(str(certificate))
@@ -44,14 +47,20 @@ class SlowDoor:
         with suppress(OSError):  # the listener is closed
             while True:
                 client, _ = self._listener.accept()
+                self.num_connections += 1
                 if self.busy_answers:
                     self.busy_answers -= 1
-                    threading.Thread(target=_answer_busy, args=(client,), daemon=True).start()
+                    threading.Thread(target=self._answer_busy, args=(client,), daemon=True).start()
                     continue
                 if self.is_shut:
                     client.close()
                     continue
                 threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _answer_busy(self, client: socket.socket) -> None:
+        with client, suppress(OSError):
+            client.recv(CHUNK_BYTES)
+            client.sendall(self.busy_answer)
 
     def _connect(self, client: socket.socket) -> None:
         with suppress(OSError):  # the client does not trust the certificate, or the server is away
@@ -81,9 +90,3 @@ class SlowDoor:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
-
-
-def _answer_busy(client: socket.socket) -> None:
-    with client, suppress(OSError):
-        client.recv(CHUNK_BYTES)
-        client.sendall(BUSY)
