@@ -50,6 +50,7 @@ from covtanet.report.export import (
     outcome_of,
 )
 from covtanet.runtime import ExitCode, connect, location, parser, run_command
+from covtanet.shared_folders import check_shared
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def export(arguments: argparse.Namespace) -> int:
         results = location(arguments.results, "--results")
     rows = chosen_rows(ledger, arguments.run, arguments.series)
     connect()
+    check_shared(written={"--results": results}, read={})
     return report_outcomes(export_all(rows, results))
 
 
