@@ -20,12 +20,13 @@ from pathlib import Path
 
 import psutil
 
-from infra.local.services import QUIET, ROOT, Service, start_s3, wait_for, write_private
+from infra.local.services import QUIET, ROOT, Service, is_healthy, start_s3, wait_for, write_private
 
 BIN = Path(sys.executable).parent
 NETWORK = "10.77.0"
 HEAD = f"{NETWORK}.1"
 GCS_PORT = 6379
+MLFLOW_PORT = 5000
 BRIDGE = "nodes"
 NAMESPACES = ("--net", "--mount", "--pid")
 PROGRAMS = ("ip", "nsenter", "unshare", "mount")
@@ -130,6 +131,7 @@ class Nodes:
     data: Path
     environment: dict[str, str] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    _services: list[Service] = field(default_factory=list)
 
     @property
     def head(self) -> Node:
@@ -148,7 +150,7 @@ class Nodes:
             s3 = start_s3(
                 self.bucket, self.folder / "s3.log", "nodes", secrets.token_hex(16), host=HEAD
             )
-        self._s3 = s3
+        self._services.append(s3)
         self.environment = {
             **os.environ, **s3.environment, **QUIET, "COVTANET_ALLOW_PLAIN_HTTP": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT),
@@ -177,14 +179,33 @@ class Nodes:
         self._start_ray(node, num_cpus, f"--address={HEAD}:{GCS_PORT}")
         return node
 
+    def start_tracker(self) -> None:
+        """Start an MLflow server that every node reaches.
+
+        Without authentication, which only a network of its own allows.
+        """
+        url = f"http://{HEAD}:{MLFLOW_PORT}"
+        command = [
+            str(BIN / "mlflow"), "server", "--host", HEAD, "--port", str(MLFLOW_PORT),
+            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination", str(self.folder / "artifacts"),
+        ]  # fmt: skip
+        log = self.folder / "mlflow.log"
+        with network_of(self.head), log.open("ab") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+            tracker = Service(process, {}, log)
+            wait_for(tracker, lambda: is_healthy(f"{url}/health"))
+        self._services.append(tracker)
+        self.environment["MLFLOW_TRACKING_URI"] = url
+
     def close(self) -> None:
         """End all nodes and the S3 server."""
         for node in reversed(self.nodes):
             node.kill()
             if node.ray is not None:
                 node.ray.stop()
-        if self.nodes:
-            self._s3.stop()
+        for service in self._services:
+            service.stop()
 
     def _add_node(self, address: str) -> Node:
         command = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
