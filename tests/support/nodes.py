@@ -27,7 +27,7 @@ NETWORK = "10.77.0"
 HEAD = f"{NETWORK}.1"
 GCS_PORT = 6379
 MLFLOW_PORT = 5000
-BRIDGE = "nodes"
+INTERFACE = "eth0"
 NAMESPACES = ("--net", "--mount", "--pid")
 PROGRAMS = ("ip", "nsenter", "unshare", "mount")
 # Each node would count all of the machine's memory as its own.
@@ -89,7 +89,7 @@ class Node:
 
     def unplug(self) -> None:
         """Take the node from the network: its packets are lost, and nobody is told."""
-        self.run("ip", "link", "set", "eth0", "down")
+        self.run("ip", "link", "set", INTERFACE, "down")
 
     def terminate(self) -> None:
         """Ask Ray to leave, as Kubernetes and spot instances do."""
@@ -141,9 +141,9 @@ class Nodes:
     def start_head(self, num_cpus: int, *, with_dashboard: bool) -> None:
         """Start the network, the S3 server and the head."""
         head = self._add_node(HEAD)
-        head.run("ip", "link", "add", BRIDGE, "type", "bridge")
-        head.run("ip", "addr", "add", f"{HEAD}/24", "dev", BRIDGE)
-        head.run("ip", "link", "set", BRIDGE, "up")
+        head.run("ip", "link", "add", INTERFACE, "type", "bridge")
+        head.run("ip", "addr", "add", f"{HEAD}/24", "dev", INTERFACE)
+        head.run("ip", "link", "set", INTERFACE, "up")
         token = self.folder / "token"
         write_private(token, secrets.token_hex(32))
         with network_of(head):
@@ -154,6 +154,8 @@ class Nodes:
         self.environment = {
             **os.environ, **s3.environment, **QUIET, "COVTANET_ALLOW_PLAIN_HTTP": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT),
+            # Nodes have no names of their own; gloo would find loopback by that of the machine.
+            "GLOO_SOCKET_IFNAME": INTERFACE,
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
         dashboard = str(with_dashboard).lower()
@@ -166,16 +168,16 @@ class Nodes:
         number = len(self.nodes) + 1
         node = self._add_node(f"{NETWORK}.{number}")
         port = f"port{number}"
-        peer = ("peer", "name", "eth0", "netns", str(node.first.pid))
+        peer = ("peer", "name", INTERFACE, "netns", str(node.first.pid))
         # Of this machine's processes, since the head's /proc does not have that of the other node.
         with network_of(self.head):
             for command in (
                 ("link", "add", port, "type", "veth", *peer),
-                ("link", "set", port, "master", BRIDGE, "up"),
+                ("link", "set", port, "master", INTERFACE, "up"),
             ):
                 subprocess.run(("ip", *command), check=True)
-        node.run("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
-        node.run("ip", "link", "set", "eth0", "up")
+        node.run("ip", "addr", "add", f"{node.address}/24", "dev", INTERFACE)
+        node.run("ip", "link", "set", INTERFACE, "up")
         self._start_ray(node, num_cpus, f"--address={HEAD}:{GCS_PORT}")
         return node
 
