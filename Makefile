@@ -61,10 +61,11 @@ FAULTS_training := tests/faults/test_training_faults.py
 FAULTS_screening := tests/faults/test_screening_faults.py
 FAULTS_serve := tests/faults/test_serving_faults.py
 FAULTS_pacs := tests/faults/test_pacs_faults.py
+FAULTS_nodes := tests/faults/test_node_faults.py
 FAULTS_all := tests/faults
 
-faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, pacs, all)
-	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve, pacs or all))
+faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, pacs, nodes, all)
+	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve, pacs, nodes or all))
 
 fuzz: .venv/.installed ## search bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
 	@$(BIN)/python tests/support/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)

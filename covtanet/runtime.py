@@ -145,7 +145,12 @@ def cause_of(error: BaseException) -> str:
 
 def _is_ray_error(error: Exception) -> bool:
     ray = sys.modules.get("ray")
-    return ray is not None and isinstance(error, ray.exceptions.RayError)
+    if ray is None:
+        return False
+    # Ray Data raises it if nothing moves for long; it is no RayError.
+    data = sys.modules.get("ray.data.exceptions")
+    is_timeout = data is not None and isinstance(error, data.ExecutionTimeoutError)
+    return is_timeout or isinstance(error, ray.exceptions.RayError)
 
 
 def _leave_ray() -> None:

@@ -58,6 +58,7 @@ from covtanet.runtime import (
     parser,
     run_command,
 )
+from covtanet.shared_folders import check_shared
 
 logger = logging.getLogger("covtanet.evaluate")
 
@@ -147,6 +148,8 @@ def _evaluate_model(ref: str, out: str, arguments: argparse.Namespace) -> Collec
         model = load_model(resolved.folder, resolved.digest)
     connect()
     folder_uri = location(arguments.storage, "--storage") if arguments.storage else out
+    kept_uri = folder_uri if arguments.storage else ""
+    check_shared(written={"--out": out, "--storage": kept_uri}, read=data_locations(arguments))
     prepared_uri = storage.join(folder_uri, "prepared")
     data = prepare_for(model, source, prepared_uri)
     print(data_report.as_text(data.all_volumes, ()), flush=True)
@@ -181,6 +184,13 @@ def open_source(arguments: argparse.Namespace) -> DataSource:
     if not arguments.dataset or not arguments.data:
         raise ConfigError("--dataset and --data are needed, or --images and --masks")
     return open_data(arguments.dataset, location(arguments.data, "--data"))
+
+
+def data_locations(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the locations of labelled data, by the options that name them."""
+    names = ("data", "images", "masks")
+    given = {f"--{name}": getattr(arguments, name) for name in names}
+    return {option: location(uri, option) for option, uri in given.items() if uri}
 
 
 def _count_seen(model: SavedModel, volumes: Sequence[PreparedVolume]) -> int | None:

@@ -58,6 +58,7 @@ from covtanet.report.exportable import exportable_rows
 from covtanet.report.outcomes import outcome_of
 from covtanet.report.sending import SENT, SENT_ALREADY
 from covtanet.runtime import ExitCode, connect, location, parser, run_command
+from covtanet.shared_folders import check_shared
 from covtanet.storage import dicomweb
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def export(arguments: argparse.Namespace) -> int:
     server = dicomweb.server_root(arguments.to) if arguments.to else ""
     rows = chosen_rows(ledger, arguments.run, arguments.series)
     connect()
+    check_shared(written={"--results": results}, read={})
     return report_outcomes(export_all(rows, results, server))
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from covtanet import storage, tracking
-from covtanet.commands.evaluate import add_data_options, open_source
+from covtanet.commands.evaluate import add_data_options, data_locations, open_source
 from covtanet.data.datasets import DataSource
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.promotion import Comparison, Margins
@@ -42,6 +42,7 @@ from covtanet.runtime import (
     parser,
     run_command,
 )
+from covtanet.shared_folders import check_shared
 
 logger = logging.getLogger("covtanet.promote")
 
@@ -168,6 +169,7 @@ def evaluate_both(
         storage_uri = folder
         if arguments.storage:
             storage_uri = location(arguments.storage, "--storage")
+        check_shared(written={"--storage": storage_uri}, read=data_locations(arguments))
         prepared_uri = storage.join(storage_uri, "prepared")
         challenger, champion = (
             _contender(version, model, source, prepared_uri) for version, model in models.items()

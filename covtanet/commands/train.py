@@ -47,6 +47,7 @@ from covtanet.runtime import (
     parser,
     run_command,
 )
+from covtanet.shared_folders import check_shared, check_tracking_shared
 from covtanet.training.config import TrainingConfig
 
 logger = logging.getLogger("covtanet.train")
@@ -116,10 +117,12 @@ def run(arguments: argparse.Namespace) -> int:
     address = _address(arguments)
     # Ray Train asks the dashboard for its state.
     connect(with_dashboard=True)
+    data = location(data, "--data")
+    storage_uri = location(storage_uri, "--storage")
+    check_shared(written={"--storage": storage_uri}, read={"--data": data})
+    check_tracking_shared(address.uri)
     config = config.resolved(count_gpus())
-    experiment = _open(
-        config, location(data, "--data"), location(storage_uri, "--storage"), address
-    )
+    experiment = _open(config, data, storage_uri, address)
     experiments = [
         replace(experiment, config=variant) for variant in _variants(config, arguments, experiment)
     ]

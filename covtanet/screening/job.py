@@ -30,6 +30,7 @@ from covtanet.runtime import ExitCode
 from covtanet.screening import pipeline
 from covtanet.screening.config import ScreeningConfig, config_values, for_model
 from covtanet.screening.plan import Plan, make_manifest, make_plan
+from covtanet.shared_folders import check_shared
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,10 @@ def _screen(
             "kept apart"
         )
     runtime.connect()
+    check_shared(
+        written={"--ledger": run.ledger, "--results": job.results, "--linkage": run.linkage},
+        read={"--archive": run.archive},
+    )
     begin_run(run)
     try:
         make_manifest(run, config)

@@ -21,6 +21,7 @@ from covtanet import ray_data, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import Status
+from covtanet.ledger.attempts import MAX_ATTEMPTS
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import SERIES_PER_GROUP, finished_keys, read_manifest, write_rows
 from covtanet.screening.config import ScreeningConfig
@@ -35,6 +36,8 @@ Row = dict[str, Any]
 PROGRESS_EVERY_S = 10.0
 # Bounds of the histogram, two a decade.
 STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
+# Choice: for the starts of workers between the attempts of a series, each of less than a minute.
+WORKER_STARTS_S = 600.0
 # Two, so that the next series is there when one is finished.
 SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # Bound of the object store: so many prepared series for every worker that makes or reads them. Ray
@@ -57,7 +60,8 @@ def screen(
     from covtanet.model.model_files import model_files
 
     # One slow series must not hold back those behind it; the commit restores the order.
-    ray_data.configure(preserve_order=False)
+    timeout_s = no_progress_timeout_s(config)
+    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s)
     finished = finished_keys(run)
     plan = make_plan(run, config, finished)
     num_remaining = plan.num_series - plan.num_finished
@@ -71,6 +75,14 @@ def screen(
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
     _follow(_pipeline(run, config, window, results, remaining_uri, plan), num_remaining)
+
+
+def no_progress_timeout_s(config: ScreeningConfig) -> float:
+    """Return the seconds after which a screening in which no row moves is ended.
+
+    More than all attempts of a series that hangs: it ends as a row, and not the run.
+    """
+    return (MAX_ATTEMPTS + 1) * config.worker_timeout_s + WORKER_STARTS_S
 
 
 def _write_remaining(run: Run, finished: set[str]) -> str:

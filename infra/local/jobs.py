@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from infra.local.services import ROOT
@@ -70,9 +70,14 @@ class Job:
         return code
 
 
-def start_job(environment: dict[str, str], script: str, *arguments: str) -> Job:
-    """Start a script of ``jobs/`` on the cluster that the environment names."""
-    command = [sys.executable, str(ROOT / "jobs" / script), *arguments]
+def start_job(
+    environment: dict[str, str], script: str, *arguments: str, inside: Sequence[str] = ()
+) -> Job:
+    """Start a script of ``jobs/`` on the cluster that the environment names.
+
+    inside: a command that runs another, such as ``nsenter`` with its options.
+    """
+    command = [*inside, sys.executable, str(ROOT / "jobs" / script), *arguments]
     return Job(
         subprocess.Popen(
             command,

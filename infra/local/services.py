@@ -134,10 +134,12 @@ def start_s3(
             # one pair, which holds a comma itself.
             env={**os.environ, "RCLONE_CONFIG": os.devnull, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
         )
+    direct_hosts = f"{NO_PROXY['NO_PROXY']},{host}"
     service = Service(
         process,
         {
-            **NO_PROXY,
+            "NO_PROXY": direct_hosts,
+            "no_proxy": direct_hosts,
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
@@ -147,7 +149,7 @@ def start_s3(
         },
         log,
     )
-    wait_for(service, lambda: _answers(port))
+    wait_for(service, lambda: _answers(host, port))
     return service
 
 
@@ -259,9 +261,9 @@ def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
     raise RuntimeError(f"the service did not start; {service.log} ends:\n{tail}")
 
 
-def _answers(port: int) -> bool:
+def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=1):
+        with socket.create_connection((host, port), timeout=1):
             return True
     except OSError:
         return False

@@ -42,11 +42,13 @@ class Screening:
     """A Ray, an archive in S3, and the ledger of an undisturbed run of it.
 
     bucket: the folder on this disk that holds the bucket's objects. truth: the rows that are right.
+    inside: a command that runs jobs, such as ``nsenter`` with its options.
     """
 
     folder: Path
     bucket: Path
     environment: dict[str, str] = field(default_factory=dict)
+    inside: tuple[str, ...] = ()
     clean: pa.Table = field(default_factory=lambda: pa.table({}))
     clean_output: str = ""
     truth: list[dict[str, object]] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Screening:
     def start(self, name: str, *more: str, **locations: str) -> Job:
         """Start a run."""
         arguments = self.arguments(name, **locations)
-        return start_job(self.environment, "screen.py", *arguments, *more)
+        return start_job(self.environment, "screen.py", *arguments, *more, inside=self.inside)
 
     def run(self, name: str, *more: str, expect: int = 0, **locations: str) -> str:
         """Run to the end, check the exit code and return the output."""

@@ -51,7 +51,8 @@ learning_rate = 1e-3
 class TrainingRun:
     """One training command, which may be started again.
 
-    storage: the URI that the command gets; stored: the folder on this disk that holds it.
+    storage: the URI that the command gets; stored: the folder on this disk that holds it. inside: a
+    command that runs it, such as ``nsenter`` with its options.
     """
 
     environment: dict[str, str]
@@ -61,6 +62,7 @@ class TrainingRun:
     storage: str
     stored: Path
     output: str = ""
+    inside: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
@@ -72,7 +74,7 @@ class TrainingRun:
 
     def start(self) -> Job:
         """Start the command."""
-        return start_job(self.environment, "train.py", *self.arguments)
+        return start_job(self.environment, "train.py", *self.arguments, inside=self.inside)
 
     def run(self, expect: int = 0) -> str:
         """Run the command to its end, check its exit code and return its output."""

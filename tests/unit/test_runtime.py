@@ -4,6 +4,8 @@ import argparse
 import logging
 
 import pytest
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayActorError
 
 from covtanet.errors import (
     AlreadyCommittedError,
@@ -29,6 +31,12 @@ CANARY = "Doe^Jane"
         (OSError(CANARY), 1, "storage: OSError; the same command continues"),
         (AccessError(CANARY), 1, "storage: AccessError; the same command continues"),
         (ValueError(CANARY), 1, "internal error, ValueError at"),
+        (RayActorError(), 1, "Ray: RayActorError; the same command continues"),
+        (
+            ExecutionTimeoutError(CANARY),
+            1,
+            "Ray: ExecutionTimeoutError; the same command continues",
+        ),
     ],
 )
 def test_error_ends_with_its_exit_code(
