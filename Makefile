@@ -36,7 +36,7 @@ stop: .venv/.installed ## end a make serve
 
 # Unit and integration tests run on two processes. Those of cluster and http share one Ray, so they
 # run in one process; http comes last, because the endpoint holds a CPU that screenings would use.
-test: .venv/.installed ## run the tests (14 minutes on two cores)
+test: .venv/.installed ## run the tests (17 minutes on two cores)
 	@$(BIN)/python -m pytest tests/unit tests/integration -n 2
 	@$(BIN)/python -m pytest tests/cluster tests/http
 
@@ -58,7 +58,7 @@ bench: .venv/.installed ## measure ratios side by side, keep them under benchmar
 	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))
 
 FAULTS_training := tests/faults/test_training_faults.py
-FAULTS_screening := tests/faults/test_screening_faults.py
+FAULTS_screening := tests/faults/test_screening_faults.py tests/faults/test_hanging_series.py
 FAULTS_serve := tests/faults/test_serving_faults.py
 FAULTS_pacs := tests/faults/test_pacs_faults.py
 FAULTS_nodes := tests/faults/test_node_faults.py

@@ -29,6 +29,12 @@ def pacs_port() -> int:
 
 
 @pytest.fixture(scope="session")
+def worklist_pacs_port() -> int:
+    """The port of the PACS of the worklist's tests."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="session")
 def pacs(pacs_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
     """An Orthanc that the endpoint may read, with one phantom."""
     if not is_installed():
@@ -40,11 +46,16 @@ def pacs(pacs_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
 
 
 @pytest.fixture(scope="session")
-def endpoint(screening: Screening, cluster: Cluster, pacs_port: int) -> Iterator[Endpoint]:
+def endpoint(
+    screening: Screening, cluster: Cluster, pacs_port: int, worklist_pacs_port: int
+) -> Iterator[Endpoint]:
     """The endpoint; while it runs it holds a CPU that screenings would use."""
     folder = Path(cluster.environment["COVTANET_SERVE_CONFIG"]).parent
     token = secrets.token_urlsafe(32)
-    places = ("s3://bucket/archive", f"dicomweb+http://127.0.0.1:{pacs_port}/dicom-web")
+    servers = [
+        f"dicomweb+http://127.0.0.1:{port}/dicom-web" for port in (pacs_port, worklist_pacs_port)
+    ]
+    places = ("s3://bucket/archive", *servers)
     write_config(
         folder / "serve.toml", token, model=str(screening.folder / "model"),
         ledger="s3://bucket/served", places=places, max_waiting=2, may_store=True,

@@ -61,10 +61,10 @@ def caller(name: str, token: str, *places: str) -> Caller:
 
 
 @pytest.fixture(scope="module")
-def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+def pacs(worklist_pacs_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
     """A PACS with one series of 512 x 512, and its credentials in the environment."""
     folder = tmp_path_factory.mktemp("pacs")
-    server = start_orthanc(folder, PASSWORD)
+    server = start_orthanc(folder, PASSWORD, worklist_pacs_port)
     server.load([*source_objects(), enhanced_object()])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in credentials(folder).items():
