@@ -6,6 +6,7 @@ localizers are ignored, but counted.
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from covtanet.storage.multipart import Part
 logger = logging.getLogger(__name__)
 
 CT = "CT"
+# A code string (PS3.5, 6.2) without blanks.
+MODALITY = re.compile(r"[A-Z0-9_]{1,16}")
 MODALITIES_IN_STUDY = "ModalitiesInStudy"
 # CT, Enhanced CT and Legacy Converted Enhanced CT Image Storage (PS3.6).
 CT_CLASSES = {
@@ -102,12 +105,17 @@ def _series_of_study(
     for found in dicomweb.find_series(root, study_uid, filters):
         is_ct = found.modality == CT
         instances = _instances_of(root, found) if is_ct else []
-        kind = _kind_to_ignore(instances) if is_ct else found.modality or "no modality"
+        kind = _kind_to_ignore(instances) if is_ct else _modality_name(found)
         if kind:
             ignored.append(IgnoredSeries(path=f"{found.path}/", kind=kind))
         else:
             series.append(_as_series(found, instances))
     return series, ignored
+
+
+def _modality_name(found: dicomweb.FoundSeries) -> str:
+    """Return the modality of a series for logs, into which no other text of the server may come."""
+    return found.modality if MODALITY.fullmatch(found.modality) else "of no known modality"
 
 
 def _instances_of(root: str, found: dicomweb.FoundSeries) -> list[dicomweb.FoundInstance]:
