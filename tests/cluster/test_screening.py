@@ -183,6 +183,7 @@ def test_export_writes_seg_and_sr_of_every_series(screening: Screening, cluster:
         assert int(pixels.sum()) == int(lesion.sum())
 
 
+@pytest.mark.slow
 def test_export_to_pacs_sends_every_series_once(
     screening: Screening, cluster: Cluster, tmp_path: Path
 ) -> None:
