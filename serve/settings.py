@@ -69,9 +69,6 @@ class Caller:
         path = uri.partition("://")[2]
         if set(uri) & set("?#%\\*") or "//" in path:
             return False
-        # HTTP leaves out a segment that is a dot, so that the path would be another.
-        if storage.is_dicomweb(uri) and "." in path.split("/"):
-            return False
         try:
             location = storage.absolute(uri)
         except ConfigError:

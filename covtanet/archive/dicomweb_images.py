@@ -19,19 +19,11 @@ from covtanet.storage.dicomweb import (
     text_of,
     values_of,
 )
-from covtanet.storage.dicomweb_server import (
-    DICOM_JSON,
-    Attributes,
-    DicomwebServer,
-    Query,
-    parse_json,
-)
+from covtanet.storage.dicomweb_server import Attributes, DicomwebServer
 
 # A person waits: a scheduled run may be more patient.
 MAX_RETRIES, READ_TIMEOUT_S = 1, 20.0
 MAX_SERVERS = 16
-# An instance has about 5 kB of metadata, with private elements up to 50.
-MAX_METADATA_BYTES = 32 << 20
 # A PNG of 512 x 512 has about 100 kB.
 MAX_IMAGE_BYTES = 16 << 20
 MAX_LABEL_CHARACTERS = 64
@@ -61,7 +53,7 @@ def find_study_labels(root: str, study_uid: str) -> StudyLabels:
     """
     query = [(STUDY_KEYWORD, study_uid), ("includefield", ACCESSION_NUMBER)]
     query += [("includefield", STUDY_DATE), ("limit", "1")]
-    found = _get_json(root, "studies", query)
+    found = _server(root).get_json("studies", query)
     # A server that ignores the filter would name another patient.
     studies = [study for study in found if text_of(study, STUDY_UID) == study_uid]
     if not studies:
@@ -87,7 +79,7 @@ def find_slices(root: str, study_uid: str, series_uid: str) -> tuple[SourceSlice
         FileNotFoundError: the server does not have the series, or the series has no image.
         OSError: the server does not answer as it should.
     """
-    instances = _get_json(root, f"{series_path(study_uid, series_uid)}/metadata")
+    instances = _server(root).get_json(f"{series_path(study_uid, series_uid)}/metadata")
     images = [instance for instance in instances if values_of(instance, ROWS)]
     # A series of localizers alone is shown.
     images = [image for image in images if not _is_localizer(image)] or images
@@ -117,7 +109,7 @@ def render_slice(root: str, series: str, path: str, low_hu: int, high_hu: int) -
     # PS3.3 C.11.2.1.2: a linear window of centre c and width w is black at c - w / 2 and white at
     # c + w / 2 - 1. Orthanc 1.10 renders linear-exact wrongly.
     window = f"{(low_hu + high_hu + 1) / 2:g},{high_hu - low_hu + 1},linear"
-    content, _ = _server(root).get_bytes(
+    content = _server(root).get_bytes(
         f"{series}/{path}/rendered", PNG, [("window", window)], MAX_IMAGE_BYTES
     )
     return content, media_type_of(content)
@@ -133,11 +125,6 @@ def media_type_of(content: bytes) -> str:
         if content.startswith(signature):
             return media_type
     raise OSError("the DICOMweb server rendered neither PNG nor JPEG")
-
-
-def _get_json(root: str, path: str, query: Query = ()) -> list[Attributes]:
-    content, _ = _server(root).get_bytes(path, DICOM_JSON, query, MAX_METADATA_BYTES)
-    return parse_json(content) if content else []
 
 
 @lru_cache(MAX_SERVERS)

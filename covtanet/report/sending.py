@@ -28,9 +28,9 @@ class ResultObject:
     data: bytes
 
     @property
-    def path(self) -> str:
-        """Path below the server's root."""
-        return f"{dicomweb.series_path(self.study_uid, self.series_uid)}/instances/{self.uid}"
+    def series_path(self) -> str:
+        """Path of its series below the server's root."""
+        return dicomweb.series_path(self.study_uid, self.series_uid)
 
     @property
     def kind(self) -> str:
@@ -62,11 +62,11 @@ def send_objects(objects: Iterable[tuple[str, bytes]], server: str) -> tuple[str
         StudyError: ``unreadable``, the source has a UID that is none.
         OSError: the server refuses the request or does not answer.
     """
-    missing = [
-        item
-        for item in (_identified(name, data) for name, data in objects)
-        if not dicomweb.is_stored(server, item.path)
-    ]
+    identified = [_identified(name, data) for name, data in objects]
+    # One search for each of the three series, not for each object.
+    series = {item.series_path for item in identified}
+    stored = {uid for path in series for uid in dicomweb.stored_uids(server, path)}
+    missing = [item for item in identified if item.uid not in stored]
     if not missing:
         return SENT_ALREADY, ""
     failures = dicomweb.store(server, missing[0].study_uid, [item.data for item in missing])

@@ -60,7 +60,7 @@ def _as_row(item: storage.ObjectInfo) -> dict[str, Any]:
     return {"path": item.path, "num_bytes": item.num_bytes, "version": item.version}
 
 
-def find_series(run: Run, series: Path, ignored: Path) -> Counter[str]:
+def list_server(run: Run, series: Path, ignored: Path) -> Counter[str]:
     """Write the series of a DICOMweb server, and those that are ignored, to two files.
 
     Returns how often each series UID occurs.

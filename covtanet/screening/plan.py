@@ -20,8 +20,8 @@ from covtanet.ledger.run import Run
 from covtanet.ledger.work import read_manifest, write_manifest
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.listing import (
-    find_series,
     list_folders,
+    list_server,
     note_series_keys,
     read_series,
     split_scan,
@@ -69,7 +69,7 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     ignored = folder / "ignored.parquet"
     folders = None
     if storage.is_dicomweb(run.archive):
-        uid_counts = find_series(run, series, ignored)
+        uid_counts = list_server(run, series, ignored)
     else:
         folders = folder / "folders.parquet"
         uid_counts = _scan_folders(run, config, previous_runs, folder, folders, series, ignored)

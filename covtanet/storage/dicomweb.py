@@ -37,7 +37,7 @@ STORE_ANSWER_BYTES = 4 << 20
 IMAGE_TYPE, CREATION_DATE, CREATION_TIME = "00080008", "00080012", "00080013"
 SOP_CLASS, SOP_UID, MODALITY = "00080016", "00080018", "00080060"
 STUDY_UID, SERIES_UID, NUM_INSTANCES = "0020000D", "0020000E", "00201209"
-FAILED_SOPS, REFERENCED_SOPS = "00081198", "00081199"
+FAILED_SOPS = "00081198"
 REFERENCED_UID, FAILURE_REASON = "00081155", "00081197"
 
 
@@ -230,15 +230,12 @@ def retrieve(root: str, path: str) -> Iterator[Iterator[Part]]:
         yield read_parts(read_answer(response), boundary)
 
 
-def is_stored(root: str, path: str) -> bool:
-    """Return whether an instance is there. path: ``studies/UID/series/UID/instances/UID``."""
-    series, _, uid = path.rpartition("/instances/")
-    server = dicomweb_server(root)
+def stored_uids(root: str, path: str) -> set[str]:
+    """Return the UIDs of the instances of a series that are there. path: of the series."""
     try:
-        found = server.get_json(f"{series}/instances", [("SOPInstanceUID", uid), ("limit", "1")])
+        return {instance.uid for instance in find_instances(root, path)}
     except FileNotFoundError:  # some servers answer 404 to a search in a series they do not have
-        return False
-    return any(text_of(match, SOP_UID) == uid for match in found)
+        return set()
 
 
 def store(root: str, study_uid: str, objects: Sequence[bytes]) -> dict[str, int]:

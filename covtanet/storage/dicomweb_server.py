@@ -81,50 +81,25 @@ class DicomwebServer:
         self.read_timeout_s = read_timeout_s
         # Its warnings about retries quote the path, which names studies and series.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        self.session = requests.Session()
-        # A proxy or a .netrc of the user would get the hospital's requests or give them a password.
-        self.session.trust_env = False
+        self.session = open_session(
+            environment,
+            max_retries=max_retries,
+            backoff_s=BACKOFF_S,
+            max_retry_after_s=int(min(MAX_RETRY_AFTER_S, read_timeout_s)),
+        )
         self.session.auth = Credentials(environment)
-        # Bytes are read as they come: nothing inflates what the server chose to deflate.
-        self.session.headers["Accept-Encoding"] = "identity"
-        ca_file = environment.get(f"{PREFIX}CA_FILE")
-        if ca_file:
-            self.session.verify = ca_file
-        retry = Retry(
-            total=max_retries,
-            # Such as a certificate that is not trusted: once more is the same.
-            other=0,
-            backoff_factor=BACKOFF_S,
-            status_forcelist=RETRIED,
-            # POST stores objects under their own UIDs: once more is the same.
-            allowed_methods=("GET", "POST"),
-            retry_after_max=int(min(MAX_RETRY_AFTER_S, read_timeout_s)),
-            redirect=0,
-            raise_on_status=False,
-        )
-        adapter = HTTPAdapter(
-            pool_connections=1,
-            pool_maxsize=MAX_CONNECTIONS,
-            max_retries=retry,
-            # Threads wait for a connection instead of opening more than the server should have.
-            pool_block=True,
-        )
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, adapter)
 
     def get_json(self, path: str, query: Query = ()) -> list[Attributes]:
         """Return the data sets of a search or of metadata; none for 204."""
         with self.get(path, DICOM_JSON, query) as response:
-            if response.status_code == requests.codes.no_content:
-                return []
             content = _read_bounded(response, MAX_JSON_BYTES)
-        return parse_json(content)
+        # Nothing is found: 204, or a success without a body.
+        return parse_json(content) if content else []
 
-    def get_bytes(self, path: str, accept: str, query: Query, max_bytes: int) -> tuple[bytes, str]:
-        """Return a whole answer and its content type."""
+    def get_bytes(self, path: str, accept: str, query: Query, max_bytes: int) -> bytes:
+        """Return a whole answer."""
         with self.get(path, accept, query) as response:
-            content_type = response.headers.get("Content-Type", "")
-            return _read_bounded(response, max_bytes), content_type
+            return _read_bounded(response, max_bytes)
 
     @contextmanager
     def get(self, path: str, accept: str, query: Query = ()) -> Iterator[requests.Response]:
@@ -134,11 +109,11 @@ class DicomwebServer:
             yield response
 
     @contextmanager
-    def post(
-        self, path: str, content_type: str, body: bytes, accept: str = DICOM_JSON
-    ) -> Iterator[requests.Response]:
+    def post(self, path: str, content_type: str, body: bytes) -> Iterator[requests.Response]:
         """Send a body; the caller checks the status."""
-        with self._request("POST", path, accept, body=body, content_type=content_type) as response:
+        with self._request(
+            "POST", path, DICOM_JSON, body=body, content_type=content_type
+        ) as response:
             yield response
 
     @contextmanager
@@ -171,6 +146,43 @@ class DicomwebServer:
             )
             with response:
                 yield response
+
+
+def open_session(
+    environment: Mapping[str, str], *, max_retries: int, backoff_s: float, max_retry_after_s: int
+) -> requests.Session:
+    """Return a session that retries, trusts the certificates of the environment and nothing else.
+
+    A request that changes something must be one that may be sent twice.
+    """
+    session = requests.Session()
+    # A proxy or a .netrc of the user would get the hospital's requests or give them a password.
+    session.trust_env = False
+    # Bytes are read as they come: nothing inflates what the server chose to deflate.
+    session.headers["Accept-Encoding"] = "identity"
+    ca_file = environment.get(f"{PREFIX}CA_FILE")
+    if ca_file:
+        session.verify = ca_file
+    retry = Retry(
+        total=max_retries,
+        # Such as a certificate that is not trusted: once more is the same.
+        other=0,
+        backoff_factor=backoff_s,
+        status_forcelist=RETRIED,
+        allowed_methods=("GET", "POST", "PUT"),
+        retry_after_max=max_retry_after_s,
+        redirect=0,
+        raise_on_status=False,
+    )
+    adapter = HTTPAdapter(
+        pool_maxsize=MAX_CONNECTIONS,
+        max_retries=retry,
+        # Threads wait for a connection instead of opening more than the server should have.
+        pool_block=True,
+    )
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, adapter)
+    return session
 
 
 class Credentials(AuthBase):

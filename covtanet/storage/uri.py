@@ -87,6 +87,7 @@ def absolute(uri: str) -> str:
 def _absolute_dicomweb(uri: str) -> str:
     host, slash, path = http_url(uri).partition("://")[2].partition("/")
     path = f"{slash}{path}".rstrip("/")
+    # HTTP leaves out a segment that is a dot, so that the path would be another.
     # Not quoted in the message: what does not belong into a URI may be a password.
     if not HOST.fullmatch(host) or not PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
         raise ConfigError(

@@ -31,12 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from covtanet import runtime, storage
 from covtanet.errors import ConfigError
-from covtanet.storage.dicomweb_server import Credentials
+from covtanet.storage.dicomweb_server import Credentials, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,12 @@ class Push:
         self.state = state
         self.last_change = int(state.read_text()) if state.exists() else 0
         self.num_tries = 0
-        self.session = _session()
+        self.session = open_session(
+            os.environ,
+            max_retries=MAX_RETRIES,
+            backoff_s=BACKOFF_S,
+            max_retry_after_s=MAX_RETRY_AFTER_S,
+        )
         self.credentials = Credentials(os.environ)
         self.token = _token()
 
@@ -209,26 +212,6 @@ class Push:
             return None
         answer.raise_for_status()
         return answer
-
-
-def _session() -> requests.Session:
-    session = requests.Session()
-    # No proxy and no .netrc of the user.
-    session.trust_env = False
-    retry = Retry(
-        total=MAX_RETRIES,
-        backoff_factor=BACKOFF_S,
-        status_forcelist=(429, 502, 503, 504),
-        allowed_methods=("GET", "POST", "PUT"),
-        retry_after_max=MAX_RETRY_AFTER_S,
-        redirect=0,
-        raise_on_status=False,
-    )
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    if ca_file := os.environ.get("COVTANET_DICOMWEB_CA_FILE"):
-        session.verify = ca_file
-    return session
 
 
 def _token() -> str:
