@@ -154,8 +154,7 @@ def line_of(uri: str) -> str:
 def counts_of(title: str, table: pa.Table) -> str:
     """Return rows by status, reasons by number, and findings, as a table."""
     counts = Accounting()
-    for row in table.select(ACCOUNTED_COLUMNS).to_pylist():
-        counts.add(row)
+    counts.add(table)
     lines: list[tuple[str, object]] = [("series", counts.series), ("screened", counts.screened)]
     for status, number, reasons in (
         (Status.REJECTED, counts.rejected.total(), counts.rejected),

@@ -16,7 +16,7 @@ from covtanet.errors import ConfigError, LedgerVersionError
 from covtanet.ledger.accounting import ACCOUNTED_COLUMNS, Accounting
 from covtanet.ledger.commit import BEGUN_AT
 from covtanet.ledger.run import WORK, latest_date
-from covtanet.ledger.schema import LEDGER_SCHEMA, READABLE_VERSIONS
+from covtanet.ledger.schema import LEDGER_SCHEMA, READABLE_VERSIONS, with_columns
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,7 @@ def read_run(uri: str, columns: list[str] | None = None) -> pa.Table:
 def account_run(uri: str) -> Accounting:
     """Return the counts of a committed file's rows."""
     accounting = Accounting()
-    for row in read_run(uri, ACCOUNTED_COLUMNS).to_pylist():
-        accounting.add(row)
+    accounting.add(read_run(uri, ACCOUNTED_COLUMNS))
     return accounting
 
 
@@ -127,15 +126,7 @@ def _read(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
     """Read columns of one file, in the order in which they are asked for or the schema has them."""
     wanted = LEDGER_SCHEMA.names if columns is None else columns
     stored = set(file.schema_arrow.names)
-    table = file.read([name for name in wanted if name in stored])
-    for name in wanted:
-        if name not in stored:  # an older version has fewer columns
-            nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
-            table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
-    # An older file may allow fewer columns to be null; no value is converted.
-    fields = [table.schema.field(name) for name in wanted]
-    allowed = [field.with_nullable(LEDGER_SCHEMA.field(field.name).nullable) for field in fields]
-    return table.select(wanted).cast(pa.schema(allowed))
+    return with_columns(file.read([name for name in wanted if name in stored]), wanted)
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
