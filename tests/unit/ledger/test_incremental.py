@@ -16,9 +16,10 @@ from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import complete_row, store_rows
 from covtanet.ledger.incremental import KnownSeries, PreviousRuns, known_series, read_previous_runs
-from covtanet.ledger.read import committed_files, newest_rows, read_run
+from covtanet.ledger.read import committed_files, read_run
 from covtanet.ledger.run import Run, begin_run, choose_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.view import newest_rows
 from covtanet.ledger.work import write_manifest, write_rows
 
 
