@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.archive.manifest import IGNORED_SCHEMA, MANIFEST_SCHEMA
+from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
 
 logger = logging.getLogger(__name__)
 
 # Rows in memory at a time: a row of the manifest lists all objects of its series.
-SERIES_PER_GROUP = 64
+SERIES_PER_BATCH = 64
 KEYS_PER_BATCH = 1 << 16
 FOLDERS_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
@@ -40,19 +41,19 @@ def write_manifest(
         storage.upload(folders, run.work_uri("folders.parquet"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.parquet"
-        write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
+        write_rows(path, MANIFEST_SCHEMA, rows)
         # Created, not replaced: a second driver takes the manifest of the first.
         storage.create(path, run.work_uri("manifest.parquet"))
 
 
 def read_manifest(run: Run, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the manifest's rows."""
+    """Yield the manifest's rows, some at a time in memory."""
     for batch in manifest_batches(run, columns):
         yield from batch.to_pylist()
 
 
 def manifest_batches(
-    run: Run, columns: list[str] | None = None, num_rows: int = SERIES_PER_GROUP
+    run: Run, columns: list[str] | None = None, num_rows: int = SERIES_PER_BATCH
 ) -> Iterator[pa.RecordBatch]:
     """Yield the manifest in batches. num_rows: the largest number in one."""
     filesystem, path = storage.filesystem(run.work_uri("manifest.parquet"))
@@ -60,13 +61,14 @@ def manifest_batches(
         yield from pq.ParquetFile(file).iter_batches(num_rows, columns=columns)
 
 
-def unfinished_series(run: Run, finished: SeriesKeys) -> Iterator[pa.RecordBatch]:
+def unfinished_series(run: Run, finished: SeriesKeys) -> Iterator[pa.Table]:
     """Yield the rows of the manifest without those of finished series.
 
     finished: their keys, sorted.
     """
     for batch in manifest_batches(run):
-        yield batch.filter(pa.array(position_of(keys_of(batch), finished) < 0))
+        is_unfinished = position_of(keys_of(batch), finished) < 0
+        yield pa.Table.from_batches([batch.filter(pa.array(is_unfinished))])
 
 
 def read_ignored(run: Run) -> pa.Table:
@@ -98,16 +100,11 @@ def remove_work(run: Run) -> None:
             )
 
 
-def write_rows(
-    path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], rows_per_group: int
-) -> int:
-    """Write rows to a local Parquet file, row group by row group; return their number."""
-    num_rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for group in batched(rows, rows_per_group):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            num_rows += len(group)
-    return num_rows
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows to a local Parquet file, some at a time in memory."""
+    with RowGroupWriter(path, schema) as writer:
+        for group in batched(rows, SERIES_PER_BATCH):
+            writer.write(pa.Table.from_pylist(group, schema=schema))
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -14,7 +14,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.data
 from ray.util import metrics
 
@@ -25,6 +24,7 @@ from covtanet.errors import Status
 from covtanet.ledger.attempts import MAX_ATTEMPTS
 from covtanet.ledger.finished_rows import FinishedRows, finished_keys
 from covtanet.ledger.record import ScreeningRecord
+from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys
 from covtanet.ledger.work import unfinished_series
@@ -79,13 +79,20 @@ def screen(
     if not num_remaining:
         return
     logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
-    remaining_uri = _write_remaining(run, finished)
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
-    rows = _pipeline(run, config, window, results, remaining_uri, plan)
+    limit_object_store(window.size_px, plan.workers)
+    screen_with(run, plan, _stages(run, config, window, results, plan), finished)
+
+
+def screen_with(run: Run, plan: Plan, stages: "Stages", finished: SeriesKeys) -> None:
+    """Lead the series of the manifest that are not finished through stages; store their rows."""
+    filesystem, path = storage.filesystem(_write_remaining(run, finished))
+    series = ray.data.read_parquet(path, filesystem=filesystem)
     with FinishedRows(run) as finished_rows:
-        _follow(rows, num_remaining, finished_rows)
+        num_remaining = plan.num_series - plan.num_finished
+        _follow(assemble(series, stages, plan), num_remaining, finished_rows)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:
@@ -101,42 +108,11 @@ def _write_remaining(run: Run, finished: SeriesKeys) -> str:
     uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "todo.parquet"
-        with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for batch in unfinished_series(run, finished):
-                writer.write_batch(batch)
+        with RowGroupWriter(path, MANIFEST_SCHEMA) as writer:
+            for table in unfinished_series(run, finished):
+                writer.write(table)
         storage.upload(path, uri)
     return uri
-
-
-def _pipeline(
-    run: Run,
-    config: ScreeningConfig,
-    window: WindowConfig,
-    results: str,
-    remaining_uri: str,
-    plan: Plan,
-) -> ray.data.Dataset:
-    """Read the series and lead them through the stages."""
-    filesystem, path = storage.filesystem(remaining_uri)
-    common: dict[str, Any] = {
-        "run": run,
-        "config": config,
-        "begin_attempt": AttemptCounter(run).begin,
-    }
-    stages = Stages(
-        decoder=Decoder,
-        decoder_arguments={**common, "window": window},
-        predictor=PredictorWorker,
-        predictor_arguments={
-            **common,
-            "num_threads": plan.workers.cpus_per_predictor,
-            "keeps_slices": bool(results),
-        },
-        measure=partial(_measure, **common, window=window, results=results),
-    )
-    limit_object_store(window.size_px, plan.workers)
-    series = ray.data.read_parquet(path, filesystem=filesystem)
-    return assemble(series, stages, plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +124,27 @@ class Stages:
     predictor: type
     predictor_arguments: dict[str, Any]
     measure: Callable[[Row], Row]
+
+
+def _stages(
+    run: Run, config: ScreeningConfig, window: WindowConfig, results: str, plan: Plan
+) -> Stages:
+    common: dict[str, Any] = {
+        "run": run,
+        "config": config,
+        "begin_attempt": AttemptCounter(run).begin,
+    }
+    return Stages(
+        decoder=Decoder,
+        decoder_arguments={**common, "window": window},
+        predictor=PredictorWorker,
+        predictor_arguments={
+            **common,
+            "num_threads": plan.workers.cpus_per_predictor,
+            "keeps_slices": bool(results),
+        },
+        measure=partial(_measure, **common, window=window, results=results),
+    )
 
 
 def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.Dataset:

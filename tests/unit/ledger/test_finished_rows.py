@@ -83,9 +83,9 @@ def test_remaining_series_are_those_without_a_row_in_the_manifests_order(
     store_rows(run, [record(rows[3]), record(rows[0])])
     finished = finished_keys(run)
     assert len(finished) == 2
-    remaining = pa.Table.from_batches(unfinished_series(run, finished))["source_path"]
+    remaining = pa.concat_tables(unfinished_series(run, finished))["source_path"]
     assert remaining.to_pylist() == ["b.nii.gz", "c.nii.gz", "e.nii.gz"]
-    everything = pa.Table.from_batches(unfinished_series(run, finished[:0]))
+    everything = pa.concat_tables(unfinished_series(run, finished[:0]))
     assert everything.num_rows == 5
 
 

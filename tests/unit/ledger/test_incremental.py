@@ -156,7 +156,7 @@ def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
     hidden = replace(run, site_key=b"a secret of this hospital", linkage=str(tmp_path / "linkage"))
     row = {**series("a"), "series_key": hidden.pseudonym("a")}
     ignored = tmp_path / "ignored.parquet"
-    write_rows(ignored, IGNORED_SCHEMA, [], 10)
+    write_rows(ignored, IGNORED_SCHEMA, [])
     begin_run(hidden)
     write_manifest(hidden, [row], ignored)
     store_rows(hidden, [record(row, source_digest="5" * 64, status="screened", reason=None)])
