@@ -18,6 +18,7 @@ from benchmarks import (
     serving,
     throughput,
     training,
+    year,
 )
 from benchmarks.measure import WORK, Result, keep, table
 
@@ -31,6 +32,7 @@ PARTS = {
     "pacs": pacs.measure,
     "scale": scale.measure_trivial,
     "million": scale.measure_synthetic,
+    "year": year.measure,
     "serving": serving.measure,
     "training": training.measure,
     "throughput": throughput.measure,
@@ -43,7 +45,7 @@ THEMES = {
     "endurance": ("endurance",),
     "pacs": ("pacs",),
     "scale": ("scale",),
-    "million": ("million",),
+    "million": ("million", "year"),
     "serving": ("serving",),
     "training": ("training",),
     "throughput": ("throughput",),

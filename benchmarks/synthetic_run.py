@@ -18,18 +18,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
+from benchmarks.synthetic_series import Decoder, Predictor, measure, run_of, series_rows
 from covtanet import ray_data, runtime
-from covtanet.archive.manifest import IGNORED_SCHEMA, Series
+from covtanet.archive.manifest import IGNORED_SCHEMA
 from covtanet.commands import ledger as ledger_command
-from covtanet.errors import Status
 from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import finished_keys
@@ -39,78 +37,10 @@ from covtanet.screening import pipeline
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.plan import make_plan
-from covtanet.screening.records import PredictedSeries, PreparedSeries
-from covtanet.screening.stages import new_record
-from covtanet.screening.workers import BeginAttempt
-from covtanet.storage import ObjectInfo
 
 SAMPLE_EVERY_S = 0.5
 # Ray's own processes of a head, by parts of their command lines.
 HEAD = ("gcs_server", "raylet/raylet", "dashboard")
-SIZE_PX = 8
-Row = dict[str, Any]
-
-
-class Decoder:
-    """Returns a series of one tiny slice."""
-
-    def __init__(self, run: Run, begin_attempt: BeginAttempt) -> None:
-        self.run = run
-        self.begin_attempt = begin_attempt
-
-    def __call__(self, row: Row) -> Row:
-        """Turn a row of the manifest into a prepared series."""
-        self.begin_attempt(row["series_key"], "decode")
-        record = replace(
-            new_record(row, self.run.archive),
-            source_digest=2 * row["series_key"],
-            num_slices=120,
-            num_slices_segmented=60,
-            spacing_z_mm=2.5,
-            spacing_y_mm=0.7,
-            spacing_x_mm=0.7,
-            decode_s=1.0,
-        )
-        slices = np.zeros((1, SIZE_PX, SIZE_PX), np.uint16)
-        return PreparedSeries(
-            record=record, slices=slices, chosen=np.zeros(1, np.int64), masks=b""
-        ).to_row()
-
-
-class Predictor:
-    """Returns a lesion map of the tiny slice."""
-
-    def __init__(self, begin_attempt: BeginAttempt) -> None:
-        self.begin_attempt = begin_attempt
-
-    def __call__(self, row: Row) -> Row:
-        """Turn a prepared series into a predicted one."""
-        series = PreparedSeries.from_row(row)
-        self.begin_attempt(series.record.series_key, "predict")
-        levels = np.zeros(series.slices.shape, np.uint8)
-        return PredictedSeries(prepared=series, lesion_levels=levels).without_slices().to_row()
-
-
-def measure(row: Row, begin_attempt: BeginAttempt) -> Row:
-    """Return the record of a screened series, or of one of a hundred that is rejected."""
-    record = PredictedSeries.from_row(row).record
-    begin_attempt(record.series_key, "measure")
-    # Of the key, so that each run has the same rows.
-    number = int(record.series_key[:8], 16)
-    if number % 100 == 0:
-        columns = record.to_columns()
-        return {**columns, "status": "rejected", "reason": "no_lung", "reason_detail": "no lung"}
-    return replace(
-        record,
-        status=Status.SCREENED,
-        involvement=(number % 9973) / 9973,
-        lesion_volume_ml=100.0,
-        lung_volume_ml=4000.0,
-        lesion_slices=12,
-        severity_by_involvement="mild",
-        predict_s=1.0,
-        engine="openvino-int8",
-    ).to_columns()
 
 
 class Peaks:
@@ -183,28 +113,6 @@ class Phases:
             file.write(json.dumps({**seconds, **memory}) + "\n")
 
 
-def run_of(folder: Path) -> Run:
-    """Return the run whose series the benchmark makes up."""
-    return Run(
-        archive=str(folder / "archive"),
-        ledger=str(folder / "ledger"),
-        run_date=date(2026, 11, 1),
-        model_name="synthetic",
-        model_version="1",
-        model_digest="0" * 64,
-        config_digest="1" * 64,
-        software_version="0.1.0+synthetic",
-    )
-
-
-def series_rows(num_series: int) -> Iterator[Row]:
-    """Yield the manifest: series of one object each."""
-    for number in range(num_series):
-        path = f"{number // 1000:04d}/study-{number:07d}/ct.nii.gz"
-        objects = (ObjectInfo(path, 30_000_000, f"{number:032x}"),)
-        yield Series(source_path=path, source_format="nifti", objects=objects).to_row()
-
-
 def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
     """Make or continue the run. die_at: rows after which this process kills itself; 0 for never."""
     run = run_of(folder)
@@ -215,7 +123,7 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
         if not Path(run.work_uri("manifest.parquet")).exists():
             ignored = folder / "ignored.parquet"
             pq.write_table(IGNORED_SCHEMA.empty_table(), ignored)
-            write_manifest(run, series_rows(num_series), ignored)
+            write_manifest(run, series_rows(0, num_series), ignored)
         finished = finished_keys(run)
         plan = make_plan(run, ScreeningConfig(), finished)
     if die_at:
@@ -229,7 +137,7 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
             decoder_arguments={"run": run, "begin_attempt": begin_attempt},
             predictor=Predictor,
             predictor_arguments={"begin_attempt": begin_attempt},
-            measure=MeasureStage(begin_attempt),
+            measure=partial(measure, begin_attempt=begin_attempt),
         )
         # The series are called 30 MB large, as they usually are, but nothing is read of them.
         grouped = replace(plan, num_bytes=plan.num_series)
@@ -238,17 +146,6 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
         counts = commit_run(run)
     if counts.series != num_series:
         raise SystemExit(f"{counts.series} rows, expected {num_series}")
-
-
-class MeasureStage:
-    """``measure`` with its counter of attempts."""
-
-    def __init__(self, begin_attempt: BeginAttempt) -> None:
-        self.begin_attempt = begin_attempt
-
-    def __call__(self, row: Row) -> Row:
-        """Finish a series."""
-        return measure(row, self.begin_attempt)
 
 
 def _die(run: Run, num_rows: int, phases: Phases) -> None:
