@@ -10,6 +10,7 @@ from benchmarks import (
     decode,
     endurance,
     job,
+    load,
     network,
     pacs,
     real_size,
@@ -29,6 +30,7 @@ PARTS = {
     "endurance": endurance.measure,
     "pacs": pacs.measure,
     "serving": serving.measure,
+    "load": load.measure,
     "training": training.measure,
     "throughput": throughput.measure,
 }
@@ -40,6 +42,7 @@ THEMES = {
     "endurance": ("endurance",),
     "pacs": ("pacs",),
     "serving": ("serving",),
+    "load": ("load",),
     "training": ("training",),
     "throughput": ("throughput",),
 }

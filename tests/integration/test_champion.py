@@ -176,9 +176,14 @@ def test_health_check_infers_only_if_no_caller_was_answered(
     async def scenario() -> list[int]:
         segmenter = await started()
         counts = []
-        inferences: list[None] = []
+        inferences: list[int] = []
         infer = segmenter._infer
-        monkeypatch.setattr(segmenter, "_infer", lambda: (inferences.append(None), infer()))
+
+        def counted() -> None:
+            inferences.append(1)
+            infer()
+
+        monkeypatch.setattr(segmenter, "_infer", counted)
         for num_requests in (0, 1, 0):
             for _ in range(num_requests):
                 await segmenter.segment(segmenter.describe()["model_id"], chunk())
