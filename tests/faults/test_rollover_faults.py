@@ -96,7 +96,7 @@ class Posts:
         index = caller % NUM_STUDIES
         while not self.is_over.is_set():
             status, answer, _ = self.endpoint.ask("POST", "/v1/studies", self.bodies[index])
-            self.statuses[status, answer.get("reason", "")] += 1
+            self.statuses[status, answer.get("reason") or ""] += 1
             if status == 200:
                 (row,) = answer["series"]
                 assert row["model_digest"] == answer["model"]["digest"]
