@@ -27,6 +27,7 @@ from repository import ROOT
 
 from covtanet.config import read_toml
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.worker_counts import num_cpus_needed
 from serve.settings import ServeConfig
 
 PIPELINE = ROOT / "covtanet" / "screening" / "pipeline.py"
@@ -159,8 +160,10 @@ def test_service_workers_hold_the_replicas_resources() -> None:
     shm = in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
     num_workers = group["replicas"]
     assert group["minReplicas"] == num_workers == group["maxReplicas"]
-    # A batch: its driver, and one CPU each to predict, decode and measure; one whole GPU.
-    batch_cpus, batch_gpus = settings.driver_cpus + 3, 1
+    # A batch plans a predictor for each GPU of the cluster, and runs with one that gets a whole GPU.
+    worker_cpus = [int(limits["cpu"])] * num_workers
+    batch_cpus = settings.driver_cpus + num_cpus_needed(worker_cpus, num_workers)
+    batch_gpus = 1
     model_cpus = num_models * settings.model_cpus
     cpus = decoders * settings.cpus_per_decoder + model_cpus + batch_cpus
     assert num_workers * int(limits["cpu"]) >= cpus
