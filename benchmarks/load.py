@@ -1,6 +1,7 @@
 """A thousand studies in a closed loop, hostile ones among them, while the champion changes."""
 
 import io
+import os
 import secrets
 import shutil
 import threading
@@ -71,6 +72,7 @@ def measure() -> list[Result]:
     registry = f"sqlite:///{folder}/mlflow.db"
     versions = _register_versions(folder, registry)
     bodies = make_bodies()
+    other_load = os.getloadavg()[0]
     with running_endpoint(
         folder / "endpoint", "models:/covtanet@champion", {"MLFLOW_TRACKING_URI": registry},
         reload_every_s=RELOAD_EVERY_S, num_api_replicas=NUM_API_REPLICAS,
@@ -92,6 +94,7 @@ def measure() -> list[Result]:
         *results_of(posts, expected),
         Result(PART, "peak memory, second half over first half", f"{growth:.2f} x", "<= 1.1 x"),
         *latencies(posts),
+        Result(PART, "load average of the machine before, by other work", f"{other_load:.1f}"),
     ]
 
 

@@ -160,7 +160,7 @@ def test_service_workers_hold_the_replicas_resources() -> None:
     shm = in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
     num_workers = group["replicas"]
     assert group["minReplicas"] == num_workers == group["maxReplicas"]
-    # A batch plans a predictor for each GPU of the cluster, and runs with one that gets a whole GPU.
+    # A batch plans a predictor for each GPU of the cluster; one that gets a whole GPU is enough.
     worker_cpus = [int(limits["cpu"])] * num_workers
     batch_cpus = settings.driver_cpus + num_cpus_needed(worker_cpus, num_workers)
     batch_gpus = 1
