@@ -10,6 +10,7 @@ from benchmarks import (
     decode,
     endurance,
     job,
+    load,
     network,
     pacs,
     real_size,
@@ -34,6 +35,7 @@ PARTS = {
     "million": scale.measure_synthetic,
     "year": year.measure,
     "serving": serving.measure,
+    "load": load.measure,
     "training": training.measure,
     "throughput": throughput.measure,
 }
@@ -47,6 +49,7 @@ THEMES = {
     "scale": ("scale",),
     "million": ("million", "year"),
     "serving": ("serving",),
+    "load": ("load",),
     "training": ("training",),
     "throughput": ("throughput",),
 }

@@ -31,11 +31,11 @@ NUM_DAMAGED = 17
 SINCE_FIRST = re.compile(r"series in ([\d.]+) s since work on the first began")
 
 
-def model_folder() -> Path:
+def model_folder(seed: int = 0) -> Path:
     """Return an untrained network: speed does not depend on the weights."""
-    folder = WORK / "model"
+    folder = WORK / (f"model{seed}" if seed else "model")
     if not folder.exists():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = SavedModel(
             network=CovTANet(SIZES["small"]),
             preprocessing=Preprocessing(size_px=INPUT_PX["small"]),
