@@ -31,6 +31,7 @@ from benchmarks.soak.disturbances import DISK_FULL, KINDS, Disturbance, Machiner
 from benchmarks.soak.faulty_store import FaultyStore
 from benchmarks.soak.night import Night, Soak
 from benchmarks.soak.table import HEAD, keep_nights, line
+from covtanet.storage import s3
 from infra.local.services import start_ray, start_s3, write_private
 
 # A night may not lie in the future: that of an hour is one of some 150, each a day.
@@ -103,6 +104,7 @@ def soak(folder: Path, seed: int, num_sound: int = NUM_SOUND) -> Iterator[Soak]:
         store = FaultyStore(server.environment["AWS_ENDPOINT_URL"])
         stack.callback(store.close)
         os.environ.update(server.environment)
+        s3.client.cache_clear()
         # Jobs and workers import this checkout, also if another one is installed.
         variables = {
             **server.environment,
@@ -134,6 +136,7 @@ def soak(folder: Path, seed: int, num_sound: int = NUM_SOUND) -> Iterator[Soak]:
 def _restore(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    s3.client.cache_clear()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from covtanet.phantoms.sampling import configs
 
 # (path in the archive, SeriesInstanceUID or empty): what tells a series from all others.
 Identity = tuple[str, str]
-NEW_A_NIGHT, CHANGED_A_NIGHT, REMOVED_A_NIGHT = (4, 8), (1, 2), (1, 6)
+NEW_A_NIGHT, CHANGED_A_NIGHT, REMOVED_A_NIGHT = (4, 8), (1, 2), (3, 9)
 # Below this number of series the archive only grows, so that its size swings about it.
 TYPICAL_SERIES = 50
 SEED = 21
@@ -26,8 +26,10 @@ SEED = 21
 
 @dataclass(frozen=True, kw_only=True)
 class Master:
-    """One phantom as it is stored. name: tells it from the others; empty names of files in
-    ``files`` stand for a series that is one object.
+    """One phantom as it is stored.
+
+    name: tells it from the others. files: content by name; the name of a single object is empty.
+    suffix: of the path, a slash for a folder.
     """
 
     name: str
@@ -113,8 +115,9 @@ class LivingArchive:
         identity = (path, master.series_uid)
         master.store(self.uri, path)
         self.present[identity] = master
-        self.gone.pop(identity, None)
-        self.fresh.add(identity)
+        # A DICOM series that comes back as it was is known.
+        if self.gone.pop(identity, None) is not master:
+            self.fresh.add(identity)
 
     def _remove(self, identity: Identity) -> None:
         path, _ = identity

@@ -71,15 +71,18 @@ def check_night(
     expected: Expected,
     *,
     may_fail: bool,
+    may_repeat: bool,
 ) -> list[str]:
     """Return what is wrong with the rows of one night; empty if nothing is.
 
     due: the series that the night had to screen. may_fail: the night was disturbed, so that
-    series may have failed for a fault of storage or of a worker.
+    series may have failed for a fault of storage or of a worker. may_repeat: the store hid earlier
+    nights, so that series may have been screened once more.
     """
     faults = [f"{path}: no row" for path, _ in set(due) - rows.keys()]
-    faults += [f"{path}: a row that was not due" for path, _ in rows.keys() - set(due)]
-    for identity in rows.keys() & set(due):
+    allowed = present.keys() if may_repeat else set(due)
+    faults += [f"{path}: a row that was not due" for path, _ in rows.keys() - allowed]
+    for identity in rows.keys() & allowed:
         row = rows[identity]
         if row["status"] != Status.FAILED:
             faults += expected.faults(identity, row, present[identity])

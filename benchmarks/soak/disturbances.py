@@ -134,8 +134,8 @@ class Strike:
 
     def _break_store(self, fault: StoreFault) -> None:
         store = self.machinery.store
-        before = store.num_affected
-        store.fault = fault
+        before = store.num_affected(fault)
+        store.faults.add(fault)
         self._is_over.wait(self.disturbance.hold_s)
-        store.fault = None
-        self.happened = store.num_affected > before
+        store.faults.discard(fault)
+        self.happened = store.num_affected(fault) > before

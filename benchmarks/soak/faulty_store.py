@@ -3,7 +3,8 @@
 import http.client
 import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -38,16 +39,17 @@ class StoreFault(StrEnum):
     """403 ExpiredToken for every request."""
 
 
-ERROR_CODES = {StoreFault.BUSY: (503, "SlowDown"), StoreFault.EXPIRED: (403, "ExpiredToken")}
+# With these a night may not learn of all that earlier nights did, and screens series once more.
+HIDING_FAULTS = (StoreFault.CUT, StoreFault.SHORT)
 
 
 class FaultyStore:
-    """The proxy on a free port of loopback. fault: none passes everything on."""
+    """The proxy on a free port of loopback. faults: none passes everything on."""
 
     def __init__(self, upstream: str) -> None:
-        self.fault: StoreFault | None = None
-        self.num_affected = 0
-        self._counts: dict[str, int] = {}
+        self.faults: set[StoreFault] = set()
+        self._affected: Counter[StoreFault] = Counter()
+        self._seen: Counter[StoreFault] = Counter()
         self._lock = threading.Lock()
         address = urlsplit(upstream)
 
@@ -55,8 +57,7 @@ class FaultyStore:
             store = self
             upstream = (str(address.hostname), int(address.port or 80))
 
-        self._server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server((LOOPBACK, 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://{LOOPBACK}:{self._server.server_port}"
 
@@ -65,13 +66,26 @@ class FaultyStore:
         self._server.shutdown()
         self._server.server_close()
 
-    def is_turn(self, what: str, every: int) -> bool:
-        """Count an event; return whether it is one of those to be affected."""
+    def num_affected(self, fault: StoreFault) -> int:
+        """Return how many requests met a fault so far."""
+        return self._affected[fault]
+
+    def meets(self, fault: StoreFault, every: int = 1) -> bool:
+        """Count a request; return whether the fault is there and it is the request's turn."""
+        if fault not in self.faults:
+            return False
         with self._lock:
-            self._counts[what] = self._counts.get(what, 0) + 1
-            is_turn = self._counts[what] % every == 0
-            self.num_affected += is_turn
+            self._seen[fault] += 1
+            is_turn = self._seen[fault] % every == 0
+            self._affected[fault] += is_turn
         return is_turn
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        """Print nothing: a client that is killed resets its connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,79 +97,79 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.store.fault
-        if fault == StoreFault.AWAY:
-            self.store.is_turn(fault, 1)
+        meets = self.store.meets
+        if meets(StoreFault.AWAY):
             self.close_connection = True
-            return
-        if fault == StoreFault.EXPIRED or (
-            fault == StoreFault.BUSY and self.store.is_turn(fault, 2)
-        ):
-            self._refuse(*ERROR_CODES[fault])
-            return
-        if fault == StoreFault.SLOW:
-            self.store.is_turn(fault, 1)
-            time.sleep(SLOW_REQUEST_S)
-        with suppress(OSError, http.client.HTTPException):
-            self._answer(body, fault)
-            return
-        self.close_connection = True  # either side has gone
+        elif meets(StoreFault.EXPIRED):
+            self._refuse(403, "ExpiredToken")
+        elif meets(StoreFault.BUSY, 2):
+            self._refuse(503, "SlowDown")
+        else:
+            self._pass_on(body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815
 
-    def _answer(self, body: bytes, fault: StoreFault | None) -> None:
-        """Ask the server and send on its answer, changed by the fault."""
+    def _pass_on(self, body: bytes) -> None:
+        """Ask the server, and send on its answer, or a changed one."""
+        bytes_per_s = 0
+        if self.store.meets(StoreFault.SLOW):
+            bytes_per_s = SLOW_BYTES_PER_S
+            time.sleep(SLOW_REQUEST_S)
+        try:
+            status, headers, data = self._ask(body)
+            num_sent = len(data)
+            if self.command == "GET" and status in (200, 206) and data:
+                headers, num_sent = self._lie(headers, len(data))
+            self._send(status, headers, data[:num_sent], bytes_per_s)
+            # The client must not take the next answer for the rest of this one.
+            self.close_connection |= num_sent < len(data)
+        except (OSError, http.client.HTTPException):
+            self.close_connection = True  # either side has gone
+
+    def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body of the server's answer."""
         connection = http.client.HTTPConnection(*self.upstream, timeout=UPSTREAM_TIMEOUT_S)
         try:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_BY_HOP}
-            connection.request(self.command, self.path, body, headers)
+            connection.request(self.command, self.path, body, _end_to_end(self.headers.items()))
             answer = connection.getresponse()
             data = answer.read()
         finally:
             connection.close()
-        headers = {k: v for k, v in answer.getheaders() if k.lower() not in HOP_BY_HOP}
+        headers = _end_to_end(answer.getheaders())
         if self.command != "HEAD":
-            headers["Content-Length"] = str(len(data))
-        num_sent = len(data)
-        if self.command == "GET" and answer.status in (200, 206) and data:
-            headers, num_sent = self._lie(headers, num_sent, fault)
-        self._send(answer.status, headers, data[:num_sent], fault)
-        self.close_connection |= num_sent < len(data)
+            headers["content-length"] = str(len(data))
+        return answer.status, headers, data
 
-    def _lie(
-        self, headers: dict[str, str], num_bytes: int, fault: StoreFault | None
-    ) -> tuple[dict[str, str], int]:
+    def _lie(self, headers: dict[str, str], num_bytes: int) -> tuple[dict[str, str], int]:
         """Return the headers and the number of bytes to send of a body."""
-        is_object = "ETag" in {name.title().replace("Etag", "ETag") for name in headers}
-        if fault == StoreFault.CUT and self.store.is_turn(fault, EVERY_NTH):
-            return headers, num_bytes // 2
-        if not is_object:
-            return headers, num_bytes
-        if fault == StoreFault.SHORT and self.store.is_turn(fault, EVERY_NTH):
-            half = num_bytes // 2
-            return {**headers, "Content-Length": str(half)}, half
-        if fault == StoreFault.WRONG_ETAG and self.store.is_turn(fault, EVERY_NTH):
-            kept = {k: v for k, v in headers.items() if k.lower() != "etag"}
-            return {**kept, "ETag": f'"{"0" * 32}"'}, num_bytes
+        half, is_object = num_bytes // 2, "etag" in headers
+        if self.store.meets(StoreFault.CUT, EVERY_NTH):
+            return headers, half
+        if is_object and self.store.meets(StoreFault.SHORT, EVERY_NTH):
+            return {**headers, "content-length": str(half)}, half
+        if is_object and self.store.meets(StoreFault.WRONG_ETAG, EVERY_NTH):
+            return {**headers, "etag": f'"{"0" * 32}"'}, num_bytes
         return headers, num_bytes
 
-    def _send(
-        self, status: int, headers: dict[str, str], data: bytes, fault: StoreFault | None
-    ) -> None:
+    def _send(self, status: int, headers: dict[str, str], data: bytes, bytes_per_s: int) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if fault == StoreFault.SLOW:
-            time.sleep(len(data) / SLOW_BYTES_PER_S)
+        if bytes_per_s:
+            time.sleep(len(data) / bytes_per_s)
         self.wfile.write(data)
         self.wfile.flush()
 
     def _refuse(self, status: int, code: str) -> None:
-        self.store.is_turn(code, 1)
         text = "" if self.command == "HEAD" else f"<Error><Code>{code}</Code></Error>"
-        headers = {"Content-Type": "application/xml", "Content-Length": str(len(text))}
-        self._send(status, headers, text.encode(), None)
+        headers = {"content-type": "application/xml", "content-length": str(len(text))}
+        self._send(status, headers, text.encode(), 0)
 
     def log_message(self, *args: object) -> None:
         """Log nothing: paths may name a series."""
+
+
+def _end_to_end(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return headers that are not of one connection alone, their names in lower case."""
+    return {name.lower(): value for name, value in headers if name.lower() not in HOP_BY_HOP}

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.soak.archive import Identity, LivingArchive
 from benchmarks.soak.check import Expected, Row, by_identity, check_night, check_view
 from benchmarks.soak.disturbances import Disturbance, Machinery, Strike
+from benchmarks.soak.faulty_store import HIDING_FAULTS
 from covtanet import storage
 from covtanet.errors import Status
 from covtanet.ledger.read import committed_files, find_run_file, newest_rows, read_run
@@ -72,7 +73,7 @@ class Soak:
         rows, faults = self._rows(night)
         spent_s = time.monotonic() - started
         if not faults:
-            faults = self._check(rows, may_fail=bool(disturbances))
+            faults = self._check(rows, disturbances)
         return Night(
             date=night,
             num_present=len(self.archive.present),
@@ -134,11 +135,18 @@ class Soak:
             faults.append(f"{num_files} committed files after {self.num_nights} nights")
         return rows, faults
 
-    def _check(self, rows: dict[Identity, Row], *, may_fail: bool) -> list[str]:
+    def _check(self, rows: dict[Identity, Row], disturbances: list[Disturbance]) -> list[str]:
         if not self.expected.numbers:
             self.expected.learn(rows, self.archive.present)
         present = self.archive.present
-        faults = check_night(rows, self._due(rows), present, self.expected, may_fail=may_fail)
+        faults = check_night(
+            rows,
+            self._due(rows),
+            present,
+            self.expected,
+            may_fail=bool(disturbances),
+            may_repeat=any(each.kind in HIDING_FAULTS for each in disturbances),
+        )
         view = newest_rows(self.ledger).to_pylist()
         self.newest, twice = by_identity(view, self.archive.uri)
         faults += twice

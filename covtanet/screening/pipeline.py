@@ -10,12 +10,11 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.data
-from ray.util import metrics
 
 from covtanet import ray_data, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
@@ -24,6 +23,7 @@ from covtanet.errors import Status
 from covtanet.ledger.attempts import MAX_ATTEMPTS
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import SERIES_PER_GROUP, finished_keys, read_manifest, write_rows
+from covtanet.screening import metrics
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.plan import Plan, make_plan
 from covtanet.screening.worker_counts import WorkerCounts
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 # Series may end several a second: a line for each would fill the log.
 PROGRESS_EVERY_S = 10.0
-# Bounds of the histogram, two a decade.
-STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 # Choice: for the starts of workers between the attempts of a series, each of less than a minute.
 WORKER_STARTS_S = 600.0
 # Two, so that the next series is there when one is finished.
@@ -182,37 +180,16 @@ def _measure(
     row: Row, run: Run, window: WindowConfig, config: ScreeningConfig, results: str
 ) -> Row:
     """Finish a series; return the little that the driver follows."""
+    started = time.monotonic()
     record, stored = measure_and_store(row, run, window, config, results)
-    _count(stored)
+    metrics.observe_stage("measure", time.monotonic() - started)
+    metrics.count_series(stored)
     return {
         "series_key": stored["series_key"],
         "status": str(stored["status"]),
         "reason": stored["reason"] and str(stored["reason"]),
         "started_at": record.started_at,
     }
-
-
-@cache
-def _meters() -> tuple[metrics.Counter, metrics.Histogram, metrics.Counter]:
-    """Return the metrics of this worker, which Ray's agents collect."""
-    series = metrics.Counter(
-        "covtanet_series", "Series of screening jobs that are finished.", ("status", "reason")
-    )
-    seconds = metrics.Histogram(
-        "covtanet_stage_seconds", "How long a stage took for a series.", STAGE_SECONDS, ("stage",)
-    )
-    num_bytes = metrics.Counter("covtanet_series_bytes", "Bytes of the series that are finished.")
-    return series, seconds, num_bytes
-
-
-def _count(stored: Row) -> None:
-    series, seconds, num_bytes = _meters()
-    series.inc(tags={"status": str(stored["status"]), "reason": str(stored["reason"] or "")})
-    for stage in ("decode", "predict"):
-        if stored[f"{stage}_s"]:
-            seconds.observe(stored[f"{stage}_s"], {"stage": stage})
-    if stored["num_bytes"]:
-        num_bytes.inc(stored["num_bytes"])
 
 
 def _follow(rows: ray.data.Dataset, num_series: int) -> None:
@@ -222,10 +199,12 @@ def _follow(rows: ray.data.Dataset, num_series: int) -> None:
     """
     started_at = time.time()
     reported_at = 0.0
+    metrics.set_remaining(num_series)
     for num_done, row in enumerate(rows.iter_rows(), start=1):
         is_first = num_done == 1
         # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])
+        metrics.set_remaining(num_series - num_done)
         if row["status"] == Status.FAILED:
             _warn_of_failure(row["series_key"], row["reason"])
         now = time.time()

@@ -117,6 +117,7 @@ RAY_PLACES = {
     "experiments/parallel.py",
     "screening/plan.py",
     "screening/pipeline.py",
+    "screening/metrics.py",
     "screening/scan.py",
     "commands/export.py",
     "evaluation/pipeline.py",
