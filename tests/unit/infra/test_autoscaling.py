@@ -150,4 +150,6 @@ def test_cluster_launcher_has_the_same_groups() -> None:
         is_spot = "InstanceMarketOptions" in node["node_config"]
         assert is_spot == (name == "decoders")
         assert node["labels"] == {MARKET: "spot" if is_spot else "on-demand"}
+    # Version 1 knows no priority.
+    assert any("autoscaler_v2=1" in each for each in launcher["head_start_ray_commands"])
     assert types["decoders"]["priority"] > types["gpu"].get("priority", 0)
