@@ -3,36 +3,35 @@
 python -m benchmarks.soak [--hours 1] [--seed 0]
 
 The services are real: S3 (rclone) behind a proxy that can be slow, shut or lie, and one Ray for all
-nights. The first night is undisturbed and screens one copy of every phantom; the numbers of all
-later copies are compared with its own. Each later night brings new, changed and removed series and
-one or two disturbances; one night in six has none. The nightly command is started again until the
-night is committed. Ends with 1 if a ledger does not hold what it should. Kept: a table under
-benchmarks/, and the logs of the jobs in .bench/soak.
+nights, made anew if its node is killed. The first night is undisturbed and screens one copy of
+every phantom; the numbers of all later copies are compared with its own. Each later night brings
+new, changed and removed series and one or two disturbances; one night in six has none. The nightly
+command is started again until the night is committed. Ends with 1 if a ledger does not hold what it
+should. Kept: a table under benchmarks/, and the logs of the jobs in .bench/soak.
 """
 
 import argparse
 import itertools
 import os
 import random
-import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from benchmarks.measure import ROOT, WORK
+from benchmarks.measure import WORK
 from benchmarks.screening_runs import model_folder
 from benchmarks.soak.archive import LivingArchive, make_masters
+from benchmarks.soak.cluster import Cluster
 from benchmarks.soak.disturbances import DISK_FULL, KINDS, Disturbance, Machinery, deck, small_disk
 from benchmarks.soak.faulty_store import FaultyStore
 from benchmarks.soak.night import Night, Soak
 from benchmarks.soak.table import HEAD, keep_nights, line
 from covtanet.storage import s3
-from infra.local.services import start_ray, start_s3, write_private
+from infra.local.services import start_s3
 
 # A night may not lie in the future: that of an hour is one of some 150, each a day.
 FIRST_NIGHT = timedelta(days=3000)
@@ -105,18 +104,8 @@ def soak(folder: Path, seed: int, num_sound: int = NUM_SOUND) -> Iterator[Soak]:
         stack.callback(store.close)
         os.environ.update(server.environment)
         s3.client.cache_clear()
-        # Jobs and workers import this checkout, also if another one is installed.
-        variables = {
-            **server.environment,
-            "AWS_ENDPOINT_URL": store.url,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-        }
-        token = folder / "token"
-        write_private(token, secrets.token_hex(32))
-        short = stack.enter_context(tempfile.TemporaryDirectory(prefix="cov"))
-        ray = start_ray(folder / "ray.log", variables, token, Path(short))
-        stack.callback(ray.stop)
+        variables = {**server.environment, "AWS_ENDPOINT_URL": store.url}
+        cluster = stack.enter_context(Cluster(folder, variables))
         config = folder / "screening.toml"
         config.write_text(CONFIG)
         yield Soak(
@@ -124,11 +113,7 @@ def soak(folder: Path, seed: int, num_sound: int = NUM_SOUND) -> Iterator[Soak]:
             ledger="s3://ledger/nights",
             model=model_folder(),
             config=config,
-            machinery=Machinery(
-                environment={**os.environ, **variables, **ray.environment},
-                store=store,
-                disk=folder / "s3" / "ledger",
-            ),
+            machinery=Machinery(cluster=cluster, store=store, disk=folder / "s3" / "ledger"),
             logs=logs,
         )
 

@@ -5,22 +5,26 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.soak.cluster import RAYLET, Cluster
 from benchmarks.soak.faulty_store import FaultyStore, StoreFault
 from infra.local.jobs import Job
 from infra.local.ray_processes import signal_first
 
 DRIVER, DISK_FULL = "driver killed", "disk full"
-# Texts in the command lines of the processes that are killed.
+# Texts in the command lines of the processes that are killed. Not "ray::" alone: it stands in that
+# of the node's agent as well, without which the node dies.
 VICTIMS = {
     "decoder killed": "Decoder",
     "decoder's child killed": "sandbox_child",
     "predictor killed": "PredictorWorker",
-    "Ray worker killed": "ray::",
+    "measuring task killed": "_measure",
+    "idle worker killed": "ray::IDLE",
+    "node killed": RAYLET,
 }
 KINDS = (DRIVER, DISK_FULL, *VICTIMS, *StoreFault)
 # A disturbance falls upon a job from its start on, or once it has said that workers start.
@@ -73,9 +77,9 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Machinery:
-    """What the disturbances reach. environment: of the jobs and their Ray. disk: of the ledger."""
+    """What the disturbances reach. disk: of the ledger."""
 
-    environment: Mapping[str, str]
+    cluster: Cluster
     store: FaultyStore
     disk: Path
 
@@ -117,7 +121,7 @@ class Strike:
     def _kill(self, victim: str) -> None:
         deadline = time.monotonic() + WAIT_FOR_VICTIM_S
         while not self.happened and time.monotonic() < deadline:
-            self.happened = signal_first(self.machinery.environment, victim)
+            self.happened = signal_first(self.machinery.cluster.environment, victim)
             if self._is_over.wait(0.1):
                 return
 

@@ -96,7 +96,9 @@ class Soak:
         codes: list[int] = []
         happened: list[str] = []
         while len(codes) < MAX_STARTS and not storage.exists(self._mark(night)):
-            job = start_job(dict(self.machinery.environment), "nightly.py", *self._arguments(night))
+            self.machinery.cluster.ensure_alive()
+            environment = self.machinery.cluster.environment
+            job = start_job(environment, "nightly.py", *self._arguments(night))
             due = disturbances if not codes else []
             strikes = [Strike(each, job, self.machinery) for each in due]
             try:

@@ -24,7 +24,7 @@ def test_soak_continues_disturbed_night_to_the_right_ledger(
         assert (clean.codes, clean.faults) == ((0,), ())
         running.archive.pass_a_day()
         faults = [
-            Disturbance(kind=StoreFault.BUSY, hold_s=3),
+            Disturbance(kind=StoreFault.BUSY, mark="run ", hold_s=20),
             Disturbance(kind=DRIVER, mark="screening ", delay_s=1),
         ]
         disturbed = running.run(NIGHT + timedelta(days=1), faults)
