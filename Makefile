@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo screen serve pacs stop test test-all check docs bench faults fuzz audit lock clean
+.PHONY: help install demo screen serve pacs stop test test-all check docs bench faults soak fuzz audit lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,7 +58,7 @@ bench: .venv/.installed ## measure ratios side by side, keep them under benchmar
 	@$(BIN)/python -m benchmarks $(if $(PART),--part $(PART))
 
 FAULTS_training := tests/faults/test_training_faults.py
-FAULTS_screening := tests/faults/test_screening_faults.py tests/faults/test_hanging_series.py
+FAULTS_screening := tests/faults/test_screening_faults.py tests/faults/test_hanging_series.py tests/faults/test_soak.py
 FAULTS_serve := tests/faults/test_serving_faults.py tests/faults/test_rollover_faults.py
 FAULTS_pacs := tests/faults/test_pacs_faults.py
 FAULTS_nodes := tests/faults/test_node_faults.py
@@ -66,6 +66,9 @@ FAULTS_all := tests/faults
 
 faults: .venv/.installed ## kill real jobs and services: make faults SUITE=screening (or training, serve, pacs, nodes, all)
 	@$(BIN)/python -m pytest -m faults $(or $(FAULTS_$(or $(SUITE),all)),$(error SUITE is training, screening, serve, pacs, nodes or all))
+
+soak: .venv/.installed ## screen night after night under random faults, check every ledger: make soak HOURS=1 (as root: disk full too)
+	@$(BIN)/python -m benchmarks.soak --hours $(or $(HOURS),1)
 
 fuzz: .venv/.installed ## search bytes that a reader neither reads nor refuses: make fuzz READER=dicom MINUTES=10
 	@$(BIN)/python tests/support/fuzz.py $(or $(READER),dicom) --minutes $(or $(MINUTES),10)

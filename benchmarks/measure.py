@@ -67,14 +67,19 @@ def table(results: Iterable[Result]) -> list[str]:
     return [*TABLE_HEAD, *rows]
 
 
-def keep(theme: str, results: Iterable[Result]) -> None:
-    """Write a theme's results under benchmarks/, named after the machine and the month."""
-    now = datetime.now(UTC)
+def result_file(theme: str) -> Path:
+    """Return the path of a theme's results on this machine in this month."""
     hardware = f"{CORES}cpu"
     if torch.cuda.is_available():
         hardware += "-gpu"
-    target = ROOT / "benchmarks" / f"{theme}_{hardware}_{now:%Y%m}.md"
-    title = f"# {theme.capitalize()}, {CORES} cores, {platform.machine()}, {now:%Y-%m}"
+    return ROOT / "benchmarks" / f"{theme}_{hardware}_{datetime.now(UTC):%Y%m}.md"
+
+
+def keep(theme: str, results: Iterable[Result]) -> None:
+    """Write a theme's results under benchmarks/, named after the machine and the month."""
+    target = result_file(theme)
+    month = f"{datetime.now(UTC):%Y-%m}"
+    title = f"# {theme.capitalize()}, {CORES} cores, {platform.machine()}, {month}"
     lines = [title, "", "`make bench`; ratios within one run.", "", *table(results), ""]
     target.write_text("\n".join(lines))
     print(f"kept in {target.relative_to(ROOT)}")

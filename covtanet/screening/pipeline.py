@@ -10,12 +10,11 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.data
-from ray.util import metrics
 
 from covtanet import ray_data, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
@@ -28,6 +27,7 @@ from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys
 from covtanet.ledger.work import unfinished_series
+from covtanet.screening import metrics
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.plan import Plan, make_plan
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 # Series may end several a second: a line for each would fill the log.
 PROGRESS_EVERY_S = 10.0
-# Bounds of the histogram, two a decade.
-STAGE_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100]
 # Choice: for the starts of workers between the attempts of a series, each of less than a minute.
 WORKER_STARTS_S = 600.0
 # Two, so that the next series is there when one is finished.
@@ -204,33 +202,10 @@ def limit_object_store(size_px: int, workers: WorkerCounts) -> None:
 
 def _measure(row: Row, **arguments: Any) -> Row:
     """Finish a series; return the record, of which the driver makes the ledger's row."""
+    started = time.monotonic()
     record = measure_and_keep(row, **arguments)
-    columns = record.to_columns()
-    _count(columns)
-    return columns
-
-
-@cache
-def _meters() -> tuple[metrics.Counter, metrics.Histogram, metrics.Counter]:
-    """Return the metrics of this worker, which Ray's agents collect."""
-    series = metrics.Counter(
-        "covtanet_series", "Series of screening jobs that are finished.", ("status", "reason")
-    )
-    seconds = metrics.Histogram(
-        "covtanet_stage_seconds", "How long a stage took for a series.", STAGE_SECONDS, ("stage",)
-    )
-    num_bytes = metrics.Counter("covtanet_series_bytes", "Bytes of the series that are finished.")
-    return series, seconds, num_bytes
-
-
-def _count(columns: Row) -> None:
-    series, seconds, num_bytes = _meters()
-    series.inc(tags={"status": columns["status"], "reason": columns["reason"] or ""})
-    for stage in ("decode", "predict"):
-        if columns[f"{stage}_s"]:
-            seconds.observe(columns[f"{stage}_s"], {"stage": stage})
-    if columns["num_bytes"]:
-        num_bytes.inc(columns["num_bytes"])
+    metrics.observe_stage("measure", time.monotonic() - started)
+    return record.to_columns()
 
 
 def _follow(rows: ray.data.Dataset, num_series: int, finished_rows: FinishedRows) -> None:
@@ -240,11 +215,15 @@ def _follow(rows: ray.data.Dataset, num_series: int, finished_rows: FinishedRows
     """
     started_at = time.time()
     reported_at = 0.0
+    metrics.set_remaining(num_series)
     for num_done, row in enumerate(rows.iter_rows(), start=1):
         finished_rows.add(ScreeningRecord.from_columns(row))
+        # Here, since the driver lives as long as the run: the first count of a process has no rate.
+        metrics.count_series(row)
         is_first = num_done == 1
         # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])
+        metrics.set_remaining(num_series - num_done)
         if row["status"] == Status.FAILED:
             _warn_of_failure(row["series_key"], row["reason"])
         now = time.time()

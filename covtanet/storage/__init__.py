@@ -162,7 +162,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def upload(path: Path, uri: str) -> None:
-    """Publish a local file as one object, by one PUT or a rename.
+    """Publish a local file as one object, by one PUT, an upload in parts, or a rename.
 
     A reader sees all of it or nothing.
     """
@@ -177,20 +177,8 @@ def create(path: Path, uri: str) -> bool:
 
 
 def honours_create(folder: str) -> bool:
-    """Return whether the store keeps ``create`` from replacing an object.
-
-    Some S3 servers ignore the condition of the PUT; two PUTs of a probe show it.
-    """
-    if not is_s3(folder):
-        return True
-    store = open_store(folder)
-    uri = join(folder, f"_probe-{uuid.uuid4().hex}")
-    try:
-        is_first_written = store.put(uri, io.BytesIO(b"1"), only_new=True)
-        is_second_written = store.put(uri, io.BytesIO(b"2"), only_new=True)
-        return is_first_written and not is_second_written
-    finally:
-        store.delete(uri)
+    """Return whether the store keeps ``create`` from replacing an object."""
+    return open_store(folder).honours_create(folder)
 
 
 def download_files(uri: str, sizes: Mapping[str, int], target: Path) -> None:

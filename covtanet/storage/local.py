@@ -113,6 +113,10 @@ class LocalStore:
             Path(partial).unlink(missing_ok=True)
         return True
 
+    def honours_create(self, folder: str) -> bool:
+        """Return True: a link never replaces a file."""
+        return True
+
     def delete(self, uri: str) -> None:
         """Delete a file, if it exists."""
         Path(uri).unlink(missing_ok=True)

@@ -3,7 +3,9 @@
 Endpoint and credentials come from the standard AWS variables.
 """
 
+import io
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +13,7 @@ from typing import IO, Any
 
 import boto3
 import pyarrow.fs as pafs
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -31,6 +34,14 @@ MAX_ATTEMPTS = 5
 # Before a broken stream is resumed; the pause doubles with each attempt.
 FIRST_PAUSE_S = 0.25
 MAX_CONNECTIONS = 32
+# One PUT takes 5 GB at most, and a large one that breaks off begins anew. Choice: four parts of 16
+# MiB in memory; a file of more than 10,000 of them is sent in larger ones.
+MULTIPART = TransferConfig(
+    multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
+)
+ALWAYS_MULTIPART = TransferConfig(multipart_threshold=1)
+# Argument of a PUT, and of the request that joins parts, that replaces nothing.
+CREATE = {"IfNoneMatch": "*"}
 # HTTP.
 NOT_FOUND, CONFLICT, PRECONDITION_FAILED, RANGE_NOT_SATISFIABLE = 404, 409, 412, 416
 # Error codes of refused credentials: no other object can be read with them either.
@@ -127,18 +138,43 @@ class S3Store:
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
 
     def put(self, uri: str, file: IO[bytes], *, only_new: bool) -> bool:
-        """Write an object by one PUT, which is conditional (If-None-Match) if ``only_new``."""
+        """Write an object: a small one by one PUT, a large one in parts that are joined at the end.
+
+        With ``only_new`` the PUT, or the request that joins the parts, is conditional
+        (If-None-Match).
+        """
+        return self._put(uri, file, only_new, MULTIPART)
+
+    def _put(self, uri: str, file: IO[bytes], only_new: bool, multipart: TransferConfig) -> bool:
         bucket, key = split_s3(uri)
-        condition = {"IfNoneMatch": "*"} if only_new else {}
         with errors_as_os_error():
             try:
-                client().put_object(Bucket=bucket, Key=key, Body=file, **condition)
+                if _num_bytes(file) >= multipart.multipart_threshold:
+                    _upload_in_parts(bucket, key, file, only_new, multipart)
+                else:
+                    condition = CREATE if only_new else {}
+                    client().put_object(Bucket=bucket, Key=key, Body=file, **condition)
             except ClientError as error:
                 # Another PUT at the same time, or before.
                 if only_new and _status(error) in (CONFLICT, PRECONDITION_FAILED):
                     return False
                 raise
         return True
+
+    def honours_create(self, folder: str) -> bool:
+        """Return whether the server keeps ``only_new`` from replacing an object.
+
+        Some servers ignore the condition, or that of uploads in parts: objects of a few bytes show
+        it.
+        """
+        uri = f"{folder.rstrip('/')}/_probe-{uuid.uuid4().hex}"
+        try:
+            is_written = self._put(uri, io.BytesIO(b"1"), True, MULTIPART)
+            if not is_written or self._put(uri, io.BytesIO(b"2"), True, MULTIPART):
+                return False
+            return not self._put(uri, io.BytesIO(b"3"), True, ALWAYS_MULTIPART)
+        finally:
+            self.delete(uri)
 
     def delete(self, uri: str) -> None:
         """Delete an object, if it exists."""
@@ -180,7 +216,12 @@ class S3Store:
 
 @cache
 def client() -> Any:
-    """Return this process's client; botocore retries and backs off."""
+    """Return this process's client."""
+    return _new_client()
+
+
+def _new_client() -> Any:
+    """Return a client that retries and backs off."""
     return boto3.client(
         "s3",
         config=Config(
@@ -190,6 +231,26 @@ def client() -> Any:
             max_pool_connections=MAX_CONNECTIONS,
         ),
     )
+
+
+def _upload_in_parts(
+    bucket: str, key: str, file: IO[bytes], only_new: bool, multipart: TransferConfig
+) -> None:
+    """Upload by boto3's transfer, which sends parts side by side and removes them if one fails."""
+    uploader = client()
+    if only_new:
+        # The transfer takes no condition, so that a client of its own adds it to the last request.
+        uploader = _new_client()
+        event = "provide-client-params.s3.CompleteMultipartUpload"
+        uploader.meta.events.register(event, lambda params, **_: {**params, **CREATE})
+    uploader.upload_fileobj(file, bucket, key, Config=multipart)
+
+
+def _num_bytes(file: IO[bytes]) -> int:
+    start = file.tell()
+    num_bytes = file.seek(0, io.SEEK_END) - start
+    file.seek(start)
+    return num_bytes
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class Store(Protocol):
         only_new: leave an existing object unchanged.
         """
 
+    def honours_create(self, folder: str) -> bool:
+        """Return whether ``only_new`` keeps an object of the folder from being replaced."""
+
     def delete(self, uri: str) -> None:
         """Delete an object, if it exists."""
 

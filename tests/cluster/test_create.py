@@ -9,9 +9,12 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
+from boto3.s3.transfer import TransferConfig
+from botocore.awsrequest import AWSRequest
 from running import S3
 
 from covtanet import storage, tracking
@@ -61,6 +64,67 @@ def test_create_lets_one_of_many_drivers_publish(strict: str, tmp_path: Path) ->
         published = list(pool.map(lambda path: storage.create(path, uri), files))
     assert published.count(True) == 1
     assert storage.read_bytes(uri) == files[published.index(True)].read_bytes()
+
+
+# S3 takes no part below 5 MiB but the last.
+IN_PARTS = TransferConfig(multipart_threshold=6 << 20, multipart_chunksize=5 << 20)
+LARGE_BYTES = 11 << 20
+
+
+def test_create_of_large_object_does_not_replace(
+    strict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request that joins the parts is conditional, and a refused upload leaves no parts.
+
+    One after the other: moto looks at the condition and joins the parts in two steps.
+    """
+    monkeypatch.setattr(s3_store, "MULTIPART", IN_PARTS)
+    uri, files = f"{strict}/ledger/manifest.parquet", []
+    for number in range(2):
+        files.append(tmp_path / str(number))
+        files[-1].write_bytes(bytes([number]) * LARGE_BYTES)
+    assert [storage.create(path, uri) for path in files] == [True, False]
+    info = storage.describe(uri)
+    assert info is not None
+    assert info.version.endswith("-3")  # the ETag of an object of three parts
+    assert storage.read_bytes(uri) == files[0].read_bytes()
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="bucket")
+
+
+@pytest.mark.parametrize("server", ["strict", "s3"])
+def test_large_upload_replaces_object_whole(
+    server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "MULTIPART", IN_PARTS)
+    request.getfixturevalue(server)
+    path, uri = tmp_path / "large", "s3://bucket/in-parts/large"
+    storage.write_bytes(uri, b"before")
+    path.write_bytes(os.urandom(LARGE_BYTES))
+    storage.upload(path, uri)
+    info = storage.describe(uri)
+    assert info is not None
+    assert info.num_bytes == LARGE_BYTES
+    assert b"".join(storage.read_chunks(uri, info)) == path.read_bytes()
+
+
+def test_store_with_unconditional_multipart_is_detected(
+    strict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sees the condition of a PUT, but not that of the request that joins parts."""
+
+    def without_condition(request: AWSRequest, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    new_client = s3_store._new_client
+
+    def forgetful_client() -> Any:
+        made = new_client()
+        made.meta.events.register("before-sign.s3.CompleteMultipartUpload", without_condition)
+        return made
+
+    monkeypatch.setattr(s3_store, "_new_client", forgetful_client)
+    assert not storage.honours_create(f"{strict}/probe")
+    assert list(storage.list_names(f"{strict}/probe")) == [], "the probe is left behind"
 
 
 def test_bucket_root_is_listed_up_to_max_objects(strict: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlflow
 import pytest
-from screening_runs import ray_processes
 from serving_runs import LEDGER, SEGMENTER, environment_of, register
 
 from covtanet import tracking
@@ -21,6 +20,7 @@ from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import Endpoint, start_endpoint, write_config
+from infra.local.ray_processes import ray_processes
 from infra.local.services import free_ports, start_s3
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dashboard import scraped_metrics
 from nights import NIGHT, NIGHT_HEADERS, SubmittedBatch
 from pacs import PASSWORD, READER_TOKEN, phantom_series
 from running import Cluster
@@ -73,7 +74,7 @@ def endpoint(
 
 
 @pytest.fixture(scope="session")
-def submitted_batch(endpoint: Endpoint) -> SubmittedBatch:
+def submitted_batch(endpoint: Endpoint, cluster: Cluster) -> SubmittedBatch:
     """A batch of the archive, submitted over HTTP, followed until it ends."""
 
     def post(request: dict[str, str]) -> tuple[int, Any]:
@@ -82,21 +83,25 @@ def submitted_batch(endpoint: Endpoint) -> SubmittedBatch:
 
     submitted = post(NIGHT)
     path = f"/v1/batches/{submitted[1]['batch_id']}"
+    metrics: set[str] = set()
     return SubmittedBatch(
         submitted=submitted,
         repeated=post(NIGHT),
         conflicting=post({"archive": "s3://bucket/archive/nifti"}),
         early_ledger=endpoint.ask("GET", f"{path}/ledger")[:2],
-        state=_last_state(endpoint, path),
+        state=_last_state(endpoint, path, Path(cluster.environment["RAY_TMP"]), metrics),
+        metrics=metrics,
     )
 
 
-def _last_state(endpoint: Endpoint, path: str) -> Any:
+def _last_state(endpoint: Endpoint, path: str, temp_folder: Path, metrics: set[str]) -> Any:
+    """Follow a batch to its end; add the names of the metrics that there are meanwhile."""
     deadline = time.monotonic() + BATCH_TIMEOUT_S
     while (state := endpoint.ask("GET", path)[1])["state"] in ("waiting", "running"):
         if time.monotonic() > deadline:
             raise TimeoutError(f"the batch has not ended after {BATCH_TIMEOUT_S} s: {state}")
-        time.sleep(1)
+        metrics |= scraped_metrics(temp_folder)
+        time.sleep(3)
     return state
 
 

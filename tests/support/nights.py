@@ -14,6 +14,7 @@ class SubmittedBatch:
 
     repeated: to the same request with the same key. conflicting: to another request with that key.
     early_ledger: to a GET of the ledger before it is committed. state: the batch's last state.
+    metrics: names of the metrics that Ray showed while it ran.
     """
 
     submitted: tuple[int, Any]
@@ -21,3 +22,4 @@ class SubmittedBatch:
     conflicting: tuple[int, Any]
     early_ledger: tuple[int, Any]
     state: Any
+    metrics: set[str]

@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from covtanet.model.saved_model import save_model
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
 from infra.local.jobs import Job, start_job
+from infra.local.ray_processes import ray_processes, signal_first
 
 DATE = "2026-11-23"
 NUM_SOUND = 8
@@ -135,41 +136,11 @@ def write_archive_and_model(screening: Screening) -> None:
     screening.truth = write_archive("s3://bucket/archive", "s3://bucket/truth", phantoms, 2)
 
 
-def ray_processes(environment: dict[str, str], text: str) -> Iterator[psutil.Process]:
-    """Processes of this environment's Ray whose command line holds a text."""
-    token = environment["RAY_AUTH_TOKEN_PATH"]
-    for process in psutil.process_iter(["cmdline"]):
-        with contextlib.suppress(psutil.Error):
-            if text not in " ".join(process.info["cmdline"] or ()):
-                continue
-            # A decoder's child has an empty environment, and only root may read that of its parent:
-            # Ray's own process above both tells which Ray they belong to.
-            family = (process, *process.parents())
-            if any(_token_of(member) == token for member in family):
-                yield process
-
-
-def _token_of(process: psutil.Process) -> str | None:
-    try:
-        environment: dict[str, str] = process.environ()
-        return environment.get("RAY_AUTH_TOKEN_PATH")
-    except psutil.Error:
-        return None
-
-
 def signal_one(
     environment: dict[str, str], text: str, sent: signal.Signals = signal.SIGKILL
 ) -> Callable[[], bool]:
     """Return a condition that signals such a process, and holds once it has."""
-
-    def try_it() -> bool:
-        for process in ray_processes(environment, text):
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(sent)
-                return True
-        return False
-
-    return try_it
+    return lambda: signal_first(environment, text, sent)
 
 
 class DeadlySeries:

@@ -15,7 +15,6 @@ import mlflow
 import psutil
 import requests
 from saved_models import small_model
-from screening_runs import ray_processes
 from slow_proxy import SlowDoor
 
 from covtanet import storage, tracking
@@ -25,6 +24,7 @@ from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config
+from infra.local.ray_processes import ray_processes
 from infra.local.services import free_ports
 
 RELOAD_EVERY_S, UPLOAD_TIMEOUT_S, REQUEST_TIMEOUT_S = 2.0, 4.0, 30.0

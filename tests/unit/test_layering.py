@@ -118,6 +118,7 @@ RAY_PLACES = {
     "screening/plan.py",
     "screening/pipeline.py",
     "screening/attempt_counter.py",
+    "screening/metrics.py",
     "screening/scan.py",
     "commands/export.py",
     "evaluation/pipeline.py",

@@ -13,10 +13,13 @@ NAMESPACE = "kubernetes.io/metadata.name"
 
 @dataclass(frozen=True)
 class Peer:
-    """One end of a connection. namespace: empty for ours; labels: of its pod."""
+    """One end of a connection. namespace: empty for ours; labels: of its pod. address: of a machine
+    that is no pod.
+    """
 
     labels: dict[str, str] = field(default_factory=dict)
     namespace: str = ""
+    address: str = ""
 
 
 def pod_of(component: str) -> Peer:
@@ -36,7 +39,9 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def is_peer(described: dict[str, Any], peer: Peer) -> bool:
-    assert set(described) <= {"podSelector", "namespaceSelector"}
+    assert set(described) <= {"podSelector", "namespaceSelector", "ipBlock"}
+    if "ipBlock" in described or peer.address:
+        return bool(described.get("ipBlock", {}).get("cidr") == f"{peer.address}/32")
     if "namespaceSelector" in described:
         is_there = selects(described["namespaceSelector"], {NAMESPACE: peer.namespace})
     else:
@@ -52,8 +57,8 @@ def permits(rule: dict[str, Any], side: str, peer: Peer, port: int) -> bool:
 
 def may(direction: str, pod: Peer, peer: Peer, port: int) -> bool:
     """Whether the policies let a pod of ours connect to, or be reached by, a peer."""
-    if pod.namespace:
-        return True  # policies of other namespaces are not ours
+    if pod.namespace or pod.address:
+        return True  # no policy of ours holds there
     side = {"Ingress": "from", "Egress": "to"}[direction]
     policies = [each for each in POLICIES if selects(each["podSelector"], pod.labels)]
     policies = [each for each in policies if direction in each["policyTypes"]]
@@ -127,3 +132,14 @@ def test_only_operator_ingress_and_prometheus_come_in(component: str) -> None:
             namespace,
             port,
         )
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_only_heads_with_an_autoscaler_reach_kubernetes(component: str) -> None:
+    """KubeRay's operator labels the heads."""
+    server = Peer(address="192.0.2.1")
+    head = Peer({**pod_of(component).labels, "ray.io/node-type": "head"})
+    for port, is_open in ((443, True), (6443, True), (22, False)):
+        assert reaches(head, server, port) == (component in ("screen", "train") and is_open)
+        assert not reaches(pod_of(component), server, port)
+    assert not reaches(head, Peer(address="192.0.2.2"), 443)

@@ -1,0 +1,1 @@
+"""Nights of screening on a changing archive under random faults: ``make soak HOURS=1``."""
