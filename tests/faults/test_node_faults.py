@@ -107,6 +107,13 @@ def test_added_node_changes_no_row(
     seen(run_disturbed(screening, "added", lambda: nodes.add_worker(CPUS_PER_NODE)))
 
 
+def test_lost_node_that_nobody_replaces_changes_no_row(
+    screening: Screening, workers: list[Node], seen: Callable[[str], None]
+) -> None:
+    """The workers that start again would take all CPUs of the other node from some stage."""
+    seen(run_disturbed(screening, "unreplaced", workers[1].kill))
+
+
 @pytest.fixture
 def small_nodes(tmp_path: Path) -> Iterator[Nodes]:
     """Three workers with one CPU each: two train, on two nodes, and the third feeds them."""
