@@ -9,15 +9,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.data
 from ray.util import metrics
 
-from covtanet import ray_data, storage
+from covtanet import ray_data, runtime, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import Status
@@ -25,6 +26,7 @@ from covtanet.ledger.attempts import MAX_ATTEMPTS
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import SERIES_PER_GROUP, finished_keys, read_manifest, write_rows
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.node_watch import NodesLostError, NodeWatch
 from covtanet.screening.plan import Plan, make_plan
 from covtanet.screening.worker_counts import WorkerCounts
 from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_store
@@ -54,14 +56,38 @@ def screen(
 ) -> None:
     """Screen every series of the manifest that has no row yet.
 
-    window: the model's preprocessing. results: location for masks and previews; empty for none.
+    window: the model's preprocessing. results: location for masks and previews; empty for none. If
+    nodes are lost and no series moves any more, a new plan takes those that are left.
+    """
+    while True:
+        try:
+            _screen_by_plan(run, config, window, model_folder, results)
+            return
+        except NodesLostError as error:
+            logger.warning("nodes were lost and no series moves: planning for the nodes left")
+            # Nodes that replace the lost ones later get work.
+            config = replace(config, max_nodes=max(config.max_nodes or 0, error.num_nodes))
+            # As for a driver that was killed: the end of the plan is no attempt at a series.
+            run = replace(run, driver=uuid.uuid4().hex)
+            # Workers that wait for rows of the lost nodes end with the connection alone.
+            ray.shutdown()
+            runtime.connect()
+
+
+def _screen_by_plan(
+    run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str
+) -> None:
+    """Screen every series that has no row yet on the nodes that there are.
+
+    Raises:
+        NodesLostError: the plan stands still.
     """
     # Importing torch takes seconds, which the modules of the other workers do without.
     from covtanet.model.model_files import model_files
 
     # One slow series must not hold back those behind it; the commit restores the order.
     timeout_s = no_progress_timeout_s(config)
-    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s)
+    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s, callbacks=[NodeWatch])
     finished = finished_keys(run)
     plan = make_plan(run, config, finished)
     num_remaining = plan.num_series - plan.num_finished
@@ -118,9 +144,9 @@ def _pipeline(
         },
         measure=partial(_measure, run=run, window=window, config=config, results=results),
     )
-    limit_object_store(window.size_px, plan.workers)
+    limit_object_store(window.size_px, plan.most_workers)
     series = ray.data.read_parquet(path, filesystem=filesystem)
-    return assemble(series, stages, plan.workers, plan.num_gpus)
+    return assemble(series, stages, plan.workers, plan.most_workers, plan.num_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,23 +161,34 @@ class Stages:
 
 
 def assemble(
-    series: ray.data.Dataset, stages: Stages, workers: WorkerCounts, num_gpus: int
+    series: ray.data.Dataset,
+    stages: Stages,
+    workers: WorkerCounts,
+    most_workers: WorkerCounts,
+    num_gpus: int,
 ) -> ray.data.Dataset:
-    """Lead rows through the stages, each with workers of its own."""
+    """Lead rows through the stages, each with workers of its own.
+
+    workers: at the start, which fill the nodes. most_workers: after all nodes have joined; none
+    starts before, since no stage gets CPUs that another one holds or needs for its next task.
+    """
     return (
         # One series per block: a block that is lost or repeated costs one series.
         series.repartition(target_num_rows_per_block=1)
         .map(
             stages.decoder,
             fn_constructor_kwargs=stages.decoder_arguments,
-            compute=ray.data.ActorPoolStrategy(size=workers.num_decoders),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=workers.num_decoders, max_size=most_workers.num_decoders
+            ),
             num_cpus=1,
         )
         .map(
             stages.predictor,
             fn_constructor_kwargs=stages.predictor_arguments,
             compute=ray.data.ActorPoolStrategy(
-                size=workers.num_predictors,
+                min_size=workers.num_predictors,
+                max_size=most_workers.num_predictors,
                 max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR,
             ),
             num_cpus=workers.cpus_per_predictor,
@@ -159,7 +196,7 @@ def assemble(
         )
         .map(
             stages.measure,
-            compute=ray.data.TaskPoolStrategy(size=workers.num_measurers),
+            compute=ray.data.TaskPoolStrategy(size=most_workers.num_measurers),
             num_cpus=1,
         )
     )

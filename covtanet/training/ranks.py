@@ -64,8 +64,8 @@ class LaneStatistics:
         self.num_lanes = num_lanes
         # Of any rank.
         self.most_lanes = -ranks.lowest(-num_lanes)
-        # With one lane on every rank the module itself holds the lane's statistics. Otherwise a lane
-        # runs forward twice, and its statistics move once.
+        # With one lane on every rank the module itself holds the lane's statistics. Otherwise lanes
+        # run forward twice, and their statistics move once.
         self.lanes: list[list[Tensor]] = []
         if self.most_lanes > 1:
             self.lanes = [[buffer.clone() for buffer in self.buffers] for _ in range(num_lanes)]

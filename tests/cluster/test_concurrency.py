@@ -54,7 +54,7 @@ stages = Stages(
     measure=measure,
 )
 series = ray.data.from_items([{"number": number} for number in range(num_series)])
-rows = assemble(series, stages, workers, 0).take_all()
+rows = assemble(series, stages, workers, workers, 0).take_all()
 print(json.dumps([[row["started"], row["ended"]] for row in rows]))
 ray.shutdown()
 """

@@ -116,6 +116,7 @@ RAY_PLACES = {
     "experiments/preparation.py",
     "experiments/parallel.py",
     "screening/plan.py",
+    "screening/node_watch.py",
     "screening/pipeline.py",
     "screening/scan.py",
     "commands/export.py",
