@@ -25,14 +25,38 @@ class NodesLostError(Exception):
         self.num_nodes = num_nodes
 
 
+class StandStill:
+    """Tells whether nothing has moved for long since a node was lost. Pure, apart from the clock
+    that its callers read.
+
+    nodes: those that the plan starts with.
+    """
+
+    def __init__(self, nodes: set[str], now: float) -> None:
+        self.nodes = nodes
+        self.num_moved = 0
+        self.moved_at = now
+
+    def lasts(self, nodes: set[str], num_moved: int, now: float) -> bool:
+        """Return whether it lasts for longer than a series may take.
+
+        nodes: that live. num_moved: blocks that have left a stage so far.
+        """
+        if self.nodes <= nodes:  # none is lost
+            self.nodes = nodes
+            self.moved_at = now
+        if num_moved != self.num_moved:
+            self.num_moved = num_moved
+            self.moved_at = now
+        return now - self.moved_at >= STANDS_STILL_S
+
+
 class NodeWatch(ExecutionCallback):  # type: ignore[misc]
     """Looks at the nodes while Ray Data executes a plan."""
 
     def __init__(self) -> None:
-        # Nodes with CPUs that the plan has had at the same time.
-        self.nodes = set(nodes_with_cpus())
-        self.looked_at = self.moved_at = time.monotonic()
-        self.num_moved = 0
+        self.looked_at = time.monotonic()
+        self.stand_still = StandStill(set(nodes_with_cpus()), self.looked_at)
 
     def on_execution_step(self, executor: Any) -> None:
         """End the plan if it stands still.
@@ -47,14 +71,8 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
         # Ray Data has no public count of what moves between its stages.
         num_moved = sum(operator.metrics.num_outputs_taken for operator in executor._topology)
         nodes = nodes_with_cpus()
-        if self.nodes <= set(nodes):  # none is lost
-            self.nodes = set(nodes)
-            self.moved_at = now
-        if num_moved != self.num_moved:
-            self.num_moved = num_moved
-            self.moved_at = now
-        if now - self.moved_at >= STANDS_STILL_S and has_room(list(nodes.values())):
-            raise NodesLostError(len(self.nodes))
+        if self.stand_still.lasts(set(nodes), num_moved, now) and has_room(list(nodes.values())):
+            raise NodesLostError(len(self.stand_still.nodes))
 
 
 def nodes_with_cpus() -> dict[str, int]:

@@ -31,6 +31,7 @@ from covtanet.training.phase_data import (
     slice_data,
     volume_data,
 )
+from covtanet.training.torch_backend import NodeNetworkConfig
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -145,6 +146,7 @@ def _trainer(job: WorkerJob, phase_run: PhaseRun) -> "ray.train.torch.TorchTrain
     return ray.train.torch.TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
+        torch_config=NodeNetworkConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=_num_workers(config),
             use_gpu=_check_resources(config),

@@ -154,8 +154,6 @@ class Nodes:
         self.environment = {
             **os.environ, **s3.environment, **QUIET, "COVTANET_ALLOW_PLAIN_HTTP": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT),
-            # Nodes have no names of their own; gloo would find loopback by that of the machine.
-            "GLOO_SOCKET_IFNAME": INTERFACE,
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
         dashboard = str(with_dashboard).lower()

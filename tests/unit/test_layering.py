@@ -111,6 +111,7 @@ RAY_PLACES = {
     "shared_folders.py",
     "training/worker.py",
     "training/trainer.py",
+    "training/torch_backend.py",
     "training/callbacks.py",
     "training/phase_data.py",
     "experiments/preparation.py",
