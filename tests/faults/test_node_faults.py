@@ -3,6 +3,7 @@
 Each node has its own network, processes and disks; they share an S3 server alone.
 """
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +33,10 @@ pytestmark = [
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
 ]
 CPUS_PER_NODE = 4
+# Names of the processes of a decoder and a predictor that have a series.
+DECODER, PREDICTOR = "MapWorker(Map(Decoder)).submit", "MapWorker(Map(PredictorWorker)).submit"
+# A decoder that is stopped for a while has not used up its time.
+PATIENT_CONFIG = CONFIG.replace("decode_timeout_s = 6", "decode_timeout_s = 300")
 NUM_SOUND = 32
 
 
@@ -45,11 +50,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture
 def workers(nodes: Nodes) -> list[Node]:
-    """Two worker nodes that live."""
+    """Two worker nodes that live, and no others."""
     alive = [node for node in nodes.nodes[1:] if node.is_alive()]
+    for node in alive[2:]:
+        node.kill()
     while len(alive) < 2:
         alive.append(nodes.add_worker(CPUS_PER_NODE))
-    return alive
+    nodes.wait_until_seen()
+    return alive[:2]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +70,11 @@ def screening(nodes: Nodes) -> Screening:
         folder=nodes.folder, bucket=bucket, environment=of_one_node, inside=nodes.head.inside
     )
     save_model(nodes.folder / "model", small_model())
-    (nodes.folder / "screening.toml").write_text(CONFIG)
+    (nodes.folder / "screening.toml").write_text(PATIENT_CONFIG)
     phantoms = list(configs(NUM_SOUND, 21, size_px=128, num_slices=20))
     write_archive(str(bucket / "archive"), str(nodes.folder / "truth"), phantoms, 2)
+    # Before jobs list the bucket, since the server remembers what it listed.
+    write_mosmed(str(bucket / "labelled"), PHANTOMS, 2)
     screening.run("clean")
     screening.clean = screening.table("clean")
     return replace(screening, environment=nodes.environment)
@@ -107,16 +117,26 @@ def test_added_node_gets_work_and_changes_no_row(
     nodes: Nodes, screening: Screening, workers: list[Node], seen: Callable[[str], None]
 ) -> None:
     """The pools grow to ``max_nodes``."""
-    workers.pop().kill()
     config = nodes.folder / "max-nodes.toml"
-    config.write_text(f"{CONFIG}max_nodes = 2\n")
+    config.write_text(f"{PATIENT_CONFIG}max_nodes = 3\n")
     job = screening.start("added", "--config", str(config))
-    # With its plan made: as many workers as one node has room for.
-    job.says("screening 49 series with 1 decoders")
+    # With its plan made: as many workers as two nodes have room for. They are stopped until the
+    # new node has worked: they might finish all series before.
+    job.wait_for(lambda: stop_actors(workers).count(DECODER) == 3)
     node = nodes.add_worker(CPUS_PER_NODE)
     added_at = time.monotonic()
-    wait_for_actors(job, node)
+    idle = {DECODER, PREDICTOR}
+
+    def have_worked() -> bool:
+        stop_actors(workers)
+        titles = processes(node)
+        idle.difference_update([title for title in idle if title in titles])
+        return not idle
+
+    job.wait_for(have_worked)
     actors_s = time.monotonic() - added_at
+    for other in workers:
+        signal_actors(other, "CONT")
     assert job.finish(300) == 0, job.output[-4000:]
     elapsed_s = time.monotonic() - added_at
     seen(
@@ -125,33 +145,39 @@ def test_added_node_gets_work_and_changes_no_row(
     )
 
 
-def wait_for_actors(job: Job, node: Node) -> None:
-    """Wait until a decoder and a predictor on a node have worked at a series each."""
-    waiting = {"MapWorker(Map(Decoder)).submit", "MapWorker(Map(PredictorWorker)).submit"}
+def stop_actors(nodes: list[Node]) -> str:
+    """Stop the decoders and predictors that have a series; return all names of processes."""
+    for node in nodes:
+        signal_actors(node, "STOP")
+    return "".join(processes(node) for node in nodes)
 
-    def have_worked() -> bool:
-        titles = processes(node)
-        waiting.difference_update([title for title in waiting if title in titles])
-        return not waiting
 
-    job.wait_for(have_worked)
+def signal_actors(node: Node, name: str) -> None:
+    """Send a signal to the decoders and predictors of a node that have a series."""
+    subprocess.run([*node.inside, "pkill", f"-{name}", "-f", r"MapWorker.Map.*submit"], check=False)
 
 
 def test_lost_node_that_nobody_replaces_changes_no_row(
-    nodes: Nodes, screening: Screening, workers: list[Node], seen: Callable[[str], None]
+    screening: Screening, workers: list[Node], seen: Callable[[str], None]
 ) -> None:
-    """Predictors hold two of three CPUs: on one node a decoder takes the third from measuring."""
-    for node in workers:
-        node.kill()
-    _, lost = (nodes.add_worker(3) for _ in range(2))
-    seen(run_disturbed(screening, "unreplaced", lost.kill))
+    """Only sometimes a stage gets no CPU on the other node: a stopped predictor is as a stage
+    without workers.
+    """
+    left, lost = workers
+
+    def lose_one() -> None:
+        lost.kill()
+        left.run("pkill", "-STOP", "-f", "MapWorker.Map.PredictorWorker")
+
+    summary = run_disturbed(screening, "unreplaced", lose_one)
+    assert "planned anew" in summary
+    seen(summary)
 
 
 def test_killed_node_of_an_evaluation_changes_no_table(
     nodes: Nodes, screening: Screening, workers: list[Node], seen: Callable[[str], None]
 ) -> None:
     bucket = nodes.bucket / "bucket"
-    write_mosmed(str(bucket / "labelled"), PHANTOMS, 2)
 
     def start(out: str) -> Job:
         arguments = ("--model", str(nodes.folder / "model"), "--out", f"s3://bucket/{out}")
