@@ -87,7 +87,7 @@ def run_disturbed(screening: Screening, name: str, disturb: Callable[[], object]
     num_rows = screening.rows_done(name)
     disturb()
     disturbed_at = time.monotonic()
-    assert job.finish(400) == 0, job.output[-4000:]
+    assert job.finish(900) == 0, job.output[-4000:]
     elapsed_s = time.monotonic() - disturbed_at
     planned = ", planned anew" if "planning for the nodes left" in job.output else ""
     return f"after {num_rows} rows, then {elapsed_s:.0f} s{planned}; {screening.check_equal(name)}"
@@ -137,7 +137,7 @@ def test_added_node_gets_work_and_changes_no_row(
     actors_s = time.monotonic() - added_at
     for other in workers:
         signal_actors(other, "CONT")
-    assert job.finish(300) == 0, job.output[-4000:]
+    assert job.finish(900) == 0, job.output[-4000:]
     elapsed_s = time.monotonic() - added_at
     seen(
         f"both pools worked on it after {actors_s:.0f} s, the end came after {elapsed_s:.0f} s; "
@@ -195,7 +195,7 @@ def test_killed_node_of_an_evaluation_changes_no_table(
     (node,) = (node for node in workers if "MapWorker(Map(_Evaluator))" in processes(node))
     node.kill()
     killed_at = time.monotonic()
-    assert job.finish(300) == 0, job.output[-4000:]
+    assert job.finish(900) == 0, job.output[-4000:]
     elapsed_s = time.monotonic() - killed_at
     for name in ("tables.md", "metrics.json", "metrics.csv"):
         expected = (bucket / "evaluated" / name).read_bytes()
