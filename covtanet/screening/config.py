@@ -52,6 +52,10 @@ class ScreeningConfig:
     max_pacs_requests: int = 8
     """Series that all decoders together fetch from a PACS at a time, so that it can serve people as
     well. No part of the run's identity, since it changes no number."""
+    max_nodes: int | None = None
+    """Nodes with CPUs up to which a screening grows while it runs: an autoscaler is asked for them,
+    and nodes that join get work. Null for those that are there when it starts. No part of the run's
+    identity, since it changes no number."""
     deidentify: bool = False
     """Write keyed digests instead of names and UIDs."""
     allow_weak_sandbox: bool = False
@@ -79,6 +83,8 @@ class ScreeningConfig:
             )
         if self.max_pacs_requests < 1:
             raise ValueError("max_pacs_requests must be at least 1")
+        if self.max_nodes is not None and self.max_nodes < 1:
+            raise ValueError(f"max_nodes is {self.max_nodes}, expected at least 1")
         if self.worker_timeout_s <= 0:
             raise ValueError("worker_timeout_s must be above 0")
         if self.decode_memory_mib < 256 or self.decode_timeout_s <= 0 or self.max_series_mib < 1:
@@ -108,6 +114,6 @@ def for_model(
 def config_values(window: WindowConfig, config: ScreeningConfig) -> dict[str, Any]:
     """Return every setting that can change a number, for the digest of the configuration."""
     screening = asdict(config)
-    for name in ("allow_weak_sandbox", "max_pacs_requests"):
+    for name in ("allow_weak_sandbox", "max_nodes", "max_pacs_requests"):
         del screening[name]
     return {"window": asdict(window), "screening": screening}

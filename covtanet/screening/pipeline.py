@@ -9,14 +9,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.data
 
-from covtanet import ray_data, storage
+from covtanet import ray_data, runtime, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import Status
@@ -30,6 +31,7 @@ from covtanet.ledger.work import unfinished_series
 from covtanet.screening import metrics
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.node_watch import NodesLostError, NodeWatch
 from covtanet.screening.plan import Plan, make_plan
 from covtanet.screening.worker_counts import WorkerCounts
 from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_keep
@@ -61,14 +63,38 @@ def screen(
 ) -> None:
     """Screen every series of the manifest that has no row yet.
 
-    window: the model's preprocessing. results: location for masks and previews; empty for none.
+    window: the model's preprocessing. results: location for masks and previews; empty for none. If
+    nodes are lost and no series moves any more, a new plan takes those that are left.
+    """
+    while True:
+        try:
+            _screen_by_plan(run, config, window, model_folder, results)
+            return
+        except NodesLostError as error:
+            logger.warning("nodes were lost and no series moves: planning for the nodes left")
+            # Nodes that replace the lost ones later get work.
+            config = replace(config, max_nodes=max(config.max_nodes or 0, error.num_nodes))
+            # As for a driver that was killed: the end of the plan is no attempt at a series.
+            run = replace(run, driver=uuid.uuid4().hex)
+            # Workers that wait for rows of the lost nodes end with the connection alone.
+            ray.shutdown()
+            runtime.connect()
+
+
+def _screen_by_plan(
+    run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str
+) -> None:
+    """Screen every series that has no row yet on the nodes that there are.
+
+    Raises:
+        NodesLostError: the plan stands still.
     """
     # Importing torch takes seconds, which the modules of the other workers do without.
     from covtanet.model.model_files import model_files
 
     # One slow series must not hold back those behind it; the commit restores the order.
     timeout_s = no_progress_timeout_s(config)
-    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s)
+    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s, callbacks=[NodeWatch])
     finished = finished_keys(run)
     plan = make_plan(run, config, finished)
     num_remaining = plan.num_series - plan.num_finished
@@ -80,7 +106,7 @@ def screen(
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
-    limit_object_store(window.size_px, plan.workers)
+    limit_object_store(window.size_px, plan.most_workers)
     screen_with(run, plan, _stages(run, config, window, results, plan), finished)
 
 
@@ -146,21 +172,29 @@ def _stages(
 
 
 def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.Dataset:
-    """Lead rows through the stages, each with workers of its own."""
-    workers = plan.workers
+    """Lead rows through the stages, each with workers of its own.
+
+    Those of ``plan.workers`` fill the nodes at the start. Those of ``plan.most_workers`` are there
+    after all nodes have joined; none starts before, since no stage gets CPUs that another one holds
+    or needs for its next task.
+    """
+    workers, most_workers = plan.workers, plan.most_workers
     return (
         series.repartition(target_num_rows_per_block=series_per_block(plan))
         .map(
             stages.decoder,
             fn_constructor_kwargs=stages.decoder_arguments,
-            compute=ray.data.ActorPoolStrategy(size=workers.num_decoders),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=workers.num_decoders, max_size=most_workers.num_decoders
+            ),
             num_cpus=1,
         )
         .map(
             stages.predictor,
             fn_constructor_kwargs=stages.predictor_arguments,
             compute=ray.data.ActorPoolStrategy(
-                size=workers.num_predictors,
+                min_size=workers.num_predictors,
+                max_size=most_workers.num_predictors,
                 max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR,
             ),
             num_cpus=workers.cpus_per_predictor,
@@ -168,7 +202,7 @@ def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.D
         )
         .map(
             stages.measure,
-            compute=ray.data.TaskPoolStrategy(size=workers.num_measurers),
+            compute=ray.data.TaskPoolStrategy(size=most_workers.num_measurers),
             num_cpus=1,
         )
     )

@@ -28,8 +28,14 @@ from covtanet.screening.listing import (
     read_series,
     split_scan,
 )
+from covtanet.screening.node_watch import nodes_with_cpus
 from covtanet.screening.scan import scan
-from covtanet.screening.worker_counts import WorkerCounts, num_cpus_needed, worker_counts
+from covtanet.screening.worker_counts import (
+    WorkerCounts,
+    most_workers,
+    num_cpus_needed,
+    worker_counts,
+)
 
 # A second driver on a cluster with room for one waits this long and then refuses to start.
 FREE_CPUS_TIMEOUT_S = 60.0
@@ -46,6 +52,8 @@ class Plan:
     num_cpus: int
     num_gpus: int
     workers: WorkerCounts
+    most_workers: WorkerCounts
+    """Workers that the pools grow to when nodes join."""
 
 
 def make_manifest(run: Run, config: ScreeningConfig) -> None:
@@ -143,7 +151,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         num_series += batch.num_rows
         num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
         num_finished += int((position_of(keys_of(batch), finished) >= 0).sum())
-    node_cpus = _cpus_of_nodes()
+    node_cpus = list(nodes_with_cpus().values())
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     num_needed = num_cpus_needed(node_cpus, num_gpus)
     num_cpus = _wait_for_cpus(num_needed)
@@ -155,19 +163,16 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         )
     # Each decoder fetches one series at a time.
     max_decoders = config.max_pacs_requests if storage.is_dicomweb(run.archive) else None
+    workers = worker_counts(num_cpus, node_cpus, num_gpus, max_decoders)
     return Plan(
         num_series=num_series,
         num_bytes=num_bytes,
         num_finished=num_finished,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        workers=worker_counts(num_cpus, node_cpus, num_gpus, max_decoders),
+        workers=workers,
+        most_workers=most_workers(workers, len(node_cpus), config.max_nodes or 1, max_decoders),
     )
-
-
-def _cpus_of_nodes() -> list[int]:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [int(resources.get("CPU", 0)) for resources in nodes]
 
 
 def _wait_for_cpus(num_needed: int) -> int:

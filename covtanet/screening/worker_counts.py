@@ -53,5 +53,27 @@ def worker_counts(
     )
 
 
+def most_workers(
+    workers: WorkerCounts, num_nodes: int, max_nodes: int, max_decoders: int | None = None
+) -> WorkerCounts:
+    """Return the workers of so many nodes like those that there are.
+
+    workers: of ``num_nodes`` nodes, which they are never fewer than. max_decoders: None for no
+    limit.
+    """
+    num_after = max(num_nodes, max_nodes)
+
+    def grown(count: int) -> int:
+        return count * num_after // num_nodes
+
+    num_decoders = grown(workers.num_decoders)
+    return WorkerCounts(
+        num_predictors=grown(workers.num_predictors),
+        cpus_per_predictor=workers.cpus_per_predictor,
+        num_decoders=min(num_decoders, max_decoders or num_decoders),
+        num_measurers=grown(workers.num_measurers),
+    )
+
+
 def _num_predictors(node_cpus: Sequence[int], num_gpus: int) -> int:
     return num_gpus or max(1, sum(cpus > 0 for cpus in node_cpus))

@@ -23,6 +23,7 @@ NOT_IDENTITY = (
     "folds",
     "phases",
     "num_workers",
+    "min_workers",
     "cache_bytes",
     "max_failures",
     "checkpoint_epochs",
@@ -33,6 +34,7 @@ CHECKPOINTS_PER_PHASE = 20
 COUNTS = (
     "seed",
     "num_workers",
+    "min_workers",
     "stem_channels",
     "fusion_channels",
     "num_slices",
@@ -104,6 +106,9 @@ class TrainingConfig:
     num_workers: int = 0
     """Training workers; must divide ``micro_batches`` of both phases. 0 for one on every GPU, or
     one without a GPU."""
+    min_workers: int = 0
+    """Workers with which a training goes on if nodes are lost; it grows again when others join. 0
+    for ``num_workers``: the training waits for nodes that replace them."""
     checkpoint_epochs: int = 0
     """Epochs between two checkpoints of a phase; 0 for a twentieth of its epochs, so that a crash
     costs at most that much. The last epoch always has one."""
@@ -173,6 +178,10 @@ class TrainingConfig:
                     f"{name}.micro_batches is {micro_batches}, expected a multiple of "
                     f"{self.num_workers} workers"
                 )
+        if 0 < self.num_workers < self.min_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, expected at most {self.num_workers} workers"
+            )
 
     def _check_ranges(self) -> None:
         for name, low, high in (
@@ -208,6 +217,11 @@ class TrainingConfig:
             phase1=_with_micro_batches(self.phase1, num_workers),
             phase2=_with_micro_batches(self.phase2, num_workers),
         )
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers below which a training waits for nodes."""
+        return self.min_workers or self.num_workers
 
     def sampling(self, phase: PhaseConfig) -> Sampling:
         """Return how an epoch of a phase draws its samples."""

@@ -62,9 +62,12 @@ class LaneStatistics:
         self.buffers = [*self.means, *self.variances]
         self.ranks = ranks
         self.num_lanes = num_lanes
-        # With one lane the module itself holds the lane's statistics.
+        # Of any rank.
+        self.most_lanes = -ranks.lowest(-num_lanes)
+        # With one lane on every rank the module itself holds the lane's statistics. Otherwise lanes
+        # run forward twice, and their statistics move once.
         self.lanes: list[list[Tensor]] = []
-        if num_lanes > 1:
+        if self.most_lanes > 1:
             self.lanes = [[buffer.clone() for buffer in self.buffers] for _ in range(num_lanes)]
 
     def enter(self, lane: int) -> None:
@@ -102,8 +105,9 @@ class LaneStatistics:
 
     def _mean(self, values: Tensor) -> Tensor:
         """Return the mean over the lanes of all ranks; values: (lanes, N)."""
-        # Every rank has the same number of lanes.
-        return self.ranks.sum(values.sum(0)) / (self.num_lanes * self.ranks.count)
+        # Ranks may have unequal numbers of lanes: three ranks of four lanes, after a lost node.
+        num_lanes = self.ranks.sum(values.new_tensor(self.num_lanes))
+        return self.ranks.sum(values.sum(0)) / num_lanes
 
 
 def _flat(buffers: list[Tensor]) -> Tensor:

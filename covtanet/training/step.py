@@ -47,11 +47,13 @@ def backward(
     sums: forward of one micro-batch to numbers that add up, (k,). seeds: for dropout, one per
     micro-batch.
 
-    A rank with several micro-batches runs them forward without gradient first, since the loss needs
+    Ranks with several micro-batches run them forward without gradient first, since the loss needs
     every sum before the first gradient: a third more work for the memory of one micro-batch.
     """
     ranks = statistics.ranks
-    is_alone = len(micro_batches) == 1
+    # The same on every rank, also if some have fewer: DDP exchanges its buckets in a forward pass
+    # with gradient, and ranks must meet there and in the sums in the same order.
+    is_alone = statistics.most_lanes == 1
     parts = []
     for lane, batch in enumerate(micro_batches):
         with nullcontext() if is_alone else torch.no_grad():

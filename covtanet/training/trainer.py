@@ -17,7 +17,6 @@ from covtanet import storage, tracking
 from covtanet.data.folds import Split
 from covtanet.data.prepared import PreparedVolume
 from covtanet.errors import ConfigError, TrainingError
-from covtanet.machine import num_cores
 from covtanet.model.encoder import pretrained_state
 from covtanet.model.segnet import TASegNetConfig
 from covtanet.training import worker
@@ -32,6 +31,7 @@ from covtanet.training.phase_data import (
     slice_data,
     volume_data,
 )
+from covtanet.training.torch_backend import NodeNetworkConfig
 from covtanet.training.worker import WorkerJob
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -120,7 +120,7 @@ def _run(
         config=config,
         phase=phase,
         data=data,
-        num_threads=_num_threads(config.num_workers * phase_run.num_at_once),
+        num_at_once=phase_run.num_at_once,
         checkpoints_uri=phase_run.checkpoints_uri,
         segnet_state=segnet_state,
         encoder_state=encoder_state,
@@ -146,8 +146,9 @@ def _trainer(job: WorkerJob, phase_run: PhaseRun) -> "ray.train.torch.TorchTrain
     return ray.train.torch.TorchTrainer(
         worker.train,
         train_loop_config={"job": job},
+        torch_config=NodeNetworkConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=_num_workers(config),
             use_gpu=_check_resources(config),
             resources_per_worker={"CPU": 1},
         ),
@@ -163,12 +164,11 @@ def _trainer(job: WorkerJob, phase_run: PhaseRun) -> "ray.train.torch.TorchTrain
     )
 
 
-def _num_threads(num_workers: int) -> int:
-    """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
-    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
-    cores = num_cores()
-    # Shared by all trainings at once, and no more than a node has.
-    return max(1, min(cores, num_nodes * cores // num_workers))
+def _num_workers(config: TrainingConfig) -> int | tuple[int, int]:
+    """Return the number of workers, or the fewest and the most of an elastic training."""
+    if config.fewest_workers == config.num_workers:
+        return config.num_workers
+    return config.fewest_workers, config.num_workers
 
 
 def _check_resources(config: TrainingConfig) -> bool:
@@ -180,15 +180,15 @@ def _check_resources(config: TrainingConfig) -> bool:
     resources = ray.cluster_resources()
     num_cpus = int(resources.get("CPU", 0))
     num_gpus = int(resources.get("GPU", 0))
-    if num_cpus <= config.num_workers:
+    num_workers = config.fewest_workers
+    name = "min_workers" if config.min_workers else "num_workers"
+    if num_cpus <= num_workers:
         raise ConfigError(
-            f"the cluster has {num_cpus} CPUs, expected more than num_workers, "
-            f"{config.num_workers}: each worker holds a CPU, and their data needs another "
-            "(ray start --num-cpus)"
+            f"the cluster has {num_cpus} CPUs, expected more than {name}, {num_workers}: "
+            "each worker holds a CPU, and their data needs another (ray start --num-cpus)"
         )
-    if 0 < num_gpus < config.num_workers:
+    if 0 < num_gpus < num_workers:
         raise ConfigError(
-            f"the cluster has {num_gpus} GPUs, expected one for each of num_workers, "
-            f"{config.num_workers}"
+            f"the cluster has {num_gpus} GPUs, expected one for each of {name}, {num_workers}"
         )
     return num_gpus > 0

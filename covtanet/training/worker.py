@@ -1,7 +1,8 @@
 """The training function of a Ray Train worker, for both phases.
 
 A worker has its lanes of the data, which it reads from storage itself, and its rank of the model;
-rank 0 writes checkpoints.
+rank 0 writes checkpoints. The lanes are dealt out over as many workers as there are, and results do
+not depend on their number.
 """
 
 import logging
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import nn
 
+from covtanet.machine import num_cores
 from covtanet.model.covtanet import CovTANet, JointClassifier
 from covtanet.model.registry import build_segmenter
 from covtanet.model.segnet import TASegNet
@@ -48,7 +51,8 @@ class WorkerJob:
     config: TrainingConfig
     phase: int
     data: PhaseData
-    num_threads: int
+    num_at_once: int
+    """Trainings that share the machines, and so the threads."""
     checkpoints_uri: str
     """Folder in which Ray Train keeps this phase's checkpoints."""
     segnet_state: State | None = None
@@ -76,13 +80,14 @@ def train(loop_config: dict[str, Any]) -> dict[str, str]:
     job: WorkerJob = loop_config["job"]
     # It would repeat every report.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    torch.set_num_threads(job.num_threads)
     # On a GPU the fastest convolution for the sizes at hand; an epoch has micro-batches of at most
     # two sizes.
     torch.backends.cudnn.benchmark = True
     # The same initial weights on every rank.
     torch.manual_seed(seed_of(job.config.seed, job.phase))
     ranks = _ranks()
+    # Of the workers that there are: an elastic training has fewer after a lost node.
+    torch.set_num_threads(num_threads(ranks.count * job.num_at_once))
     lanes = _training_lanes(job, ranks)
     phase = _phase(job, _build_module(job), _validation_lanes(job, ranks), ranks)
     resumed = _resume(job, ranks)
@@ -106,6 +111,14 @@ def _ranks() -> Ranks:
     context = ray.train.get_context()
     device = torch.device(ray.train.torch.get_device())
     return Ranks(index=context.get_world_rank(), count=context.get_world_size(), device=device)
+
+
+def num_threads(num_workers: int) -> int:
+    """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cores = num_cores()
+    # Shared by all trainings at once, and no more than a node has.
+    return max(1, min(cores, len(nodes) * cores // num_workers))
 
 
 def _numbers(num_lanes: int, ranks: Ranks) -> range:

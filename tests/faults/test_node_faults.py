@@ -3,6 +3,7 @@
 Each node has its own network, processes and disks; they share an S3 server alone.
 """
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from covtanet.model.saved_model import save_model
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
 from covtanet.phantoms.training_set import write_mosmed
+from infra.local.jobs import Job, start_job
 
 pytestmark = [
     pytest.mark.faults,
@@ -31,6 +33,10 @@ pytestmark = [
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
 ]
 CPUS_PER_NODE = 4
+# Names of the processes of a decoder and a predictor that have a series.
+DECODER, PREDICTOR = "MapWorker(Map(Decoder)).submit", "MapWorker(Map(PredictorWorker)).submit"
+# A decoder that is stopped for a while has not used up its time.
+PATIENT_CONFIG = CONFIG.replace("decode_timeout_s = 6", "decode_timeout_s = 300")
 NUM_SOUND = 32
 
 
@@ -44,11 +50,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture
 def workers(nodes: Nodes) -> list[Node]:
-    """Two worker nodes that live."""
+    """Two worker nodes that live, and no others."""
     alive = [node for node in nodes.nodes[1:] if node.is_alive()]
+    for node in alive[2:]:
+        node.kill()
     while len(alive) < 2:
         alive.append(nodes.add_worker(CPUS_PER_NODE))
-    return alive
+    nodes.wait_until_seen()
+    return alive[:2]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +70,11 @@ def screening(nodes: Nodes) -> Screening:
         folder=nodes.folder, bucket=bucket, environment=of_one_node, inside=nodes.head.inside
     )
     save_model(nodes.folder / "model", small_model())
-    (nodes.folder / "screening.toml").write_text(CONFIG)
+    (nodes.folder / "screening.toml").write_text(PATIENT_CONFIG)
     phantoms = list(configs(NUM_SOUND, 21, size_px=128, num_slices=20))
     write_archive(str(bucket / "archive"), str(nodes.folder / "truth"), phantoms, 2)
+    # Before jobs list the bucket, since the server remembers what it listed.
+    write_mosmed(str(bucket / "labelled"), PHANTOMS, 2)
     screening.run("clean")
     screening.clean = screening.table("clean")
     return replace(screening, environment=nodes.environment)
@@ -76,9 +87,10 @@ def run_disturbed(screening: Screening, name: str, disturb: Callable[[], object]
     num_rows = screening.rows_done(name)
     disturb()
     disturbed_at = time.monotonic()
-    assert job.finish(300) == 0, job.output[-4000:]
+    assert job.finish(900) == 0, job.output[-4000:]
     elapsed_s = time.monotonic() - disturbed_at
-    return f"after {num_rows} rows, then {elapsed_s:.0f} s; {screening.check_equal(name)}"
+    planned = ", planned anew" if "planning for the nodes left" in job.output else ""
+    return f"after {num_rows} rows, then {elapsed_s:.0f} s{planned}; {screening.check_equal(name)}"
 
 
 @pytest.mark.parametrize("loss", [Node.kill, Node.unplug, Node.terminate])
@@ -101,15 +113,99 @@ def test_lost_node_that_is_replaced_changes_no_row(
         workers[1].kill()
 
 
-def test_added_node_changes_no_row(
+def test_added_node_gets_work_and_changes_no_row(
     nodes: Nodes, screening: Screening, workers: list[Node], seen: Callable[[str], None]
 ) -> None:
-    seen(run_disturbed(screening, "added", lambda: nodes.add_worker(CPUS_PER_NODE)))
+    """The pools grow to ``max_nodes``."""
+    config = nodes.folder / "max-nodes.toml"
+    config.write_text(f"{PATIENT_CONFIG}max_nodes = 3\n")
+    job = screening.start("added", "--config", str(config))
+    # With its plan made: as many workers as two nodes have room for. They are stopped until the
+    # new node has worked: they might finish all series before.
+    job.wait_for(lambda: stop_actors(workers).count(DECODER) == 3)
+    node = nodes.add_worker(CPUS_PER_NODE)
+    added_at = time.monotonic()
+    idle = {DECODER, PREDICTOR}
+
+    def have_worked() -> bool:
+        stop_actors(workers)
+        titles = processes(node)
+        idle.difference_update([title for title in idle if title in titles])
+        return not idle
+
+    job.wait_for(have_worked)
+    actors_s = time.monotonic() - added_at
+    for other in workers:
+        signal_actors(other, "CONT")
+    assert job.finish(900) == 0, job.output[-4000:]
+    elapsed_s = time.monotonic() - added_at
+    seen(
+        f"both pools worked on it after {actors_s:.0f} s, the end came after {elapsed_s:.0f} s; "
+        f"{screening.check_equal('added')}"
+    )
+
+
+def stop_actors(nodes: list[Node]) -> str:
+    """Stop the decoders and predictors that have a series; return all names of processes."""
+    for node in nodes:
+        signal_actors(node, "STOP")
+    return "".join(processes(node) for node in nodes)
+
+
+def signal_actors(node: Node, name: str) -> None:
+    """Send a signal to the decoders and predictors of a node that have a series."""
+    subprocess.run([*node.inside, "pkill", f"-{name}", "-f", r"MapWorker.Map.*submit"], check=False)
+
+
+def test_lost_node_that_nobody_replaces_changes_no_row(
+    screening: Screening, workers: list[Node], seen: Callable[[str], None]
+) -> None:
+    """Only sometimes a stage gets no CPU on the other node: a stopped predictor is as a stage
+    without workers.
+    """
+    left, lost = workers
+
+    def lose_one() -> None:
+        lost.kill()
+        left.run("pkill", "-STOP", "-f", "MapWorker.Map.PredictorWorker")
+
+    summary = run_disturbed(screening, "unreplaced", lose_one)
+    assert "planned anew" in summary
+    seen(summary)
+
+
+def test_killed_node_of_an_evaluation_changes_no_table(
+    nodes: Nodes, screening: Screening, workers: list[Node], seen: Callable[[str], None]
+) -> None:
+    bucket = nodes.bucket / "bucket"
+
+    def start(out: str) -> Job:
+        arguments = ("--model", str(nodes.folder / "model"), "--out", f"s3://bucket/{out}")
+        labelled = ("--dataset", "mosmed", "--data", "s3://bucket/labelled")
+        return start_job(
+            nodes.environment, "evaluate.py", *arguments, *labelled, inside=nodes.head.inside
+        )
+
+    clean = start("evaluated")
+    assert clean.finish() == 0, clean.output[-4000:]
+    job = start("evaluated-killed")
+    out = bucket / "evaluated-killed"
+    job.wait_for(lambda: len(list(out.glob("pictures/*.png"))) >= 2)
+    num_pictures = len(list(out.glob("pictures/*.png")))
+    (node,) = (node for node in workers if "MapWorker(Map(_Evaluator))" in processes(node))
+    node.kill()
+    killed_at = time.monotonic()
+    assert job.finish(900) == 0, job.output[-4000:]
+    elapsed_s = time.monotonic() - killed_at
+    for name in ("tables.md", "metrics.json", "metrics.csv"):
+        expected = (bucket / "evaluated" / name).read_bytes()
+        assert (out / name).read_bytes() == expected, name
+    seen(f"after {num_pictures} volumes, then {elapsed_s:.0f} s; the same tables and metrics")
 
 
 @pytest.fixture
 def small_nodes(tmp_path: Path) -> Iterator[Nodes]:
-    """Three workers with one CPU each: two train, on two nodes, and the third feeds them."""
+    """Three workers with one CPU each."""
     with started_nodes(tmp_path, tmp_path / "s3", 0, 1, 1, 1, with_dashboard=True) as started:
         started.start_tracker()
         yield started
@@ -118,6 +214,7 @@ def small_nodes(tmp_path: Path) -> Iterator[Nodes]:
 def test_killed_node_of_a_training_changes_no_curve(
     small_nodes: Nodes, seen: Callable[[str], None]
 ) -> None:
+    """Two workers train, on two nodes, and the third node feeds them."""
     bucket = small_nodes.bucket / "bucket"
     write_mosmed(str(bucket / "mosmed"), PHANTOMS, 2)
     clean = training_of("clean", small_nodes)
@@ -131,11 +228,47 @@ def test_killed_node_of_a_training_changes_no_curve(
     small_nodes.add_worker(1)
     assert job.finish() == 0, job.output[-4000:]
     assert "phase 1 continues after epoch" in job.output
+    seen(f"killed {second.address}, not {first.address}; {check_same(training, clean)}")
+
+
+def test_elastic_training_goes_on_without_a_killed_node(
+    small_nodes: Nodes, seen: Callable[[str], None]
+) -> None:
+    """Three workers train on three nodes; two go on, one of which has two of the three lanes."""
+    write_mosmed(str(small_nodes.bucket / "bucket" / "mosmed"), PHANTOMS, 2)
+    clean, training = (elastic_training(name, small_nodes) for name in ("one", "elastic"))
+    recipe = clean.recipe.read_text()
+    clean.recipe.write_text(recipe.replace("num_workers = 3\nmin_workers = 2", "num_workers = 1"))
+    clean.run()
+    job = training.start()
+    job.wait_for(training.has_epochs(1, 2))
+    (*_, last) = (node for node in small_nodes.nodes if trains(node))
+    last.kill()
+    killed_at = time.monotonic()
+    job.wait_for(training.has_finished(1))
+    elapsed_s = time.monotonic() - killed_at
+    assert job.finish() == 0, job.output[-4000:]
+    assert "phase 1 continues after epoch" in job.output
+    seen(f"phase 1 ended {elapsed_s:.0f} s later; {check_same(training, clean)}")
+
+
+def elastic_training(name: str, nodes: Nodes) -> TrainingRun:
+    """Return a training of three lanes, by two or three workers."""
+    training = training_of(name, nodes)
+    recipe = training.recipe.read_text().replace("micro_batches = 2", "micro_batches = 3")
+    training.recipe.write_text(
+        recipe.replace("num_workers = 2", "num_workers = 3\nmin_workers = 2")
+    )
+    return training
+
+
+def check_same(training: TrainingRun, clean: TrainingRun) -> str:
+    """Check the weights against those of another training; return how far losses are apart."""
     apart, name = largest_difference(training, clean, (1, 2))
     assert apart <= TOLERANCE, f"{name} differs by {apart:g}"
     losses = zip(training.losses(), clean.losses(), strict=True)
     far = max(abs(loss - expected) for loss, expected in losses)
-    seen(f"killed {second.address}, not {first.address}; losses differ by at most {far:.1g}")
+    return f"losses differ by at most {far:.1g}"
 
 
 def training_of(name: str, nodes: Nodes) -> TrainingRun:
@@ -154,4 +287,9 @@ def training_of(name: str, nodes: Nodes) -> TrainingRun:
 
 def trains(node: Node) -> bool:
     """Return whether a worker of a training runs on a node."""
-    return node.is_alive() and "RayTrainWorker" in node.run("ps", "ax")
+    return node.is_alive() and "RayTrainWorker" in processes(node)
+
+
+def processes(node: Node) -> str:
+    """Return the command lines of a node's processes, in which Ray's name the work they do."""
+    return node.run("ps", "ax", "-o", "args")

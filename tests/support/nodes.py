@@ -38,6 +38,12 @@ FIRST_PROCESS = """
 mount -t tmpfs tmpfs "$1" && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready
 exec cat > /dev/null
 """
+WAIT_UNTIL_SEEN = """
+import sys, time, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+while {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} != set(sys.argv[1:]):
+    time.sleep(0.5)
+"""
 
 
 def reason_to_skip() -> str:
@@ -68,10 +74,14 @@ class Node:
         """The command that runs another on this node."""
         return ("nsenter", f"--target={self.first.pid}", *NAMESPACES, f"--wd={ROOT}", "--")
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
         """Run a command on this node and return its output."""
         done = subprocess.run(
-            [*self.inside, *command], check=True, stdout=subprocess.PIPE, text=True
+            [*self.inside, *command],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         return done.stdout
 
@@ -154,8 +164,6 @@ class Nodes:
         self.environment = {
             **os.environ, **s3.environment, **QUIET, "COVTANET_ALLOW_PLAIN_HTTP": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT),
-            # Nodes have no names of their own; gloo would find loopback by that of the machine.
-            "GLOO_SOCKET_IFNAME": INTERFACE,
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
         dashboard = str(with_dashboard).lower()
@@ -180,6 +188,11 @@ class Nodes:
         node.run("ip", "link", "set", INTERFACE, "up")
         self._start_ray(node, num_cpus, f"--address={HEAD}:{GCS_PORT}")
         return node
+
+    def wait_until_seen(self) -> None:
+        """Wait until the nodes that Ray believes to live are those that do."""
+        alive = {node.address for node in self.nodes if node.is_alive()}
+        self.head.run(sys.executable, "-c", WAIT_UNTIL_SEEN, *alive, environment=self.environment)
 
     def start_tracker(self) -> None:
         """Start an MLflow server that every node reaches.

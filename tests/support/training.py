@@ -143,7 +143,7 @@ def curve(progress: Progress) -> list[dict[str, float]]:
     ]
 
 
-def train_rank(index: int, count: int, folder: str) -> None:
+def train_rank(index: int, count: int, folder: str, config: PhaseConfig = CONFIG) -> None:
     """Train both phases as one of several ranks, in this process; rank 0 writes curves
     and weights.
     """
@@ -152,7 +152,7 @@ def train_rank(index: int, count: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=index, world_size=count
     )
     for phase in (1, 2):
-        progress = train(phase, ranks=Ranks(index=index, count=count))
+        progress = train(phase, config, Ranks(index=index, count=count))
         if index == 0:
             state = {name: value.tolist() for name, value in progress.weights.items()}
             out = Path(folder) / f"phase{phase}.json"

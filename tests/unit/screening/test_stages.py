@@ -243,6 +243,12 @@ def test_weak_sandbox_is_no_part_of_a_runs_identity() -> None:
     assert config_values(WINDOW, other) != config_values(WINDOW, CONFIG)
 
 
+def test_max_nodes_is_no_part_of_a_runs_identity() -> None:
+    assert config_values(WINDOW, replace(CONFIG, max_nodes=9)) == config_values(WINDOW, CONFIG)
+    with pytest.raises(ValueError, match="max_nodes is 0, expected at least 1"):
+        replace(CONFIG, max_nodes=0)
+
+
 def test_closed_sandbox_ends_the_request_without_reading_the_rest(
     tmp_path: Path, mild: Phantom
 ) -> None:

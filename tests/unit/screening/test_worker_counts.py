@@ -2,7 +2,12 @@
 
 import pytest
 
-from covtanet.screening.worker_counts import WorkerCounts, num_cpus_needed, worker_counts
+from covtanet.screening.worker_counts import (
+    WorkerCounts,
+    most_workers,
+    num_cpus_needed,
+    worker_counts,
+)
 
 
 def num_cpus(counts: WorkerCounts) -> int:
@@ -32,6 +37,16 @@ def test_head_without_cpus_gets_no_predictor() -> None:
     assert num_cpus_needed([0, 8, 8], 0) == 4
 
 
+def test_pools_grow_in_proportion_to_max_nodes() -> None:
+    counts = worker_counts(16, [8, 8], 0)
+    most = most_workers(counts, 2, 5)
+    assert most.num_predictors == 5
+    assert most.cpus_per_predictor == counts.cpus_per_predictor
+    assert num_cpus(most) == 40
+    # Nodes that are there already count.
+    assert most_workers(counts, 2, 1) == counts
+
+
 def test_predictor_holds_half_of_the_smallest_node() -> None:
     assert worker_counts(72, [8, 64], 0).cpus_per_predictor == 4
 
@@ -59,4 +74,5 @@ def test_decoders_are_no_more_than_the_pacs_gets_requests() -> None:
     limited = worker_counts(64, [64], 0, 8)
     assert limited.num_decoders == 8
     assert limited.num_measurers == worker_counts(64, [64], 0).num_measurers
+    assert most_workers(limited, 1, 4, 8).num_decoders == 8
     assert worker_counts(4, [4], 0, 8) == worker_counts(4, [4], 0)

@@ -101,7 +101,7 @@ def reports_of(
 
     monkeypatch.setattr(ray.train, "report", report)
     data = PhaseData(train=(), validation=())
-    job = worker.WorkerJob(config=config, phase=1, data=data, num_threads=1, checkpoints_uri="")
+    job = worker.WorkerJob(config=config, phase=1, data=data, num_at_once=1, checkpoints_uri="")
     reporter = worker._Reporter(job, Ranks(index=index, count=2))
     for number in range(1, num_epochs + 1):
         reporter(progress_of(number, {}))

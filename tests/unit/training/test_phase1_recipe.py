@@ -130,7 +130,7 @@ def test_worker_sets_the_final_bias_of_phase_1() -> None:
     config = TrainingConfig(size="tiny", network="V1", phases=(1,))
     config = replace(config, phase1=replace(config.phase1, final_bias=-2.0))
     data = PhaseData(train=(), validation=())
-    job = worker.WorkerJob(config=config, phase=1, data=data, num_threads=1, checkpoints_uri="")
+    job = worker.WorkerJob(config=config, phase=1, data=data, num_at_once=1, checkpoints_uri="")
     module = worker._build_module(job)
     assert isinstance(module, TASegNet)
     layer = module.filter[-1]

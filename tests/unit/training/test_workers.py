@@ -1,5 +1,6 @@
 """Number of workers and micro-batches that a cluster gives a training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_workers_that_are_set_do_not_follow_the_gpus() -> None:
 def test_workers_that_do_not_divide_the_micro_batches_are_a_configuration_error() -> None:
     with pytest.raises(ValueError, match=r"phase2.micro_batches is 3, expected a multiple of 2"):
         TrainingConfig(num_workers=2, phase2=PhaseConfig(micro_batches=3))
+
+
+def test_training_is_elastic_between_min_workers_and_num_workers() -> None:
+    config = TrainingConfig(num_workers=4, min_workers=1, phase1=PhaseConfig(micro_batches=4))
+    assert (config.fewest_workers, config.num_workers) == (1, 4)
+    assert TrainingConfig(num_workers=4).fewest_workers == 4
+    # The same experiment: results do not depend on the number of workers.
+    assert config.identity == replace(config, num_workers=2, min_workers=0).identity
+    with pytest.raises(ValueError, match="min_workers is 5, expected at most 4 workers"):
+        replace(config, min_workers=5)
 
 
 def test_impossible_counts_are_refused() -> None:

@@ -1,0 +1,88 @@
+"""The end of a plan that stands still because nodes were lost.
+
+Ray starts the workers of a lost node again on the CPUs that are left, and the workers of one stage
+may take all of them. Ray Data then waits for a node to join; a new plan needs none.
+"""
+
+import time
+from typing import Any
+
+import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from covtanet.screening.worker_counts import num_cpus_needed
+
+LOOK_EVERY_S = 5.0
+# Longer than most series take: a plan that only seems to stand still loses the series in flight.
+STANDS_STILL_S = 120.0
+
+
+class NodesLostError(Exception):
+    """Nodes were lost and no series moves; the nodes that are left have room for a new plan."""
+
+    def __init__(self, num_nodes: int) -> None:
+        super().__init__(f"some of {num_nodes} nodes were lost")
+        self.num_nodes = num_nodes
+
+
+class StandStill:
+    """Tells whether nothing has moved for long since a node was lost. Pure, apart from the clock
+    that its callers read.
+
+    nodes: those that the plan starts with.
+    """
+
+    def __init__(self, nodes: set[str], now: float) -> None:
+        self.nodes = nodes
+        self.num_moved = 0
+        self.moved_at = now
+
+    def lasts(self, nodes: set[str], num_moved: int, now: float) -> bool:
+        """Return whether it lasts for longer than a series may take.
+
+        nodes: that live. num_moved: blocks that have left a stage so far.
+        """
+        if self.nodes <= nodes:  # none is lost
+            self.nodes = nodes
+            self.moved_at = now
+        if num_moved != self.num_moved:
+            self.num_moved = num_moved
+            self.moved_at = now
+        return now - self.moved_at >= STANDS_STILL_S
+
+
+class NodeWatch(ExecutionCallback):  # type: ignore[misc]
+    """Looks at the nodes while Ray Data executes a plan."""
+
+    def __init__(self) -> None:
+        self.looked_at = time.monotonic()
+        self.stand_still = StandStill(set(nodes_with_cpus()), self.looked_at)
+
+    def on_execution_step(self, executor: Any) -> None:
+        """End the plan if it stands still.
+
+        Raises:
+            NodesLostError: the driver gets it in place of the next row.
+        """
+        now = time.monotonic()
+        if now - self.looked_at < LOOK_EVERY_S:
+            return
+        self.looked_at = now
+        # Ray Data has no public count of what moves between its stages.
+        num_moved = sum(operator.metrics.num_outputs_taken for operator in executor._topology)
+        nodes = nodes_with_cpus()
+        if self.stand_still.lasts(set(nodes), num_moved, now) and has_room(list(nodes.values())):
+            raise NodesLostError(len(self.stand_still.nodes))
+
+
+def nodes_with_cpus() -> dict[str, int]:
+    """Return the number of CPUs of every living node that has any, by its ID."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    cpus = {name: int(resources.get("CPU", 0)) for name, resources in nodes.items()}
+    return {name: number for name, number in cpus.items() if number}
+
+
+def has_room(node_cpus: list[int]) -> bool:
+    """Return whether a screening can be planned with nodes of so many CPUs."""
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    return sum(node_cpus) >= num_cpus_needed(node_cpus, num_gpus)
