@@ -14,12 +14,16 @@ import numpy as np
 from benchmarks.counting_proxy import CountingProxy
 from benchmarks.measure import ROOT, WORK, Result, say
 from benchmarks.screening_runs import run_job, start_screening
+from covtanet.phantoms.encodings import dicom_objects
+from covtanet.phantoms.phantom import make_phantom
+from covtanet.phantoms.sampling import configs
 from infra.local.services import LOOPBACK, start_s3
 
 # The last commit that stored a row and three attempts for each series.
 BEFORE = "e907805"
 NUM_TRIVIAL = 20_000
 NUM_COUNTED = 1_000
+NUM_DICOM, DICOM_PX, NUM_SLICES = 20, 128, 40
 SIZES = (10_000, 100_000, 1_000_000)
 # Rows at which the driver of a synthetic run is killed.
 KILLED_AT = 0.5
@@ -47,11 +51,29 @@ def measure_trivial() -> list[Result]:
 
 
 def _measure_requests() -> list[Result]:
-    """Count the requests of a run to an S3 server."""
-    say(f"requests of {NUM_COUNTED} series")
+    """Count the requests of runs to an S3 server, of series of one and of many objects."""
+    results = []
+    for num_objects, archive in ((1, trivial_archive(NUM_COUNTED)), (NUM_SLICES, _dicom_archive())):
+        num_series = sum(path.is_file() for path in archive.rglob("*")) // num_objects
+        counts = _count_requests(archive, num_series)
+        what = f"{num_series} series of {num_objects} objects in S3"
+        for kind, bound in (("objects", ""), ("listings", ""), ("ledger and work", "<= 2")):
+            value = f"{counts[kind] / num_series:.3f}"
+            # A run of few series has more of its own than of its series.
+            is_bounded = num_series >= NUM_COUNTED
+            name = f"{what}: requests per series, {kind}"
+            results.append(Result("t", name, value, bound if is_bounded else ""))
+        name = f"{what}: requests for ledger and work in all"
+        results.append(Result("t", name, f"{counts['ledger and work']}"))
+    return results
+
+
+def _count_requests(archive: Path, num_series: int) -> Counter[str]:
+    """Screen an archive on an S3 server behind a proxy; return its requests by kind."""
+    say(f"requests of {num_series} series")
     folder = WORK / "counted"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(trivial_archive(NUM_COUNTED), folder / "s3" / "bucket" / "archive")
+    shutil.copytree(archive, folder / "s3" / "bucket" / "archive")
     service = start_s3(folder / "s3", folder / "s3.log")
     proxy = CountingProxy(int(service.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
     endpoint = {"AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{proxy.port}"}
@@ -60,25 +82,33 @@ def _measure_requests() -> list[Result]:
         locations = ("s3://bucket/archive", "s3://bucket/ledger")
         job = start_screening(*locations, MODEL, environment=environment)
         output, _ = job.communicate()
-        if f"series                 {NUM_COUNTED}" not in output:
-            raise SystemExit(output)
     finally:
         proxy.close()
         service.stop()
+    if f"series                 {num_series}\n" not in output:
+        raise SystemExit(output)
     counts = Counter[str]()
-    for (method, path), count in proxy.requests.items():
-        counts[_kind_of(method, path)] += count
-    text = f"requests per series, {NUM_COUNTED} series of one object"
-    return [
-        Result("t", f"{text}, {kind}", f"{counts[kind] / NUM_COUNTED:.3f}", bound)
-        for kind, bound in (("objects", ""), ("listings", ""), ("ledger and work", "<= 2"))
-    ]
+    for (_, path), count in proxy.requests.items():
+        counts[_kind_of(path)] += count
+    return counts
 
 
-def _kind_of(method: str, path: str) -> str:
+def _kind_of(path: str) -> str:
     if "list-type=" in path:
         return "listings"
     return "objects" if path.startswith("/bucket/archive/") else "ledger and work"
+
+
+def _dicom_archive() -> Path:
+    """Return an archive of small DICOM phantoms."""
+    folder = WORK / f"dicom-{NUM_DICOM}"
+    if not folder.exists():
+        for number, config in enumerate(configs(NUM_DICOM, 7, DICOM_PX, NUM_SLICES)):
+            target = folder / f"{number:03d}"
+            target.mkdir(parents=True)
+            for index, content in enumerate(dicom_objects(make_phantom(config), number)):
+                (target / f"{index:03d}.dcm").write_bytes(content)
+    return folder
 
 
 def measure_synthetic() -> list[Result]:
