@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 
 from benchmarks.counting_proxy import CountingProxy
 from benchmarks.measure import ROOT, WORK, Result, say
@@ -126,7 +127,36 @@ def measure_synthetic() -> list[Result]:
         growth = outcomes[SIZES[2]][name] / outcomes[SIZES[1]][name]
         text = f"memory of {text}, {SIZES[2]:,} over {SIZES[1]:,} series"
         results.append(Result("w", text, f"{growth:.2f} x", "<= 1.5 x"))
+    return results + _measure_file(WORK / f"synthetic-{SIZES[-1]}" / "ledger")
+
+
+def _measure_file(ledger: Path) -> list[Result]:
+    """Count the bytes of a row, and the row groups that filters have to read."""
+    (path,) = ledger.glob("date=*/*.parquet")
+    metadata = pq.ParquetFile(path).metadata
+    results = [
+        Result(
+            "w", "bytes of a row in the ledger", f"{path.stat().st_size / metadata.num_rows:.0f}"
+        )
+    ]
+    for column, low, high in (("status", "rejected", "rejected"), ("involvement", 0.5, 0.51)):
+        bounds = f"{column} between {low} and {high}"
+        num_read = sum(
+            may_hold(metadata.row_group(number), column, low, high)
+            for number in range(metadata.num_row_groups)
+        )
+        share = f"{num_read} of {metadata.num_row_groups}"
+        results.append(Result("w", f"row groups that a filter reads, {bounds}", share))
     return results
+
+
+def may_hold(group: pq.RowGroupMetaData, column: str, low: object, high: object) -> bool:
+    """Return whether a row group may hold a value within bounds, by its statistics."""
+    index = group.schema.to_arrow_schema().get_field_index(column)
+    statistics = group.column(index).statistics
+    if not statistics.has_min_max:  # nulls alone
+        return False
+    return bool(statistics.min <= high and statistics.max >= low)
 
 
 def _run_synthetic(num_series: int) -> dict[str, float]:
