@@ -134,11 +134,8 @@ def _measure_file(ledger: Path) -> list[Result]:
     """Count the bytes of a row, and the row groups that filters have to read."""
     (path,) = ledger.glob("date=*/*.parquet")
     metadata = pq.ParquetFile(path).metadata
-    results = [
-        Result(
-            "w", "bytes of a row in the ledger", f"{path.stat().st_size / metadata.num_rows:.0f}"
-        )
-    ]
+    row_bytes = path.stat().st_size / metadata.num_rows
+    results = [Result("w", "bytes of a row in the ledger", f"{row_bytes:.0f}")]
     for column, low, high in (("status", "rejected", "rejected"), ("involvement", 0.5, 0.51)):
         bounds = f"{column} between {low} and {high}"
         num_read = sum(
@@ -152,8 +149,8 @@ def _measure_file(ledger: Path) -> list[Result]:
 
 def may_hold(group: pq.RowGroupMetaData, column: str, low: object, high: object) -> bool:
     """Return whether a row group may hold a value within bounds, by its statistics."""
-    index = group.schema.to_arrow_schema().get_field_index(column)
-    statistics = group.column(index).statistics
+    chunks = map(group.column, range(group.num_columns))
+    (statistics,) = (chunk.statistics for chunk in chunks if chunk.path_in_schema == column)
     if not statistics.has_min_max:  # nulls alone
         return False
     return bool(statistics.min <= high and statistics.max >= low)
