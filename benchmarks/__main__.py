@@ -10,13 +10,16 @@ from benchmarks import (
     decode,
     endurance,
     job,
+    load,
     network,
     pacs,
     real_size,
     sandbox,
+    scale,
     serving,
     throughput,
     training,
+    year,
 )
 from benchmarks.measure import WORK, Result, keep, table
 
@@ -28,7 +31,11 @@ PARTS = {
     "real_size": real_size.measure,
     "endurance": endurance.measure,
     "pacs": pacs.measure,
+    "scale": scale.measure_trivial,
+    "million": scale.measure_synthetic,
+    "year": year.measure,
     "serving": serving.measure,
+    "load": load.measure,
     "training": training.measure,
     "throughput": throughput.measure,
 }
@@ -39,7 +46,10 @@ THEMES = {
     "hostile": ("sandbox",),
     "endurance": ("endurance",),
     "pacs": ("pacs",),
+    "scale": ("scale",),
+    "million": ("million", "year"),
     "serving": ("serving",),
+    "load": ("load",),
     "training": ("training",),
     "throughput": ("throughput",),
 }

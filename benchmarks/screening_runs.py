@@ -8,9 +8,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pyarrow as pa
@@ -30,11 +31,11 @@ NUM_DAMAGED = 17
 SINCE_FIRST = re.compile(r"series in ([\d.]+) s since work on the first began")
 
 
-def model_folder() -> Path:
+def model_folder(seed: int = 0) -> Path:
     """Return an untrained network: speed does not depend on the weights."""
-    folder = WORK / "model"
+    folder = WORK / (f"model{seed}" if seed else "model")
     if not folder.exists():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = SavedModel(
             network=CovTANet(SIZES["small"]),
             preprocessing=Preprocessing(size_px=INPUT_PX["small"]),
@@ -114,6 +115,11 @@ class JobRun:
     ledger: pa.Table
 
     @property
+    def cpu_s(self) -> float:
+        """CPU seconds of all processes without the start of Ray and of the workers."""
+        return sum(self.times.seconds(self.started, self.ended).values())
+
+    @property
     def spent_s(self) -> float:
         """Seconds without the start of Ray and of the workers."""
         return self.ended - self.started
@@ -128,15 +134,16 @@ def run_job(
     archive: Path | str,
     disturb: Callable[[int, threading.Event], None] | None = None,
     model: Path | None = None,
+    root: Path = ROOT,
 ) -> JobRun:
     """Screen an archive on a Ray that the job starts.
 
-    model: null for the untrained network of ``model_folder``.
+    model: null for the untrained network of ``model_folder``. root: a copy of this repository.
     disturb: runs in a thread; gets the job's pid, and an event that is set when the job ends.
     """
     with tempfile.TemporaryDirectory() as ledger:
         launched = time.time()
-        process = _start_job(str(archive), ledger, model or model_folder())
+        process = start_screening(str(archive), ledger, model or model_folder(), root=root)
         is_over = threading.Event()
         if disturb is not None:
             threading.Thread(target=disturb, args=(process.pid, is_over), daemon=True).start()
@@ -156,14 +163,26 @@ def run_job(
         )
 
 
-def _start_job(archive: str, ledger: str, model: Path) -> "subprocess.Popen[str]":
+def start_screening(
+    archive: str,
+    ledger: str,
+    model: Path,
+    root: Path = ROOT,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> "subprocess.Popen[str]":
+    """Start the job of a copy of this repository, with further environment variables."""
     command = [
-        sys.executable, str(ROOT / "jobs" / "screen.py"), "--archive", archive,
+        sys.executable, str(root / "jobs" / "screen.py"), "--archive", archive,
         "--ledger", ledger, "--model", str(model),
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # The workers import the package of the copy as well.
+        env={**own_ray, "PYTHONPATH": str(root), **environment},
     )
 
 

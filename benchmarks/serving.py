@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,27 +45,44 @@ class MeasuredEndpoint:
         return status, answer, float(headers.get("Retry-After") or 0)
 
     def post_until_answered(self, body: bytes) -> tuple[list[int], Any]:
-        """Return every status up to the first that is no back-pressure, and its answer."""
-        statuses = []
-        for _ in range(MAX_TRIES):
-            status, answer, retry_after_s = self.post(body)
-            statuses.append(status)
-            if status != 503 or not retry_after_s:
-                return statuses, answer
-            time.sleep(min(retry_after_s, 1))
-        raise RuntimeError("never answered")
+        """See ``post_until_answered``."""
+        return post_until_answered(self.post, body)
+
+
+def post_until_answered(
+    post: Callable[[bytes], tuple[int, Any, float]], body: bytes
+) -> tuple[list[int], Any]:
+    """Return every status up to the first that is no back-pressure, and its answer."""
+    statuses = []
+    for _ in range(MAX_TRIES):
+        status, answer, retry_after_s = post(body)
+        statuses.append(status)
+        if status != 503 or not retry_after_s:
+            return statuses, answer
+        time.sleep(min(retry_after_s, 1))
+    raise RuntimeError("never answered")
 
 
 @contextmanager
-def running_endpoint(folder: Path, model: Path) -> Iterator[MeasuredEndpoint]:
-    """Run an endpoint on a Ray that serves nothing else."""
+def running_endpoint(
+    folder: Path, model: str, variables: Mapping[str, str] | None = None, **settings: Any
+) -> Iterator[MeasuredEndpoint]:
+    """Run an endpoint on a Ray that serves nothing else.
+
+    model: its location or its name in the registry. variables: of Ray's nodes. settings: those of
+    ``write_config`` that differ from its defaults.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_urlsafe(32)
     ray_token = folder / "ray_token"
     (port,) = free_ports(1)
     write_private(ray_token, secrets.token_hex(32))
-    write_config(folder / "serve.toml", token, model=str(model), ledger="", places=())
-    variables = {"COVTANET_SERVE_CONFIG": str(folder / "serve.toml"), **SERVE_ENVIRONMENT}
+    write_config(folder / "serve.toml", token, model=model, ledger="", places=(), **settings)
+    variables = {
+        "COVTANET_SERVE_CONFIG": str(folder / "serve.toml"),
+        **SERVE_ENVIRONMENT,
+        **(variables or {}),
+    }
     with tempfile.TemporaryDirectory(prefix="cov") as short:
         head = start_ray(folder / "ray.log", variables, ray_token, Path(short))
         try:
@@ -84,14 +101,9 @@ def measure() -> list[Result]:
     model = model_folder()
     folder = archive(24 + 17, 256, 105)
     sound = [path.read_bytes() for path in sorted((folder / "nifti").glob("*.nii.gz"))][:8]
-    hostile = [
-        b"no study",
-        sound[0][:-5000],
-        gzip.compress(bytes(200 << 20), 1),
-        b"PK\x03\x04" + bytes(1000),
-    ]
+    hostile = hostile_bodies(sound[0])
     bodies = sound * 12
-    with running_endpoint(WORK / "serving", model) as endpoint:
+    with running_endpoint(WORK / "serving", str(model)) as endpoint:
         say("one caller")
         one_caller = measure_one_caller(endpoint, model)
         say("eight callers")
@@ -102,6 +114,16 @@ def measure() -> list[Result]:
     job_s = run_job(_as_folder(bodies)).spent_s
     name = "studies a second at 8 callers over the job's"
     return [one_caller, Result("h", name, f"{job_s / eight_s:.2f} x", ">= 0.8 x"), *load]
+
+
+def hostile_bodies(sound: bytes) -> list[bytes]:
+    """Return bodies that are no study: text, a cut file, a bomb, and a broken zip."""
+    return [
+        b"no study",
+        sound[:-5000],
+        gzip.compress(bytes(200 << 20), 1),
+        b"PK\x03\x04" + bytes(1000),
+    ]
 
 
 def measure_one_caller(endpoint: MeasuredEndpoint, model: Path) -> Result:

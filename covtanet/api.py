@@ -8,7 +8,7 @@ import pyarrow as pa
 from covtanet.ct import dicom, nifti
 from covtanet.ct.volume import Volume
 from covtanet.inference.predictor import Predictor, refuse_without_segmentation
-from covtanet.ledger.read import newest_rows
+from covtanet.ledger.view import newest_rows
 from covtanet.model.saved_model import SavedModel
 from covtanet.screening.config import ScreeningConfig, for_model
 from covtanet.screening.study import Screener
@@ -70,5 +70,4 @@ def read_ledger(uri: str | Path, columns: list[str] | None = None) -> pa.Table:
     Raises:
         LedgerVersionError: a run was written with another schema version.
     """
-    rows = newest_rows(str(uri), columns)
-    return rows if columns is None else rows.select(columns)
+    return newest_rows(str(uri), columns)

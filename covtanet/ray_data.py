@@ -4,6 +4,10 @@ from collections.abc import Sequence
 
 import ray.data
 
+# A worker hands on its results in blocks of this size: a decoded series at once, whatever else its
+# input block holds, and many refused ones together. Ray's own 128 MB would keep back 20 series.
+BLOCK_BYTES = 1 << 20
+
 
 def configure(
     *,
@@ -19,6 +23,7 @@ def configure(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
     context.max_errored_blocks = 0
     context.execution_options.preserve_order = preserve_order
     context.custom_execution_callback_classes = list(callbacks)

@@ -15,13 +15,13 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from covtanet.environment import check_endpoints, check_ray_environment
 from serve.deployments import Segmenter
 from serve.handlers import HANDLERS
 from serve.middleware import Audit, SecurityHeaders
+from serve.replicas import api_options, model_options, model_threads
 from serve.routes import batches, health, models, page, source, studies, worklist
 from serve.settings import ServeConfig, load_settings
 from serve.state import ReplicaState
@@ -55,28 +55,11 @@ class Api:
 
 
 def build(settings: ServeConfig) -> Any:
-    """Return the application; its API replicas come and go with the load."""
-    segmenter = Segmenter.bind(settings.model, settings.reload_every_s, settings.screening)  # type: ignore[attr-defined]
-    busy = settings.num_decoders + settings.max_waiting + settings.max_uploads
-    options = Api.options(  # type: ignore[attr-defined]
-        ray_actor_options={
-            "num_cpus": settings.num_decoders * settings.cpus_per_decoder,
-            "memory": settings.replica_memory_bytes,
-        },
-        # Twice as many as it serves: the replica itself refuses the rest, since it knows which
-        # requests are heavy.
-        max_ongoing_requests=2 * busy,
-        max_queued_requests=4 * busy,
-        backpressure_config=BackpressureConfig(
-            status_code=503, retry_after_s=settings.retry_after_s
-        ),
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=settings.num_api_replicas,
-            max_replicas=max(settings.num_api_replicas, settings.max_api_replicas),
-            target_ongoing_requests=(settings.num_decoders + settings.max_waiting) / 2,
-        ),
+    """Return the application; its replicas come and go with the load."""
+    segmenter = Segmenter.options(**model_options(settings)).bind(  # type: ignore[attr-defined]
+        settings.model, settings.reload_every_s, settings.screening, model_threads(settings)
     )
-    return options.bind(segmenter, settings)
+    return Api.options(**api_options(settings)).bind(segmenter, settings)  # type: ignore[attr-defined]
 
 
 def app(arguments: dict[str, str]) -> Any:

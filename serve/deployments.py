@@ -1,10 +1,16 @@
-"""Replicas that hold the model, behind the replicas of the API."""
+"""Replicas that hold the model, behind the replicas of the API.
+
+A version of the model has an identifier: its digest, and a location that does not move. Every
+request names the identifier of its version, and a replica that does not hold that version loads it.
+So no request fails because another version becomes the champion, however many replicas there are
+and whichever of them notices first.
+"""
 
 import asyncio
 import logging
 import tempfile
 import time
-from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +19,13 @@ from numpy.typing import NDArray
 from ray import serve as ray_serve
 
 from covtanet import tracking
+from covtanet.errors import CheckpointError
 from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.inference.predictor import (
     Predictor,
     Probabilities,
     refuse_without_segmentation,
 )
-from covtanet.machine import num_cores
 from covtanet.model.saved_model import load_model
 from covtanet.screening.config import ScreeningConfig
 
@@ -30,110 +36,137 @@ BATCH_SLICES = 64
 BATCH_WAIT_S = 0.005
 # The newest version and the one before it.
 MODELS_KEPT = 2
-# How long a health check waits for a reload. Ray Serve ends a replica whose check takes 30 s, and a
-# request to a registry that does not answer takes longer than that.
-RELOAD_WAIT_S = 10.0
+HEALTH_CHECK_PERIOD_S = 10.0
 
 
-def count_slices(requests: list[tuple[str, SliceChunk]]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A version of the model that is ready to run."""
+
+    predictor: Predictor
+    described: dict[str, Any]
+    """Identifier, name, version, digest, window and preprocessing, for the replicas of the API."""
+
+
+def identify(ref: str) -> str:
+    """Return the identifier of the version that ``ref`` names now.
+
+    Raises:
+        CovtanetError, OSError: there is none, or the registry or the store does not answer.
+    """
+    if ref.startswith("models:"):
+        location, digest = tracking.pinned(ref)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            location, digest = ref, tracking.resolve_model(ref, Path(folder)).digest
+    return f"{digest}:{location}"
+
+
+def load_version(model_id: str, config: ScreeningConfig, num_threads: int) -> LoadedModel:
+    """Load the version with this identifier.
+
+    Raises:
+        CovtanetError: it is not a model of this software, or its digest does not match.
+        OSError: the registry or the store does not answer.
+    """
+    digest, _, location = model_id.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = tracking.resolve_model(location, Path(folder))
+        if resolved.digest != digest:
+            raise CheckpointError(f"{location} has changed, expected digest {digest[:12]}")
+        model = load_model(resolved.folder, digest)
+    # Before the engine is built, so that a model that cannot screen costs no conversion.
+    refuse_without_segmentation(model)
+    predictor = Predictor(
+        model,
+        engine=config.engine,
+        num_threads=num_threads,
+        max_batch_slices=config.max_batch_slices,
+        flips=config.flips,
+    )
+    described = {
+        "model_id": model_id,
+        "name": resolved.name,
+        "version": resolved.version,
+        "digest": digest,
+        "num_slices": predictor.num_slices,
+        "preprocessing": model.preprocessing,
+        "readout": model.readout,
+        "window": predictor.window,
+    }
+    logger.info("model %s version %s, digest %s", resolved.name, resolved.version, digest[:12])
+    return LoadedModel(predictor=predictor, described=described)
+
+
+def count_slices(requests: list[tuple[LoadedModel, SliceChunk]]) -> int:
     """Return the size of a batch of requests, in slices."""
     return sum(len(part.slices) for _, part in requests)
 
 
-@ray_serve.deployment(max_ongoing_requests=64, max_queued_requests=256, health_check_period_s=5)
+@ray_serve.deployment(
+    max_ongoing_requests=64, max_queued_requests=256, health_check_period_s=HEALTH_CHECK_PERIOD_S
+)
 class Segmenter:
-    """Serves the model behind ``ref`` and keeps the previous version loaded.
+    """Serves every version of the model that a request names; the newest two stay loaded.
 
-    So a request in flight finishes on the version that it started with, and no study mixes two
-    versions.
+    ``newest`` is the version behind ``ref``, which new studies get. A request in flight finishes on
+    the version that it started with, so no study mixes two versions.
     """
 
-    def __init__(self, ref: str, reload_every_s: float, config: ScreeningConfig) -> None:
-        self.ref, self.reload_every_s, self.config = ref, reload_every_s, config
-        self.models: OrderedDict[str, tuple[Predictor, dict[str, Any]]] = OrderedDict()
-        self.checked_ref_at = 0.0
-        self.reloading: asyncio.Task[None] | None = None
-        self._load()
-        self._infer()
-        self.answered_at = time.monotonic()
-
-    def _load(self) -> None:
-        """Load the version that ``ref`` names now.
-
-        Raises:
-            CovtanetError: it is not a model of this software, or its digest does not match.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            resolved = tracking.resolve_model(self.ref, Path(folder))
-            model = load_model(resolved.folder, resolved.digest)
-        # Before the engine is built, so that a model that cannot screen costs no conversion.
-        refuse_without_segmentation(model)
-        predictor = Predictor(
-            model,
-            engine=self.config.engine,
-            # The CPUs that this process may use, which may be fewer than those of the machine.
-            num_threads=num_cores(),
-            max_batch_slices=self.config.max_batch_slices,
-            flips=self.config.flips,
-        )
-        described = {
-            "name": resolved.name,
-            "version": resolved.version,
-            "digest": resolved.digest,
-            "num_slices": predictor.num_slices,
-            "preprocessing": model.preprocessing,
-            "readout": model.readout,
-            "window": predictor.window,
-        }
-        # The newest stands last; the oldest is dropped first.
-        self.models[resolved.digest] = (predictor, described)
-        while len(self.models) > MODELS_KEPT:
-            self.models.popitem(last=False)
-        logger.info(
-            "model %s version %s, digest %s", resolved.name, resolved.version, resolved.digest[:12]
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return name, version, digest and preprocessing of the newest model."""
-        return next(reversed(self.models.values()))[1]
-
-    async def check_health(self) -> None:
-        """Run a real inference; and check now and then whether ``ref`` names another version.
-
-        Only the inference decides about the health of this replica: a fault of a new version leaves
-        this one serving.
-        """
-        # In a thread: the event loop goes on answering requests.
+    async def __init__(  # type: ignore[misc]
+        self, ref: str, reload_every_s: float, config: ScreeningConfig, num_threads: int
+    ) -> None:
+        self.ref, self.reload_every_s = ref, reload_every_s
+        self.config, self.num_threads = config, num_threads
+        self.newest: LoadedModel = await self.load(await asyncio.to_thread(identify, ref))
         await asyncio.to_thread(self._infer)
-        self.answered_at = time.monotonic()
-        if self.reloading is not None and self.reloading.done():
-            self.reloading = None
-        if self._is_reload_due() and self.reloading is None:
-            # Noted before the reload: a registry that hangs is not asked again at the next check.
-            self.checked_ref_at = time.monotonic()
-            self.reloading = asyncio.create_task(self._reload())
-            await asyncio.wait({self.reloading}, timeout=RELOAD_WAIT_S)
+        self.answered_at = self.checked_at = time.monotonic()
+        # Apart from the health checks, which Serve ends after 30 s and which every replica needs.
+        is_alias = "@" in ref  # a version or a folder never changes
+        self.following = asyncio.create_task(self._follow_alias()) if is_alias else None
 
-    def _is_reload_due(self) -> bool:
-        is_alias = "@" in self.ref  # a version or a folder never changes
-        return is_alias and time.monotonic() - self.checked_ref_at >= self.reload_every_s
+    @ray_serve.multiplexed(max_num_models_per_replica=MODELS_KEPT)  # type: ignore[untyped-decorator]
+    async def load(self, model_id: str) -> LoadedModel:
+        """Return the version with this identifier; load it if this replica does not hold it."""
+        # In a thread: the event loop goes on answering requests of the other version.
+        return await asyncio.to_thread(load_version, model_id, self.config, self.num_threads)
 
-    async def _reload(self) -> None:
+    async def _follow_alias(self) -> None:
+        while True:
+            await asyncio.sleep(self.reload_every_s)
+            await self.reload()
+
+    async def reload(self) -> None:
         """Load another version if ``ref`` names one; after any error the present one serves on."""
         try:
-            digest = await asyncio.to_thread(tracking.digest_of, self.ref)
-            if digest in self.models:
-                # The alias went back to the version before, which is still loaded.
-                self.models.move_to_end(digest)
-            else:
-                await asyncio.to_thread(self._load)
+            self.newest = await self.load(await asyncio.to_thread(identify, self.ref))
         except Exception as error:  # a wrong description of a model raises errors of many kinds
             logger.error(
                 "the model stays as it is, another one cannot be loaded: %s", type(error).__name__
             )
 
+    async def _find(self, model_id: str) -> LoadedModel | None:
+        try:
+            model: LoadedModel = await self.load(model_id)
+        except Exception as error:
+            logger.error("a version in use cannot be loaded: %s", type(error).__name__)
+            return None
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """Return identifier, name, version, digest and preprocessing of the newest version."""
+        return self.newest.described
+
+    async def check_health(self) -> None:
+        """Run a real inference if the model has answered no caller since the last check."""
+        checked_at, self.checked_at = self.checked_at, time.monotonic()
+        if self.answered_at <= checked_at:
+            # In a thread: the event loop goes on answering requests.
+            await asyncio.to_thread(self._infer)
+            self.answered_at = time.monotonic()
+
     def _infer(self) -> None:
-        predictor, _ = next(reversed(self.models.values()))
+        predictor = self.newest.predictor
         size = predictor.window.size_px
         # The smallest real inference: one slice of zeros, (1, C, size, size), which the diagnosis
         # reads.
@@ -141,39 +174,45 @@ class Segmenter:
         next(predictor.segment([SliceChunk(zeros, [0])]))
 
     def seconds_since_answer(self) -> float:
-        """Return the seconds since the model last passed a health check."""
+        """Return the seconds since the model last answered a caller or a health check."""
         return time.monotonic() - self.answered_at
 
-    async def segment(self, digest: str, part: SliceChunk) -> SegmentedChunk | None:
-        """Segment a chunk of slices with this version; None if this replica does not hold it."""
-        answer: SegmentedChunk | None = await self._segment((digest, part))
+    async def segment(self, model_id: str, part: SliceChunk) -> SegmentedChunk | None:
+        """Segment a chunk of slices with this version; None if it cannot be loaded any more."""
+        model = await self._find(model_id)
+        if model is None:
+            return None
+        answer: SegmentedChunk = await self._segment((model, part))
+        self.answered_at = time.monotonic()
         return answer
 
     @ray_serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=BATCH_SLICES, batch_wait_timeout_s=BATCH_WAIT_S, batch_size_fn=count_slices
     )
-    async def _segment(self, requests: list[tuple[str, SliceChunk]]) -> list[SegmentedChunk | None]:
-        return await asyncio.to_thread(self._segment_all, requests)
+    async def _segment(
+        self, requests: list[tuple[LoadedModel, SliceChunk]]
+    ) -> list[SegmentedChunk | None]:
+        return await asyncio.to_thread(segment_all, requests)
 
-    def _segment_all(self, requests: list[tuple[str, SliceChunk]]) -> list[SegmentedChunk | None]:
-        """Segment chunks of several studies, those of one version together."""
-        answers: list[SegmentedChunk | None] = [None] * len(requests)
-        # Studies of two versions may share a batch while a new version is taken over.
-        digests = {digest for digest, _ in requests}
-        for digest in digests & self.models.keys():
-            indices = [index for index, request in enumerate(requests) if request[0] == digest]
-            parts = [requests[index][1] for index in indices]
-            segmented = self.models[digest][0].segment_together(parts)
-            for index, answer in zip(indices, segmented, strict=True):
-                answers[index] = answer
-        return answers
-
-    async def diagnose(self, digest: str, pooled: NDArray[np.float32]) -> Probabilities | None:
-        """Diagnose a volume with this version; None if this replica does not hold it.
+    async def diagnose(self, model_id: str, pooled: NDArray[np.float32]) -> Probabilities | None:
+        """Diagnose a volume with this version; None if it cannot be loaded any more.
 
         pooled: fusion vectors of the volume, (W, C, P, P).
         """
-        model = self.models.get(digest)
+        model = await self._find(model_id)
         if model is None:
             return None
-        return await asyncio.to_thread(model[0].diagnose, pooled)
+        return await asyncio.to_thread(model.predictor.diagnose, pooled)
+
+
+def segment_all(requests: list[tuple[LoadedModel, SliceChunk]]) -> list[SegmentedChunk | None]:
+    """Segment chunks of several studies, those of one version together."""
+    answers: list[SegmentedChunk | None] = [None] * len(requests)
+    # Serve gives a batch of one version; a mixture would be a wrong result, so it is not relied on.
+    models = {id(model): model for model, _ in requests}
+    for key, model in models.items():
+        indices = [index for index, request in enumerate(requests) if id(request[0]) == key]
+        segmented = model.predictor.segment_together([requests[index][1] for index in indices])
+        for index, answer in zip(indices, segmented, strict=True):
+            answers[index] = answer
+    return answers

@@ -7,8 +7,8 @@ import time
 from ray.serve.handle import DeploymentHandle
 
 READY_TIMEOUT_S = 10.0
-# Six health checks; Serve ends a replica that fails three.
-ANSWERED_WITHIN_S = 30.0
+# Four health checks; Serve ends a replica that fails three.
+ANSWERED_WITHIN_S = 40.0
 
 
 class Readiness:

@@ -33,8 +33,9 @@ class RemoteNetwork:
     """One version of the model behind a handle, for one thread of an API replica."""
 
     def __init__(self, segmenter: DeploymentHandle, described: dict[str, Any]) -> None:
-        self.segmenter = segmenter
-        self.digest = described["digest"]
+        self.model_id = described["model_id"]
+        # Serve prefers a replica that holds this version.
+        self.segmenter = segmenter.options(multiplexed_model_id=self.model_id)
         self.num_slices = described["num_slices"]
         self.num_neighbours = described["window"].num_neighbours
         self._is_cancelled = False
@@ -44,7 +45,7 @@ class RemoteNetwork:
         """Predict one volume.
 
         Raises:
-            UnavailableError: no replica answers in time, no replica holds this version any more, or
+            UnavailableError: no replica answers in time, this version cannot be loaded any more, or
                 another thread has cancelled.
         """
         return predict(self, slices, CHUNK_SLICES)
@@ -84,7 +85,7 @@ class RemoteNetwork:
     def _ask(self, method: Any, argument: Any) -> Any:
         if self._is_cancelled:
             raise UnavailableError("the request ended while its study was read")
-        response = method.remote(self.digest, argument)
+        response = method.remote(self.model_id, argument)
         self._in_flight.add(response)
         return response
 
@@ -113,7 +114,7 @@ def _result(response: Any) -> Any:
     ) as error:
         raise UnavailableError(f"the model does not answer: {type(error).__name__}") from None
     if answer is None:
-        raise UnavailableError("the model was replaced while this study was read")
+        raise UnavailableError("this version of the model cannot be loaded any more")
     return answer
 
 

@@ -28,9 +28,19 @@ AT_LEAST_ONE = (
     "max_batches",
     "max_batches_per_caller",
     "batch_timeout_s",
+    "num_model_replicas",
+    "max_model_replicas_per_node",
 )
-ABOVE_ZERO = ("upload_timeout_s", "request_timeout_s", "reload_every_s")
-AT_LEAST_ZERO = ("max_waiting", "cpus_per_decoder", "driver_cpus", "driver_memory_mib")
+# A replica that asks for no CPU may be placed on a head without CPUs.
+ABOVE_ZERO = (
+    "upload_timeout_s",
+    "request_timeout_s",
+    "reload_every_s",
+    "cpus_per_decoder",
+    "model_cpus",
+    "model_requests",
+)
+AT_LEAST_ZERO = ("max_waiting", "driver_cpus", "driver_memory_mib", "model_gpus", "model_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +137,25 @@ class ServeConfig:
     """API replicas without load."""
     max_api_replicas: int = 4
     """API replicas under full load."""
+    model_gpus: float = 0.0
+    """GPUs that a model replica asks Ray for, such as 1 or 0.5. 0: it runs on CPUs and sees no GPU.
+    """
+    model_cpus: float = 2.0
+    """CPUs that a model replica asks Ray for."""
+    model_threads: int = 0
+    """Threads of the network on CPUs; 0 for as many as ``model_cpus``, rounded up."""
+    num_model_replicas: int = 1
+    """Model replicas without load."""
+    max_model_replicas: int = 1
+    """Model replicas under full load."""
+    max_model_replicas_per_node: int = 1
+    """Model replicas on one node; as many as a node has GPUs, divided by ``model_gpus``."""
+    model_requests: float = 8.0
+    """Requests of at most 16 slices, in work or waiting, for which Serve wants one model replica.
+    """
     reload_every_s: float = 30.0
-    """Interval at which a model replica checks whether an alias names another version."""
+    """Interval at which a model replica checks whether an alias names another version, and an API
+    replica which version the model replicas have."""
     retry_after_s: int = 5
     """``Retry-After`` of an answer 503, in seconds."""
     config: str = ""
@@ -156,6 +183,9 @@ class ServeConfig:
         for name in AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        # Ray gives out a share of one GPU, or several whole ones.
+        if self.model_gpus > 1 and self.model_gpus % 1:
+            raise ValueError(f"model_gpus is {self.model_gpus}, expected at most 1 or an integer")
         if self.viewer_url:
             check_template(self.viewer_url)
 

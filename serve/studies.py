@@ -1,6 +1,5 @@
 """Screening of one study: a decoder slot reads it, model replicas answer its slices."""
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
@@ -18,14 +15,13 @@ from covtanet.errors import NoSeriesError, UnavailableError
 from covtanet.screening.config import for_model
 from covtanet.screening.study import StudyLimits
 from covtanet.tracking import software_version
+from serve.current_model import CurrentModel
 from serve.decoders import BusyError, DeadlineError, Decoders, Slot
 from serve.refusals import RefusedError, busy
 from serve.remote_network import RemoteNetwork, StudyScreener
 from serve.results import Results, ResultsMaker, ResultsRequest
 from serve.settings import ServeConfig
 
-# A model replica that hangs answers no caller; the request is refused as busy after this time.
-DESCRIBE_TIMEOUT_S = 10.0
 SECONDS_BUCKETS = [0.5, 1, 2, 5, 10, 30, 60, 120]
 
 Check = Callable[[], None]
@@ -63,6 +59,7 @@ class Studies:
 
     def __init__(self, segmenter: DeploymentHandle, settings: ServeConfig) -> None:
         self.segmenter = segmenter
+        self.current_model = CurrentModel(segmenter, settings.reload_every_s)
         self.settings = settings
         self.screening = settings.screening
         self.software_version = software_version()
@@ -84,11 +81,9 @@ class Studies:
         Raises:
             RefusedError: 503, no model replica answers.
         """
-        try:
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                described: dict[str, Any] = await self.segmenter.describe.remote()
-        except (ray.exceptions.RayError, BackPressureError, TimeoutError):
-            raise busy(self.settings.retry_after_s) from None
+        described = await self.current_model.describe()
+        if described is None:
+            raise busy(self.settings.retry_after_s)
         return described
 
     async def screen(self, study: StudyRequest, resources: ExitStack) -> ScreenedStudy:

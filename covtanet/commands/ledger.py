@@ -17,7 +17,7 @@ Research use only, not a medical device.
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,9 +31,10 @@ from covtanet.ledger.read import (
     committed_files,
     find_run_file,
     for_spreadsheet,
-    newest_rows,
     read_run,
 )
+from covtanet.ledger.schema import LEDGER_SCHEMA
+from covtanet.ledger.view import iter_newest_rows
 from covtanet.report.summary import findings
 from covtanet.report.summary import table as summary_table
 from covtanet.runtime import ExitCode, location, parser, run_command
@@ -81,8 +82,8 @@ def answer(arguments: argparse.Namespace) -> int:
     """Print the answer of a subcommand."""
     ledger = location(arguments.ledger, "LEDGER")
     if arguments.command == "run":
-        table = read_run(find_run_file(ledger, arguments.run_id))
-        print(counts_of(f"Run {arguments.run_id}", table))
+        table = read_run(find_run_file(ledger, arguments.run_id), ACCOUNTED_COLUMNS)
+        print(counts_of(f"Run {arguments.run_id}", [table]))
         return ExitCode.DONE
     if arguments.command == "diff":
         other = location(arguments.other, "--with") if arguments.other else ledger
@@ -94,9 +95,9 @@ def answer(arguments: argparse.Namespace) -> int:
     if arguments.command == "runs":
         print("\n".join(line_of(uri) for uri in committed_files(ledger)))
     elif arguments.out:
-        write(newest_rows(ledger), arguments.out)
+        write(iter_newest_rows(ledger), arguments.out)
     else:
-        print(counts_of("Current view", newest_rows(ledger, ACCOUNTED_COLUMNS)))
+        print(counts_of("Current view", iter_newest_rows(ledger, ACCOUNTED_COLUMNS)))
     return ExitCode.DONE
 
 
@@ -151,11 +152,11 @@ def line_of(uri: str) -> str:
     return f"{date.removeprefix('date=')}  {run_id}  {counts.total()} series: {by_status}"
 
 
-def counts_of(title: str, table: pa.Table) -> str:
+def counts_of(title: str, tables: Iterable[pa.Table]) -> str:
     """Return rows by status, reasons by number, and findings, as a table."""
     counts = Accounting()
-    for row in table.select(ACCOUNTED_COLUMNS).to_pylist():
-        counts.add(row)
+    for table in tables:
+        counts.add(table)
     lines: list[tuple[str, object]] = [("series", counts.series), ("screened", counts.screened)]
     for status, number, reasons in (
         (Status.REJECTED, counts.rejected.total(), counts.rejected),
@@ -166,9 +167,14 @@ def counts_of(title: str, table: pa.Table) -> str:
     return summary_table(title, [*lines, *findings(counts)])
 
 
-def write(table: pa.Table, path: Path) -> None:
-    """Write the view as Parquet or CSV."""
+def write(tables: Iterable[pa.Table], path: Path) -> None:
+    """Write the view as Parquet or CSV, table by table."""
     if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        pa_csv.write_csv(for_spreadsheet(table), path)
+        with pq.ParquetWriter(path, LEDGER_SCHEMA, compression="zstd") as parquet:
+            for table in tables:
+                parquet.write_table(table.cast(LEDGER_SCHEMA))
+        return
+    schema = for_spreadsheet(LEDGER_SCHEMA.empty_table()).schema
+    with pa_csv.CSVWriter(path, schema) as csv:
+        for table in tables:
+            csv.write_table(for_spreadsheet(table))

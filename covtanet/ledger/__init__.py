@@ -6,14 +6,13 @@ LEDGER/_work/<run_id>/manifest.parquet    its series, frozen
 LEDGER/_work/<run_id>/ignored.parquet     objects that belong to no series
 LEDGER/_work/<run_id>/folders.parquet     every folder as listed: the next night reads only changes
 LEDGER/_work/<run_id>/drivers/, model/    files for the workers; removed after the commit
-LEDGER/_work/<run_id>/attempts/<driver>/<series_key>.json   attempts; removed after the commit
-LEDGER/_work/<run_id>/rows/<series_key>.parquet   one finished series; removed after the commit
+LEDGER/_work/<run_id>/attempts/<driver>/   series whose workers died; removed after the commit
+LEDGER/_work/<run_id>/rows/                rows of finished series, in chunks; removed likewise
 LEDGER/_batches/<batch_id>.run            the run that a batch of the endpoint started
 
 A run that hides identities has its ``_work`` under the linkage prefix instead, which may hold
 identities.
 
-A finished row is one object, named by its series and written whole. A series that is screened twice
-therefore leaves one row, and the remaining series are those of the manifest without an object under
-``rows/``. Readers of Parquet skip ``_work``.
+The driver writes a chunk of rows every two seconds. The remaining series are those of the manifest
+without a row in a chunk. Readers of Parquet skip ``_work``.
 """

@@ -1,31 +1,86 @@
-"""Attempts at a series, counted in storage, so that they outlive the worker that made them."""
+"""Attempts at a series: how often a stage may begin one whose workers die.
+
+Ray gives a series that kills its worker to the next worker, without end; this count ends it. It is
+kept in memory, on the node of the driver, and each driver counts for itself: its own death is no
+attempt at the series in flight. Only a second attempt is noted in storage, so that a series that
+also takes the counting process down comes to its end.
+"""
 
 import json
-import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 from covtanet import storage
 from covtanet.ledger.run import Run
 
-# Per stage and driver.
+# Per stage and driver, of workers that died on nodes that live on.
 MAX_ATTEMPTS = 3
+# Attempts of any kind: a series that kills its node each time ends as well. Choice: a series that
+# is interrupted by five pre-empted nodes in one night is less likely than one that kills them.
+MAX_ATTEMPTS_WITH_LOST_NODES = 6
 
 
-def count_attempt(run: Run, series_key: str, stage: str) -> bool:
-    """Count one more attempt of a stage at a series; return whether it may be made.
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """A process that makes attempts. worker_id: Ray's, unlike a pid never used again."""
 
-    Ray gives a series that kills its worker to the next worker, without end; this count ends it.
-    Each driver counts for itself: its own death does not count as an attempt at the series in
-    flight. The process of the newest attempt is noted beside the counts.
+    worker_id: str
+    node_id: str
+    pid: int
+
+
+class Attempts:
+    """Counts of the attempts of one driver's workers.
+
+    living_nodes: returns the ids of the nodes that are alive.
     """
-    uri = run.work_uri("attempts", run.driver, f"{series_key}.json")
-    try:
-        counts = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
-        counts = {}
-    if counts.get(stage, 0) >= MAX_ATTEMPTS:
-        return False
-    counts[stage] = counts.get(stage, 0) + 1
-    counts["pid"] = os.getpid()  # Ray names a worker's log by its process
-    # Written before the attempt begins: a worker that dies in it cannot count any more.
-    storage.write_bytes(uri, json.dumps(counts).encode())
-    return True
+
+    def __init__(self, run: Run, living_nodes: Callable[[], set[str]]) -> None:
+        self._run = run
+        self._living_nodes = living_nodes
+        # By series and stage; of series whose worker has not begun another since.
+        self._attempts: defaultdict[tuple[str, str], list[Worker]] = defaultdict(list)
+        self._series_at_work: dict[tuple[Worker, str], str] = {}
+        self._restore()
+
+    def begin(self, series_key: str, stage: str, worker: Worker) -> bool:
+        """Count one more attempt of a stage at a series; return whether it may be made.
+
+        A worker that begins the next series has survived the one before, whose attempts are
+        forgotten. An attempt does not count if its node has been lost with all its workers.
+        """
+        self._forget_survived(stage, worker)
+        attempts = self._attempts[series_key, stage]
+        if attempts and self._is_exhausted(attempts):
+            return False
+        attempts.append(worker)
+        self._series_at_work[worker, stage] = series_key
+        if len(attempts) > 1:
+            # Before the attempt begins: it may be the one that takes this process down.
+            self._note(series_key, stage, attempts)
+        return True
+
+    def _forget_survived(self, stage: str, worker: Worker) -> None:
+        survived = self._series_at_work.pop((worker, stage), None)
+        if survived is not None:
+            self._attempts.pop((survived, stage), None)
+
+    def _is_exhausted(self, attempts: list[Worker]) -> bool:
+        living = self._living_nodes()
+        num_deaths = sum(worker.node_id in living for worker in attempts)
+        return num_deaths >= MAX_ATTEMPTS or len(attempts) >= MAX_ATTEMPTS_WITH_LOST_NODES
+
+    def _note(self, series_key: str, stage: str, attempts: list[Worker]) -> None:
+        # Node and process name the log in which Ray keeps the worker's last lines.
+        noted = {"series_key": series_key, "stage": stage, "workers": list(map(asdict, attempts))}
+        uri = self._run.work_uri("attempts", self._run.driver, f"{series_key}-{stage}.json")
+        storage.write_bytes(uri, json.dumps(noted).encode())
+
+    def _restore(self) -> None:
+        """Take up the counts of a process before this one, which died."""
+        folder = self._run.work_uri("attempts", self._run.driver)
+        for name in storage.list_names(folder):
+            noted = json.loads(storage.read_bytes(storage.join(folder, name)))
+            workers = [Worker(**worker) for worker in noted["workers"]]
+            self._attempts[noted["series_key"], noted["stage"]] = workers

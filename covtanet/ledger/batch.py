@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime
 import pyarrow.parquet as pq
 
 from covtanet import storage
+from covtanet.ledger.finished_rows import num_finished
 from covtanet.ledger.run import WORK, Run, committed_uri
 
 BATCHES = "_batches"
@@ -60,7 +61,7 @@ def progress(ledger: str, run: BatchRun) -> tuple[int | None, int]:
             num_series = pq.ParquetFile(file).metadata.num_rows
     except FileNotFoundError:
         return None, 0
-    return num_series, len(storage.list_names(storage.join(work, "rows")))
+    return num_series, num_finished(work)
 
 
 def _batch_uri(ledger: str, batch: str) -> str:

@@ -5,30 +5,36 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.errors import AlreadyCommittedError
 from covtanet.ledger.accounting import Accounting
-from covtanet.ledger.deidentify import LINKAGE_SCHEMA, ROWS_PER_GROUP, hide_identities
+from covtanet.ledger.deidentify import LINKAGE_SCHEMA, hide_identities
+from covtanet.ledger.finished_rows import read_chunks
 from covtanet.ledger.run import Run
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.work import batched, finished_keys, read_manifest, remove_work, write_rows
+from covtanet.ledger.series_keys import SeriesKeys, join_keys, keys_of, position_of
+from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, remove_work
 
 logger = logging.getLogger(__name__)
 
-# A row is a small object: the time goes to waiting for storage.
-NUM_READ_THREADS = 16
+# Rows that are sorted together, which bounds the memory: about 100 MB, twice while they are sorted.
+ROWS_PER_WINDOW = 1 << 17
+# A filter by status or involvement reads one or two of the 16 groups of a window.
+ROWS_PER_GROUP = 1 << 13
+# Within a window. The series key makes the order of rows the same in each run.
+ORDER = [("status", "ascending"), ("involvement", "ascending"), ("series_key", "ascending")]
 # Metadata of a committed file: the token of the commit that wrote it, and when its run began by the
 # clock of the first driver.
 DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
-# A worker's clock may be this far ahead of the driver's before its time is replaced.
+# The clock of a driver may be this far ahead of the one that commits before its time is replaced.
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
@@ -74,35 +80,31 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
     return accounting
 
 
-def _expected_keys(run: Run) -> list[str]:
-    """Return the series keys of the manifest, each of which has a row.
+def _expected_keys(run: Run) -> SeriesKeys:
+    """Return the series keys of the manifest, sorted; each of them has a row.
 
     Raises:
-        RuntimeError: two series share a key, or a series has no row.
+        RuntimeError: two series share a key.
     """
     # The manifest, not the rows, says which series a run has.
-    keys = [row["series_key"] for row in read_manifest(run, ["series_key"])]
-    if len(set(keys)) != len(keys):
+    keys = join_keys(manifest_batches(run, ["series_key"], KEYS_PER_BATCH))
+    distinct = np.unique(keys)
+    if len(distinct) != len(keys):
         raise RuntimeError(
-            f"{len(keys) - len(set(keys))} series of the manifest share a key, expected none"
+            f"{len(keys) - len(distinct)} series of the manifest share a key, expected none"
         )
-    missing = set(keys) - finished_keys(run)
-    if missing:
-        raise RuntimeError(
-            f"{len(missing)} of {len(keys)} series have no row; start the same command again"
-        )
-    return keys
+    return distinct
 
 
 def _write_ledger(
     run: Run,
-    keys: list[str],
+    keys: SeriesKeys,
     accounting: Accounting,
     path: Path,
     linkage_path: Path,
     commit_token: bytes,
 ) -> int:
-    """Write all rows in the manifest's order to a local file; return their number."""
+    """Write one row for each key to a local file; return their number."""
     now = datetime.now(UTC)
     metadata = {
         **LEDGER_SCHEMA.metadata,
@@ -110,9 +112,53 @@ def _write_ledger(
         BEGUN_AT: _begun_at(run, now).encode(),
     }
     schema = LEDGER_SCHEMA.with_metadata(metadata)
-    with pq.ParquetWriter(linkage_path, LINKAGE_SCHEMA) as linkage:
-        rows = _correct_times(_read_rows(run, keys, accounting), now)
-        return write_rows(path, schema, hide_identities(run, rows, linkage), ROWS_PER_GROUP)
+    num_rows = 0
+    with (
+        pq.ParquetWriter(linkage_path, LINKAGE_SCHEMA) as linkage,
+        pq.ParquetWriter(path, schema, compression="zstd") as ledger,
+    ):
+        for window in _windows(_one_row_each(read_chunks(run), keys)):
+            accounting.add(window)
+            rows = hide_identities(run, _correct_times(window, now).sort_by(ORDER), linkage)
+            ledger.write_table(rows.cast(schema), row_group_size=ROWS_PER_GROUP)
+            num_rows += rows.num_rows
+    return num_rows
+
+
+def _one_row_each(chunks: Iterable[pa.Table], keys: SeriesKeys) -> Iterator[pa.Table]:
+    """Yield the rows of chunks, without further rows of series that had one before.
+
+    Raises:
+        RuntimeError: a row is of no series of the manifest, or a series has no row.
+    """
+    has_row = np.zeros(len(keys), bool)
+    for chunk in chunks:
+        positions = position_of(keys_of(chunk), keys)
+        if (positions < 0).any():
+            raise RuntimeError(f"{(positions < 0).sum()} rows are of no series of the manifest")
+        # Within the chunk the first of equal keys counts, among chunks that of the earlier one.
+        _, first = np.unique(positions, return_index=True)
+        new = np.sort(first[~has_row[positions[first]]])
+        has_row[positions] = True
+        yield chunk.take(new)
+    if num_missing := len(keys) - int(has_row.sum()):
+        raise RuntimeError(
+            f"{num_missing} of {len(keys)} series have no row; start the same command again"
+        )
+
+
+def _windows(chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join chunks to tables of about ``ROWS_PER_WINDOW`` rows."""
+    window: list[pa.Table] = []
+    num_rows = 0
+    for chunk in chunks:
+        window.append(chunk)
+        num_rows += chunk.num_rows
+        if num_rows >= ROWS_PER_WINDOW:
+            yield pa.concat_tables(window)
+            window, num_rows = [], 0
+    if window:
+        yield pa.concat_tables(window)
 
 
 def _begun_at(run: Run, now: datetime) -> str:
@@ -123,20 +169,20 @@ def _begun_at(run: Run, now: datetime) -> str:
         return now.isoformat()
 
 
-def _correct_times(rows: Iterable[dict[str, Any]], now: datetime) -> Iterator[dict[str, Any]]:
-    """Replace times after the commit, of workers with a wrong clock, by the commit's time."""
-    num_ahead = 0
-    for row in rows:
-        # The newest row of a series counts, so that a clock far ahead would hide later rows.
-        if row["screened_at"] > now + CLOCK_TOLERANCE:
-            num_ahead += 1
-            row = {**row, "screened_at": now}
-        yield row
-    if num_ahead:
-        logger.warning(
-            "%d rows have a time ahead of this machine's clock; they get that of the commit",
-            num_ahead,
-        )
+def _correct_times(rows: pa.Table, now: datetime) -> pa.Table:
+    """Replace times after the commit, of drivers with a wrong clock, by the commit's time."""
+    times = rows["screened_at"]
+    is_ahead = pc.greater(times, pa.scalar(now + CLOCK_TOLERANCE, times.type))
+    num_ahead = pc.sum(is_ahead).as_py()
+    if not num_ahead:
+        return rows
+    logger.warning(
+        "%d rows have a time ahead of this machine's clock; they get that of the commit", num_ahead
+    )
+    # The newest row of a series counts, so that a clock far ahead would hide later rows.
+    corrected = pc.if_else(is_ahead, pa.scalar(now, times.type), times)
+    index = rows.schema.get_field_index("screened_at")
+    return rows.set_column(index, rows.schema.field(index), corrected)
 
 
 def _commit_token_of(run: Run) -> bytes:
@@ -144,18 +190,3 @@ def _commit_token_of(run: Run) -> bytes:
     filesystem, path = storage.filesystem(run.committed_uri)
     metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
     return bytes(metadata.get(DRIVER, b""))
-
-
-def _read_rows(run: Run, keys: list[str], accounting: Accounting) -> Iterator[dict[str, Any]]:
-    def read(series_key: str) -> dict[str, Any]:
-        row: dict[str, Any] = pq.read_table(
-            BytesIO(storage.read_bytes(run.row_uri(series_key)))
-        ).to_pylist()[0]
-        return row
-
-    with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
-        for group in batched(keys, ROWS_PER_GROUP):
-            # map keeps the manifest's order; groups bound the rows in memory.
-            for row in pool.map(read, group):
-                accounting.add(row)
-                yield row

@@ -1,15 +1,10 @@
 """Pseudonyms in place of identities, and the linkage file that holds both."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import batched
 
-ROWS_PER_GROUP = 1024
 IDENTITIES = ("source_uri", "study_uid", "series_uid")
 # Plain digests of names and of content would link a row to its images, so they are replaced too.
 HIDDEN = (*IDENTITIES, "source_version", "source_digest")
@@ -19,16 +14,17 @@ LINKAGE_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def hide_identities(
-    run: Run, rows: Iterable[dict[str, Any]], linkage: pq.ParquetWriter
-) -> Iterator[dict[str, Any]]:
+def hide_identities(run: Run, rows: pa.Table, linkage: pq.ParquetWriter) -> pa.Table:
     """Replace identities by pseudonyms and write both to the linkage file.
 
     Rows of a run that hides nothing pass unchanged.
     """
-    for group in batched(rows, ROWS_PER_GROUP):
-        if run.site_key:
-            linkage.write_table(pa.Table.from_pylist(group, schema=LINKAGE_SCHEMA))
-        for row in group:
-            hidden = {name: run.pseudonym(row[name]) for name in HIDDEN if row[name] is not None}
-            yield {**row, **hidden}
+    if not run.site_key:
+        return rows
+    linkage.write_table(rows.select(LINKAGE_SCHEMA.names).cast(LINKAGE_SCHEMA))
+    for name in HIDDEN:
+        values = rows[name].to_pylist()
+        hidden = [None if value is None else run.pseudonym(value) for value in values]
+        index = rows.schema.get_field_index(name)
+        rows = rows.set_column(index, rows.schema.field(index), pa.array(hidden, pa.string()))
+    return rows

@@ -1,13 +1,14 @@
 """Series and folders that earlier runs settled, so that the next run need not read them again."""
 
 import logging
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from covtanet.errors import Status
-from covtanet.ledger.read import newest_rows
 from covtanet.ledger.run import Run, known_runs
+from covtanet.ledger.view import iter_newest_rows
 from covtanet.ledger.work import read_folders
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ ListedFolder = tuple[str, list[str]]
 UNLISTED: ListedFolder = ("", [])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KnownSeries:
     """The newest row of one series, as far as it decides whether to screen the series again."""
 
@@ -96,8 +97,10 @@ def read_previous_runs(run: Run) -> PreviousRuns:
 def known_series(ledger: str, run_ids: set[str]) -> dict[str, KnownSeries]:
     """Return the newest row of each series of these runs by series key."""
     known = {}
-    for batch in newest_rows(ledger, KNOWN_COLUMNS, run_ids).select(KNOWN_COLUMNS).to_batches():
-        columns = [column.to_pylist() for column in batch.columns]
-        for key, *values in zip(*columns, strict=True):
-            known[key] = KnownSeries(*values)
+    for table in iter_newest_rows(ledger, KNOWN_COLUMNS, run_ids):
+        columns = [column.to_pylist() for column in table.columns]
+        for key, version, status, software, series_uid in zip(*columns, strict=True):
+            # Few distinct texts, each kept once for all series.
+            shared = (sys.intern(status), sys.intern(software))
+            known[key] = KnownSeries(version, *shared, series_uid)
     return known

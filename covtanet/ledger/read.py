@@ -1,12 +1,9 @@
-"""Reading of committed runs: one run, the newest row of every series, spreadsheets.
+"""Reading of committed runs. ``covtanet.ledger.view`` has the newest row of every series."""
 
-Not covered: series that are no longer in the archive keep their newest row.
-"""
-
-import json
 import logging
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator
 from io import BytesIO
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +11,12 @@ import pyarrow.parquet as pq
 from covtanet import storage
 from covtanet.errors import ConfigError, LedgerVersionError
 from covtanet.ledger.accounting import ACCOUNTED_COLUMNS, Accounting
-from covtanet.ledger.commit import BEGUN_AT
-from covtanet.ledger.run import WORK, latest_date
-from covtanet.ledger.schema import LEDGER_SCHEMA, READABLE_VERSIONS
+from covtanet.ledger.run import latest_date
+from covtanet.ledger.schema import LEDGER_SCHEMA, READABLE_VERSIONS, with_columns
 
 logger = logging.getLogger(__name__)
 
+ROWS_PER_BATCH = 1 << 16
 # First characters that make a spreadsheet take a text for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -65,35 +62,22 @@ def read_run(uri: str, columns: list[str] | None = None) -> pa.Table:
     Raises:
         LedgerVersionError: the file has a schema version that this software does not know.
     """
-    return _read(_open(uri), columns)
+    wanted = LEDGER_SCHEMA.names if columns is None else columns
+    file = open_run(BytesIO(storage.read_bytes(uri)))
+    return joined(read_batches(file, wanted), wanted)
+
+
+def joined(tables: Iterable[pa.Table], columns: list[str]) -> pa.Table:
+    """Return the rows of tables with these columns as one table; an empty one if there are none."""
+    empty = LEDGER_SCHEMA.empty_table().select(columns).replace_schema_metadata(None)
+    return pa.concat_tables(list(tables) or [empty])
 
 
 def account_run(uri: str) -> Accounting:
     """Return the counts of a committed file's rows."""
     accounting = Accounting()
-    for row in read_run(uri, ACCOUNTED_COLUMNS).to_pylist():
-        accounting.add(row)
+    accounting.add(read_run(uri, ACCOUNTED_COLUMNS))
     return accounting
-
-
-def newest_rows(
-    ledger: str, columns: list[str] | None = None, run_ids: set[str] | None = None
-) -> pa.Table:
-    """Return the current view: for each series the latest row of the run that began last.
-
-    run_ids: only of these runs. Runs are ordered before rows, since one driver's clock orders them;
-    a row's time is that of its worker's clock.
-    """
-    wanted = None if columns is None else sorted({*columns, "series_key", "screened_at"})
-    runs: list[tuple[datetime, pa.Table]] = []
-    for uri in committed_files(ledger):
-        if run_ids is None or uri.rsplit("/", 1)[-1].removesuffix(".parquet") in run_ids:
-            file = _open(uri)
-            runs.append((_begun_at(uri, file), _read(file, wanted)))
-    if not runs:
-        return LEDGER_SCHEMA.empty_table().select(wanted or LEDGER_SCHEMA.names)
-    runs.sort(key=lambda run: run[0])
-    return _last_by_series([table for _, table in runs])
 
 
 def for_spreadsheet(table: pa.Table) -> pa.Table:
@@ -114,8 +98,13 @@ def _disarm(text: str | None) -> str | None:
     return f"'{text}" if text and text.startswith(FORMULA) else text
 
 
-def _open(uri: str) -> pq.ParquetFile:
-    file = pq.ParquetFile(BytesIO(storage.read_bytes(uri)))
+def open_run(path: Path | BytesIO) -> pq.ParquetFile:
+    """Open a committed file.
+
+    Raises:
+        LedgerVersionError: the file has a schema version that this software does not know.
+    """
+    file = pq.ParquetFile(path)
     version = (file.schema_arrow.metadata or {}).get(b"covtanet.schema_version", b"none").decode()
     if version not in map(str, READABLE_VERSIONS):
         expected = " or ".join(map(str, READABLE_VERSIONS))
@@ -123,53 +112,12 @@ def _open(uri: str) -> pq.ParquetFile:
     return file
 
 
-def _read(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
-    """Read columns of one file, in the order in which they are asked for or the schema has them."""
+def read_batches(file: pq.ParquetFile, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield columns of an open file, in the order in which they are asked for.
+
+    columns: null for those of the schema. Those that the file's schema version lacks are null.
+    """
     wanted = LEDGER_SCHEMA.names if columns is None else columns
     stored = set(file.schema_arrow.names)
-    table = file.read([name for name in wanted if name in stored])
-    for name in wanted:
-        if name not in stored:  # an older version has fewer columns
-            nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
-            table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
-    # An older file may allow fewer columns to be null; no value is converted.
-    fields = [table.schema.field(name) for name in wanted]
-    allowed = [field.with_nullable(LEDGER_SCHEMA.field(field.name).nullable) for field in fields]
-    return table.select(wanted).cast(pa.schema(allowed))
-
-
-def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:
-    """Return the time at which a run began by its driver's clock.
-
-    It is the start of the run's date if the run did not note more.
-
-    A time in the future is replaced too: such a run would stay the newest of all.
-    """
-    ledger, folder, name = uri.rsplit("/", 2)
-    run_date = datetime.fromisoformat(folder.removeprefix("date=")).replace(tzinfo=UTC)
-    noted = (file.schema_arrow.metadata or {}).get(BEGUN_AT, b"").decode()
-    try:
-        if not noted:  # older software noted the time in run.json alone
-            description_uri = storage.join(ledger, WORK, name.removesuffix(".parquet"), "run.json")
-            noted = json.loads(storage.read_bytes(description_uri))["begun_at"]
-        begun_at = datetime.fromisoformat(noted).astimezone(UTC)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return run_date
-    return run_date if begun_at > datetime.now(UTC) + timedelta(days=1) else begun_at
-
-
-def _last_by_series(tables: list[pa.Table]) -> pa.Table:
-    """Join runs, oldest first, and keep each series' last row by run, time and order in
-    the file.
-    """
-    joined = pa.concat_tables(
-        [table.replace_schema_metadata(LEDGER_SCHEMA.metadata) for table in tables]
-    )
-    runs = [number for number, table in enumerate(tables) for _ in range(table.num_rows)]
-    numbered = joined.append_column("run", pa.array(runs, pa.int64()))
-    numbered = numbered.append_column("row", pa.array(range(joined.num_rows), pa.int64()))
-    ordered = numbered.select(["series_key", "run", "screened_at", "row"]).sort_by(
-        [("run", "ascending"), ("screened_at", "ascending"), ("row", "ascending")]
-    )
-    last = ordered.group_by("series_key", use_threads=False).aggregate([("row", "last")])
-    return joined.take(last["row_last"].combine_chunks().sort())
+    for batch in file.iter_batches(ROWS_PER_BATCH, columns=[n for n in wanted if n in stored]):
+        yield with_columns(pa.Table.from_batches([batch]), wanted)

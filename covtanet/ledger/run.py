@@ -95,10 +95,6 @@ class Run:
         digest = hmac.new(self.site_key, text.encode("utf-8", "surrogateescape"), "sha256")
         return digest.hexdigest()[:PSEUDONYM_DIGITS]
 
-    def row_uri(self, series_key: str) -> str:
-        """Return the URI of one finished series."""
-        return self.work_uri("rows", f"{series_key}.parquet")
-
 
 @dataclass(frozen=True, kw_only=True)
 class KnownRun:

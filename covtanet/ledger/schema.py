@@ -48,7 +48,7 @@ COLUMNS = (
     Column(name="run_date", type=pa.date32(), meaning="Date of the run."),
     Column(
         name="screened_at", type=pa.timestamp("us", tz="UTC"),
-        meaning="Time (UTC) at which the row was made, by the worker's clock; the time of the "
+        meaning="Time (UTC) at which the row was made, by the clock of the driver; the time of the "
         "commit if that clock was more than five minutes ahead.",
     ),
     Column(
@@ -210,6 +210,18 @@ LEDGER_SCHEMA = pa.schema(
     [column.field for column in COLUMNS],
     metadata={"covtanet.schema_version": str(SCHEMA_VERSION)},
 )
+
+
+def with_columns(table: pa.Table, names: list[str]) -> pa.Table:
+    """Return these columns of a ledger of any readable version; those that it lacks are null."""
+    for name in names:
+        if name not in table.column_names:  # an older version has fewer columns
+            nulls = pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type)
+            table = table.append_column(LEDGER_SCHEMA.field(name), nulls)
+    # An older file may allow fewer columns to be null; no value is converted.
+    fields = [table.schema.field(name) for name in names]
+    allowed = [field.with_nullable(LEDGER_SCHEMA.field(field.name).nullable) for field in fields]
+    return table.select(names).cast(pa.schema(allowed))
 
 
 def markdown() -> str:

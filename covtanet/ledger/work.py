@@ -1,9 +1,8 @@
-"""Work in progress of a run: its frozen manifest and the rows finished so far."""
+"""Work in progress of a run: its frozen manifest. ``finished_rows`` has the rows so far."""
 
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -14,14 +13,15 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.archive.manifest import IGNORED_SCHEMA, MANIFEST_SCHEMA
-from covtanet.ledger.record import ScreeningRecord
+from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
-from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION
+from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
 
 logger = logging.getLogger(__name__)
 
 # Rows in memory at a time: a row of the manifest lists all objects of its series.
-SERIES_PER_GROUP = 64
+SERIES_PER_BATCH = 64
+KEYS_PER_BATCH = 1 << 16
 FOLDERS_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
     pa.field("version", pa.string(), nullable=False),
@@ -41,17 +41,34 @@ def write_manifest(
         storage.upload(folders, run.work_uri("folders.parquet"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.parquet"
-        write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
+        write_rows(path, MANIFEST_SCHEMA, rows)
         # Created, not replaced: a second driver takes the manifest of the first.
         storage.create(path, run.work_uri("manifest.parquet"))
 
 
 def read_manifest(run: Run, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the manifest's rows, row group by row group."""
+    """Yield the manifest's rows, some at a time in memory."""
+    for batch in manifest_batches(run, columns):
+        yield from batch.to_pylist()
+
+
+def manifest_batches(
+    run: Run, columns: list[str] | None = None, num_rows: int = SERIES_PER_BATCH
+) -> Iterator[pa.RecordBatch]:
+    """Yield the manifest in batches. num_rows: the largest number in one."""
     filesystem, path = storage.filesystem(run.work_uri("manifest.parquet"))
     with filesystem.open_input_file(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(SERIES_PER_GROUP, columns=columns):
-            yield from batch.to_pylist()
+        yield from pq.ParquetFile(file).iter_batches(num_rows, columns=columns)
+
+
+def unfinished_series(run: Run, finished: SeriesKeys) -> Iterator[pa.Table]:
+    """Yield the rows of the manifest without those of finished series.
+
+    finished: their keys, sorted.
+    """
+    for batch in manifest_batches(run):
+        is_unfinished = position_of(keys_of(batch), finished) < 0
+        yield pa.Table.from_batches([batch.filter(pa.array(is_unfinished))])
 
 
 def read_ignored(run: Run) -> pa.Table:
@@ -69,45 +86,6 @@ def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]
     return {row["folder"]: (row["version"], row["series_keys"]) for row in rows}
 
 
-def finished_keys(run: Run) -> set[str]:
-    """Return the keys of the series that have a row."""
-    # A listing instead of a read of every row: the name is the key.
-    names = storage.list_names(run.work_uri("rows"))
-    return {
-        name.removesuffix(".parquet")
-        for name in names
-        if name.endswith(".parquet") and not name.startswith(".")
-    }
-
-
-def complete_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
-    """Return a ledger row: the record, the columns of the run, and the time."""
-    columns = record.to_columns()
-    row = {name: columns.get(name) for name in LEDGER_SCHEMA.names}
-    row.update(
-        schema_version=SCHEMA_VERSION,
-        run_id=run.run_id,
-        run_date=run.run_date,
-        screened_at=datetime.now(UTC),
-        model_name=run.model_name,
-        model_version=run.model_version,
-        model_digest=run.model_digest,
-        config_digest=run.config_digest,
-        software_version=run.software_version,
-    )
-    return row
-
-
-def store_row(run: Run, record: ScreeningRecord) -> dict[str, Any]:
-    """Write one finished series and return its ledger row."""
-    row = complete_row(run, record)
-    buffer = BytesIO()
-    pq.write_table(pa.Table.from_pylist([row], schema=LEDGER_SCHEMA), buffer)
-    # A series that two workers finish leaves one row, since the key is its name.
-    storage.write_bytes(run.row_uri(row["series_key"]), buffer.getvalue())
-    return row
-
-
 def remove_work(run: Run) -> None:
     """Remove the work of a committed run; run.json, manifest, folders and ignored objects stay.
 
@@ -122,16 +100,11 @@ def remove_work(run: Run) -> None:
             )
 
 
-def write_rows(
-    path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]], rows_per_group: int
-) -> int:
-    """Write rows to a local Parquet file, row group by row group; return their number."""
-    num_rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for group in batched(rows, rows_per_group):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            num_rows += len(group)
-    return num_rows
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows to a local Parquet file, some at a time in memory."""
+    with RowGroupWriter(path, schema) as writer:
+        for group in batched(rows, SERIES_PER_BATCH):
+            writer.write(pa.Table.from_pylist(group, schema=schema))
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -14,6 +14,7 @@ from covtanet.inference.model_window import check_capabilities, model_window
 from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.batch import name_batch
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.finished_rows import finished_keys
 from covtanet.ledger.read import account_run
 from covtanet.ledger.run import (
     Run,
@@ -24,7 +25,7 @@ from covtanet.ledger.run import (
     is_committed,
     latest_date,
 )
-from covtanet.ledger.work import finished_keys, remove_work
+from covtanet.ledger.work import remove_work
 from covtanet.model.model_files import ModelDescription, describe_model
 from covtanet.runtime import ExitCode
 from covtanet.screening import pipeline

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from covtanet import storage
 from covtanet.archive import manifest
 from covtanet.ledger.incremental import UNLISTED, PreviousRuns
+from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_GROUP, batched
+from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_BATCH, batched
 
 FOLDERS_PER_SCAN = 16
 LISTING_SCHEMA = pa.schema([
@@ -36,8 +37,8 @@ def list_folders(
     num_folders = 0
     num_to_read = 0
     with (
-        pq.ParquetWriter(listing, LISTING_SCHEMA, compression="zstd") as to_read,
-        pq.ParquetWriter(folders, FOLDERS_SCHEMA, compression="zstd") as all_folders,
+        RowGroupWriter(listing, LISTING_SCHEMA) as to_read,
+        RowGroupWriter(folders, FOLDERS_SCHEMA) as all_folders,
     ):
         for group in batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
             rows = []
@@ -48,9 +49,9 @@ def list_folders(
                 # Folders that have not changed are not read again.
                 if not previous_runs.settles_folder(folder, version, run.software_version):
                     rows.append({"folder": folder, "objects": [_as_row(item) for item in objects]})
-            to_read.write_table(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
+            to_read.write(pa.Table.from_pylist(rows, schema=LISTING_SCHEMA))
             # Every folder, also those that are skipped: the next run compares with them.
-            all_folders.write_table(pa.Table.from_pylist(versions, schema=FOLDERS_SCHEMA))
+            all_folders.write(pa.Table.from_pylist(versions, schema=FOLDERS_SCHEMA))
             num_folders += len(group)
             num_to_read += sum(len(row["objects"]) for row in rows)
     return num_folders, num_to_read
@@ -71,15 +72,15 @@ def list_server(run: Run, series: Path, ignored: Path) -> Counter[str]:
     uid_counts: Counter[str] = Counter()
     num_series = 0
     with (
-        pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
-        pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+        RowGroupWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
+        RowGroupWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
     ):
-        for group in batched(find_archive(run.archive, run.filters), SERIES_PER_GROUP):
+        for group in batched(find_archive(run.archive, run.filters), SERIES_PER_BATCH):
             found = [item for item in group if not isinstance(item, IgnoredSeries)]
             rows = [item.to_row() for item in found]
             left_out = [asdict(item) for item in group if isinstance(item, IgnoredSeries)]
-            series_file.write_table(pa.Table.from_pylist(rows, schema=manifest.MANIFEST_SCHEMA))
-            ignored_file.write_table(pa.Table.from_pylist(left_out, schema=manifest.IGNORED_SCHEMA))
+            series_file.write(pa.Table.from_pylist(rows, schema=manifest.MANIFEST_SCHEMA))
+            ignored_file.write(pa.Table.from_pylist(left_out, schema=manifest.IGNORED_SCHEMA))
             uid_counts.update(item.series_uid for item in found)
             num_series += len(found)
             # A run of the new series alone needs more than its limit.
@@ -100,18 +101,14 @@ def split_scan(
     keys_by_folder: dict[str, list[str]] = {}
     num_series = 0
     with (
-        pq.ParquetWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
-        pq.ParquetWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+        RowGroupWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
+        RowGroupWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
     ):
-        for group in batched(rows, SERIES_PER_GROUP):
+        for group in batched(rows, SERIES_PER_BATCH):
             series_rows = [row for row in group if not row["is_ignored"]]
             ignored_rows = [_as_ignored(row) for row in group if row["is_ignored"]]
-            series_file.write_table(
-                pa.Table.from_pylist(series_rows, schema=manifest.MANIFEST_SCHEMA)
-            )
-            ignored_file.write_table(
-                pa.Table.from_pylist(ignored_rows, schema=manifest.IGNORED_SCHEMA)
-            )
+            series_file.write(pa.Table.from_pylist(series_rows, schema=manifest.MANIFEST_SCHEMA))
+            ignored_file.write(pa.Table.from_pylist(ignored_rows, schema=manifest.IGNORED_SCHEMA))
             for row in series_rows:
                 if row["series_uid"]:
                     uid_counts[row["series_uid"]] += 1
@@ -145,6 +142,6 @@ def note_series_keys(
 
 
 def read_series(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a local file, row group by row group."""
-    for batch in pq.ParquetFile(path).iter_batches(SERIES_PER_GROUP):
+    """Yield the rows of a local file, some at a time in memory."""
+    for batch in pq.ParquetFile(path).iter_batches(SERIES_PER_BATCH):
         yield from batch.to_pylist()

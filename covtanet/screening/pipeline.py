@@ -23,13 +23,18 @@ from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import Status
 from covtanet.ledger.attempts import MAX_ATTEMPTS
+from covtanet.ledger.finished_rows import FinishedRows, finished_keys
+from covtanet.ledger.record import ScreeningRecord
+from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import SERIES_PER_GROUP, finished_keys, read_manifest, write_rows
+from covtanet.ledger.series_keys import SeriesKeys
+from covtanet.ledger.work import unfinished_series
+from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.node_watch import NodesLostError, NodeWatch
 from covtanet.screening.plan import Plan, make_plan
 from covtanet.screening.worker_counts import WorkerCounts
-from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_store
+from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_keep
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,10 @@ SERIES_IN_FLIGHT_PER_PREDICTOR = 2
 # Data reserves three quarters of it for what other stages may put there, and counts a series that
 # is being decoded as if it were there; with 8 in all, one of six decoders worked.
 SERIES_PER_WORKER = 6
+# Blocks of manifest rows, by the bytes of their series in storage.
+BLOCK_BYTES = 16 << 20
+MAX_SERIES_PER_BLOCK = 64
+BLOCKS_PER_DECODER = 16
 SLICES_PER_SERIES = 128  # of an adult's lungs at 2.5 mm
 # A prepared slice is uint16, its lesion map uint8.
 BYTES_PER_PIXEL = 3
@@ -96,11 +105,20 @@ def _screen_by_plan(
     if not num_remaining:
         return
     logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
-    remaining_uri = _write_remaining(run, finished)
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
-    _follow(_pipeline(run, config, window, results, remaining_uri, plan), num_remaining)
+    limit_object_store(window.size_px, plan.most_workers)
+    screen_with(run, plan, _stages(run, config, window, results, plan), finished)
+
+
+def screen_with(run: Run, plan: Plan, stages: "Stages", finished: SeriesKeys) -> None:
+    """Lead the series of the manifest that are not finished through stages; store their rows."""
+    filesystem, path = storage.filesystem(_write_remaining(run, finished))
+    series = ray.data.read_parquet(path, filesystem=filesystem)
+    with FinishedRows(run) as finished_rows:
+        num_remaining = plan.num_series - plan.num_finished
+        _follow(assemble(series, stages, plan), num_remaining, finished_rows)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:
@@ -111,42 +129,16 @@ def no_progress_timeout_s(config: ScreeningConfig) -> float:
     return (MAX_ATTEMPTS + 1) * config.worker_timeout_s + WORKER_STARTS_S
 
 
-def _write_remaining(run: Run, finished: set[str]) -> str:
+def _write_remaining(run: Run, finished: SeriesKeys) -> str:
     """Write the series without a row to storage, for the workers; return the URI."""
     uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
-    rows = (row for row in read_manifest(run) if row["series_key"] not in finished)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "todo.parquet"
-        write_rows(path, MANIFEST_SCHEMA, rows, SERIES_PER_GROUP)
+        with RowGroupWriter(path, MANIFEST_SCHEMA) as writer:
+            for table in unfinished_series(run, finished):
+                writer.write(table)
         storage.upload(path, uri)
     return uri
-
-
-def _pipeline(
-    run: Run,
-    config: ScreeningConfig,
-    window: WindowConfig,
-    results: str,
-    remaining_uri: str,
-    plan: Plan,
-) -> ray.data.Dataset:
-    """Read the series and lead them through the stages."""
-    filesystem, path = storage.filesystem(remaining_uri)
-    stages = Stages(
-        decoder=Decoder,
-        decoder_arguments={"run": run, "window": window, "config": config},
-        predictor=PredictorWorker,
-        predictor_arguments={
-            "run": run,
-            "config": config,
-            "num_threads": plan.workers.cpus_per_predictor,
-            "keeps_slices": bool(results),
-        },
-        measure=partial(_measure, run=run, window=window, config=config, results=results),
-    )
-    limit_object_store(window.size_px, plan.most_workers)
-    series = ray.data.read_parquet(path, filesystem=filesystem)
-    return assemble(series, stages, plan.workers, plan.most_workers, plan.num_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,21 +152,37 @@ class Stages:
     measure: Callable[[Row], Row]
 
 
-def assemble(
-    series: ray.data.Dataset,
-    stages: Stages,
-    workers: WorkerCounts,
-    most_workers: WorkerCounts,
-    num_gpus: int,
-) -> ray.data.Dataset:
+def _stages(
+    run: Run, config: ScreeningConfig, window: WindowConfig, results: str, plan: Plan
+) -> Stages:
+    common: dict[str, Any] = {
+        "run": run,
+        "config": config,
+        "begin_attempt": AttemptCounter(run).begin,
+    }
+    return Stages(
+        decoder=Decoder,
+        decoder_arguments={**common, "window": window},
+        predictor=PredictorWorker,
+        predictor_arguments={
+            **common,
+            "num_threads": plan.workers.cpus_per_predictor,
+            "keeps_slices": bool(results),
+        },
+        measure=partial(_measure, **common, window=window, results=results),
+    )
+
+
+def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.Dataset:
     """Lead rows through the stages, each with workers of its own.
 
-    workers: at the start, which fill the nodes. most_workers: after all nodes have joined; none
-    starts before, since no stage gets CPUs that another one holds or needs for its next task.
+    They fill the nodes that are there. More start after nodes have joined, and none before, since
+    no stage gets CPUs that another one holds or needs for its next task.
     """
+    workers = plan.workers
+    most_workers = plan.most_workers
     return (
-        # One series per block: a block that is lost or repeated costs one series.
-        series.repartition(target_num_rows_per_block=1)
+        series.repartition(target_num_rows_per_block=series_per_block(plan))
         .map(
             stages.decoder,
             fn_constructor_kwargs=stages.decoder_arguments,
@@ -192,7 +200,7 @@ def assemble(
                 max_tasks_in_flight_per_actor=SERIES_IN_FLIGHT_PER_PREDICTOR,
             ),
             num_cpus=workers.cpus_per_predictor,
-            num_gpus=1 if num_gpus else 0,
+            num_gpus=1 if plan.num_gpus else 0,
         )
         .map(
             stages.measure,
@@ -200,6 +208,19 @@ def assemble(
             num_cpus=1,
         )
     )
+
+
+def series_per_block(plan: Plan) -> int:
+    """Return the number of series that a worker takes at a time.
+
+    A block that is lost or repeated costs all its series: one of usual size. A block costs Ray some
+    30 ms, so that many small ones share it. At the end of the run no worker waits long for another.
+    """
+    num_remaining = plan.num_series - plan.num_finished
+    by_end = num_remaining // (BLOCKS_PER_DECODER * plan.workers.num_decoders)
+    # A PACS tells no sizes: its series are taken one by one.
+    by_size = BLOCK_BYTES * plan.num_series // plan.num_bytes if plan.num_bytes else 1
+    return max(1, min(by_end, by_size, MAX_SERIES_PER_BLOCK))
 
 
 def limit_object_store(size_px: int, workers: WorkerCounts) -> None:
@@ -215,18 +236,12 @@ def limit_object_store(size_px: int, workers: WorkerCounts) -> None:
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
 
 
-def _measure(
-    row: Row, run: Run, window: WindowConfig, config: ScreeningConfig, results: str
-) -> Row:
-    """Finish a series; return the little that the driver follows."""
-    record, stored = measure_and_store(row, run, window, config, results)
-    _count(stored)
-    return {
-        "series_key": stored["series_key"],
-        "status": str(stored["status"]),
-        "reason": stored["reason"] and str(stored["reason"]),
-        "started_at": record.started_at,
-    }
+def _measure(row: Row, **arguments: Any) -> Row:
+    """Finish a series; return the record, of which the driver makes the ledger's row."""
+    record = measure_and_keep(row, **arguments)
+    columns = record.to_columns()
+    _count(columns)
+    return columns
 
 
 @cache
@@ -242,24 +257,25 @@ def _meters() -> tuple[metrics.Counter, metrics.Histogram, metrics.Counter]:
     return series, seconds, num_bytes
 
 
-def _count(stored: Row) -> None:
+def _count(columns: Row) -> None:
     series, seconds, num_bytes = _meters()
-    series.inc(tags={"status": str(stored["status"]), "reason": str(stored["reason"] or "")})
+    series.inc(tags={"status": columns["status"], "reason": columns["reason"] or ""})
     for stage in ("decode", "predict"):
-        if stored[f"{stage}_s"]:
-            seconds.observe(stored[f"{stage}_s"], {"stage": stage})
-    if stored["num_bytes"]:
-        num_bytes.inc(stored["num_bytes"])
+        if columns[f"{stage}_s"]:
+            seconds.observe(columns[f"{stage}_s"], {"stage": stage})
+    if columns["num_bytes"]:
+        num_bytes.inc(columns["num_bytes"])
 
 
-def _follow(rows: ray.data.Dataset, num_series: int) -> None:
-    """Run the pipeline and log its progress.
+def _follow(rows: ray.data.Dataset, num_series: int, finished_rows: FinishedRows) -> None:
+    """Run the pipeline, store the rows of its series and log its progress.
 
     Rates count from the start of work on the first series: the start of the workers is left out.
     """
     started_at = time.time()
     reported_at = 0.0
     for num_done, row in enumerate(rows.iter_rows(), start=1):
+        finished_rows.add(ScreeningRecord.from_columns(row))
         is_first = num_done == 1
         # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 
 from covtanet import ray_data, storage
@@ -17,7 +18,8 @@ from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.errors import ConfigError
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import read_manifest, write_manifest
+from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
+from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, write_manifest
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.listing import (
     list_folders,
@@ -134,10 +136,10 @@ def _unsettled(
             yield row
 
 
-def make_plan(run: Run, config: ScreeningConfig, finished: set[str]) -> Plan:
+def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
     """Count the remaining work and choose the workers among the CPUs that are free.
 
-    finished: keys of the series that have a row.
+    finished: keys of the series that have a row, sorted.
 
     Raises:
         ConfigError: the cluster has no CPU to spare for decoding.
@@ -145,10 +147,10 @@ def make_plan(run: Run, config: ScreeningConfig, finished: set[str]) -> Plan:
     num_series = 0
     num_bytes = 0
     num_finished = 0
-    for row in read_manifest(run, ["series_key", "num_bytes"]):
-        num_series += 1
-        num_bytes += row["num_bytes"] or 0
-        num_finished += row["series_key"] in finished
+    for batch in manifest_batches(run, ["series_key", "num_bytes"], KEYS_PER_BATCH):
+        num_series += batch.num_rows
+        num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
+        num_finished += int((position_of(keys_of(batch), finished) >= 0).sum())
     node_cpus = list(nodes_with_cpus().values())
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     num_needed = num_cpus_needed(node_cpus, num_gpus)

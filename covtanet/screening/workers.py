@@ -6,7 +6,7 @@ too long: Ray then starts another worker with the same series, until the attempt
 
 import faulthandler
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,10 +18,9 @@ import pyarrow as pa
 from covtanet import storage
 from covtanet.ct.window import WindowConfig
 from covtanet.decoding.sandbox import Sandbox
-from covtanet.ledger.attempts import count_attempt
+from covtanet.ledger.finished_rows import check_row
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import store_row
 from covtanet.machine import num_cores
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.records import MeasuredSeries, PredictedSeries, PreparedSeries
@@ -37,6 +36,8 @@ from covtanet.screening.stages import (
 )
 
 Row = dict[str, Any]
+# Counts an attempt of this worker at a series (key, stage); returns whether it may be made.
+BeginAttempt = Callable[[str, str], bool]
 # The file descriptor: faulthandler writes to it without Python's streams.
 STDERR = 2
 
@@ -47,16 +48,23 @@ class Decoder:
     An actor of its own: few processes reach the memory that decoding takes at its peak.
     """
 
-    def __init__(self, run: Run, window: WindowConfig, config: ScreeningConfig) -> None:
+    def __init__(
+        self,
+        run: Run,
+        window: WindowConfig,
+        config: ScreeningConfig,
+        begin_attempt: BeginAttempt,
+    ) -> None:
         self.run = run
         self.window = window
         self.config = config
+        self.begin_attempt = begin_attempt
         self.sandbox = Sandbox(window, config.slice_step_mm, config.decode_limits)
 
     def __call__(self, row: Row) -> Row:
         """Turn a row of the manifest into a prepared series."""
         # Before the work: a series that kills this process has been counted.
-        if not count_attempt(self.run, row["series_key"], "decode"):
+        if not self.begin_attempt(row["series_key"], "decode"):
             record = new_record(row, self.run.archive)
             return ended_before_prediction(record.refused(WORKER_DIED), self.window).to_row()
         with worker_timeout(self.config.worker_timeout_s):
@@ -77,7 +85,12 @@ class PredictorWorker:
     """
 
     def __init__(
-        self, run: Run, config: ScreeningConfig, num_threads: int, keeps_slices: bool
+        self,
+        run: Run,
+        config: ScreeningConfig,
+        begin_attempt: BeginAttempt,
+        num_threads: int,
+        keeps_slices: bool,
     ) -> None:
         """Load the model. keeps_slices: measuring draws pictures of the slices."""
         from covtanet.inference.predictor import Predictor
@@ -90,8 +103,8 @@ class PredictorWorker:
             fetch_model(folder, partial(storage.download_files, uri, target=folder))
             # The digest is checked: a run has one model on all nodes.
             model = load_model(folder, run.model_digest)
-        self.run = run
         self.config = config
+        self.begin_attempt = begin_attempt
         self.keeps_slices = keeps_slices
         self.predictor = Predictor(
             model,
@@ -106,7 +119,7 @@ class PredictorWorker:
         series = PreparedSeries.from_row(row)
         if not len(series.slices):  # it has ended, which is no attempt
             return without_prediction(series).to_row()
-        if not count_attempt(self.run, series.record.series_key, "predict"):
+        if not self.begin_attempt(series.record.series_key, "predict"):
             record = series.record.refused(WORKER_DIED)
             return without_prediction(replace(series, record=record)).to_row()
         with worker_timeout(self.config.worker_timeout_s):
@@ -117,17 +130,22 @@ class PredictorWorker:
         return predicted.to_row()
 
 
-def measure_and_store(
-    row: Row, run: Run, window: WindowConfig, config: ScreeningConfig, results: str
-) -> tuple[ScreeningRecord, Row]:
-    """Measure a predicted series and store its row, with its pictures if results are kept.
+def measure_and_keep(
+    row: Row,
+    run: Run,
+    window: WindowConfig,
+    config: ScreeningConfig,
+    results: str,
+    begin_attempt: BeginAttempt,
+) -> ScreeningRecord:
+    """Measure a predicted series and store its pictures if results are kept.
 
-    Returns the record and the stored row.
+    Returns a record that fits the ledger.
     """
     series = PredictedSeries.from_row(row)
     # A series that has ended already is no attempt.
     is_prepared = len(series.lesion_levels) > 0
-    is_exhausted = is_prepared and not count_attempt(run, series.record.series_key, "measure")
+    is_exhausted = is_prepared and not begin_attempt(series.record.series_key, "measure")
     with worker_timeout(config.worker_timeout_s):
         if is_exhausted:
             measured = MeasuredSeries(record=series.record.refused(WORKER_DIED))
@@ -136,7 +154,7 @@ def measure_and_store(
         # Pictures first: a series with a row is finished and would not get them later.
         if results:
             write_results(series, measured, window, storage.join(results, run.run_id))
-        return measured.record, store_record(run, measured.record)
+        return checked_record(run, measured.record)
 
 
 def write_results(
@@ -156,18 +174,17 @@ def write_results(
         storage.write_bytes(storage.join(folder, series.record.series_key, name), data)
 
 
-def store_record(run: Run, record: ScreeningRecord) -> Row:
-    """Store the row of a series.
+def checked_record(run: Run, record: ScreeningRecord) -> ScreeningRecord:
+    """Return the record if its row fits the ledger's schema.
 
-    A row that does not fit the ledger's schema ends as ``internal_error``; it does not end the run.
+    Any other ends as ``internal_error``; it does not end the run.
     """
     try:
-        return store_row(run, record)
+        check_row(run, record)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
-        if isinstance(error, OSError):  # of the storage
-            raise
         refusal = internal_error(record.series_key, error)
-        return store_row(run, record.identity().refused(refusal))
+        return record.identity().refused(refusal)
+    return record
 
 
 @contextmanager

@@ -56,6 +56,7 @@ __all__ = [
     "is_s3",
     "join",
     "list_names",
+    "local_copy",
     "local_path",
     "open_store",
     "read_bytes",
@@ -143,6 +144,16 @@ def read_chunks(uri: str, expected: ObjectInfo) -> Iterator[bytes]:
 def read_whole(uri: str) -> Iterator[bytes]:
     """Read an object in chunks without comparing it with a listing."""
     return open_store(uri).read_chunks(uri, None)
+
+
+def local_copy(uri: str, folder: Path) -> Path:
+    """Return a file's own path if it is local, else that of a copy in a folder."""
+    if not is_s3(uri):
+        return Path(uri)
+    path = folder / uuid.uuid4().hex
+    with path.open("wb") as out:
+        out.writelines(read_whole(uri))
+    return path
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from covtanet.tracking.registry import (
         DIGEST_TAG,
         MODEL_NAME,
-        digest_of,
+        pinned,
         promote,
         register_model,
         tag_version,
@@ -43,9 +43,9 @@ __all__ = [
     "ModelRef",
     "RunAddress",
     "describe_run",
-    "digest_of",
     "log_history",
     "open_run",
+    "pinned",
     "promote",
     "register_model",
     "resolve_model",
@@ -62,7 +62,7 @@ _MODULES = {
     "covtanet.tracking.registry": (
         "DIGEST_TAG",
         "MODEL_NAME",
-        "digest_of",
+        "pinned",
         "promote",
         "register_model",
         "tag_version",

@@ -47,13 +47,17 @@ def registered_version(ref: str) -> ModelVersion:
         return client.get_model_version(match["name"], match["version"])
 
 
-def digest_of(ref: str) -> str:
-    """Return the digest of the model that a name in the registry leads to now; nothing is fetched.
+def pinned(ref: str) -> tuple[str, str]:
+    """Return ``models:/NAME/VERSION`` of the model that a name leads to now, and its digest.
+
+    Nothing is fetched.
 
     Raises:
         ConfigError, CheckpointError, OSError: see ``registered_version``.
     """
-    return str(registered_version(ref).tags.get(DIGEST_TAG))
+    registered = registered_version(ref)
+    digest = str(registered.tags.get(DIGEST_TAG))
+    return f"models:/{registered.name}/{registered.version}", digest
 
 
 def version_of(alias: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from covtanet.machine import num_cores
 from infra.local.services import LOOPBACK, ROOT, Service, is_healthy, wait_for
 
 # Variables of every node of a Ray that serves, beside COVTANET_SERVE_CONFIG.
@@ -21,7 +22,8 @@ SERVE_ENVIRONMENT = {
 }
 ANSWER_TIMEOUT_S = 300
 # The shares of processors fit services.NUM_LOGICAL_CPUS: beside the endpoint and the driver of a
-# batch, three logical CPUs are left for the batch.
+# batch, three logical CPUs are left for the batch. The network has all cores of the machine, since
+# batches and single studies are rare at the same moment on a laptop.
 CONFIG = """\
 model = "{model}"
 ledger = "{ledger}"
@@ -29,9 +31,15 @@ reload_every_s = {reload_every_s}
 upload_timeout_s = {upload_timeout_s}
 request_timeout_s = {request_timeout_s}
 max_waiting = {max_waiting}
+max_uploads = {max_uploads}
 max_uploads_per_caller = {max_uploads_per_caller}
+num_api_replicas = {num_api_replicas}
 cpus_per_decoder = 0.25
 reserves_memory = false
+num_model_replicas = {num_model_replicas}
+max_model_replicas_per_node = {num_model_replicas}
+model_cpus = {model_cpus}
+model_threads = {model_threads}
 driver_cpus = 0.5
 driver_memory_mib = 0
 config = "{config}"
@@ -56,12 +64,16 @@ def write_config(
     config: str = "",
     upload_timeout_s: float = 120,
     request_timeout_s: float = 300,
+    max_uploads: int = 16,
     max_uploads_per_caller: int = 16,
     may_store: bool = False,
+    num_api_replicas: int = 1,
+    num_model_replicas: int = 1,
 ) -> None:
     """Write the endpoint's settings with one caller, who may read ``places``.
 
-    The file holds the token's digest, not the token.
+    Model replicas share one logical CPU and the cores of the machine. The file holds the token's
+    digest, not the token.
     """
     text = CONFIG.format(
         model=model,
@@ -71,8 +83,13 @@ def write_config(
         config=config,
         upload_timeout_s=upload_timeout_s,
         request_timeout_s=request_timeout_s,
+        max_uploads=max_uploads,
         max_uploads_per_caller=max_uploads_per_caller,
         may_store=json.dumps(may_store),
+        num_api_replicas=num_api_replicas,
+        num_model_replicas=num_model_replicas,
+        model_cpus=1 / num_model_replicas,
+        model_threads=max(1, num_cores() // num_model_replicas),
         digest=hashlib.sha256(token.encode()).hexdigest(),
         places=", ".join(f'"{uri}"' for uri in places),
     )

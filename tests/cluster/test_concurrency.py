@@ -22,6 +22,7 @@ import ray
 
 from covtanet import ray_data
 from covtanet.screening.pipeline import Stages, assemble, limit_object_store
+from covtanet.screening.plan import Plan
 from covtanet.screening.worker_counts import WorkerCounts
 
 num_decoders, num_series = int(sys.argv[1]), int(sys.argv[2])
@@ -54,7 +55,11 @@ stages = Stages(
     measure=measure,
 )
 series = ray.data.from_items([{"number": number} for number in range(num_series)])
-rows = assemble(series, stages, workers, workers, 0).take_all()
+plan = Plan(
+    num_series=num_series, num_bytes=0, num_finished=0, num_cpus=num_decoders + 3, num_gpus=0,
+    workers=workers, most_workers=workers,
+)
+rows = assemble(series, stages, plan).take_all()
 print(json.dumps([[row["started"], row["ended"]] for row in rows]))
 ray.shutdown()
 """

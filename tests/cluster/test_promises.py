@@ -27,7 +27,8 @@ from sound_input import gz, plain_nifti, slices
 
 from covtanet import storage
 from covtanet.ledger.diff import differences
-from covtanet.ledger.read import newest_rows, read_run
+from covtanet.ledger.read import read_run
+from covtanet.ledger.view import newest_rows
 
 
 def test_series_that_kills_its_worker_fails_as_worker_died(screening: Screening) -> None:

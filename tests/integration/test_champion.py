@@ -4,6 +4,7 @@ answers meanwhile.
 
 import asyncio
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from ray.serve import context, multiplex
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.schema import ReplicaRank
 from saved_models import rewrite_as_version_1, small_model
 
 from covtanet import tracking
 from covtanet.errors import CheckpointError
+from covtanet.inference.chunks import SliceChunk
 from covtanet.inference.engine import build_engine
 from covtanet.inference.float_engine import FloatEngine
 from covtanet.model.model_files import model_digest
@@ -44,18 +51,148 @@ def register(registry: str, folder: Path, seed: int, run: str = "") -> str:
     return tracking.register_model(address, folder / f"model{seed}", {})
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """One event loop for all tests: Serve's batches belong to the first one that they see."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def _in_a_replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process pass for a replica of Serve, which multiplexing asks for."""
+    # It would start a Ray to tell a controller which versions are loaded.
+    monkeypatch.setattr(multiplex._ModelMultiplexWrapper, "_push_model_ids_info", lambda _: None)
+    replica_id = ReplicaID("test", DeploymentID("Segmenter"))
+    context._set_internal_replica_context(
+        replica_id=replica_id,
+        servable_object=None,
+        _deployment_config=DeploymentConfig(),
+        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
+        world_size=1,
+    )
+    yield
+    context._INTERNAL_REPLICA_CONTEXT = None
+
+
+async def started(ref: str = "models:/covtanet@champion") -> Any:
+    """Return a model replica as Serve starts it; it follows the alias by ``reload`` alone."""
+    cls = Segmenter.func_or_class  # type: ignore[attr-defined]
+    segmenter = cls.__new__(cls)
+    await segmenter.__init__(ref, 3600.0, ScreeningConfig(engine="eager"), 1)
+    return segmenter
+
+
+def chunk() -> SliceChunk:
+    slices = np.random.default_rng(0).integers(0, 1 << 16, (2, 1, 128, 128), dtype=np.uint16)
+    return SliceChunk(slices, [0])
+
+
+@pytest.mark.usefixtures("_in_a_replica")
 def test_segmenter_follows_the_alias_back_to_a_previous_champion(
-    registry: str, tmp_path: Path
+    loop: asyncio.Runner, registry: str, tmp_path: Path
 ) -> None:
+    async def scenario() -> list[str]:
+        segmenter = await started()
+        answering = []
+        for version in (second, first, second):
+            tracking.promote(version, {})
+            await segmenter.reload()
+            answering.append(segmenter.describe()["version"])
+        return answering
+
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
-        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
-    )
-    for version in (second, first, second):
-        tracking.promote(version, {})
-        asyncio.run(segmenter.check_health())
-        assert segmenter.describe()["version"] == version
+    assert loop.run(scenario()) == [second, first, second]
+
+
+@pytest.mark.usefixtures("_in_a_replica")
+def test_replica_loads_a_version_that_another_replica_noticed_first(
+    loop: asyncio.Runner, registry: str, tmp_path: Path
+) -> None:
+    """Two replicas, one of which has reloaded: both answer studies of either version alike."""
+
+    async def scenario() -> tuple[list[NDArray[np.uint8]], list[str]]:
+        early, late = await started(), await started()
+        tracking.promote(second, {})
+        await early.reload()
+        levels = [
+            (await replica.segment(described["model_id"], chunk())).lesion_levels
+            for described in (early.describe(), late.describe())
+            for replica in (early, late)
+        ]
+        return levels, [replica.describe()["version"] for replica in (early, late)]
+
+    first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
+    tracking.promote(first, {})
+    (new, new_by_late, old, old_by_late), newest = loop.run(scenario())
+    assert newest == [second, first]
+    assert np.array_equal(new, new_by_late)
+    assert np.array_equal(old, old_by_late)
+    assert not np.array_equal(new, old)
+
+
+@pytest.mark.usefixtures("_in_a_replica")
+def test_version_that_was_dropped_is_loaded_again_for_its_study(
+    loop: asyncio.Runner, registry: str, tmp_path: Path
+) -> None:
+    """A third champion while a study of the first one is read."""
+
+    async def scenario() -> Any:
+        segmenter = await started()
+        model_id = segmenter.describe()["model_id"]
+        expected = await segmenter.segment(model_id, chunk())
+        for version in others:
+            tracking.promote(version, {})
+            await segmenter.reload()
+        return expected, await segmenter.segment(model_id, chunk())
+
+    first, *others = (register(registry, tmp_path, seed) for seed in (0, 1, 2))
+    tracking.promote(first, {})
+    expected, found = loop.run(scenario())
+    assert np.array_equal(found.lesion_levels, expected.lesion_levels)
+
+
+@pytest.mark.usefixtures("_in_a_replica")
+def test_folder_that_changed_after_the_start_is_no_version_in_use(
+    loop: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def scenario() -> Any:
+        segmenter = await started(str(tmp_path / "model"))
+        model_id = segmenter.describe()["model_id"]
+        shutil.rmtree(tmp_path / "model")
+        save_model(tmp_path / "model", small_model(1))
+        other = await started(str(tmp_path / "model"))
+        return await other.segment(model_id, chunk())
+
+    save_model(tmp_path / "model", small_model(0))
+    assert loop.run(scenario()) is None
+
+
+@pytest.mark.usefixtures("_in_a_replica")
+def test_health_check_infers_only_if_no_caller_was_answered(
+    loop: asyncio.Runner, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> list[int]:
+        segmenter = await started()
+        counts = []
+        inferences: list[int] = []
+        infer = segmenter._infer
+
+        def counted() -> None:
+            inferences.append(1)
+            infer()
+
+        monkeypatch.setattr(segmenter, "_infer", counted)
+        for num_requests in (0, 1, 0):
+            for _ in range(num_requests):
+                await segmenter.segment(segmenter.describe()["model_id"], chunk())
+            await segmenter.check_health()
+            counts.append(len(inferences))
+        return counts
+
+    tracking.promote(register(registry, tmp_path, 0), {})
+    assert loop.run(scenario()) == [1, 1, 2]
 
 
 def test_versions_of_one_run_keep_their_own_files(registry: str, tmp_path: Path) -> None:
@@ -68,12 +205,18 @@ def test_versions_of_one_run_keep_their_own_files(registry: str, tmp_path: Path)
     assert digests == [model_digest(tmp_path / f"model{seed}") for seed in (0, 1)]
 
 
-def test_changed_files_of_a_champion_are_not_loaded(registry: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_in_a_replica")
+def test_changed_files_of_a_champion_are_not_loaded(
+    loop: asyncio.Runner, registry: str, tmp_path: Path
+) -> None:
+    async def scenario() -> Any:
+        segmenter = await started()
+        tracking.promote(second, {})
+        await segmenter.reload()
+        return segmenter.describe()["version"]
+
     first, second = (register(registry, tmp_path, seed) for seed in (0, 1))
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
-        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
-    )
     source = Path(
         mlflow.MlflowClient().get_model_version("covtanet", second).source.removeprefix("file://")
     )
@@ -81,9 +224,7 @@ def test_changed_files_of_a_champion_are_not_loaded(registry: str, tmp_path: Pat
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    tracking.promote(second, {})
-    asyncio.run(segmenter.check_health())
-    assert segmenter.describe()["version"] == first
+    assert loop.run(scenario()) == first
 
 
 @pytest.mark.parametrize("name", ["eager", "openvino"])
@@ -107,44 +248,54 @@ def test_engine_gives_the_same_result_to_concurrent_threads(name: str) -> None:
         ({"window": 7}, "CheckpointError"),
     ],
 )
+@pytest.mark.usefixtures("_in_a_replica")
 def test_champion_without_window_leaves_the_old_model_answering(
+    loop: asyncio.Runner,
     registry: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     preprocessing: dict[str, Any],
     error: str,
 ) -> None:
+    async def scenario() -> Any:
+        segmenter = await started()
+        tracking.promote(odd, {})
+        for _ in range(3):
+            await segmenter.reload()
+        return segmenter.describe()["version"]
+
     first = register(registry, tmp_path, 0)
     tracking.promote(first, {})
-    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
-        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
-    )
     save_model(tmp_path / "model1", small_model(1))
     rewrite_as_version_1(tmp_path / "model1", preprocessing)
     address = tracking.RunAddress(uri=registry, experiment="champions", name="odd", key="odd")
-    tracking.promote(tracking.register_model(address, tmp_path / "model1", {}), {})
-    for _ in range(3):  # as many failed checks end a replica
-        asyncio.run(segmenter.check_health())
-    assert segmenter.describe()["version"] == first
+    odd = tracking.register_model(address, tmp_path / "model1", {})
+    assert loop.run(scenario()) == first
     told = [
         record.getMessage() for record in caplog.records if "stays as it is" in record.getMessage()
     ]
     assert told == [f"the model stays as it is, another one cannot be loaded: {error}"] * 3
 
 
+@pytest.mark.usefixtures("_in_a_replica")
 def test_unexpected_registry_error_leaves_the_old_model_answering(
-    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loop: asyncio.Runner,
+    registry: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tracking.promote(register(registry, tmp_path, 0), {})
-    segmenter: Any = Segmenter.func_or_class(  # type: ignore[attr-defined]
-        "models:/covtanet@champion", 0.0, ScreeningConfig(engine="eager")
-    )
+    async def scenario() -> None:
+        segmenter = await started()
+        monkeypatch.setattr(tracking, "pinned", fail)
+        await segmenter.reload()
+        assert await segmenter.segment(segmenter.describe()["model_id"], chunk())
 
     def fail(ref: str) -> str:
         raise KeyError("Doe^Jane")
 
-    monkeypatch.setattr(tracking, "digest_of", fail)
-    asyncio.run(segmenter.check_health())
+    tracking.promote(register(registry, tmp_path, 0), {})
+    loop.run(scenario())
     assert "another one cannot be loaded: KeyError" in caplog.text
     assert "Doe" not in caplog.text
 

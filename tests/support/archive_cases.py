@@ -23,7 +23,8 @@ import cases_geometry
 import cases_nifti
 from right_rows import Case, Record, faults
 
-from covtanet.ledger.read import newest_rows, read_run
+from covtanet.ledger.read import read_run
+from covtanet.ledger.view import newest_rows
 
 CASES: dict[str, Case] = dict(
     sorted(

@@ -38,7 +38,7 @@ def record(row: dict[str, Any], **values: Any) -> ScreeningRecord:
 def freeze(run: Run, tmp_path: Path, *names: str) -> list[dict[str, Any]]:
     rows = [series(name) for name in names]
     ignored = tmp_path / "ignored.parquet"
-    write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}], 10)
+    write_rows(ignored, IGNORED_SCHEMA, [{"path": "x.txt", "num_bytes": 3}])
     begin_run(run)
     write_manifest(run, rows, ignored)
     return rows

@@ -10,6 +10,7 @@ from pacs import uids_of
 from running import S3, Cluster
 
 from covtanet import storage
+from covtanet.ledger.finished_rows import num_finished
 from infra.local.jobs import Job
 
 CONFIG = '[screening]\nengine = "eager"\n'
@@ -42,7 +43,7 @@ class PacsRuns:
 
     def rows_done(self, name: str) -> int:
         """Return the number of series that are finished in a run that goes on."""
-        return len(list((self.s3.folder / name).glob("_work/*/rows/*.parquet")))
+        return sum(map(num_finished, map(str, (self.s3.folder / name).glob("_work/*"))))
 
     def rows(self, name: str, date: str = "2026-11-23") -> list[dict[str, Any]]:
         """Return the rows of a night; empty without a committed run."""

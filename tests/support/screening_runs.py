@@ -5,6 +5,7 @@ disturbed, compared.
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from saved_models import small_model
 
 from covtanet.ledger.diff import differences
+from covtanet.ledger.finished_rows import num_finished
 from covtanet.model.saved_model import save_model
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
@@ -24,7 +26,7 @@ DATE = "2026-11-23"
 NUM_SOUND = 8
 CONFIG = '[screening]\nengine = "eager"\ndecode_timeout_s = 6\n'
 # Texts in the command lines of a decoding worker, a predicting worker and a decoder's child.
-DECODER, PREDICTOR, CHILD = "_DecoderActor", "_PredictorActor", "sandbox_child"
+DECODER, PREDICTOR, CHILD = "Map(Decoder)", "Map(PredictorWorker)", "sandbox_child"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,13 @@ class Screening:
 
     def rows_done(self, name: str) -> int:
         """Number of series that are finished in a run that goes on."""
-        return len(list((self.bucket / name).glob("_work/*/rows/*.parquet")))
+        return sum(map(num_finished, map(str, (self.bucket / name).glob("_work/*"))))
+
+    def finished(self, name: str) -> dict[str, dict[str, object]]:
+        """Return the rows of a run that goes on, by series key."""
+        chunks = (self.bucket / name).glob("_work/*/rows/[!.]*.parquet")
+        rows = (row for path in chunks for row in pq.ParquetFile(path).read().to_pylist())
+        return {str(row["series_key"]): row for row in rows}
 
     def is_committed(self, name: str) -> bool:
         """Whether the run's file is in the ledger."""
@@ -165,15 +173,20 @@ def signal_one(
 
 
 class DeadlySeries:
-    """Kills the worker that decodes one certain series, at each of its attempts."""
+    """Kills the worker that decodes one certain series, at each of its attempts.
+
+    A decoder is killed at work. The run's note of a second attempt names the series that it had,
+    the deadly one from then on, and the process of each further attempt.
+    """
+
+    NOTE_TIMEOUT_S = 20.0
 
     def __init__(self, screening: Screening, name: str) -> None:
-        rows = screening.clean.to_pylist()
         self.screening = screening
         self.name = name
-        self.key = next(row["series_key"] for row in rows if row["status"] == "screened")
+        self.key = ""
         self.killed: set[int] = set()
-        self._num_attempts = 0
+        self._killed_at = -self.NOTE_TIMEOUT_S
 
     def screen(self) -> Job:
         """Start the run; return its job once the series has a row."""
@@ -182,18 +195,34 @@ class DeadlySeries:
         return job
 
     def _has_row(self) -> bool:
+        if not self.key:
+            self._choose()
+            return False
         ledger = self.screening.bucket / self.name
-        for path in ledger.glob(f"_work/*/attempts/*/{self.key}.json"):
+        for path in ledger.glob(f"_work/*/attempts/*/{self.key}-decode.json"):
             with contextlib.suppress(OSError, ValueError):
-                self._kill(json.loads(path.read_text()))
-        has_row = any(ledger.glob(f"_work/*/rows/{self.key}.parquet"))
-        return has_row or self.screening.is_committed(self.name)
+                self._kill(json.loads(path.read_text())["workers"][-1]["pid"])
+        is_committed = self.screening.is_committed(self.name)
+        return is_committed or self.key in self.screening.finished(self.name)
 
-    def _kill(self, attempt: dict[str, int]) -> None:
-        if attempt.get("decode", 0) <= self._num_attempts:
+    def _choose(self) -> None:
+        """Take the first series with a second attempt; kill a decoder if there is none."""
+        ledger = self.screening.bucket / self.name
+        for path in ledger.glob("_work/*/attempts/*/*-decode.json"):
+            self.key = path.name.removesuffix("-decode.json")
             return
-        self._num_attempts = attempt["decode"]
+        if time.monotonic() - self._killed_at < self.NOTE_TIMEOUT_S:
+            return
+        # A decoder has a child since its first series, whose attempt was counted before.
+        for child in ray_processes(self.screening.environment, CHILD):
+            with contextlib.suppress(psutil.Error):
+                self._kill(child.ppid())
+                self._killed_at = time.monotonic()
+                return
+
+    def _kill(self, pid: int) -> None:
         # This worker alone: the series of another worker would come to its third attempt as well.
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(attempt["pid"]).kill()
-            self.killed.add(attempt["pid"])
+        if pid not in self.killed:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+                self.killed.add(pid)

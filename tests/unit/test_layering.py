@@ -119,6 +119,7 @@ RAY_PLACES = {
     "screening/plan.py",
     "screening/node_watch.py",
     "screening/pipeline.py",
+    "screening/attempt_counter.py",
     "screening/scan.py",
     "commands/export.py",
     "evaluation/pipeline.py",

@@ -14,8 +14,8 @@ from covtanet.commands import nightly
 from covtanet.commands.night_exports import PENDING
 from covtanet.ledger.batch import name_batch
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.finished_rows import store_rows
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import store_row
 
 NIGHT, NEXT_NIGHT = date(2026, 11, 23), date(2026, 11, 24)
 SERVER = "dicomweb+https://pacs.hospital/dicom-web"
@@ -37,7 +37,7 @@ class ExportingNights:
     def commit(self, night: date = NIGHT, source_format: str = "dicom") -> str:
         run = replace(self.run, run_date=night)
         (row,) = freeze(run, self.tmp_path, "a")
-        store_row(run, record(row, status="screened", source_format=source_format))
+        store_rows(run, [record(row, status="screened", source_format=source_format)])
         commit_run(run)
         name_batch(run, nightly.batch_of(night))
         return run.run_id

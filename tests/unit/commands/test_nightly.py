@@ -23,10 +23,10 @@ from covtanet.errors import ConfigError
 from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.batch import name_batch, run_of_batch
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.finished_rows import complete_row, store_rows
 from covtanet.ledger.read import account_run
 from covtanet.ledger.run import Run, latest_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.work import complete_row, store_row
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.job import ScreeningJob, judge
 
@@ -54,7 +54,7 @@ class Nights:
         rows = freeze(self.run, self.tmp_path, *(str(number) for number in range(len(reasons))))
         for row, reason in zip(rows, reasons, strict=True):
             values = {"status": status if reason else "screened", "reason": reason}
-            store_row(self.run, record(row, **values))
+            store_rows(self.run, [record(row, **values)])
         commit_run(self.run)
         name_batch(self.run, nightly.batch_of(NIGHT))
 
@@ -66,8 +66,7 @@ class Nights:
         code = self.code
         if code is None:
             counts = Accounting()
-            for row in pq.ParquetFile(self.run.committed_uri).read().to_pylist():
-                counts.add(row)
+            counts.add(pq.ParquetFile(self.run.committed_uri).read())
             code = judge(counts, 0.5, 0.05)
         return subprocess.CompletedProcess(command, code)
 
@@ -268,7 +267,7 @@ def test_retention_removes_old_listings_and_results(nights: Nights, tmp_path: Pa
         result = Path(each.ledger, "_results", each.run_id, row["series_key"], "preview.png")
         result.parent.mkdir(parents=True)
         result.write_bytes(b"picture")
-        store_row(each, record(row))
+        store_rows(each, [record(row)])
         commit_run(each)
     nights.run = replace(
         nights.run, limit=5

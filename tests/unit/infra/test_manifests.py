@@ -25,6 +25,11 @@ from manifests import (
 )
 from repository import ROOT
 
+from covtanet.config import read_toml
+from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.worker_counts import num_cpus_needed
+from serve.settings import ServeConfig
+
 PIPELINE = ROOT / "covtanet" / "screening" / "pipeline.py"
 SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"
 
@@ -141,31 +146,58 @@ def in_bytes(quantity: str) -> int:
 
 
 def test_service_workers_hold_the_replicas_resources() -> None:
-    from covtanet.screening.config import ScreeningConfig
-    from serve.settings import Caller, ServeConfig
-
-    settings = ServeConfig(callers=(Caller(name="any", token_sha256="0" * 64),))
+    settings = service_settings()
+    num_models = settings.max_model_replicas
     decoders = settings.max_api_replicas * settings.num_decoders
     decode_bytes = (
         ScreeningConfig().decode_memory_mib + 600
     ) << 20  # the child, and its parent's copy of the series
     (spec,) = cluster_specs(load(KUBERAY / "service.yaml"))
-    cpus = memory = shm = 0
-    for group in spec["workerGroupSpecs"]:
-        (container,) = group["template"]["spec"]["containers"]
-        limits = container["resources"]["limits"]
-        cpus += group["replicas"] * int(limits["cpu"])
-        memory += group["replicas"] * in_bytes(limits["memory"])
-        volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}
-        shm += group["replicas"] * in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
-    segmenter, batch = (
-        1,
-        1 + 3,
-    )  # a batch: its driver, and one CPU each to predict, decode and measure
-    assert cpus >= decoders + segmenter + batch
-    assert (
-        memory >= (decoders + 1) * decode_bytes + (4 + 3 + 2 + 2) * GIB + shm
-    )  # Segmenter, predict, measure, Ray
+    (group,) = spec["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}
+    shm = in_bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
+    num_workers = group["replicas"]
+    assert group["minReplicas"] == num_workers == group["maxReplicas"]
+    # A batch plans a predictor for each GPU of the cluster; one that gets a whole GPU is enough.
+    worker_cpus = [int(limits["cpu"])] * num_workers
+    batch_cpus = settings.driver_cpus + num_cpus_needed(worker_cpus, num_workers)
+    batch_gpus = 1
+    model_cpus = num_models * settings.model_cpus
+    cpus = decoders * settings.cpus_per_decoder + model_cpus + batch_cpus
+    assert num_workers * int(limits["cpu"]) >= cpus
+    gpus = num_models * settings.model_gpus + batch_gpus
+    assert num_workers * int(limits["nvidia.com/gpu"]) >= gpus
+    # Models, predict, measure; Ray on each worker.
+    of_work = (decoders + 1) * decode_bytes + (4 * num_models + 3 + 2) * GIB
+    assert num_workers * in_bytes(limits["memory"]) >= of_work + num_workers * (2 * GIB + shm)
+
+
+def service_settings() -> ServeConfig:
+    """The settings that the endpoint of service.yaml has."""
+    return read_toml(KUBERAY / "serve.toml", ServeConfig)
+
+
+def test_service_survives_the_loss_of_a_worker() -> None:
+    settings = service_settings()
+    (spec,) = cluster_specs(load(KUBERAY / "service.yaml"))
+    (group,) = spec["workerGroupSpecs"]
+    assert settings.num_model_replicas >= 2
+    assert settings.num_api_replicas >= 2
+    assert settings.max_model_replicas_per_node == 1
+    assert group["replicas"] > settings.max_model_replicas >= settings.num_model_replicas
+
+
+def test_disruption_budget_lets_one_worker_of_the_endpoint_go() -> None:
+    spec = load(KUBERAY / "disruption.yaml")["spec"]
+    assert spec["maxUnavailable"] == 1
+    # KubeRay sets the label of a pod's kind.
+    selected = spec["selector"]["matchLabels"]
+    assert selected.pop("ray.io/node-type") == "worker"
+    (cluster,) = cluster_specs(load(KUBERAY / "service.yaml"))
+    for group in cluster["workerGroupSpecs"]:
+        assert selected.items() <= group["template"]["metadata"]["labels"].items()
 
 
 def test_nightly_jobs_forbid_overlap_and_name_time_zone() -> None:

@@ -2,8 +2,10 @@
 
 from collections import Counter
 
+import pyarrow as pa
+
 from covtanet.errors import REJECTION_REASONS
-from covtanet.ledger.accounting import Accounting
+from covtanet.ledger.accounting import ACCOUNTED_COLUMNS, Accounting
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.report.summary import findings
 
@@ -32,11 +34,13 @@ engine: string"""
 
 def counts_of(*rows: tuple[str, str | None, str | None]) -> Accounting:
     counts = Accounting()
+    schema = pa.schema([LEDGER_SCHEMA.field(name) for name in ACCOUNTED_COLUMNS])
     for status, reason, diagnosis in rows:
-        counts.add({
+        row = {
             "status": status, "reason": reason, "diagnosis": diagnosis, "severity": None,
             "severity_by_involvement": "severe" if status == "screened" else None,
-        })  # fmt: skip
+        }  # fmt: skip
+        counts.add(pa.Table.from_pylist([row], schema=schema))
     return counts
 
 

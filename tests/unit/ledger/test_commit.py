@@ -1,27 +1,25 @@
-"""Manifest and rows of a run, attempts, and the one commit."""
+"""Manifest and rows of a run, and the one commit."""
 
-import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from ledger_rows import freeze, record
+from ledger_rows import freeze, record, series
 
 from covtanet import storage
 from covtanet.errors import AlreadyCommittedError
-from covtanet.ledger.attempts import count_attempt
+from covtanet.ledger import commit
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.finished_rows import finished_keys, store_rows
 from covtanet.ledger.run import Run, is_committed
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.work import finished_keys, store_row
 
 
 def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a", "b", "c")
     for row in rows:
-        store_row(run, record(row))
+        store_rows(run, [record(row)])
     counts = commit_run(run)
     assert (counts.series, counts.rejected["not_hu"], counts.screened, counts.failed) == (
         3,
@@ -42,7 +40,7 @@ def test_one_row_per_series_is_committed_and_readable_as_it_lies(run: Run, tmp_p
 
 def test_a_missing_row_stops_the_commit(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a", "b")
-    store_row(run, record(rows[0]))
+    store_rows(run, [record(rows[0])])
     with pytest.raises(RuntimeError, match="1 of 2 series have no row"):
         commit_run(run)
     assert not is_committed(run)
@@ -50,59 +48,85 @@ def test_a_missing_row_stops_the_commit(run: Run, tmp_path: Path) -> None:
 
 def test_of_two_drivers_one_commits_and_the_other_is_told(run: Run, tmp_path: Path) -> None:
     rows = freeze(run, tmp_path, "a")
-    store_row(run, record(rows[0]))
+    store_rows(run, [record(rows[0])])
     commit_run(run)
     committed = Path(run.committed_uri).read_bytes()
-    store_row(run, record(rows[0], reason="no_lung"))  # the other was still at it
+    store_rows(run, [record(rows[0], reason="no_lung")])  # the other was still at it
     with pytest.raises(AlreadyCommittedError, match="committed first"):
         commit_run(run)
     assert Path(run.committed_uri).read_bytes() == committed
 
 
-def test_a_series_is_tried_three_times_and_no_more(run: Run) -> None:
-    assert [count_attempt(run, "k", "decode") for _ in range(5)] == [True, True, True, False, False]
-    assert count_attempt(run, "k", "predict")
-    assert count_attempt(run, "other", "decode")
-
-
 def test_a_series_screened_twice_leaves_one_row(run: Run, tmp_path: Path) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    store_row(run, record(row))
-    store_row(run, record(row, reason="no_lung"))
-    assert finished_keys(run) == {row["series_key"]}
+    store_rows(run, [record(row)])
+    store_rows(run, [record(row, reason="no_lung")])
+    assert finished_keys(run).tolist() == [row["series_key"].encode()]
     assert commit_run(run).series == 1
 
 
-def test_half_written_rows_do_not_count(run: Run, tmp_path: Path) -> None:
-    (row,) = freeze(run, tmp_path, "a")
-    folder = Path(run.work_uri("rows"))
-    folder.mkdir(parents=True)
-    (folder / f"._{row['series_key']}.parquet").write_bytes(b"PAR1")
-    assert finished_keys(run) == set()
+def test_row_of_no_series_of_the_manifest_stops_the_commit(run: Run, tmp_path: Path) -> None:
+    rows = freeze(run, tmp_path, "a", "b")
+    store_rows(run, [record(row) for row in rows])
+    freeze(run, tmp_path, "c")
+    store_rows(run, [record(series("c"))])
+    with pytest.raises(RuntimeError, match="1 rows are of no series of the manifest"):
+        commit_run(run)
+    assert not is_committed(run)
 
 
-def test_series_is_tried_three_times_by_each_driver(run: Run) -> None:
-    """A driver that dies takes the series in flight with it; that is no fault of theirs."""
-    for _ in range(5):
-        driver = replace(run, driver=uuid.uuid4().hex)
-        assert count_attempt(driver, "k", "decode")
-    one, other = (replace(run, driver=name) for name in ("one", "other"))
-    assert [count_attempt(each, "k", "decode") for each in (one, other) * 3] == [True] * 6
-    assert not count_attempt(one, "k", "decode")
-    assert make_again(run).driver != run.driver
-    assert make_again(run) == run
+def test_two_series_of_one_key_stop_the_commit(run: Run, tmp_path: Path) -> None:
+    rows = freeze(run, tmp_path, "a", "a")
+    store_rows(run, [record(rows[0])])
+    with pytest.raises(RuntimeError, match="1 series of the manifest share a key"):
+        commit_run(run)
 
 
-def make_again(run: Run) -> Run:
-    """The same run, as another process makes it."""
-    return Run(**{name: value for name, value in vars(run).items() if name != "driver"})
+def test_rows_are_sorted_by_status_and_involvement_for_filters(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter reads the row groups whose bounds allow it: one of four."""
+    monkeypatch.setattr(commit, "ROWS_PER_GROUP", 2)
+    rows = freeze(run, tmp_path, *"abcdefgh")
+    involvements = [0.5, None, 0.1, 0.3, None, 0.2, None, 0.4]
+    for row, involvement in zip(rows, involvements, strict=True):
+        status = "rejected" if involvement is None else "screened"
+        values = {"status": status, "reason": None, "involvement": involvement}
+        store_rows(run, [record(row, **values)])
+    commit_run(run)
+    file = pq.ParquetFile(run.committed_uri)
+    written = [
+        (row["status"], row["involvement"])
+        for row in file.read(["status", "involvement"]).to_pylist()
+    ]
+    rejected = [("rejected", None)] * 3
+    assert written == [*rejected, *(("screened", value) for value in (0.1, 0.2, 0.3, 0.4, 0.5))]
+    column = file.schema_arrow.get_field_index("involvement")
+    bounds = [file.metadata.row_group(group).column(column).statistics for group in range(4)]
+    assert [bound.max for bound in bounds if bound.has_min_max] == [0.1, 0.3, 0.5]
+
+
+def test_windows_are_joined_chunks_and_lose_no_row(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "ROWS_PER_WINDOW", 3)
+    rows = freeze(run, tmp_path, *"abcdefgh")
+    for first in range(0, 8, 2):
+        store_rows(run, [record(row) for row in rows[first : first + 2]])
+    commit_run(run)
+    file = pq.ParquetFile(run.committed_uri)
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    assert sizes == [4, 4]
+    assert set(file.read(["series_key"])["series_key"].to_pylist()) == {
+        row["series_key"] for row in rows
+    }
 
 
 def test_commit_stands_if_its_work_cannot_be_removed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    store_row(run, record(row))
+    store_rows(run, [record(row)])
 
     def fail(uri: str) -> None:
         raise OSError("1 of 1 objects could not be deleted: AccessDenied")

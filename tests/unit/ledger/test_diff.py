@@ -8,9 +8,9 @@ import pyarrow as pa
 from ledger_rows import record, series
 
 from covtanet.ledger.diff import differences
+from covtanet.ledger.finished_rows import complete_row
 from covtanet.ledger.run import Run
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.work import complete_row
 
 
 def rows_of(run: Run, **values: Any) -> Any:

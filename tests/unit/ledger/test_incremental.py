@@ -12,20 +12,22 @@ import pytest
 from ledger_rows import freeze, record, series
 
 from covtanet.archive.manifest import IGNORED_SCHEMA
-from covtanet.ledger import work
+from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
+from covtanet.ledger.finished_rows import complete_row, store_rows
 from covtanet.ledger.incremental import KnownSeries, PreviousRuns, known_series, read_previous_runs
-from covtanet.ledger.read import committed_files, newest_rows, read_run
+from covtanet.ledger.read import committed_files, read_run
 from covtanet.ledger.run import Run, begin_run, choose_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.work import complete_row, store_row, write_manifest, write_rows
+from covtanet.ledger.view import newest_rows
+from covtanet.ledger.work import write_manifest, write_rows
 
 
 def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> None:
     for day, names in ((20, "abc"), (21, "b"), (22, "")):
         night = replace(run, run_date=date(2026, 11, day))
         for row in freeze(night, tmp_path, *names):
-            store_row(night, record(row, reason="no_lung" if day == 21 else "not_hu"))
+            store_rows(night, [record(row, reason="no_lung" if day == 21 else "not_hu")])
         commit_run(night)
     found = {row["source_uri"]: row["reason"] for row in newest_rows(run.ledger).to_pylist()}
     assert found == {
@@ -45,15 +47,17 @@ def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> 
 def test_row_from_2030_does_not_win(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a worker whose clock is years ahead: the run that began later has the newest row."""
+    """Of a driver whose clock is years ahead: the run that began later has the newest row."""
     future = datetime(2030, 1, 1, tzinfo=UTC)
     (row,) = freeze(run, tmp_path, "a")
     with monkeypatch.context() as patched:
         patched.setattr(
-            work, "complete_row", lambda *args: {**completed(*args), "screened_at": future}
+            finished_rows,
+            "complete_row",
+            lambda *args: {**completed(*args), "screened_at": future},
         )
-        store_row(run, record(row, reason="no_lung"))
-    table_before = pq.read_table(run.row_uri(row["series_key"]))
+        store_rows(run, [record(row, reason="no_lung")])
+    (table_before,) = finished_rows.read_chunks(run)
     assert table_before["screened_at"][0].as_py() == future
     commit_run(run)
     assert read_run(run.committed_uri)["screened_at"][0].as_py() < datetime.now(UTC)
@@ -87,7 +91,7 @@ def test_newest_row_is_of_the_run_that_began_last_even_in_old_files(
 
 def commit_one(run: Run, tmp_path: Path, **values: Any) -> None:
     (row,) = freeze(run, tmp_path, "a")
-    store_row(run, record(row, **values))
+    store_rows(run, [record(row, **values)])
     commit_run(run)
 
 
@@ -152,10 +156,10 @@ def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
     hidden = replace(run, site_key=b"a secret of this hospital", linkage=str(tmp_path / "linkage"))
     row = {**series("a"), "series_key": hidden.pseudonym("a")}
     ignored = tmp_path / "ignored.parquet"
-    write_rows(ignored, IGNORED_SCHEMA, [], 10)
+    write_rows(ignored, IGNORED_SCHEMA, [])
     begin_run(hidden)
     write_manifest(hidden, [row], ignored)
-    store_row(hidden, record(row, source_digest="5" * 64, status="screened", reason=None))
+    store_rows(hidden, [record(row, source_digest="5" * 64, status="screened", reason=None)])
     commit_run(hidden)
     (found,) = read_run(hidden.committed_uri).to_pylist()
     assert (

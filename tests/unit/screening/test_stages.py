@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from encoded_ct import as_nifti
@@ -16,8 +15,9 @@ from stage_rows import CONFIG, WINDOW, manifest_rows, prepare
 
 from covtanet.decoding import prepare as decode
 from covtanet.decoding.stored_masks import StoredMasks
-from covtanet.errors import QcFlag, SandboxClosedError, Status
+from covtanet.errors import QcFlag, Reason, SandboxClosedError, Status
 from covtanet.inference.predictor import Predictor
+from covtanet.ledger.finished_rows import read_chunks, store_rows
 from covtanet.ledger.run import Run
 from covtanet.model.description import BurdenDiagnosis, Capabilities
 from covtanet.model.saved_model import load_model
@@ -27,7 +27,7 @@ from covtanet.screening import stages
 from covtanet.screening.conclusion import conclude
 from covtanet.screening.config import ScreeningConfig, config_values
 from covtanet.screening.records import PreparedSeries
-from covtanet.screening.workers import store_record
+from covtanet.screening.workers import checked_record
 
 
 def screen(
@@ -287,28 +287,21 @@ def test_row_that_cannot_be_stored_is_an_internal_error_and_the_run_goes_on(
         config_digest="c",
         software_version="0",
     )
-    sound = store_record(run, replace(record, status=Status.SCREENED))
-    assert sound["status"] == "screened"
+    sound = replace(record, status=Status.SCREENED)
+    assert checked_record(run, sound) is sound
     for lie in (
         {"num_slices": 10**12},
         {"qc_flags": [1]},
         {"reason_detail": "\ud800"},
         {"p_infected": "x"},
     ):
-        stored = store_record(run, replace(record, **lie))
-        assert (stored["status"], stored["reason"], stored["num_slices"]) == (
-            "failed",
-            "internal_error",
-            None,
-        )
-        assert (stored["series_key"], stored["source_uri"]) == (
-            row["series_key"],
-            f"{tmp_path}/a.nii",
-        )
-        assert (
-            pq.read_table(run.row_uri(row["series_key"])).to_pylist()[0]["reason"]
-            == "internal_error"
-        )
+        checked = checked_record(run, replace(record, **lie))
+        outcome = (checked.status, checked.reason, checked.num_slices)
+        assert outcome == (Status.FAILED, Reason.INTERNAL_ERROR, None)
+        identity = (checked.series_key, checked.source_uri)
+        assert identity == (row["series_key"], f"{tmp_path}/a.nii")
+        store_rows(run, [checked])
+    assert [table.num_rows for table in read_chunks(run)] == [1, 1, 1, 1]
 
 
 def test_predicted_series_names_its_engine_and_unpredicted_one_is_null(model_folder: Path) -> None:

@@ -62,7 +62,7 @@ def commit(batches: Batches, batch_id: str) -> None:
     storage.write_bytes(f"{batches.ledger}/_batches/{batch_id}.run", json.dumps(named).encode())
     path = Path(run.committed_uri(batches.ledger))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, LEDGER_SCHEMA, [], 1)
+    write_rows(path, LEDGER_SCHEMA, [])
 
 
 def count_storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

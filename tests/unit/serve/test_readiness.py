@@ -41,6 +41,45 @@ def test_two_hundred_readyz_at_once_ask_the_model_once(seconds: float, is_ready:
     assert handle.num_asked == 1
 
 
+def network_of(segment: Any, diagnose: Any) -> RemoteNetwork:
+    """A network whose handle has these methods."""
+
+    class Segmenter:
+        def options(self, multiplexed_model_id: str) -> Any:
+            assert multiplexed_model_id == "d:models:/covtanet/1"
+            return self
+
+    Segmenter.segment, Segmenter.diagnose = segment, diagnose  # type: ignore[attr-defined]
+    described = {"model_id": "d:models:/covtanet/1", "num_slices": 2, "window": WindowConfig()}
+    return RemoteNetwork(Segmenter(), described)
+
+
+def test_error_of_one_chunk_cancels_those_in_flight() -> None:
+    class Answer:
+        def __init__(self) -> None:
+            self.is_cancelled = False
+
+        def result(self, timeout_s: float) -> Any:
+            raise TimeoutError
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+    asked: list[Answer] = []
+
+    class Method:
+        def remote(self, *arguments: object) -> Answer:
+            asked.append(Answer())
+            return asked[-1]
+
+    network = network_of(Method(), Method())
+    parts = [SliceChunk(np.zeros((1, 1, 2, 2), np.uint16), [0])] * 4
+    with pytest.raises(UnavailableError, match="TimeoutError"):
+        list(network.segment(parts))
+    assert [answer.is_cancelled for answer in asked] == [True, True]
+    assert not network._in_flight
+
+
 def test_cancelled_network_cancels_its_requests_and_sends_no_more() -> None:
     class Answer:
         is_cancelled = False
@@ -55,10 +94,7 @@ def test_cancelled_network_cancels_its_requests_and_sends_no_more() -> None:
             asked.append(Answer())
             return asked[-1]  # type: ignore[no-any-return]
 
-    class Segmenter:
-        segment = diagnose = Method()
-
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2, "window": WindowConfig()})
+    network = network_of(Method(), Method())
     network._ask(network.segmenter.segment, None)
     thread = threading.Thread(target=network.cancel)
     thread.start()
@@ -90,10 +126,7 @@ def test_late_answer_is_never_given_to_the_next_study() -> None:
         def remote(self, *arguments: object) -> Answer:
             return Answer(self.values.pop(0))
 
-    class Segmenter:
-        segment, diagnose = Method(("levels", "pooled")), Method(TimeoutError())
-
-    network = RemoteNetwork(Segmenter(), {"digest": "d", "num_slices": 2, "window": WindowConfig()})
+    network = network_of(Method(("levels", "pooled")), Method(TimeoutError()))
     with pytest.raises(UnavailableError, match="TimeoutError"):
         network.diagnose(np.zeros(1, np.float32))
     segmented: list[Any] = list(
