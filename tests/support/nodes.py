@@ -248,7 +248,8 @@ class Nodes:
         core = self.nodes.index(node) % num_cores()
         on_core = ("taskset", "--cpu-list", str(core)) if num_cpus == 1 else ()
         command = [
-            *node.inside, *on_core, str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options,
+            *node.inside, *on_core, str(BIN / "ray"), "start", "--block",
+            "--disable-usage-stats", *options,
             f"--node-ip-address={node.address}", f"--num-cpus={num_cpus}",
             f"--memory={MEMORY_BYTES}", f"--object-store-memory={OBJECT_STORE_BYTES}",
             f"--temp-dir={self.data / 'ray'}",
