@@ -255,7 +255,8 @@ def test_elastic_training_goes_on_without_a_killed_node(
 def elastic_training(name: str, nodes: Nodes) -> TrainingRun:
     """Return a training of three lanes, by two or three workers."""
     training = training_of(name, nodes)
-    recipe = training.recipe.read_text().replace("micro_batches = 2", "micro_batches = 3")
+    recipe = training.recipe.read_text().replace('size = "small"', 'size = "tiny"')
+    recipe = recipe.replace("micro_batches = 2", "micro_batches = 3")
     training.recipe.write_text(
         recipe.replace("num_workers = 2", "num_workers = 3\nmin_workers = 2")
     )
