@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from covtanet.machine import num_cores
 from infra.local.services import QUIET, ROOT, Service, is_healthy, start_s3, wait_for, write_private
 
 BIN = Path(sys.executable).parent
@@ -29,7 +30,7 @@ GCS_PORT = 6379
 MLFLOW_PORT = 5000
 INTERFACE = "eth0"
 NAMESPACES = ("--net", "--mount", "--pid")
-PROGRAMS = ("ip", "nsenter", "unshare", "mount")
+PROGRAMS = ("ip", "nsenter", "unshare", "mount", "taskset")
 # Each node would count all of the machine's memory as its own.
 MEMORY_BYTES = 4 << 30
 OBJECT_STORE_BYTES = 256 << 20
@@ -243,8 +244,12 @@ class Nodes:
 
     def _start_ray(self, node: Node, num_cpus: int, *options: str) -> None:
         log = self.folder / f"ray-{node.address}.log"
+        # A node with one CPU has one core: its threads would crawl beside those of the others.
+        core = self.nodes.index(node) % num_cores()
+        on_core = ("taskset", "--cpu-list", str(core)) if num_cpus == 1 else ()
         command = [
-            *node.inside, str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options,
+            *node.inside, *on_core, str(BIN / "ray"), "start", "--block",
+            "--disable-usage-stats", *options,
             f"--node-ip-address={node.address}", f"--num-cpus={num_cpus}",
             f"--memory={MEMORY_BYTES}", f"--object-store-memory={OBJECT_STORE_BYTES}",
             f"--temp-dir={self.data / 'ray'}",

@@ -76,10 +76,10 @@ class TrainingRun:
         """Start the command."""
         return start_job(self.environment, "train.py", *self.arguments, inside=self.inside)
 
-    def run(self, expect: int = 0) -> str:
+    def run(self, expect: int = 0, timeout_s: float = 500) -> str:
         """Run the command to its end, check its exit code and return its output."""
         job = self.start()
-        code = job.finish()
+        code = job.finish(timeout_s)
         if code != expect:
             raise AssertionError(f"exit code {code}, expected {expect}:\n{job.output[-4000:]}")
         self.output = job.output
