@@ -131,7 +131,7 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
     with phases.timed("screen"):
         ray_data.configure(preserve_order=False)
         pipeline.limit_object_store(160, plan.workers)
-        begin_attempt = AttemptCounter(run).begin
+        begin_attempt = AttemptCounter(run, {}).begin
         stages = pipeline.Stages(
             decoder=Decoder,
             decoder_arguments={"run": run, "begin_attempt": begin_attempt},

@@ -158,6 +158,10 @@ class TrainingError(CovtanetError):
     """A training cannot go on; its finished work is kept."""
 
 
+class NodesLostError(CovtanetError):
+    """Nodes of the cluster were lost; a new plan for those that are left continues the run."""
+
+
 class StudyError(CovtanetError):
     """One series is refused; named after the study, of which a series is a part.
 

@@ -21,6 +21,7 @@ from covtanet.errors import (
     AlreadyCommittedError,
     CheckpointError,
     ConfigError,
+    NodesLostError,
     TrainingError,
     WeakSandboxError,
     error_location,
@@ -94,7 +95,7 @@ def run_job(job: Callable[[], int]) -> int:
     except AlreadyCommittedError as error:
         logger.error("%s", error)
         code = ExitCode.NOT_PUBLISHED
-    except TrainingError as error:
+    except (TrainingError, NodesLostError) as error:
         logger.error("%s; the same command continues", error)
     except FloatingPointError as error:
         # The same seed meets the same NaN again.

@@ -61,7 +61,8 @@ def progress(ledger: str, run: BatchRun) -> tuple[int | None, int]:
             num_series = pq.ParquetFile(file).metadata.num_rows
     except FileNotFoundError:
         return None, 0
-    return num_series, num_finished(work)
+    # Two drivers may have finished a series.
+    return num_series, min(num_series, num_finished(work))
 
 
 def _batch_uri(ledger: str, batch: str) -> str:

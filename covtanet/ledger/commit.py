@@ -18,7 +18,7 @@ from covtanet.errors import AlreadyCommittedError
 from covtanet.ledger.accounting import Accounting
 from covtanet.ledger.deidentify import LINKAGE_SCHEMA, hide_identities
 from covtanet.ledger.finished_rows import read_chunks
-from covtanet.ledger.run import Run
+from covtanet.ledger.run import Run, is_committed
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.series_keys import SeriesKeys, join_keys, keys_of, position_of
 from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, remove_work
@@ -33,7 +33,7 @@ ROWS_PER_GROUP = 1 << 13
 ORDER = [("status", "ascending"), ("involvement", "ascending"), ("series_key", "ascending")]
 # Metadata of a committed file: the token of the commit that wrote it, and when its run began by the
 # clock of the first driver.
-DRIVER, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
+COMMIT_TOKEN, BEGUN_AT = b"covtanet.driver", b"covtanet.begun_at"
 # The clock of a driver may be this far ahead of the one that commits before its time is replaced.
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
@@ -70,7 +70,7 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
             storage.upload(
                 linkage_path, storage.join(run.linkage, f"date={run.run_date.isoformat()}", name)
             )
-        is_new = storage.create(path, run.committed_uri)
+        is_new = _create(path, run)
     # A PUT whose answer was lost counts as refused although it was ours: the file tells whose it
     # is.
     if not (is_new and is_exclusive) and _commit_token_of(run) != commit_token:
@@ -78,6 +78,17 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
     # Last, since until the commit the rows of the work are the only checkpoint.
     remove_work(run)
     return accounting
+
+
+def _create(path: Path, run: Run) -> bool:
+    """Publish the file; return whether it is surely this one that was published."""
+    try:
+        return storage.create(path, run.committed_uri)
+    except OSError:
+        # The answer of a request that was carried out may be lost: the file tells whose it is.
+        if is_committed(run):
+            return False
+        raise
 
 
 def _expected_keys(run: Run) -> SeriesKeys:
@@ -108,7 +119,7 @@ def _write_ledger(
     now = datetime.now(UTC)
     metadata = {
         **LEDGER_SCHEMA.metadata,
-        DRIVER: commit_token,
+        COMMIT_TOKEN: commit_token,
         BEGUN_AT: _begun_at(run, now).encode(),
     }
     schema = LEDGER_SCHEMA.with_metadata(metadata)
@@ -128,14 +139,19 @@ def _write_ledger(
 def _one_row_each(chunks: Iterable[pa.Table], keys: SeriesKeys) -> Iterator[pa.Table]:
     """Yield the rows of chunks, without further rows of series that had one before.
 
+    Rows of series that the manifest does not have are left out: if a store lets a second driver
+    replace the manifest, the last one counts.
+
     Raises:
-        RuntimeError: a row is of no series of the manifest, or a series has no row.
+        RuntimeError: a series has no row.
     """
     has_row = np.zeros(len(keys), bool)
-    for chunk in chunks:
-        positions = position_of(keys_of(chunk), keys)
-        if (positions < 0).any():
-            raise RuntimeError(f"{(positions < 0).sum()} rows are of no series of the manifest")
+    for listed_or_not in chunks:
+        positions = position_of(keys_of(listed_or_not), keys)
+        chunk = listed_or_not.filter(pa.array(positions >= 0))
+        positions = positions[positions >= 0]
+        if num_left_out := listed_or_not.num_rows - chunk.num_rows:
+            logger.warning("%d rows are of no series of the manifest", num_left_out)
         # Within the chunk the first of equal keys counts, among chunks that of the earlier one.
         _, first = np.unique(positions, return_index=True)
         new = np.sort(first[~has_row[positions[first]]])
@@ -155,10 +171,10 @@ def _windows(chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
         window.append(chunk)
         num_rows += chunk.num_rows
         if num_rows >= ROWS_PER_WINDOW:
-            yield pa.concat_tables(window)
+            yield pa.concat_tables(window).combine_chunks()
             window, num_rows = [], 0
     if window:
-        yield pa.concat_tables(window)
+        yield pa.concat_tables(window).combine_chunks()
 
 
 def _begun_at(run: Run, now: datetime) -> str:
@@ -189,4 +205,4 @@ def _commit_token_of(run: Run) -> bytes:
     """Return the token of the commit that wrote the file."""
     filesystem, path = storage.filesystem(run.committed_uri)
     metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
-    return bytes(metadata.get(DRIVER, b""))
+    return bytes(metadata.get(COMMIT_TOKEN, b""))

@@ -1,9 +1,10 @@
 """Rows of finished series, which the driver stores in chunks until the commit.
 
-_work/<run_id>/rows/<id>-<number of rows>.parquet   one chunk, written whole
+_work/<run_id>/rows/<time>-<id>-<number of rows>.parquet   one chunk, written whole
 
-A series may have rows in two chunks, if two drivers screened it; the commit takes one of them. Runs
-of older software have one chunk for each series, named by its key.
+A series may have rows in two chunks, if two drivers screened it or Ray repeated a block; the commit
+takes that of the earlier chunk. Runs of older software have one chunk for each series, named by its
+key.
 """
 
 import re
@@ -27,8 +28,9 @@ from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION, with_columns
 from covtanet.ledger.series_keys import SeriesKeys, join_keys
 from covtanet.ledger.work import batched
 
-# A driver that is killed loses the rows of so many seconds: their series are screened again. An
-# object for each row would be a request for each series, and as many for the commit.
+# A driver that is killed loses the rows that came within so many seconds after the last chunk;
+# their series are screened again. An object for each row would be a request for each series, and
+# as many for the commit.
 STORE_EVERY_S = 2.0
 MAX_ROWS_PER_CHUNK = 1000
 # A chunk is a small object: the time goes to waiting for storage.
@@ -37,7 +39,7 @@ NUM_ROWS = re.compile(r"-(\d+)\.parquet$")
 
 
 class FinishedRows:
-    """Takes the records of finished series and stores their rows, a chunk every few seconds.
+    """Rows of finished series, of which a chunk is stored every few seconds.
 
     Used as a context, it stores the rest at the end, also after an error.
     """
@@ -142,5 +144,6 @@ def _chunk_names(folder: str) -> list[str]:
 def _store_chunk(run: Run, rows: list[dict[str, Any]]) -> None:
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), buffer, compression="zstd")
-    name = f"{uuid.uuid4().hex}-{len(rows)}.parquet"
+    # By their names chunks are in the order of time; two drivers may store at the same time.
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex}-{len(rows)}.parquet"
     storage.write_bytes(run.work_uri("rows", name), buffer.getvalue())

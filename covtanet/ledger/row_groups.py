@@ -14,7 +14,7 @@ ITEMS_PER_GROUP = 1 << 14
 
 
 class RowGroupWriter:
-    """Writes tables to a local file and joins small ones to one row group.
+    """A writer of tables to a local file, which joins small ones to one row group.
 
     A row counts as many items as it lists objects, at least one: so that a group of series with
     many objects takes no more memory.

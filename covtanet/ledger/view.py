@@ -1,7 +1,7 @@
 """The current view of a ledger: the newest row of every series.
 
 The files of all runs are read twice, first the series keys and then the rows that are newest: so
-that memory holds 50 bytes for each row of the ledger, and not the rows.
+that memory holds some 100 bytes for each row of the ledger, and not the rows.
 
 Not covered: series that are no longer in the archive keep their newest row.
 """
@@ -74,8 +74,8 @@ def _run_id(uri: str) -> str:
     return uri.rsplit("/", 1)[-1].removesuffix(".parquet")
 
 
-def _newest_of(runs: list[Path]) -> Iterator[NDArray[np.bool_]]:
-    """Yield for each run which of its rows are the newest of their series."""
+def _newest_of(runs: list[Path]) -> list[NDArray[np.bool_]]:
+    """Return for each run which of its rows are the newest of their series."""
     # Run by run the key columns, (N,) over all rows of the ledger.
     tables = [list(read_batches(open_run(path), ["series_key"])) for path in runs]
     lengths = [sum(table.num_rows for table in run) for run in tables]
@@ -90,7 +90,7 @@ def _newest_of(runs: list[Path]) -> Iterator[NDArray[np.bool_]]:
     is_last[:-1] = keys[order[1:]] != keys[order[:-1]]
     is_newest = np.zeros(len(order), bool)
     is_newest[order[is_last]] = True
-    yield from np.split(is_newest, np.cumsum(lengths)[:-1]) if runs else ()
+    return np.split(is_newest, np.cumsum(lengths)[:-1]) if runs else []
 
 
 def _times(path: Path) -> NDArray[np.int64]:

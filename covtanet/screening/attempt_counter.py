@@ -6,18 +6,21 @@ from functools import cache
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from covtanet.ledger.attempts import Attempts, Worker
+from covtanet.ledger.attempts import Attempts, AttemptsOfSeries, Worker
 from covtanet.ledger.run import Run
+
+# The driver waits so long for the attempts of a plan that ended, and then counts anew.
+ANSWER_TIMEOUT_S = 10.0
 
 
 class AttemptCounter:
-    """Counts attempts for all workers of a run; called in a worker before it begins a series.
+    """The counts of attempts of all workers of a run.
 
     It lives as long as its driver. If its process dies, Ray starts it again and repeats the call.
     """
 
-    def __init__(self, run: Run) -> None:
-        """Start the actor; called in the driver."""
+    def __init__(self, run: Run, earlier: AttemptsOfSeries) -> None:
+        """Start the actor; called in the driver. earlier: attempts of earlier plans."""
         node_id = ray.get_runtime_context().get_node_id()
         self._actor = _AttemptsActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
@@ -25,21 +28,34 @@ class AttemptCounter:
             max_task_retries=-1,
             # With the driver: a node that is lost takes no counts along.
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        ).remote(run)
+        ).remote(run, earlier)
 
     def begin(self, series_key: str, stage: str) -> bool:
-        """Count one more attempt of this worker at a series; return whether it may be made."""
+        """Count one more attempt of this worker at a series; return whether it may be made.
+
+        Called in a worker before it begins a series.
+        """
         # About a millisecond: nothing to what a stage takes for a series that can be decoded.
         may_begin: bool = ray.get(self._actor.begin.remote(series_key, stage, _this_worker()))
         return may_begin
+
+    def on_lost_nodes(self) -> AttemptsOfSeries:
+        """Return the attempts whose nodes have been lost, for the next plan."""
+        try:
+            attempts: AttemptsOfSeries = ray.get(
+                self._actor.on_lost_nodes.remote(), timeout=ANSWER_TIMEOUT_S
+            )
+        except ray.exceptions.RayError:
+            return {}
+        return attempts
 
 
 @ray.remote
 class _AttemptsActor(Attempts):
     """``Attempts`` in a process of its own."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run, _living_nodes)
+    def __init__(self, run: Run, earlier: AttemptsOfSeries) -> None:
+        super().__init__(run, _living_nodes, earlier)
 
 
 def _living_nodes() -> set[str]:

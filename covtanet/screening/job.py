@@ -155,7 +155,10 @@ def _screen(
         accounting = commit_run(run, is_exclusive=is_exclusive)
     except Exception as error:
         # After another driver's commit its clean-up makes this driver fail in many ways.
-        if not isinstance(error, AlreadyCommittedError) and _is_known_as_committed(run):
+        if isinstance(error, AlreadyCommittedError):
+            remove_work(run)  # of this driver, after the other removed its own
+        elif _is_known_as_committed(run):
+            remove_work(run)
             raise AlreadyCommittedError(
                 "another driver of this run committed while this one worked"
             ) from error

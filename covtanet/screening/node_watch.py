@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from covtanet.errors import NodesLostError
 from covtanet.screening.worker_counts import num_cpus_needed
 
 LOOK_EVERY_S = 5.0
@@ -17,19 +18,10 @@ LOOK_EVERY_S = 5.0
 STANDS_STILL_S = 120.0
 
 
-class NodesLostError(Exception):
-    """Nodes were lost and no series moves; the nodes that are left have room for a new plan."""
-
-    def __init__(self, num_nodes: int) -> None:
-        super().__init__(f"some of {num_nodes} nodes were lost")
-        self.num_nodes = num_nodes
-
-
 class StandStill:
-    """Tells whether nothing has moved for long since a node was lost. Pure, apart from the clock
-    that its callers read.
+    """A plan in which nothing has moved for long since a node was lost.
 
-    nodes: those that the plan starts with.
+    nodes: that the plan starts with. Pure: its callers read the clock.
     """
 
     def __init__(self, nodes: set[str], now: float) -> None:
@@ -38,21 +30,23 @@ class StandStill:
         self.moved_at = now
 
     def lasts(self, nodes: set[str], num_moved: int, now: float) -> bool:
-        """Return whether it lasts for longer than a series may take.
+        """Return whether the plan stands still for longer than a series may take.
 
         nodes: that live. num_moved: blocks that have left a stage so far.
         """
-        if self.nodes <= nodes:  # none is lost
+        has_moved = num_moved != self.num_moved
+        # None is lost, or the plan goes on with another in its place.
+        if self.nodes <= nodes or (has_moved and len(nodes) >= len(self.nodes)):
             self.nodes = nodes
             self.moved_at = now
-        if num_moved != self.num_moved:
+        if has_moved:
             self.num_moved = num_moved
             self.moved_at = now
         return now - self.moved_at >= STANDS_STILL_S
 
 
 class NodeWatch(ExecutionCallback):  # type: ignore[misc]
-    """Looks at the nodes while Ray Data executes a plan."""
+    """Ray Data's callback that looks at the nodes while it executes a plan."""
 
     def __init__(self) -> None:
         self.looked_at = time.monotonic()
@@ -71,8 +65,10 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
         # Ray Data has no public count of what moves between its stages.
         num_moved = sum(operator.metrics.num_outputs_taken for operator in executor._topology)
         nodes = nodes_with_cpus()
-        if self.stand_still.lasts(set(nodes), num_moved, now) and has_room(list(nodes.values())):
-            raise NodesLostError(len(self.stand_still.nodes))
+        lasts = self.stand_still.lasts(set(nodes), num_moved, now)
+        if lasts and has_room(list(nodes.values())):
+            num_lost = len(self.stand_still.nodes - set(nodes))
+            raise NodesLostError(f"{num_lost} nodes were lost and no series moves")
 
 
 def nodes_with_cpus() -> dict[str, int]:

@@ -4,6 +4,7 @@ What crosses between workers is the network's input and packed masks, never a ra
 series at a time as keep every worker busy.
 """
 
+import itertools
 import logging
 import tempfile
 import time
@@ -20,18 +21,18 @@ import ray.data
 from covtanet import ray_data, runtime, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
-from covtanet.errors import Status
-from covtanet.ledger.attempts import MAX_ATTEMPTS
+from covtanet.errors import AlreadyCommittedError, ConfigError, NodesLostError, Status
+from covtanet.ledger.attempts import MAX_ATTEMPTS, AttemptsOfSeries
 from covtanet.ledger.finished_rows import FinishedRows, finished_keys
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.row_groups import RowGroupWriter
-from covtanet.ledger.run import Run
+from covtanet.ledger.run import Run, is_committed
 from covtanet.ledger.series_keys import SeriesKeys
 from covtanet.ledger.work import unfinished_series
 from covtanet.screening import metrics
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
-from covtanet.screening.node_watch import NodesLostError, NodeWatch
+from covtanet.screening.node_watch import NodeWatch
 from covtanet.screening.plan import Plan, make_plan
 from covtanet.screening.worker_counts import WorkerCounts
 from covtanet.screening.workers import Decoder, PredictorWorker, measure_and_keep
@@ -65,24 +66,64 @@ def screen(
 
     window: the model's preprocessing. results: location for masks and previews; empty for none. If
     nodes are lost and no series moves any more, a new plan takes those that are left.
+
+    Raises:
+        NodesLostError: the nodes that are left have no room for a new plan.
     """
-    while True:
-        try:
-            _screen_by_plan(run, config, window, model_folder, results)
+    attempts: AttemptsOfSeries = {}
+    num_finished: int | None = None  # before the last plan that came to its end
+    for plan_number in itertools.count():
+        finished = finished_keys(run)
+        if is_committed(run):  # whose rows are removed
+            raise AlreadyCommittedError("another driver of this run committed meanwhile")
+        plan = _make_next_plan(run, config, finished, is_first=plan_number == 0)
+        # The commit tells of series that a whole plan could not finish.
+        if plan.num_finished in (plan.num_series, num_finished):
             return
+        num_finished = plan.num_finished
+        counter = AttemptCounter(run, attempts)
+        try:
+            _screen_by_plan(run, config, window, model_folder, results, plan, finished, counter)
         except NodesLostError as error:
-            logger.warning("nodes were lost and no series moves: planning for the nodes left")
+            logger.warning("%s: planning for the nodes left", error)
             # Nodes that replace the lost ones later get work.
-            config = replace(config, max_nodes=max(config.max_nodes or 0, error.num_nodes))
+            config = replace(config, max_nodes=max(config.max_nodes or 0, plan.num_nodes))
+            num_finished = None
             # As for a driver that was killed: the end of the plan is no attempt at a series.
             run = replace(run, driver=uuid.uuid4().hex)
+            attempts = counter.on_lost_nodes()
             # Workers that wait for rows of the lost nodes end with the connection alone.
             ray.shutdown()
             runtime.connect()
 
 
+def _make_next_plan(
+    run: Run, config: ScreeningConfig, finished: SeriesKeys, *, is_first: bool
+) -> Plan:
+    """Plan the series that are left. is_first: the run may still be refused to start."""
+    # One slow series must not hold back those behind it; the commit sorts the rows.
+    timeout_s = no_progress_timeout_s(config)
+    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s, callbacks=[NodeWatch])
+    try:
+        plan = make_plan(run, config, finished)
+    except ConfigError as error:
+        if is_first:
+            raise
+        raise NodesLostError(str(error)) from error
+    if plan.num_finished:
+        logger.info("continuing: %d of %d series are finished", plan.num_finished, plan.num_series)
+    return plan
+
+
 def _screen_by_plan(
-    run: Run, config: ScreeningConfig, window: WindowConfig, model_folder: Path, results: str
+    run: Run,
+    config: ScreeningConfig,
+    window: WindowConfig,
+    model_folder: Path,
+    results: str,
+    plan: Plan,
+    finished: SeriesKeys,
+    counter: AttemptCounter,
 ) -> None:
     """Screen every series that has no row yet on the nodes that there are.
 
@@ -92,22 +133,14 @@ def _screen_by_plan(
     # Importing torch takes seconds, which the modules of the other workers do without.
     from covtanet.model.model_files import model_files
 
-    # One slow series must not hold back those behind it; the commit restores the order.
-    timeout_s = no_progress_timeout_s(config)
-    ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s, callbacks=[NodeWatch])
-    finished = finished_keys(run)
-    plan = make_plan(run, config, finished)
     num_remaining = plan.num_series - plan.num_finished
-    if plan.num_finished:
-        logger.info("continuing: %d of %d series are finished", plan.num_finished, plan.num_series)
-    if not num_remaining:
-        return
     logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
     limit_object_store(window.size_px, plan.most_workers)
-    screen_with(run, plan, _stages(run, config, window, results, plan), finished)
+    common = {"run": run, "config": config, "begin_attempt": counter.begin}
+    screen_with(run, plan, _stages(common, window, results, plan), finished)
 
 
 def screen_with(run: Run, plan: Plan, stages: "Stages", finished: SeriesKeys) -> None:
@@ -150,14 +183,8 @@ class Stages:
     measure: Callable[[Row], Row]
 
 
-def _stages(
-    run: Run, config: ScreeningConfig, window: WindowConfig, results: str, plan: Plan
-) -> Stages:
-    common: dict[str, Any] = {
-        "run": run,
-        "config": config,
-        "begin_attempt": AttemptCounter(run).begin,
-    }
+def _stages(common: dict[str, Any], window: WindowConfig, results: str, plan: Plan) -> Stages:
+    """Return the stages of a screening. common: arguments that all of them take."""
     return Stages(
         decoder=Decoder,
         decoder_arguments={**common, "window": window},
@@ -276,7 +303,8 @@ def _warn_of_failure(series_key: str, reason: str) -> None:
 
 def _report(num_done: int, num_series: int, elapsed_s: float) -> None:
     rate = num_done / max(elapsed_s, 1e-3)
-    left_s = (num_series - num_done) / rate
+    # A repeated block may bring series a second time.
+    left_s = max(0, num_series - num_done) / rate
     extra = {"done": num_done, "remaining": num_series - num_done, "left_s": round(left_s)}
     logger.info(
         "%d of %d series, %.1f a minute, %.0f s left",

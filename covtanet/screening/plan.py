@@ -39,6 +39,8 @@ from covtanet.screening.worker_counts import (
 
 # A second driver on a cluster with room for one waits this long and then refuses to start.
 FREE_CPUS_TIMEOUT_S = 60.0
+# A plan that starts with too few CPUs keeps them to its end.
+SETTLED_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Plan:
     num_bytes: int
     """Bytes of the series whose size is known."""
     num_finished: int
+    num_nodes: int
+    """Nodes with CPUs."""
     num_cpus: int
     num_gpus: int
     workers: WorkerCounts
@@ -168,6 +172,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         num_series=num_series,
         num_bytes=num_bytes,
         num_finished=num_finished,
+        num_nodes=len(node_cpus),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         workers=workers,
@@ -181,9 +186,17 @@ def _wait_for_cpus(num_needed: int) -> int:
     A cluster with fewer CPUs in all is not worth waiting for.
     """
     deadline = time.monotonic() + FREE_CPUS_TIMEOUT_S
+    most_idle = 0
+    settled_at = time.monotonic()
     while True:
         num_idle = int(ray.available_resources().get("CPU", 0))
-        is_hopeless = ray.cluster_resources().get("CPU", 0) < num_needed
-        if num_idle >= num_needed or is_hopeless or time.monotonic() > deadline:
+        num_cpus = int(ray.cluster_resources().get("CPU", 0))
+        now = time.monotonic()
+        if num_idle > most_idle:
+            most_idle, settled_at = num_idle, now
+        # The workers of a dead driver end one after the other: its CPUs are not free at once.
+        is_settled = num_idle == num_cpus or now - settled_at >= SETTLED_AFTER_S
+        is_enough = num_idle >= num_needed and is_settled
+        if is_enough or num_cpus < num_needed or now > deadline:
             return num_idle
         time.sleep(1)

@@ -60,7 +60,7 @@ Decoder = Callable[[str, Iterable[Iterable[bytes]]], Prepared]
 WORKER_DIED = Refusal(
     status=Status.FAILED,
     reason=Reason.WORKER_DIED,
-    detail="the worker died or hung in each of 3 attempts",
+    detail="the worker died or hung in each attempt",
 )
 # The listing itself rejects a series for these.
 LISTING_DETAILS = {

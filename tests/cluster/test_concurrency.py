@@ -60,7 +60,7 @@ stages = Stages(
 series = ray.data.from_items([{"number": number} for number in range(num_series)])
 plan = Plan(
     num_series=num_series, num_bytes=num_series * 30_000_000, num_finished=0,
-    num_cpus=num_decoders + 3, num_gpus=0, workers=workers, most_workers=workers,
+    num_nodes=1, num_cpus=num_decoders + 3, num_gpus=0, workers=workers, most_workers=workers,
 )
 rows = assemble(series, stages, plan).take_all()
 print(json.dumps([list(row["times"]) for row in rows]))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from covtanet import storage
-from covtanet.ledger.attempts import Attempts, Worker
+from covtanet.ledger.attempts import Attempts, AttemptsOfSeries, Worker
 from covtanet.ledger.run import Run
 
 NODES = {"one", "two"}
@@ -13,7 +13,7 @@ NODES = {"one", "two"}
 
 @pytest.fixture
 def attempts(run: Run) -> Attempts:
-    return Attempts(run, lambda: NODES)
+    return Attempts(run, lambda: NODES, {})
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_neighbours_of_a_deadly_series_in_its_block_are_not_charged(
 def test_attempts_on_lost_nodes_do_not_count_but_end_after_six(
     run: Run, new_worker: Callable[..., Worker]
 ) -> None:
-    attempts = Attempts(run, lambda: {"one"})
+    attempts = Attempts(run, lambda: {"one"}, {})
     outcomes = [attempts.begin("unlucky", "decode", new_worker("lost")) for _ in range(7)]
     assert outcomes == [True] * 6 + [False]
     mixed = [attempts.begin("mixed", "decode", new_worker(node)) for node in ("lost", "one") * 3]
@@ -71,14 +71,63 @@ def test_attempts_on_lost_nodes_do_not_count_but_end_after_six(
 def test_first_attempt_writes_nothing_and_second_survives_the_counting_process(
     run: Run, new_worker: Callable[..., Worker]
 ) -> None:
-    attempts = Attempts(run, lambda: NODES)
+    attempts = Attempts(run, lambda: NODES, {})
     assert attempts.begin("deadly", "decode", new_worker())
     assert not noted(run)
     assert attempts.begin("deadly", "decode", new_worker())
     assert noted(run) == ["deadly-decode.json"]
-    restarted = Attempts(run, lambda: NODES)
+    restarted = Attempts(run, lambda: NODES, {})
     outcomes = [restarted.begin("deadly", "decode", new_worker()) for _ in range(2)]
     assert outcomes == [True, False]
+
+
+def test_note_of_a_survived_series_is_removed(
+    attempts: Attempts, run: Run, new_worker: Callable[..., Worker]
+) -> None:
+    """Or a restart of the counting process would count it again."""
+    attempts.begin("unlucky", "decode", new_worker())
+    worker = new_worker()
+    attempts.begin("unlucky", "decode", worker)
+    assert noted(run) == ["unlucky-decode.json"]
+    attempts.begin("next", "decode", worker)
+    assert not noted(run)
+
+
+def test_repeated_call_of_a_worker_is_one_attempt(
+    attempts: Attempts, new_worker: Callable[..., Worker]
+) -> None:
+    """Ray repeats a call whose answer was lost when the counting process died."""
+    worker = new_worker()
+    assert all(attempts.begin("series", "decode", worker) for _ in range(5))
+
+
+def test_attempts_on_lost_nodes_are_taken_to_the_next_plan(
+    run: Run, new_worker: Callable[..., Worker]
+) -> None:
+    """A series that takes its node down each time ends, however many plans it outlives."""
+    earlier: AttemptsOfSeries = {}
+    for number in range(6):
+        node = f"node-{number}"
+        attempts = Attempts(make_again(run), lambda: {"other"}, earlier)
+        assert attempts.begin("deadly", "decode", new_worker(node))
+        assert attempts.begin("innocent", "decode", new_worker("other"))
+        earlier = attempts.on_lost_nodes()
+        assert earlier.keys() == {("deadly", "decode")}
+    attempts = Attempts(make_again(run), lambda: {"other"}, earlier)
+    assert not attempts.begin("deadly", "decode", new_worker("other"))
+
+
+def test_store_that_refuses_the_note_stops_no_attempt(
+    attempts: Attempts,
+    new_worker: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(uri: str, data: bytes) -> None:
+        raise OSError("the object store answered 503 SlowDown")
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    outcomes = [attempts.begin("deadly", "decode", new_worker()) for _ in range(4)]
+    assert outcomes == [True, True, True, False]
 
 
 def test_each_driver_counts_for_itself(run: Run, new_worker: Callable[..., Worker]) -> None:
@@ -87,7 +136,7 @@ def test_each_driver_counts_for_itself(run: Run, new_worker: Callable[..., Worke
         driver = make_again(run)
         assert driver.driver != run.driver
         assert driver == run
-        attempts = Attempts(driver, lambda: NODES)
+        attempts = Attempts(driver, lambda: NODES, {})
         assert all(attempts.begin("series", "decode", new_worker()) for _ in range(3))
 
 

@@ -24,3 +24,11 @@ def test_plan_that_lost_a_node_and_stands_still_is_ended() -> None:
     # A node that joins does not bring back what stands still.
     assert stand_still.lasts({"a", "c"}, 3, 100 + STANDS_STILL_S)
     assert stand_still.nodes == {"a", "b"}
+
+
+def test_plan_that_goes_on_with_a_replaced_node_may_stand_still_later() -> None:
+    """As with one slow series at its end."""
+    stand_still = StandStill({"a", "b"}, 0)
+    assert not stand_still.lasts({"a", "c"}, 0, 10)
+    assert not stand_still.lasts({"a", "c"}, 1, 20)
+    assert not stand_still.lasts({"a", "c"}, 1, 20 + 2 * STANDS_STILL_S)

@@ -13,6 +13,7 @@ def plan(num_series: int, mean_bytes: int, num_finished: int = 0, num_decoders: 
         num_series=num_series,
         num_bytes=num_series * mean_bytes,
         num_finished=num_finished,
+        num_nodes=1,
         num_cpus=4,
         num_gpus=0,
         workers=workers,
