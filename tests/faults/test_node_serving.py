@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,14 @@ def test_killed_node_costs_requests_in_flight_alone_and_another_takes_its_place(
 
 
 def describe(callers: Callers, left: str, killed_at: float) -> str:
-    """Return counts and times of the answers of the node that is left."""
+    """Return counts and times of the answers after the kill."""
     since = [answer for answer in callers.answers if answer.at > killed_at]
     statuses = Counter(answer.status for answer in since if answer.address == left)
-    refused = [answer.at - killed_at for answer in since if answer.status == 503]
-    first, *others = callers.answered(left, killed_at)
-    gaps = [after.at - before.at for before, after in zip([first, *others], others, strict=False)]
+    num_broken = sum(answer.status == 0 for answer in since)
+    times = [killed_at, *(answer.at for answer in callers.answered(left, killed_at))]
     return (
-        f"the node left answered {dict(statuses)}, first after {first.at - killed_at:.1f} s, "
-        f"longest pause {max(gaps):.1f} s; last 503 after {max(refused, default=0):.1f} s, "
-        f"longest answer {max(answer.took_s for answer in since):.1f} s"
+        f"answers of the node left by status: {dict(statuses)}, longest pause between answers 200 "
+        f"{max(after - before for before, after in pairwise(times)):.1f} s, longest answer "
+        f"{max(answer.took_s for answer in since):.1f} s; {num_broken} broken connections to the "
+        "other node"
     )
