@@ -55,15 +55,20 @@ class Serving:
         """Add a node; return it and the seconds until it has both replicas."""
         started = time.monotonic()
         node = self.nodes.add_worker(CPUS_PER_NODE)
-        wait_until(lambda: num_replicas(node) == [1, 1], f"{node.address} has no replicas")
-        with network_of(self.nodes.head):
-            url = f"http://{node.address}:{PORT}/readyz"
-            wait_until(lambda: is_healthy(url), f"{node.address} has no proxy")
+        wait_until_ready(node, self.nodes.head)
         return node, time.monotonic() - started
 
     def workers(self) -> list[Node]:
         """Return the worker nodes that live."""
         return [node for node in self.nodes.nodes[1:] if node.is_alive()]
+
+
+def wait_until_ready(node: Node, head: Node) -> None:
+    """Wait until a node has a replica of each kind, and a proxy that answers the head."""
+    wait_until(lambda: num_replicas(node) == [1, 1], f"{node.address} has no replicas")
+    with network_of(head):
+        url = f"http://{node.address}:{PORT}/readyz"
+        wait_until(lambda: is_healthy(url), f"{node.address} has no proxy")
 
 
 def num_replicas(node: Node) -> list[int]:
@@ -118,7 +123,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         try:
             alone = Callers(nodes.head, token, studies())
             (first,) = nodes.nodes[1:]
-            wait_until(lambda: num_replicas(first) == [1, 1], "not one replica of each kind")
+            wait_until_ready(first, nodes.head)
             alone.ask_alone(first.address)
             yield Serving(
                 nodes=nodes, endpoint=endpoint, bodies=alone.bodies, expected=alone.expected
