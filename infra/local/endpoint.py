@@ -13,7 +13,14 @@ from typing import Any
 import requests
 
 from covtanet.machine import num_cores
-from infra.local.services import LOOPBACK, ROOT, Service, is_healthy, wait_for
+from infra.local.services import (
+    LOOPBACK,
+    ROOT,
+    START_TIMEOUT_S,
+    Service,
+    is_healthy,
+    wait_for,
+)
 
 # Variables of every node of a Ray that serves, beside COVTANET_SERVE_CONFIG.
 SERVE_ENVIRONMENT = {
@@ -37,7 +44,7 @@ num_api_replicas = {num_api_replicas}
 cpus_per_decoder = 0.25
 reserves_memory = false
 num_model_replicas = {num_model_replicas}
-max_model_replicas_per_node = {num_model_replicas}
+max_model_replicas_per_node = {max_model_replicas_per_node}
 model_cpus = {model_cpus}
 model_threads = {model_threads}
 driver_cpus = 0.5
@@ -69,11 +76,12 @@ def write_config(
     may_store: bool = False,
     num_api_replicas: int = 1,
     num_model_replicas: int = 1,
+    max_model_replicas_per_node: int | None = None,
 ) -> None:
     """Write the endpoint's settings with one caller, who may read ``places``.
 
     Model replicas share one logical CPU and the cores of the machine. The file holds the token's
-    digest, not the token.
+    digest, not the token. max_model_replicas_per_node: None for as many as there are.
     """
     text = CONFIG.format(
         model=model,
@@ -88,6 +96,7 @@ def write_config(
         may_store=json.dumps(may_store),
         num_api_replicas=num_api_replicas,
         num_model_replicas=num_model_replicas,
+        max_model_replicas_per_node=max_model_replicas_per_node or num_model_replicas,
         model_cpus=1 / num_model_replicas,
         model_threads=max(1, num_cores() // num_model_replicas),
         digest=hashlib.sha256(token.encode()).hexdigest(),
@@ -146,19 +155,29 @@ class Endpoint:
         return connection
 
 
-def start_endpoint(environment: dict[str, str], port: int, log: Path, token: str) -> Endpoint:
+def start_endpoint(
+    environment: dict[str, str],
+    port: int,
+    log: Path,
+    token: str,
+    *,
+    host: str = LOOPBACK,
+    inside: tuple[str, ...] = (),
+    timeout_s: float = START_TIMEOUT_S,
+) -> Endpoint:
     """Deploy the application on the environment's Ray, and wait until its model answers.
 
-    token: of the caller in its settings.
+    token: of the caller in its settings. host: the address on which the proxy of every node
+    listens. inside: a command that runs another, such as on one of several nodes.
     """
     code = (
         "from ray import serve; from serve.app import app; "
-        f"serve.start(http_options={{'host': '{LOOPBACK}', 'port': {port}}}); "
+        f"serve.start(http_options={{'host': '{host}', 'port': {port}}}); "
         "serve.run(app({}), blocking=True)"
     )
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [*inside, sys.executable, "-c", code],
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -166,5 +185,5 @@ def start_endpoint(environment: dict[str, str], port: int, log: Path, token: str
             cwd=ROOT,
         )
     service = Service(process, {"COVTANET_URL": f"http://{LOOPBACK}:{port}"}, log)
-    wait_for(service, lambda: is_healthy(f"http://{LOOPBACK}:{port}/readyz"))
+    wait_for(service, lambda: is_healthy(f"http://{LOOPBACK}:{port}/readyz"), timeout_s)
     return Endpoint(service=service, token=token)

@@ -241,13 +241,15 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def wait_for(service: Service, is_ready: Callable[[], bool]) -> None:
+def wait_for(
+    service: Service, is_ready: Callable[[], bool], timeout_s: float = START_TIMEOUT_S
+) -> None:
     """Wait until a service answers; stop it if it does not.
 
     Raises:
         RuntimeError: quotes the end of its log.
     """
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     try:
         while time.monotonic() < deadline and service.process.poll() is None:
             if is_ready():

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,12 +134,13 @@ class Nodes:
     """A head, its workers, and the S3 server that they share.
 
     folder: logs and the token. bucket: the folder of this machine that holds the buckets. data: the
-    path at which every node has a folder of its own.
+    path at which every node has a folder of its own. variables: of all processes of the nodes.
     """
 
     folder: Path
     bucket: Path
     data: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     _services: list[Service] = field(default_factory=list)
@@ -165,7 +166,7 @@ class Nodes:
         self.environment = {
             **os.environ, **s3.environment, **QUIET, "COVTANET_ALLOW_PLAIN_HTTP": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT),
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": f"{BIN}:{os.environ['PATH']}", **self.variables,
         }  # fmt: skip
         dashboard = str(with_dashboard).lower()
         options = ("--head", f"--port={GCS_PORT}", f"--include-dashboard={dashboard}")
@@ -264,13 +265,18 @@ class Nodes:
 
 @contextmanager
 def started_nodes(
-    folder: Path, bucket: Path, head_cpus: int, *worker_cpus: int, with_dashboard: bool = False
+    folder: Path,
+    bucket: Path,
+    head_cpus: int,
+    *worker_cpus: int,
+    with_dashboard: bool = False,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Nodes]:
     """Start a head and workers with so many CPUs; end them, whatever happens."""
     with ExitStack() as stack:
         # Ray's sockets need a short path.
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cov")))
-        nodes = Nodes(folder, bucket, data)
+        nodes = Nodes(folder, bucket, data, variables or {})
         stack.callback(nodes.close)
         nodes.start_head(head_cpus, with_dashboard=with_dashboard)
         for num_cpus in worker_cpus:
