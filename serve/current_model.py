@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import ray
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 # A model replica that hangs answers no caller; the request is refused as busy after this time.
@@ -17,7 +17,7 @@ class CurrentModel:
     """Description of the newest version, asked of a model replica at most once per ``keep_s``.
 
     Model replicas notice another champion at different times. Since the answer is kept, an API
-    replica does not change back and forth between two versions from study to study.
+    replica changes its version at most once in that time, and not from study to study.
     """
 
     def __init__(self, segmenter: DeploymentHandle, keep_s: float) -> None:
@@ -40,7 +40,7 @@ class CurrentModel:
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 self._described = await self.segmenter.describe.remote()
-        except (ray.exceptions.RayError, BackPressureError, TimeoutError):
+        except (ray.exceptions.RayError, RayServeException, TimeoutError):
             pass  # the version that was known last serves on, since every replica can load it
         finally:
             self._asking = None

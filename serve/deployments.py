@@ -146,8 +146,12 @@ class Segmenter:
             )
 
     async def _find(self, model_id: str) -> LoadedModel | None:
+        newest = self.newest
+        if model_id == newest.described["model_id"]:
+            return newest  # held apart from the versions that Serve drops in turn
         try:
-            model: LoadedModel = await self.load(model_id)
+            # A caller who hangs up does not end the load: it would begin once more beside it.
+            model: LoadedModel = await asyncio.shield(asyncio.ensure_future(self.load(model_id)))
         except Exception as error:
             logger.error("a version in use cannot be loaded: %s", type(error).__name__)
             return None

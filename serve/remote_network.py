@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from covtanet.ct.window import WindowConfig
@@ -106,12 +106,7 @@ def _result(response: Any) -> Any:
     except ray.exceptions.RayTaskError:
         raise  # a bug in the model replica, not an outage
     # The exceptions of an outage become a refusal that the caller may retry.
-    except (
-        ray.exceptions.RayError,
-        RequestCancelledError,
-        BackPressureError,
-        TimeoutError,
-    ) as error:
+    except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
         raise UnavailableError(f"the model does not answer: {type(error).__name__}") from None
     if answer is None:
         raise UnavailableError("this version of the model cannot be loaded any more")

@@ -8,6 +8,7 @@ from typing import Any
 
 from covtanet.ct.window import WindowConfig
 from covtanet.data.datasets import DATASETS
+from covtanet.errors import ConfigError
 from covtanet.model.covtanet import INPUT_PX, SIZES, CovTANetConfig, architecture
 from covtanet.model.encoder import EFFICIENTNETS, V8_ENCODER
 from covtanet.model.losses import CrossEntropyDiceConfig, FocalTverskyConfig, JointLossConfig
@@ -202,6 +203,9 @@ class TrainingConfig:
 
         Micro-batches that are set decide how many of the GPUs are used: their number of workers
         must divide them.
+
+        Raises:
+            ConfigError: fewer than ``min_workers``.
         """
         set_counts = (self.phase1.micro_batches, self.phase2.micro_batches)
         # 0, which is not set, has no remainder.
@@ -211,6 +215,11 @@ class TrainingConfig:
             if not any(micro_batches % count for micro_batches in set_counts)
         ]
         num_workers = self.num_workers or max(possible)
+        if self.min_workers > num_workers:
+            raise ConfigError(
+                f"min_workers is {self.min_workers}, expected at most the {num_workers} workers "
+                "of this cluster"
+            )
         return replace(
             self,
             num_workers=num_workers,

@@ -7,6 +7,7 @@ import pytest
 from repository import ROOT
 
 from covtanet.config import load_config
+from covtanet.errors import ConfigError
 from covtanet.training.config import TrainingConfig
 from covtanet.training.phase_config import PhaseConfig
 
@@ -59,3 +60,8 @@ def test_recipe_trains_on_no_gpu_and_on_one(path: Path) -> None:
     for num_gpus in (0, 1):
         resolved = config.resolved(num_gpus)
         assert resolved.num_workers == (config.num_workers or 1)
+
+
+def test_cluster_with_fewer_gpus_than_min_workers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="min_workers is 4, expected at most the 2 workers"):
+        TrainingConfig(min_workers=4).resolved(num_gpus=2)
