@@ -183,7 +183,8 @@ def start_screening(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # The workers import the package of the copy as well.
+        # Workers import the package from the driver's folder first, which is that of the copy.
+        cwd=root,
         env={**own_ray, "PYTHONPATH": str(root), **environment},
     )
 
