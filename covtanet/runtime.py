@@ -63,6 +63,9 @@ RETURN_MEMORY = {
 MLFLOW_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 # Ray Train polls its workers every two seconds; an epoch that is shorter would wait for it.
 RAY_TRAIN_POLLING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+# Ray tries 20 times to reach the head of a cluster, 40 s each: a head that died would be waited for
+# for a quarter of an hour without a line in the log.
+RAY_CONNECT_TRIES = ("RAY_gcs_server_port_wait_time_s", "3")
 NO_USAGE_STATS = {"RAY_USAGE_STATS_ENABLED": "0"}
 WORKER_ENVIRONMENT = {**RETURN_MEMORY, **MLFLOW_TIMEOUTS}
 QUIET_LOGGERS = (
@@ -191,6 +194,7 @@ def connect(*, with_dashboard: bool = False) -> None:
 
     Raises:
         ConfigError: the cluster admits callers without a token, or Ray Data would unpickle data.
+        NodesLostError: the cluster does not answer.
     """
     import ray
 
@@ -198,8 +202,12 @@ def connect(*, with_dashboard: bool = False) -> None:
     for name, value in {**MLFLOW_TIMEOUTS, **RAY_TRAIN_POLLING, **NO_USAGE_STATS}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault(*RAY_CONNECT_TRIES)
         runtime_env = {"env_vars": WORKER_ENVIRONMENT}
-        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+        try:
+            ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env)
+        except ConnectionError as error:
+            raise NodesLostError("the Ray of RAY_ADDRESS does not answer") from error
         return
     # A Ray of our own inherits the variables. With a runtime environment it would start every
     # worker anew and by way of an agent, instead of using those that it started with itself.
