@@ -4,7 +4,6 @@ What crosses between workers is the network's input and packed masks, never a ra
 series at a time as keep every worker busy.
 """
 
-import itertools
 import logging
 import tempfile
 import time
@@ -71,12 +70,15 @@ def screen(
         NodesLostError: the nodes that are left have no room for a new plan.
     """
     attempts: AttemptsOfSeries = {}
+    plan: Plan | None = None
     num_finished: int | None = None  # before the last plan that came to its end
-    for plan_number in itertools.count():
+    while True:
         finished = finished_keys(run)
+        if plan is not None and len(finished) == plan.num_series:
+            return
         if is_committed(run):  # whose rows are removed
             raise AlreadyCommittedError("another driver of this run committed meanwhile")
-        plan = _make_next_plan(run, config, finished, is_first=plan_number == 0)
+        plan = _make_next_plan(run, config, finished, is_first=plan is None)
         # The commit tells of series that a whole plan could not finish.
         if plan.num_finished in (plan.num_series, num_finished):
             return
