@@ -34,6 +34,9 @@ class Hanging:
     def find(self, *wanted):
         threading.Event().wait()
 
+def begin_attempt(series_key, stage):
+    return True
+
 stage, folder = sys.argv[1:]
 run = Run(
     archive=folder, ledger=f"{folder}/ledger", run_date=date(2026, 11, 23), model_name="m",
@@ -49,14 +52,16 @@ common = {"record": record, "slices": slices, "chosen": np.array([0]), "masks": 
 if stage == "decode":
     objects = (ObjectInfo("pipe.nii", 1, "0"),)
     series = Series(source_path="pipe.nii", source_format="nifti", objects=objects)
-    workers.Decoder(run, window, config)(series.to_row())
+    workers.Decoder(run, window, config, begin_attempt)(series.to_row())
 elif stage == "predict":
     actor = workers.PredictorWorker.__new__(workers.PredictorWorker)
-    actor.run, actor.config, actor.predictor = run, config, Hanging()
+    actor.config, actor.predictor, actor.begin_attempt = config, Hanging(), begin_attempt
     actor(PreparedSeries(**common).to_row())
 else:
     row = PredictedSeries(prepared=PreparedSeries(**common), lesion_levels=slices).to_row()
-    workers.measure_and_store(row, run=run, config=config, window=window, results="")
+    workers.measure_and_keep(
+        row, run=run, config=config, window=window, results="", begin_attempt=begin_attempt
+    )
 """
 
 
