@@ -15,35 +15,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydicom
 import pytest
 from hostile import CATALOGUE, CONTROLS
 from repository import ROOT
 from running import S3, Cluster
-from screening_runs import CONFIG, DeadlySeries, Screening
+from screening_runs import CONFIG, Screening
 from sound_input import gz, plain_nifti, slices
 
 from covtanet import storage
-from covtanet.ledger.diff import differences
 from covtanet.ledger.read import read_run
 from covtanet.ledger.view import newest_rows
-
-
-def test_series_that_kills_its_worker_fails_as_worker_died(screening: Screening) -> None:
-    """One series' worker is killed every time. All others are as ever."""
-    deadly = DeadlySeries(screening, "hostile")
-    job, key = deadly.screen(), deadly.key
-    assert job.finish() == 0, job.output[-2000:]  # one of 25 is less than 5 %
-    assert "exit code 0:" in "".join(job.lines[-5:])
-    rows = {row["series_key"]: row for row in screening.table("hostile").to_pylist()}
-    expected = {row["series_key"]: row for row in screening.clean.to_pylist()}
-    assert rows.keys() == expected.keys()
-    assert (rows[key]["status"], rows[key]["reason"]) == ("failed", "worker_died")
-    assert len(deadly.killed) >= 3
-    others = screening.table("hostile").filter(pc.field("series_key") != key)
-    assert differences(screening.clean.filter(pc.field("series_key") != key), others) == []
 
 
 def write(prefix: str, name: str, objects: dict[str, bytes]) -> None:

@@ -156,6 +156,8 @@ class DeadlySeries:
         self.screening = screening
         self.name = name
         self.key = ""
+        rows = screening.clean.to_pylist()
+        self._sound = {row["series_key"] for row in rows if row["status"] == "screened"}
         self.killed: set[int] = set()
         self._killed_at = -self.NOTE_TIMEOUT_S
 
@@ -180,8 +182,10 @@ class DeadlySeries:
         """Take the first series with a second attempt; kill a decoder if there is none."""
         ledger = self.screening.bucket / self.name
         for path in ledger.glob("_work/*/attempts/*/*-decode.json"):
-            self.key = path.name.removesuffix("-decode.json")
-            return
+            key = path.name.removesuffix("-decode.json")
+            if key in self._sound:  # a refused one would end before it can be killed again
+                self.key = key
+                return
         if time.monotonic() - self._killed_at < self.NOTE_TIMEOUT_S:
             return
         # A decoder has a child since its first series, whose attempt was counted before.
