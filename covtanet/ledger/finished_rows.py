@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from io import BytesIO
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +40,7 @@ NUM_ROWS = re.compile(r"-(\d+)\.parquet$")
 class FinishedRows:
     """Rows of finished series, of which a chunk is stored every few seconds.
 
-    Used as a context, it stores the rest at the end, also after an error.
+    Used within ``contextlib.closing``, so that it stores the rest at the end, also after an error.
     """
 
     def __init__(self, run: Run) -> None:
@@ -57,23 +56,15 @@ class FinishedRows:
         if is_due or len(self._rows) >= MAX_ROWS_PER_CHUNK:
             self._store()
 
+    def close(self) -> None:
+        """Store the rows that are left."""
+        self._store()
+
     def _store(self) -> None:
         if self._rows:
             _store_chunk(self._run, self._rows)
         self._rows = []
         self._stored_at = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After a fault of the storage itself this raises the next one, with the first as context.
-        self._store()
 
 
 def store_rows(run: Run, records: Sequence[ScreeningRecord]) -> None:

@@ -1,8 +1,6 @@
 """Local Parquet files whose row groups are of like size, however few rows come at a time."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,8 +14,8 @@ ITEMS_PER_GROUP = 1 << 14
 class RowGroupWriter:
     """A writer of tables to a local file, which joins small ones to one row group.
 
-    A row counts as many items as it lists objects, at least one: so that a group of series with
-    many objects takes no more memory.
+    Used within ``contextlib.closing``. A row counts as many items as it lists objects, at least
+    one: so that a group of series with many objects takes no more memory.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -38,18 +36,9 @@ class RowGroupWriter:
         self._tables = []
         self._num_items = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After an error the file is not used, and is closed all the same.
-        if kind is None:
-            self._write_group()
+    def close(self) -> None:
+        """Write the rows that are left, and the end of the file."""
+        self._write_group()
         self._writer.close()
 
 

@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -102,7 +103,7 @@ def remove_work(run: Run) -> None:
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows to a local Parquet file, some at a time in memory."""
-    with RowGroupWriter(path, schema) as writer:
+    with closing(RowGroupWriter(path, schema)) as writer:
         for group in batched(rows, SERIES_PER_BATCH):
             writer.write(pa.Table.from_pylist(group, schema=schema))
 

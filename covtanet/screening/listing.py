@@ -5,6 +5,7 @@ The files hold everything that grows with the archive, so that the driver's memo
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def list_folders(
     num_folders = 0
     num_to_read = 0
     with (
-        RowGroupWriter(listing, LISTING_SCHEMA) as to_read,
-        RowGroupWriter(folders, FOLDERS_SCHEMA) as all_folders,
+        closing(RowGroupWriter(listing, LISTING_SCHEMA)) as to_read,
+        closing(RowGroupWriter(folders, FOLDERS_SCHEMA)) as all_folders,
     ):
         for group in batched(storage.walk(run.archive), FOLDERS_PER_SCAN):
             rows = []
@@ -72,8 +73,8 @@ def list_server(run: Run, series: Path, ignored: Path) -> Counter[str]:
     uid_counts: Counter[str] = Counter()
     num_series = 0
     with (
-        RowGroupWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
-        RowGroupWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+        closing(RowGroupWriter(series, manifest.MANIFEST_SCHEMA)) as series_file,
+        closing(RowGroupWriter(ignored, manifest.IGNORED_SCHEMA)) as ignored_file,
     ):
         for group in batched(find_archive(run.archive, run.filters), SERIES_PER_BATCH):
             found = [item for item in group if not isinstance(item, IgnoredSeries)]
@@ -101,8 +102,8 @@ def split_scan(
     keys_by_folder: dict[str, list[str]] = {}
     num_series = 0
     with (
-        RowGroupWriter(series, manifest.MANIFEST_SCHEMA) as series_file,
-        RowGroupWriter(ignored, manifest.IGNORED_SCHEMA) as ignored_file,
+        closing(RowGroupWriter(series, manifest.MANIFEST_SCHEMA)) as series_file,
+        closing(RowGroupWriter(ignored, manifest.IGNORED_SCHEMA)) as ignored_file,
     ):
         for group in batched(rows, SERIES_PER_BATCH):
             series_rows = [row for row in group if not row["is_ignored"]]

@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def screen_with(run: Run, plan: Plan, stages: "Stages", finished: SeriesKeys) ->
     """Lead the series of the manifest that are not finished through stages; store their rows."""
     filesystem, path = storage.filesystem(_write_remaining(run, finished))
     series = ray.data.read_parquet(path, filesystem=filesystem)
-    with FinishedRows(run) as finished_rows:
+    with closing(FinishedRows(run)) as finished_rows:
         num_remaining = plan.num_series - plan.num_finished
         _follow(assemble(series, stages, plan), num_remaining, finished_rows)
 
@@ -167,7 +168,7 @@ def _write_remaining(run: Run, finished: SeriesKeys) -> str:
     uri = run.work_uri("drivers", uuid.uuid4().hex, "todo.parquet")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "todo.parquet"
-        with RowGroupWriter(path, MANIFEST_SCHEMA) as writer:
+        with closing(RowGroupWriter(path, MANIFEST_SCHEMA)) as writer:
             for table in unfinished_series(run, finished):
                 writer.write(table)
         storage.upload(path, uri)

@@ -1,6 +1,7 @@
 """Chunks of finished rows: when they are stored, and how they are found again."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def chunks(run: Run) -> list[int]:
 def test_first_row_is_stored_at_once_and_the_others_every_two_seconds(
     run: Run, clock: Clock
 ) -> None:
-    with FinishedRows(run) as finished:
+    with closing(FinishedRows(run)) as finished:
         for name in "abc":
             finished.add(record(series(name)))
         assert chunks(run) == [1]
@@ -58,7 +59,7 @@ def test_chunk_of_most_rows_is_stored_before_its_time(
 
 def test_rows_in_hand_are_stored_when_the_run_fails(run: Run, clock: Clock) -> None:
     def fail() -> None:
-        with FinishedRows(run) as finished:
+        with closing(FinishedRows(run)) as finished:
             for name in "abc":
                 finished.add(record(series(name)))
             raise RuntimeError("Ray failed")

@@ -1,5 +1,6 @@
 """Row groups of like size, whatever comes at a time."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ def group_sizes(path: Path) -> list[int]:
 
 
 def write(path: Path, *objects_of_rows: list[int]) -> None:
-    with RowGroupWriter(path, SCHEMA) as writer:
+    with closing(RowGroupWriter(path, SCHEMA)) as writer:
         for key, objects in enumerate(objects_of_rows):
             writer.write(pa.Table.from_pylist([{"key": key, "objects": objects}], schema=SCHEMA))
 
