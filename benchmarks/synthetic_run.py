@@ -33,9 +33,10 @@ from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import finished_keys
 from covtanet.ledger.run import Run, begin_run
 from covtanet.ledger.work import write_manifest
-from covtanet.screening import pipeline
+from covtanet.screening.assembly import Stages, limit_object_store
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.pipeline import screen_with
 from covtanet.screening.plan import make_plan
 
 SAMPLE_EVERY_S = 0.5
@@ -130,9 +131,9 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
         threading.Thread(target=_die, args=(run, die_at, phases), daemon=True).start()
     with phases.timed("screen"):
         ray_data.configure(preserve_order=False)
-        pipeline.limit_object_store(160, plan.workers)
+        limit_object_store(160, plan.workers)
         begin_attempt = AttemptCounter(run, {}).begin
-        stages = pipeline.Stages(
+        stages = Stages(
             decoder=Decoder,
             decoder_arguments={"run": run, "begin_attempt": begin_attempt},
             predictor=Predictor,
@@ -141,7 +142,7 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
         )
         # The series are called 30 MB large, as they usually are, but nothing is read of them.
         grouped = replace(plan, num_bytes=plan.num_series)
-        pipeline.screen_with(run, grouped, stages, finished)
+        screen_with(run, grouped, stages, finished)
     with phases.timed("commit"):
         counts = commit_run(run)
     if counts.series != num_series:

@@ -11,7 +11,7 @@ import sys
 import pytest
 from repository import ROOT
 
-from covtanet.screening.pipeline import SERIES_PER_WORKER
+from covtanet.screening.assembly import SERIES_PER_WORKER
 
 NUM_DECODERS, NUM_SERIES, DECODE_S = 6, 36, 1.0
 # Measured on two cores: 0.76 to 0.86 of the decoders; 0.16 with the earlier limit.
@@ -24,7 +24,7 @@ import numpy as np
 import ray
 
 from covtanet import ray_data
-from covtanet.screening.pipeline import Stages, assemble, limit_object_store
+from covtanet.screening.assembly import Stages, assemble, limit_object_store
 from covtanet.screening.plan import Plan
 from covtanet.screening.worker_counts import WorkerCounts
 

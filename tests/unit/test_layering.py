@@ -118,6 +118,7 @@ RAY_PLACES = {
     "experiments/parallel.py",
     "screening/plan.py",
     "screening/node_watch.py",
+    "screening/assembly.py",
     "screening/pipeline.py",
     "screening/attempt_counter.py",
     "screening/metrics.py",

@@ -1,6 +1,6 @@
 """How many series a worker takes at a time."""
 
-from covtanet.screening.pipeline import MAX_SERIES_PER_BLOCK, series_per_block
+from covtanet.screening.assembly import MAX_SERIES_PER_BLOCK, series_per_block
 from covtanet.screening.plan import Plan
 from covtanet.screening.worker_counts import WorkerCounts
 
