@@ -12,7 +12,7 @@ import pytest
 from ledger_rows import freeze, record, series
 
 from covtanet.archive.manifest import IGNORED_SCHEMA
-from covtanet.ledger import finished_rows
+from covtanet.ledger import finished_rows, read
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import complete_row, store_rows
 from covtanet.ledger.incremental import KnownSeries, PreviousRuns, known_series, read_previous_runs
@@ -174,3 +174,20 @@ def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
         row["source_version"], "screened", "0.1.0", None
     )  # of a ledger of older software
     assert PreviousRuns(series={row["series_key"]: before}).settles(row, night)
+
+
+def test_view_of_runs_that_are_read_in_several_batches_is_that_of_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five series the second and the fifth are newer in the later run."""
+    later = replace(run, run_date=date(2026, 11, 24))
+    for night, names, reason in ((run, "abcde", "no_lung"), (later, "be", "not_hu")):
+        rows = freeze(night, tmp_path, *names)
+        store_rows(night, [record(row, reason=reason) for row in rows])
+        commit_run(night)
+    monkeypatch.setattr(read, "ROWS_PER_BATCH", 2)
+    found = newest_rows(run.ledger, ["source_uri", "reason"]).to_pylist()
+    reasons = {row["source_uri"]: row["reason"] for row in found}
+    expected = {name: "not_hu" if name in "be" else "no_lung" for name in "abcde"}
+    assert reasons == {f"/archive/{name}.nii.gz": reason for name, reason in expected.items()}
+    assert len(found) == 5
