@@ -60,3 +60,15 @@ def test_what_a_model_does_not_say_is_no_count_of_none() -> None:
     assert findings(counts_of(("screened", None, None))) == [
         ("infected", "-"), ("severe", "-"), ("severe by involvement", 1),
     ]  # fmt: skip
+
+
+def test_rows_that_are_alike_count_as_many_as_they_are() -> None:
+    schema = pa.schema([LEDGER_SCHEMA.field(name) for name in ACCOUNTED_COLUMNS])
+    ill = {"status": "screened", "diagnosis": "infected", "severity": "severe"}
+    rows = [{**ill, "severity_by_involvement": "severe"}] * 3
+    rows += [{"status": "rejected", "reason": "not_hu"}] * 2 + [{"status": "failed"}] * 4
+    counts = Accounting()
+    counts.add(pa.Table.from_pylist(rows, schema=schema))
+    numbers = (counts.series, counts.screened, counts.diagnosed, counts.infected, counts.severe)
+    assert numbers == (9, 3, 3, 3, 3)
+    assert (counts.severe_by_involvement, counts.rejected["not_hu"], counts.failed) == (3, 2, 4)
