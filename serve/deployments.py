@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from ray import serve as ray_serve
 
 from covtanet import tracking
-from covtanet.errors import CheckpointError
 from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.inference.predictor import (
     Predictor,
@@ -72,8 +71,6 @@ def load_version(model_id: str, config: ScreeningConfig, num_threads: int) -> Lo
     digest, _, location = model_id.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         resolved = tracking.resolve_model(location, Path(folder))
-        if resolved.digest != digest:
-            raise CheckpointError(f"{location} has changed, expected digest {digest[:12]}")
         model = load_model(resolved.folder, digest)
     # Before the engine is built, so that a model that cannot screen costs no conversion.
     refuse_without_segmentation(model)

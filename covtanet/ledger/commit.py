@@ -195,7 +195,7 @@ def _correct_times(rows: pa.Table, now: datetime) -> pa.Table:
     logger.warning(
         "%d rows have a time ahead of this machine's clock; they get that of the commit", num_ahead
     )
-    # The newest row of a series counts, so that a clock far ahead would hide later rows.
+    # Readers who sort by time would take such a row for the newest.
     corrected = pc.if_else(is_ahead, pa.scalar(now, times.type), times)
     index = rows.schema.get_field_index("screened_at")
     return rows.set_column(index, rows.schema.field(index), corrected)

@@ -41,10 +41,9 @@ def newest_rows(
 def iter_newest_rows(
     ledger: str, columns: list[str] | None = None, run_ids: set[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Yield the current view: for each series the latest row of the run that began last.
+    """Yield the current view: for each series the row of the run that began last.
 
-    run_ids: only of these runs. Runs are ordered before rows, since one driver's clock orders them,
-    and within a run the time of a row counts.
+    run_ids: only of these runs. A committed run has one row for each of its series.
     """
     with tempfile.TemporaryDirectory() as folder:
         runs = _runs_in_order(ledger, run_ids, Path(folder))
@@ -76,28 +75,18 @@ def _run_id(uri: str) -> str:
 
 def _newest_of(runs: list[Path]) -> list[NDArray[np.bool_]]:
     """Return for each run which of its rows are the newest of their series."""
-    # Run by run the key columns, (N,) over all rows of the ledger.
+    # Run by run; the keys are (N,) over all rows of the ledger.
     tables = [list(read_batches(open_run(path), ["series_key"])) for path in runs]
     lengths = [sum(table.num_rows for table in run) for run in tables]
     keys = join_keys(table for run in tables for table in run)
     del tables
-    times = [_times(path) for path in runs]
-    screened_at = np.concatenate([np.empty(0, np.int64), *times])
-    run_of_row = np.repeat(np.arange(len(runs)), lengths)
-    # The last key counts most; rows that are alike in all stay in the order of their file.
-    order = np.lexsort((screened_at, run_of_row, keys))
+    # Stable: rows of one series stay in the order of the runs.
+    order = np.argsort(keys, kind="stable")
     is_last = np.ones(len(order), bool)
     is_last[:-1] = keys[order[1:]] != keys[order[:-1]]
     is_newest = np.zeros(len(order), bool)
     is_newest[order[is_last]] = True
     return np.split(is_newest, np.cumsum(lengths)[:-1]) if runs else []
-
-
-def _times(path: Path) -> NDArray[np.int64]:
-    """Return the column ``screened_at`` of a run in microseconds."""
-    columns = [table["screened_at"] for table in read_batches(open_run(path), ["screened_at"])]
-    values = [column.cast(pa.int64()).to_numpy() for column in columns]
-    return np.concatenate([np.empty(0, np.int64), *values])
 
 
 def _begun_at(uri: str, file: pq.ParquetFile) -> datetime:

@@ -154,6 +154,28 @@ def test_version_that_was_dropped_is_loaded_again_for_its_study(
 
 
 @pytest.mark.usefixtures("_in_a_replica")
+def test_newest_version_answers_although_others_took_its_place_and_the_registry_is_away(
+    loop: asyncio.Runner, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> Any:
+        others = []
+        for version in versions:
+            tracking.promote(version, {})
+            others.append((await started()).describe()["model_id"])
+        segmenter = await started()
+        for model_id in others[:-1]:  # as many as stay loaded
+            assert await segmenter.segment(model_id, chunk()) is not None
+        monkeypatch.setattr(tracking, "resolve_model", away)
+        return await segmenter.segment(segmenter.describe()["model_id"], chunk())
+
+    def away(ref: str, folder: Path) -> Any:
+        raise OSError("the registry does not answer")
+
+    versions = [register(registry, tmp_path, seed) for seed in (0, 1, 2)]
+    assert loop.run(scenario()) is not None
+
+
+@pytest.mark.usefixtures("_in_a_replica")
 def test_folder_that_changed_after_the_start_is_no_version_in_use(
     loop: asyncio.Runner, tmp_path: Path
 ) -> None:

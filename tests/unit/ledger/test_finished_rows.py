@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from ledger_rows import freeze, record, series
 
 from covtanet.ledger import finished_rows
+from covtanet.ledger.batch import BatchRun, progress
 from covtanet.ledger.finished_rows import FinishedRows, finished_keys, num_finished, store_rows
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import keys_of, position_of
@@ -67,6 +69,16 @@ def test_rows_in_hand_are_stored_when_the_run_fails(run: Run, clock: Clock) -> N
     with pytest.raises(RuntimeError, match="Ray failed"):
         fail()
     assert num_finished(run.work_uri()) == 3
+
+
+def test_progress_of_a_batch_never_exceeds_its_series(run: Run, tmp_path: Path) -> None:
+    """Two drivers may have finished a series."""
+    rows = freeze(run, tmp_path, "a", "b")
+    batch = BatchRun(run_id=run.run_id, run_date=run.run_date, begun_at=datetime.now(UTC))
+    assert progress(run.ledger, batch) == (2, 0)
+    for _ in range(2):
+        store_rows(run, [record(row) for row in rows])
+    assert progress(run.ledger, batch) == (2, 2)
 
 
 def test_half_written_chunk_does_not_count(run: Run) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import ray
+from ray.serve.exceptions import ReplicaUnavailableError
 
 from serve.current_model import CurrentModel
 
@@ -57,7 +58,7 @@ def test_known_version_serves_on_if_no_model_replica_answers() -> None:
         return [await current.describe() for _ in range(3)]
 
     error = ray.exceptions.RayActorError()
-    handle = Handle(error, {"version": "1"}, error)
+    handle = Handle(error, {"version": "1"}, ReplicaUnavailableError("replica"))
     assert asyncio.run(scenario()) == [None, {"version": "1"}, {"version": "1"}]
 
 
