@@ -1,7 +1,6 @@
 """The plan of a run: its frozen manifest, and the workers that the cluster has room for."""
 
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import ray
 
 from covtanet import ray_data, storage
 from covtanet.archive import manifest
@@ -21,6 +19,7 @@ from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
 from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, write_manifest
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.free_room import wait_for_room
 from covtanet.screening.listing import (
     list_folders,
     list_server,
@@ -33,14 +32,8 @@ from covtanet.screening.scan import scan
 from covtanet.screening.worker_counts import (
     WorkerCounts,
     most_workers,
-    num_cpus_needed,
     worker_counts,
 )
-
-# A second driver on a cluster with room for one waits this long and then refuses to start.
-FREE_CPUS_TIMEOUT_S = 60.0
-# A plan that starts with too few CPUs keeps them to its end.
-SETTLED_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +139,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
     finished: keys of the series that have a row, sorted.
 
     Raises:
-        ConfigError: the cluster has no CPU to spare for decoding.
+        ConfigError: the cluster has no CPU to spare for decoding, or no GPU.
     """
     num_series = 0
     num_bytes = 0
@@ -156,15 +149,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
         num_finished += int((position_of(keys_of(batch), finished) >= 0).sum())
     node_cpus = list(nodes_with_cpus().values())
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    num_needed = num_cpus_needed(node_cpus, num_gpus)
-    num_cpus = _wait_for_cpus(num_needed)
-    if num_cpus < num_needed:
-        raise ConfigError(
-            f"the cluster has {num_cpus} of {sum(node_cpus)} CPUs free, expected at least "
-            f"{num_needed}: {num_needed - 2} to predict, 1 to decode and 1 to measure "
-            "(ray start --num-cpus)"
-        )
+    num_cpus, num_gpus = wait_for_room(node_cpus)
     # Each decoder fetches one series at a time.
     max_decoders = config.max_pacs_requests if storage.is_dicomweb(run.archive) else None
     workers = worker_counts(num_cpus, node_cpus, num_gpus, max_decoders)
@@ -178,25 +163,3 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         workers=workers,
         most_workers=most_workers(workers, len(node_cpus), config.max_nodes or 1, max_decoders),
     )
-
-
-def _wait_for_cpus(num_needed: int) -> int:
-    """Return the number of idle CPUs; wait for those that a dead driver still holds.
-
-    A cluster with fewer CPUs in all is not worth waiting for.
-    """
-    deadline = time.monotonic() + FREE_CPUS_TIMEOUT_S
-    most_idle = 0
-    settled_at = time.monotonic()
-    while True:
-        num_idle = int(ray.available_resources().get("CPU", 0))
-        num_cpus = int(ray.cluster_resources().get("CPU", 0))
-        now = time.monotonic()
-        if num_idle > most_idle:
-            most_idle, settled_at = num_idle, now
-        # The workers of a dead driver end one after the other: its CPUs are not free at once.
-        is_settled = num_idle == num_cpus or now - settled_at >= SETTLED_AFTER_S
-        is_enough = num_idle >= num_needed and is_settled
-        if is_enough or num_cpus < num_needed or now > deadline:
-            return num_idle
-        time.sleep(1)
