@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -136,15 +136,19 @@ def run_job(
     disturb: Callable[[int, threading.Event], None] | None = None,
     model: Path | None = None,
     root: Path = ROOT,
+    options: Sequence[str] = (),
 ) -> JobRun:
     """Screen an archive on a Ray that the job starts.
 
     model: null for the untrained network of ``model_folder``. root: a copy of this repository.
+    options: further ones of the command.
     disturb: runs in a thread; gets the job's pid, and an event that is set when the job ends.
     """
     with tempfile.TemporaryDirectory() as ledger:
         launched = time.time()
-        process = start_screening(str(archive), ledger, model or model_folder(), root=root)
+        process = start_screening(
+            str(archive), ledger, model or model_folder(), root=root, options=options
+        )
         is_over = threading.Event()
         if disturb is not None:
             threading.Thread(target=disturb, args=(process.pid, is_over), daemon=True).start()
@@ -171,11 +175,12 @@ def start_screening(
     model: Path,
     root: Path = ROOT,
     environment: Mapping[str, str] = MappingProxyType({}),
+    options: Sequence[str] = (),
 ) -> "subprocess.Popen[str]":
-    """Start the job of a copy of this repository, with further environment variables."""
+    """Start the job of a copy of this repository, with further variables and options."""
     command = [
         sys.executable, str(root / "jobs" / "screen.py"), "--archive", archive,
-        "--ledger", ledger, "--model", str(model),
+        "--ledger", ledger, "--model", str(model), *options,
     ]  # fmt: skip
     own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(

@@ -47,6 +47,7 @@ num_model_replicas = {num_model_replicas}
 max_model_replicas_per_node = {max_model_replicas_per_node}
 model_cpus = {model_cpus}
 model_threads = {model_threads}
+model_gpus = {model_gpus}
 driver_cpus = 0.5
 driver_memory_mib = 0
 config = "{config}"
@@ -77,6 +78,7 @@ def write_config(
     num_api_replicas: int = 1,
     num_model_replicas: int = 1,
     max_model_replicas_per_node: int | None = None,
+    model_gpus: float = 0.0,
 ) -> None:
     """Write the endpoint's settings with one caller, who may read ``places``.
 
@@ -99,6 +101,7 @@ def write_config(
         max_model_replicas_per_node=max_model_replicas_per_node or num_model_replicas,
         model_cpus=1 / num_model_replicas,
         model_threads=max(1, num_cores() // num_model_replicas),
+        model_gpus=model_gpus,
         digest=hashlib.sha256(token.encode()).hexdigest(),
         places=", ".join(f'"{uri}"' for uri in places),
     )
