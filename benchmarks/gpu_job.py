@@ -26,7 +26,7 @@ from benchmarks.screening_runs import JobRun, run_job
 from benchmarks.serving import running_endpoint
 
 MODEL = ROOT / "models" / "v8-lung-box"
-ENGINES = ("channels_last", "cuda-bf16", "cuda-fp16")
+ENGINES = ("channels_last", "cuda-bf16")
 QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
 SAMPLE_EVERY_MS = 500
 HEAD = (

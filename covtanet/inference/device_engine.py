@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 BFLOAT16, FLOAT16 = "cuda-bf16", "cuda-fp16"
 NAMES = (BFLOAT16, FLOAT16)
 PRECISIONS = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
-# Choice: many small layers of one slice leave a GPU idle. Not tuned: it has not run on a GPU yet.
+# Choice: many small layers of one slice leave a GPU idle. Not tuned.
 BATCH_SLICES = 64
+# PyTorch counts the values that it averages into vectors in 32 bits on a GPU, and ends with an
+# internal error beyond: 51 slices of V7 at the paper's widths (benchmarks/gpu.md).
+MOST_FUSED_VALUES = 2**31 - 1
 # Batches that are under way before the first of them is waited for: one is computed while the next
 # one is copied.
 BATCHES_UNDER_WAY = 2
@@ -69,6 +72,14 @@ def build(name: str, source: EngineInput) -> "DeviceEngine":
         batch_slices=source.batch_slices or BATCH_SLICES,
         flips=source.flips,
     )
+
+
+def most_slices(fused_channels: int, shape: tuple[int, int, int]) -> int:
+    """Return the number of slices whose fused maps PyTorch can average.
+
+    shape: of a slice; the maps are taken to be as large, as V7's are.
+    """
+    return max(1, MOST_FUSED_VALUES // (fused_channels * shape[1] * shape[2]))
 
 
 class _Started(NamedTuple):
@@ -108,7 +119,10 @@ class DeviceEngine:
         self.run: Callable[[Tensor], Answer] = self.plain
         if is_compiled:
             self.run = torch.compile(self.plain, dynamic=False)
-        self.batch_slices = self._largest_batch(shape, batch_slices)
+        channels = network.config.segnet.fused_channels
+        self.batch_slices = self._largest_batch(
+            shape, min(batch_slices, most_slices(channels, shape))
+        )
         # After the weights were rounded: the streams wait for that once, here.
         self.streams = Streams(self.torch_device)
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ import torch
 from saved_models import small_model
 
 from covtanet.errors import EngineUnavailableError
+from covtanet.inference import device_engine as device_engine_module
 from covtanet.inference.chunks import SegmentedChunk, SliceChunk
 from covtanet.inference.device_engine import BFLOAT16, DeviceEngine, build
 from covtanet.inference.engine import build_engine
@@ -49,6 +50,19 @@ def noise(num_slices: int, seed: int = 0) -> np.ndarray:
     """Return slices of blocks of 16 pixels."""
     blocks = np.random.default_rng(seed).integers(0, 65536, (num_slices, 1, 8, 8))
     return blocks.repeat(16, 2).repeat(16, 3).astype(np.uint16)
+
+
+def test_batch_holds_no_more_than_pytorch_averages_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen on an H100: 64 slices of V7 at 512 pixels ended with an internal error of PyTorch."""
+    assert device_engine_module.most_slices(160, (1, 512, 512)) == 51
+    channels = contrasting_network().config.segnet.fused_channels
+    most = 3 * channels * SIZE_PX**2
+    monkeypatch.setattr(device_engine_module, "MOST_FUSED_VALUES", most)
+    assert device_engine(batch_slices=8).batch_slices == 3
+    monkeypatch.setattr(device_engine_module, "MOST_FUSED_VALUES", 1)
+    assert device_engine(batch_slices=8).batch_slices == 1
 
 
 def segment_one(engine: Engine, slices: np.ndarray, diagnosed: list[int]) -> SegmentedChunk:
