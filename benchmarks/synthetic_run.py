@@ -54,12 +54,16 @@ class Peaks:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        driver = psutil.Process()
         while not self._over.wait(SAMPLE_EVERY_S):
-            head = [each for each in driver.children(recursive=True) if _is_of_head(each)]
-            # Unshared: the object store is bounded by itself.
-            self.driver_mb = max(self.driver_mb, _unshared_mb(driver))
-            self.head_mb = max(self.head_mb, sum(map(_unshared_mb, head)))
+            self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        driver = psutil.Process()
+        head = [each for each in driver.children(recursive=True) if _is_of_head(each)]
+        # Unshared: the object store is bounded by itself.
+        self.driver_mb = max(self.driver_mb, _unshared_mb(driver))
+        self.head_mb = max(self.head_mb, sum(map(_unshared_mb, head)))
 
     def __enter__(self) -> "Peaks":
         self._thread.start()
@@ -103,6 +107,7 @@ class Phases:
 
     def note(self) -> None:
         """Write what was measured so far; a phase that goes on counts up to now."""
+        self.peaks.sample()  # also of what was over before the first sample
         now = time.monotonic()
         going_on = {phase: now - started for phase, started in self._started.items()}
         seconds = {phase: round(value, 1) for phase, value in {**self._seconds, **going_on}.items()}

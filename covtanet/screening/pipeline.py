@@ -132,9 +132,12 @@ def screen_with(run: Run, plan: Plan, stages: Stages, finished: SeriesKeys) -> N
     """Lead the series of the manifest that are not finished through stages; store their rows."""
     filesystem, path = storage.filesystem(_write_remaining(run, finished))
     series = ray.data.read_parquet(path, filesystem=filesystem)
-    with closing(FinishedRows(run)) as finished_rows:
-        num_remaining = plan.num_series - plan.num_finished
-        _follow(assemble(series, stages, plan), num_remaining, finished_rows)
+    num_remaining = plan.num_series - plan.num_finished
+    with (
+        closing(FinishedRows(run)) as finished_rows,
+        closing(metrics.Remaining(num_remaining)) as remaining,
+    ):
+        _follow(assemble(series, stages, plan), num_remaining, finished_rows, remaining)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:
@@ -180,14 +183,18 @@ def _measure(row: Row, **arguments: Any) -> Row:
     return record.to_columns()
 
 
-def _follow(rows: ray.data.Dataset, num_series: int, finished_rows: FinishedRows) -> None:
+def _follow(
+    rows: ray.data.Dataset,
+    num_series: int,
+    finished_rows: FinishedRows,
+    remaining: metrics.Remaining,
+) -> None:
     """Run the pipeline, store the rows of its series and log its progress.
 
     Rates count from the start of work on the first series: the start of the workers is left out.
     """
     started_at = time.time()
     reported_at = 0.0
-    metrics.set_remaining(num_series)
     for num_done, row in enumerate(rows.iter_rows(), start=1):
         finished_rows.add(ScreeningRecord.from_columns(row))
         # Here, since the driver lives as long as the run: the first count of a process has no rate.
@@ -195,7 +202,7 @@ def _follow(rows: ray.data.Dataset, num_series: int, finished_rows: FinishedRows
         is_first = num_done == 1
         # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])
-        metrics.set_remaining(num_series - num_done)
+        remaining.set(num_series - num_done)
         if row["status"] == Status.FAILED:
             _warn_of_failure(row["series_key"], row["reason"])
         now = time.time()
