@@ -120,7 +120,11 @@ def measure_synthetic() -> list[Result]:
         for size, outcome in outcomes.items():
             is_commit = phase == "commit" and size == SIZES[-1]
             bound = "<= 180 s" if is_commit else ""
-            results.append(Result("w", f"{phase}, {size:,} series", f"{outcome[phase]} s", bound))
+            value = f"{outcome[phase]} s"
+            results.append(Result("w", f"{phase}, {size:,} series", value, bound))
+    for size, outcome in outcomes.items():
+        value = f"{1000 * outcome['screen_cpu'] / size:.1f} ms"
+        results.append(Result("w", f"screen, {size:,} series: CPU of all processes a row", value))
     for name, text in (("driver_mb", "driver"), ("head_mb", "Ray's head"), ("view_mb", "view")):
         for size, outcome in outcomes.items():
             results.append(Result("w", f"memory of {text}, {size:,}", f"{outcome[name]} MB"))
@@ -169,6 +173,7 @@ def _run_synthetic(num_series: int) -> dict[str, float]:
     return {
         "plan": round(killed["plan"] + continued["plan"], 1),
         "screen": round(killed["screen"] + continued["screen"], 1),
+        "screen_cpu": round(killed["screen_cpu"] + continued["screen_cpu"], 1),
         "commit": continued["commit"],
         "view": viewed["view"],
         "driver_mb": max(killed["driver_mb"], continued["driver_mb"]),

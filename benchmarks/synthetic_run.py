@@ -89,28 +89,46 @@ def _unshared_mb(process: psutil.Process) -> float:
         return 0.0
 
 
+def _cpu_s() -> float:
+    """Return the CPU seconds of this process and its descendants, ended ones included."""
+    process = psutil.Process()
+    total = 0.0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += sum(each.cpu_times()[:4])
+        except psutil.Error:
+            continue
+    return total
+
+
 class Phases:
-    """Seconds of each phase and peaks of memory, noted at the end or before a death."""
+    """Seconds of each phase, CPU seconds too, and peaks of memory; noted at the end or before a
+    death.
+    """
 
     def __init__(self, notes: Path) -> None:
         self.notes = notes
         self.peaks = Peaks()
         self._seconds: dict[str, float] = {}
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Measure how long a phase takes."""
-        self._started[phase] = time.monotonic()
+        self._started[phase] = time.monotonic(), _cpu_s()
         yield
-        self._seconds[phase] = time.monotonic() - self._started.pop(phase)
+        self._end(phase, *self._started.pop(phase))
+
+    def _end(self, phase: str, started: float, cpu_before_s: float) -> None:
+        self._seconds[phase] = time.monotonic() - started
+        self._seconds[f"{phase}_cpu"] = _cpu_s() - cpu_before_s
 
     def note(self) -> None:
         """Write what was measured so far; a phase that goes on counts up to now."""
         self.peaks.sample()  # also of what was over before the first sample
-        now = time.monotonic()
-        going_on = {phase: now - started for phase, started in self._started.items()}
-        seconds = {phase: round(value, 1) for phase, value in {**self._seconds, **going_on}.items()}
+        for phase, before in self._started.items():
+            self._end(phase, *before)
+        seconds = {phase: round(value, 1) for phase, value in self._seconds.items()}
         memory = {
             "driver_mb": round(self.peaks.driver_mb),
             "head_mb": round(self.peaks.head_mb),

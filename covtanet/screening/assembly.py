@@ -10,6 +10,7 @@ from typing import Any
 
 import ray.data
 
+from covtanet import ray_data
 from covtanet.screening.plan import Plan
 from covtanet.screening.worker_counts import WorkerCounts
 
@@ -40,8 +41,8 @@ class Stages:
     measure: Callable[[Row], Row]
 
 
-def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.Dataset:
-    """Lead rows through the stages, each with workers of its own.
+def assemble(uri: str, stages: Stages, plan: Plan) -> ray.data.Dataset:
+    """Lead the series of a Parquet file through the stages, each with workers of its own.
 
     Those of ``plan.workers`` fill the nodes at the start. Those of ``plan.most_workers`` are there
     after all nodes have joined; none starts before, since no stage gets CPUs that another one holds
@@ -49,7 +50,7 @@ def assemble(series: ray.data.Dataset, stages: Stages, plan: Plan) -> ray.data.D
     """
     workers, most_workers = plan.workers, plan.most_workers
     return (
-        series.repartition(target_num_rows_per_block=series_per_block(plan))
+        ray_data.read_in_blocks(uri, series_per_block(plan))
         .map(
             stages.decoder,
             fn_constructor_kwargs=stages.decoder_arguments,

@@ -130,14 +130,13 @@ def _screen_by_plan(
 
 def screen_with(run: Run, plan: Plan, stages: Stages, finished: SeriesKeys) -> None:
     """Lead the series of the manifest that are not finished through stages; store their rows."""
-    filesystem, path = storage.filesystem(_write_remaining(run, finished))
-    series = ray.data.read_parquet(path, filesystem=filesystem)
+    uri = _write_remaining(run, finished)
     num_remaining = plan.num_series - plan.num_finished
     with (
         closing(FinishedRows(run)) as finished_rows,
         closing(metrics.Remaining(num_remaining)) as remaining,
     ):
-        _follow(assemble(series, stages, plan), num_remaining, finished_rows, remaining)
+        _follow(assemble(uri, stages, plan), num_remaining, finished_rows, remaining)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 
-from covtanet import storage
+from covtanet import ray_data, storage
 from covtanet.archive import manifest
 from covtanet.archive.object_kinds import Identify
 from covtanet.decoding import headers
@@ -54,10 +53,7 @@ def _scan_here(run: Run, limits: Limits, listing: Path) -> Iterator[pa.Table]:
 def _scan_on_cluster(run: Run, limits: Limits, listing: Path) -> Iterator[pa.Table]:
     uri = run.work_uri("drivers", uuid.uuid4().hex, "listing.parquet")
     storage.upload(listing, uri)
-    filesystem, path = storage.filesystem(uri)
-    folders = ray.data.read_parquet(path, filesystem=filesystem)
-    folders = folders.repartition(target_num_rows_per_block=FOLDERS_PER_SCAN)
-    scanned = folders.map_batches(
+    scanned = ray_data.read_in_blocks(uri, FOLDERS_PER_SCAN).map_batches(
         scan_folders,
         fn_kwargs={"archive": run.archive, "limits": limits},
         batch_format="pyarrow",

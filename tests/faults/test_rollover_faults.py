@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,4 +129,7 @@ def test_no_request_fails_while_the_champion_changes(
         spread = max(abs(one - values[0][1]) for _, one in values)
         assert spread < 1e-5, f"{key}: answers of one version differ by {spread:g}"
         assert len({involvement for involvement, _ in values}) == 1, key
+    # So that an answer of another study or version would have been seen.
+    answers = sorted(values[0][1] for values in posts.involvements.values())
+    assert min(after - before for before, after in pairwise(answers)) > 1e-4, answers
     seen(f"{posts.statuses[200, '']} answers 200, none else, by {len(versions)} versions")
