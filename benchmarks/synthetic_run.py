@@ -1,11 +1,13 @@
 """One phase of a screening of series that exist in the manifest alone: ``benchmarks.scale``.
 
-python -m benchmarks.synthetic_run FOLDER NUM_SERIES {screen,view} NOTES [--die-at ROWS]
+python -m benchmarks.synthetic_run FOLDER NUM_SERIES {screen,view} NOTES [--stored ROWS]
+    [--die-at ROWS]
 
 Stages are replaced by functions that count an attempt and return records of usual size, without
 pixels; plan, Ray Data, finished rows, commit and view are those of a real run. Adds a line of JSON
-to NOTES: seconds, and the peak memory of the driver and of Ray's head. ``--die-at`` notes and then
-kills this process when so many rows are stored.
+to NOTES: seconds, and the peak memory of the driver and of Ray's head. ``--stored``: rows that a
+new run has already, as if an earlier driver had stored them. ``--die-at`` notes and then kills this
+process when so many rows are stored.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +27,14 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from benchmarks.synthetic_series import Decoder, Predictor, measure, run_of, series_rows
+from benchmarks.synthetic_series import (
+    Decoder,
+    Predictor,
+    finished,
+    measure,
+    run_of,
+    series_rows,
+)
 from covtanet import ray_data, runtime
 from covtanet.archive.manifest import IGNORED_SCHEMA
 from covtanet.commands import ledger as ledger_command
@@ -32,14 +42,16 @@ from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import finished_keys
 from covtanet.ledger.run import Run, begin_run
-from covtanet.ledger.work import write_manifest
+from covtanet.ledger.work import batched, write_manifest
 from covtanet.screening.assembly import Stages, limit_object_store
 from covtanet.screening.attempt_counter import AttemptCounter
 from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.pipeline import screen_with
 from covtanet.screening.plan import make_plan
+from covtanet.screening.stages import new_record
 
 SAMPLE_EVERY_S = 0.5
+ROWS_PER_CHUNK = 1000
 # Ray's own processes of a head, by parts of their command lines.
 HEAD = ("gcs_server", "raylet/raylet", "dashboard")
 
@@ -109,19 +121,19 @@ class Phases:
     def __init__(self, notes: Path) -> None:
         self.notes = notes
         self.peaks = Peaks()
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
         self._started: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Measure how long a phase takes."""
+        """Measure how long a phase takes, in all its parts."""
         self._started[phase] = time.monotonic(), _cpu_s()
         yield
         self._end(phase, *self._started.pop(phase))
 
     def _end(self, phase: str, started: float, cpu_before_s: float) -> None:
-        self._seconds[phase] = time.monotonic() - started
-        self._seconds[f"{phase}_cpu"] = _cpu_s() - cpu_before_s
+        self._seconds[phase] += time.monotonic() - started
+        self._seconds[f"{phase}_cpu"] += _cpu_s() - cpu_before_s
 
     def note(self) -> None:
         """Write what was measured so far; a phase that goes on counts up to now."""
@@ -137,19 +149,27 @@ class Phases:
             file.write(json.dumps({**seconds, **memory}) + "\n")
 
 
-def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
-    """Make or continue the run. die_at: rows after which this process kills itself; 0 for never."""
+def screen(folder: Path, num_series: int, phases: Phases, num_stored: int, die_at: int) -> None:
+    """Make or continue the run.
+
+    num_stored: rows that a new run has already. die_at: rows after which this process kills itself;
+    0 for never.
+    """
     run = run_of(folder)
     with phases.timed("start of Ray"):
         runtime.connect()
+    is_new = not Path(run.work_uri("manifest.parquet")).exists()
     with phases.timed("plan"):
         begin_run(run)
-        if not Path(run.work_uri("manifest.parquet")).exists():
+        if is_new:
             ignored = folder / "ignored.parquet"
             pq.write_table(IGNORED_SCHEMA.empty_table(), ignored)
             write_manifest(run, series_rows(0, num_series), ignored)
-        finished = finished_keys(run)
-        plan = make_plan(run, ScreeningConfig(), finished)
+    if is_new:
+        store(run, num_stored)
+    with phases.timed("plan"):
+        finished_before = finished_keys(run)
+        plan = make_plan(run, ScreeningConfig(), finished_before)
     if die_at:
         threading.Thread(target=_die, args=(run, die_at, phases), daemon=True).start()
     with phases.timed("screen"):
@@ -165,11 +185,18 @@ def screen(folder: Path, num_series: int, phases: Phases, die_at: int) -> None:
         )
         # The series are called 30 MB large, as they usually are, but nothing is read of them.
         grouped = replace(plan, num_bytes=plan.num_series)
-        screen_with(run, grouped, stages, finished)
+        screen_with(run, grouped, stages, finished_before)
     with phases.timed("commit"):
         counts = commit_run(run)
     if counts.series != num_series:
         raise SystemExit(f"{counts.series} rows, expected {num_series}")
+
+
+def store(run: Run, num_rows: int) -> None:
+    """Store the rows of the first series, without Ray."""
+    records = (finished(new_record(row, run.archive)) for row in series_rows(0, num_rows))
+    for chunk in batched(records, ROWS_PER_CHUNK):
+        finished_rows.store_rows(run, chunk)
 
 
 def _die(run: Run, num_rows: int, phases: Phases) -> None:
@@ -192,6 +219,7 @@ def main() -> int:
     options.add_argument("num_series", type=int)
     options.add_argument("phase", choices=("screen", "view"))
     options.add_argument("notes", type=Path)
+    options.add_argument("--stored", type=int, default=0)
     options.add_argument("--die-at", type=int, default=0)
     arguments = options.parse_args()
     phases = Phases(arguments.notes)
@@ -199,7 +227,13 @@ def main() -> int:
         if arguments.phase == "view":
             view(arguments.folder, phases)
         else:
-            screen(arguments.folder, arguments.num_series, phases, arguments.die_at)
+            screen(
+                arguments.folder,
+                arguments.num_series,
+                phases,
+                arguments.stored,
+                arguments.die_at,
+            )
     phases.note()
     return 0
 
