@@ -133,6 +133,8 @@ def _write_ledger(
             rows = hide_identities(run, _correct_times(window, now).sort_by(ORDER), linkage)
             ledger.write_table(rows.cast(schema), row_group_size=ROWS_PER_GROUP)
             num_rows += rows.num_rows
+            # Before the next window is read: none of this one is kept beside it.
+            del window, rows
     return num_rows
 
 
@@ -171,10 +173,17 @@ def _windows(chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
         window.append(chunk)
         num_rows += chunk.num_rows
         if num_rows >= ROWS_PER_WINDOW:
-            yield pa.concat_tables(window).combine_chunks()
-            window, num_rows = [], 0
+            yield _joined(window)
+            num_rows = 0
     if window:
-        yield pa.concat_tables(window).combine_chunks()
+        yield _joined(window)
+
+
+def _joined(chunks: list[pa.Table]) -> pa.Table:
+    """Return one table of chunks, which leave the list: none is kept beside it."""
+    table = pa.concat_tables(chunks).combine_chunks()
+    chunks.clear()
+    return table
 
 
 def _begun_at(run: Run, now: datetime) -> str:

@@ -26,6 +26,8 @@ class AttemptCounter:
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
+            # Ray's head would keep a record of every call.
+            enable_task_events=False,
             # With the driver: a node that is lost takes no counts along.
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         ).remote(run, earlier)
