@@ -116,6 +116,7 @@ def test_decoders_wait_for_a_slow_predictor_so_that_memory_is_bounded() -> None:
     assert max(waiting) <= SERIES_PER_WORKER * (num_decoders + 1)
 
 
+@pytest.mark.slow
 def test_most_decoders_work_at_the_same_time() -> None:
     times = run(NUM_DECODERS, NUM_SERIES, DECODE_S, predict_s=0.05)
     spans = [(started, ended) for started, ended, _ in times]

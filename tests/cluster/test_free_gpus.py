@@ -17,8 +17,8 @@ import ray
 from covtanet.errors import ConfigError
 from covtanet.screening import free_room
 
-free_room.FREE_ROOM_TIMEOUT_S = 4.0
-free_room.SETTLED_AFTER_S = 1.0
+free_room.FREE_ROOM_TIMEOUT_S = 2.0
+free_room.SETTLED_AFTER_S = 0.5
 
 
 @ray.remote(num_cpus=1)
