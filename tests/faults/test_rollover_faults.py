@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from saved_models import model_of_distinct_involvement
 from serving_runs import LEDGER, SEGMENTER, environment_of, register
 
 from covtanet import tracking
@@ -53,7 +54,11 @@ def versions(environment: dict[str, str]) -> list[str]:
     """Three versions in the registry, the first of which is the champion."""
     uri = environment["MLFLOW_TRACKING_URI"]
     mlflow.set_tracking_uri(uri)
-    registered = [register(Path(environment["FOLDER"]), uri, seed) for seed in range(3)]
+    folder = Path(environment["FOLDER"])
+    registered = [
+        register(folder, uri, number, model_of_distinct_involvement(0.2 * number))
+        for number in range(3)
+    ]
     tracking.promote(registered[0], {})
     return registered
 
@@ -130,6 +135,6 @@ def test_no_request_fails_while_the_champion_changes(
         assert spread < 1e-5, f"{key}: answers of one version differ by {spread:g}"
         assert len({involvement for involvement, _ in values}) == 1, key
     # So that an answer of another study or version would have been seen.
-    answers = sorted(values[0][1] for values in posts.involvements.values())
-    assert min(after - before for before, after in pairwise(answers)) > 1e-4, answers
+    answers = sorted(values[0][0] for values in posts.involvements.values())
+    assert min(after - before for before, after in pairwise(answers)) > 1e-5, answers
     seen(f"{posts.statuses[200, '']} answers 200, none else, by {len(versions)} versions")

@@ -22,10 +22,11 @@ def small_model(seed: int = 0) -> SavedModel:
     )
 
 
-def model_of_distinct_involvement() -> SavedModel:
+def model_of_distinct_involvement(added_logit: float = 0.0) -> SavedModel:
     """Return the small network with a lesion map that follows the grey values of phantoms.
 
-    Unchanged, it calls all of a phantom lesion: all phantoms would have the same involvement.
+    added_logit: makes another model, which marks more. Without the change all of a phantom would be
+    lesion, and all phantoms would have the same involvement.
     """
     model = small_model()
     last: torch.nn.Conv2d = model.network.get_submodule("segnet.filter.3")  # type: ignore[assignment]
@@ -33,6 +34,7 @@ def model_of_distinct_involvement() -> SavedModel:
     # Its logits of phantoms lie between 0.081 and 0.118, with a median of 0.107.
     last.bias.copy_((last.bias - 0.1068) * 300)
     last.weight.mul_(300)
+    last.bias.add_(added_logit)
     return model
 
 

@@ -19,7 +19,7 @@ from slow_proxy import SlowDoor
 
 from covtanet import storage, tracking
 from covtanet.ct import nifti
-from covtanet.model.saved_model import save_model
+from covtanet.model.saved_model import SavedModel, save_model
 from covtanet.phantoms.encodings import dicom_objects, nifti_grid
 from covtanet.phantoms.phantom import PhantomConfig, make_phantom
 from covtanet.phantoms.sampling import configs
@@ -132,9 +132,9 @@ def environment_of(folder: Path) -> dict[str, str]:
     }
 
 
-def register(folder: Path, tracking_uri: str, seed: int) -> str:
-    """Register an untrained model; return its version."""
-    save_model(folder / f"model{seed}", small_model(seed))
+def register(folder: Path, tracking_uri: str, seed: int, model: SavedModel | None = None) -> str:
+    """Register a model, without one an untrained model of the seed; return its version."""
+    save_model(folder / f"model{seed}", model or small_model(seed))
     address = tracking.RunAddress(
         uri=tracking_uri,
         experiment="faults",
