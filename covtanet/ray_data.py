@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data._internal.logical.interfaces import LogicalPlan
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covtanet import storage
 
@@ -58,12 +57,15 @@ def read_in_blocks(uri: str, num_rows: int) -> ray.data.Dataset:
             batch_format="pyarrow",
             num_cpus=0,
             # Not any node without CPUs: this one wrote the file.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+            label_selector={"ray.io/node-id": here},
         )
         .repartition(target_num_rows_per_block=num_rows)
     )
-    # Ray Data has no public way to say so. With no CPU either, it runs within the reader's task.
-    without_cpu = replace(rows._logical_plan.dag, ray_remote_args={"num_cpus": 0})
+    # Ray Data has no public way to say so. With the reader's options the blocks are made within the
+    # reader's task, and take no CPU either.
+    repartition = rows._logical_plan.dag
+    (reader,) = repartition.input_dependencies
+    without_cpu = replace(repartition, ray_remote_args=reader.ray_remote_args)
     return ray.data.Dataset._from_parent(rows, LogicalPlan(without_cpu, rows.context))
 
 

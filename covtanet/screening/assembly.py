@@ -84,8 +84,7 @@ def series_per_block(plan: Plan) -> int:
     A block that is lost or repeated costs all its series: one of usual size. A block costs Ray some
     30 ms, so that many small ones share it. At the end of the run no worker waits long for another.
     """
-    num_remaining = plan.num_series - plan.num_finished
-    by_end = num_remaining // (BLOCKS_PER_DECODER * plan.workers.num_decoders)
+    by_end = plan.num_remaining // (BLOCKS_PER_DECODER * plan.workers.num_decoders)
     # A PACS tells no sizes: its series are taken one by one.
     by_size = BLOCK_BYTES * plan.num_series // plan.num_bytes if plan.num_bytes else 1
     return max(1, min(by_end, by_size, MAX_SERIES_PER_BLOCK))

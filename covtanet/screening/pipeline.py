@@ -118,8 +118,8 @@ def _screen_by_plan(
     # Importing torch takes seconds, which the modules of the other workers do without.
     from covtanet.model.model_files import model_files
 
-    num_remaining = plan.num_series - plan.num_finished
-    logger.info("screening %d series with %d decoders", num_remaining, plan.workers.num_decoders)
+    num_decoders = plan.workers.num_decoders
+    logger.info("screening %d series with %d decoders", plan.num_remaining, num_decoders)
     # After the check for remaining series: a run that is finished uploads nothing.
     for name in model_files(model_folder):  # every node fetches them from there
         storage.upload(model_folder / name, run.work_uri("model", name))
@@ -131,12 +131,11 @@ def _screen_by_plan(
 def screen_with(run: Run, plan: Plan, stages: Stages, finished: SeriesKeys) -> None:
     """Lead the series of the manifest that are not finished through stages; store their rows."""
     uri = _write_remaining(run, finished)
-    num_remaining = plan.num_series - plan.num_finished
     with (
         closing(FinishedRows(run)) as finished_rows,
-        closing(metrics.Remaining(num_remaining)) as remaining,
+        closing(metrics.Remaining(plan.num_remaining)) as remaining,
     ):
-        _follow(assemble(uri, stages, plan), num_remaining, finished_rows, remaining)
+        _follow(assemble(uri, stages, plan), plan.num_remaining, finished_rows, remaining)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:

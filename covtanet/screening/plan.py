@@ -52,6 +52,11 @@ class Plan:
     most_workers: WorkerCounts
     """Workers that the pools grow to when nodes join."""
 
+    @property
+    def num_remaining(self) -> int:
+        """Series that have no row yet."""
+        return self.num_series - self.num_finished
+
 
 def make_manifest(run: Run, config: ScreeningConfig) -> None:
     """List the archive, read the headers on the cluster and freeze the manifest, unless it exists.

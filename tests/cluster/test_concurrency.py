@@ -5,12 +5,8 @@ the waiting series alone once let one of six decoders work. A reader with more t
 once kept the CPU that the last stage needed, and nothing moved.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
-from repository import ROOT
+from scripts import output_of
 
 from covtanet.screening.assembly import SERIES_PER_WORKER
 
@@ -89,17 +85,9 @@ def run(
 
     listing_bytes: of the row that names its objects. size_px: side of its slices.
     """
-    values = (num_decoders, num_series, decode_s, predict_s, listing_bytes, size_px)
-    arguments = [str(value) for value in values]
-    done = subprocess.run(
-        [sys.executable, "-c", PIPELINE, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+    times: list[list[float]] = output_of(
+        PIPELINE, num_decoders, num_series, decode_s, predict_s, listing_bytes, size_px
     )
-    times: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
     assert len(times) == num_series
     return times
 

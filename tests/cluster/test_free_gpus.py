@@ -3,11 +3,7 @@
 Ray counts GPUs that are not there if it is told to: nothing here runs on one.
 """
 
-import json
-import subprocess
-import sys
-
-from repository import ROOT
+from scripts import output_of
 
 SCRIPT = """
 import json, sys
@@ -44,16 +40,7 @@ print(json.dumps(found))
 
 
 def test_plan_takes_idle_gpus_only_and_refuses_to_run_beside_them_on_cpus() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [
+    assert output_of(SCRIPT) == [
         [6, 2],
         [5, 1],
         "all 2 GPUs of the cluster are in use, expected one to spare",

@@ -1,11 +1,7 @@
 """The number of series that are left stays visible while none ends, as the alert needs it."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-from repository import ROOT
+from scripts import output_of
 
 SCRIPT = """
 import json, socket, sys, time, urllib.request
@@ -45,13 +41,4 @@ ray.shutdown()
 @pytest.mark.slow
 def test_remaining_series_stay_visible_while_none_ends_and_vanish_after_the_run() -> None:
     """Ray shows a gauge that is set once for some 20 s."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [[5.0], []]
+    assert output_of(SCRIPT, timeout_s=180) == [[5.0], []]

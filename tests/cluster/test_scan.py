@@ -1,10 +1,8 @@
 """A large archive is scanned by tasks of Ray, a small one by the driver: both find the same."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-from repository import ROOT
+from scripts import output_of
 
 from covtanet.phantoms.archive import write_archive
 from covtanet.phantoms.sampling import configs
@@ -40,21 +38,12 @@ with tempfile.TemporaryDirectory() as folder:
     on_cluster = list(scan.scan(run, limits, listing, scan.MAX_OBJECTS_HERE + 1))
 ray.shutdown()
 assert here == on_cluster
-print("rows", len(here))
+print(len(here))
 """
 
 
 def test_scan_by_the_driver_equals_that_by_tasks(tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     rows = write_archive(str(archive), str(tmp_path / "truth"), list(configs(4, 5, 64, 14)), 2)
-    done = subprocess.run(
-        [sys.executable, "-c", BOTH, str(archive), str(tmp_path / "ledger")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
     # The note in the archive is one more row, of an object that belongs to no series.
-    assert int(done.stdout.split()[-1]) >= len(rows)
+    assert output_of(BOTH, archive, tmp_path / "ledger", timeout_s=180) >= len(rows)
