@@ -32,23 +32,23 @@ from covtanet.screening.worker_counts import WorkerCounts
 
 num_decoders, num_series = int(sys.argv[1]), int(sys.argv[2])
 decode_s, predict_s = float(sys.argv[3]), float(sys.argv[4])
-listing_bytes, size_px = int(sys.argv[5]), int(sys.argv[6])
+listing_bytes = int(sys.argv[5])
 
 class Decoder:
     def __call__(self, row):
         started = time.time()
         time.sleep(decode_s)
-        slices = np.zeros((96, size_px, size_px), np.uint16)
+        slices = np.zeros((96, 160, 160), np.uint16)
         return {"slices": slices, "started": started, "ended": time.time()}
 
 class Predictor:
     def __call__(self, row):
         time.sleep(predict_s)
-        levels = np.zeros((96, size_px, size_px), np.uint8)
+        levels = np.zeros((96, 160, 160), np.uint8)
         return {**row, "levels": levels, "predicted": time.time()}
 
 def measure(row):
-    return {"times": [row["started"], row["ended"], row["predicted"]]}
+    return {"times": [row["started"], row["ended"], row["predicted"], time.time()]}
 
 ray.init(address="local", num_cpus=num_decoders + 2, include_dashboard=False, logging_level="ERROR")
 ray_data.configure(preserve_order=False)
@@ -79,14 +79,13 @@ def run(
     decode_s: float,
     predict_s: float,
     listing_bytes: int = 0,
-    size_px: int = 160,
 ) -> list[list[float]]:
-    """Return for each series when its decoding began and ended, and when it was predicted.
+    """Return for each series when its decoding began and ended, it was predicted, and measured.
 
-    listing_bytes: of the row that names its objects. size_px: side of its slices.
+    listing_bytes: of the row that names its objects.
     """
     times: list[list[float]] = output_of(
-        PIPELINE, num_decoders, num_series, decode_s, predict_s, listing_bytes, size_px
+        PIPELINE, num_decoders, num_series, decode_s, predict_s, listing_bytes
     )
     assert len(times) == num_series
     return times
@@ -97,9 +96,9 @@ def test_decoders_wait_for_a_slow_predictor_so_that_memory_is_bounded() -> None:
     """As when spot nodes bring many decoders: they would decode all series in three seconds."""
     num_decoders = 4
     times = run(num_decoders, num_series=60, decode_s=0.2, predict_s=0.4)
-    ended = sorted(decoded for _, decoded, _ in times)
+    ended = sorted(decoded for _, decoded, _, _ in times)
     waiting = [
-        sum(decoded <= moment < predicted for _, decoded, predicted in times) for moment in ended
+        sum(decoded <= moment < predicted for _, decoded, predicted, _ in times) for moment in ended
     ]
     assert max(waiting) <= SERIES_PER_WORKER * (num_decoders + 1)
 
@@ -107,7 +106,7 @@ def test_decoders_wait_for_a_slow_predictor_so_that_memory_is_bounded() -> None:
 @pytest.mark.slow
 def test_most_decoders_work_at_the_same_time() -> None:
     times = run(NUM_DECODERS, NUM_SERIES, DECODE_S, predict_s=0.05)
-    spans = [(started, ended) for started, ended, _ in times]
+    spans = [(started, ended) for started, ended, _, _ in times]
     busy_s = sum(ended - started for started, ended in spans)
     # Until the last series begins: after that decoders have nothing left to do.
     first = min(started for started, _ in spans)
@@ -120,4 +119,7 @@ def test_most_decoders_work_at_the_same_time() -> None:
 
 def test_archive_whose_listing_has_no_room_in_the_object_store_is_screened() -> None:
     """As one of 4,500 DICOM series of 200 objects, whose rows name them all."""
-    assert len(run(1, MANY_SERIES, 0, 0, LISTING_BYTES, size_px=1)) == MANY_SERIES
+    times = run(1, MANY_SERIES, 0, 0, LISTING_BYTES)
+    assert len(times) == MANY_SERIES
+    # While the reader waits for room, the last stage has the last CPU.
+    assert min(measured for *_, measured in times) < max(started for started, *_ in times)
