@@ -43,11 +43,11 @@ def configure(
 
 
 def read_in_blocks(uri: str, num_rows: int) -> ray.data.Dataset:
-    """Read a Parquet file in blocks of at most so many rows; takes no CPU.
+    """Read a Parquet file in blocks of at most so many rows, by one task on the driver's node.
 
-    A reader waits for room in the object store. Ray Data's own holds a CPU meanwhile, which on four
-    CPUs was the last one: no stage that makes room got it, and nothing moved, with 6,000 series of
-    200 objects and with a million small ones.
+    The task takes no CPU: the driver's node may have none. Ray Data's own reader, whose rows
+    another task splits, stood still on four CPUs with 6,000 series of 200 objects and with a
+    million small ones: the reader waits for room in the object store, and held the last CPU.
     """
     here = ray.get_runtime_context().get_node_id()
     rows = (
@@ -61,8 +61,8 @@ def read_in_blocks(uri: str, num_rows: int) -> ray.data.Dataset:
         )
         .repartition(target_num_rows_per_block=num_rows)
     )
-    # Ray Data has no public way to say so. With the reader's options the blocks are made within the
-    # reader's task, and take no CPU either.
+    # With the reader's options the blocks are made within the reader's task, and take no CPU
+    # either. Ray Data has no public way to say so.
     repartition = rows._logical_plan.dag
     (reader,) = repartition.input_dependencies
     without_cpu = replace(repartition, ray_remote_args=reader.ray_remote_args)

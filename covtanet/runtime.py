@@ -223,13 +223,6 @@ def connect(*, with_dashboard: bool = False) -> None:
     )
 
 
-def count_gpus() -> int:
-    """Return the number of GPUs of the cluster that ``connect`` joined."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
 def _write_private_token() -> None:
     """Create Ray's token file with mode 0600 before Ray creates it readable for every user.
 

@@ -48,6 +48,7 @@ from covtanet.experiments.model_evaluation import (
     prepare_for,
     seen_sources,
 )
+from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.runtime import (
@@ -147,6 +148,7 @@ def _evaluate_model(ref: str, out: str, arguments: argparse.Namespace) -> Collec
         resolved = tracking.resolve_model(ref, Path(folder))
         model = load_model(resolved.folder, resolved.digest)
     connect()
+    wait_for_gpus()
     folder_uri = location(arguments.storage, "--storage") if arguments.storage else out
     kept_uri = folder_uri if arguments.storage else ""
     check_shared(written={"--out": out, "--storage": kept_uri}, read=data_locations(arguments))

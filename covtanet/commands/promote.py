@@ -31,6 +31,7 @@ from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.promotion import Comparison, Margins
 from covtanet.experiments.challenge import Contender, compare_models
 from covtanet.experiments.model_evaluation import describe_outcomes, prepare_for
+from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.report.summary import table
@@ -164,6 +165,7 @@ def evaluate_both(
             "at the input size of each"
         )
     connect()
+    wait_for_gpus()
     margins = Margins(**{name: getattr(arguments, f"margin_{name}") for name in vars(Margins())})
     with tempfile.TemporaryDirectory() as folder:
         storage_uri = folder

@@ -36,13 +36,13 @@ from covtanet.experiments.variants import (
     change,
     network_variants,
 )
+from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.covtanet import CovTANet
 from covtanet.report import data_report
 from covtanet.runtime import (
     ExitCode,
     check_tracking,
     connect,
-    count_gpus,
     location,
     parser,
     run_command,
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     storage_uri = location(storage_uri, "--storage")
     check_shared(written={"--storage": storage_uri}, read={"--data": data})
     check_tracking_shared(address.uri)
-    config = config.resolved(count_gpus())
+    config = config.resolved(wait_for_gpus())
     experiment = _open(config, data, storage_uri, address)
     experiments = [
         replace(experiment, config=variant) for variant in _variants(config, arguments, experiment)

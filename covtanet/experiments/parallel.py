@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
 from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.fold import train_fold
+from covtanet.idle_resources import wait_for_idle
 from covtanet.runtime import start_logging
 from covtanet.training.config import TrainingConfig
 
@@ -46,11 +47,10 @@ def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[R
 
 
 def _room(config: TrainingConfig) -> int:
-    """Return the number of trainings that the cluster can hold, at least one."""
-    resources = ray.cluster_resources()
+    """Return the number of trainings that the idle CPUs and GPUs can hold, at least one."""
     # A training needs a CPU in addition, to feed its workers.
-    room = int(resources.get("CPU", 0)) // (config.num_workers + 1)
-    num_gpus = int(resources.get("GPU", 0))
+    num_cpus, num_gpus = wait_for_idle(lambda _: config.num_workers + 1)
+    room = num_cpus // (config.num_workers + 1)
     if num_gpus:
         room = min(room, num_gpus // config.num_workers)
     return max(1, room)

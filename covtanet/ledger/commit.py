@@ -20,7 +20,7 @@ from covtanet.ledger.deidentify import LINKAGE_SCHEMA, hide_identities
 from covtanet.ledger.finished_rows import read_chunks
 from covtanet.ledger.run import Run, is_committed
 from covtanet.ledger.schema import LEDGER_SCHEMA
-from covtanet.ledger.series_keys import SeriesKeys, join_keys, keys_of, position_of
+from covtanet.ledger.series_keys import SeriesKeys, join_keys, keys_of, position_of, sort_distinct
 from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, remove_work
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def commit_run(run: Run, *, is_exclusive: bool = True) -> Accounting:
     commit_token = uuid.uuid4().hex.encode()
     keys = _expected_keys(run)
     accounting = Accounting()
+    # Arrow keeps what it freed: 100 MB of the plan of a million series.
+    pa.default_memory_pool().release_unused()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.parquet"
         linkage_path = Path(folder) / "linkage.parquet"
@@ -99,7 +101,7 @@ def _expected_keys(run: Run) -> SeriesKeys:
     """
     # The manifest, not the rows, says which series a run has.
     keys = join_keys(manifest_batches(run, ["series_key"], KEYS_PER_BATCH))
-    distinct = np.unique(keys)
+    distinct = sort_distinct(keys)
     if len(distinct) != len(keys):
         raise RuntimeError(
             f"{len(keys) - len(distinct)} series of the manifest share a key, expected none"

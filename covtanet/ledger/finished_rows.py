@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +23,7 @@ from covtanet import storage
 from covtanet.ledger.record import ScreeningRecord
 from covtanet.ledger.run import Run
 from covtanet.ledger.schema import LEDGER_SCHEMA, SCHEMA_VERSION, with_columns
-from covtanet.ledger.series_keys import SeriesKeys, join_keys
+from covtanet.ledger.series_keys import SeriesKeys, join_keys, sort_distinct
 from covtanet.ledger.work import batched
 
 # A driver that is killed loses the rows that came within so many seconds after the last chunk;
@@ -102,7 +101,7 @@ def check_row(run: Run, record: ScreeningRecord) -> None:
 
 def finished_keys(run: Run) -> SeriesKeys:
     """Return the keys of the series that have a row, sorted."""
-    return np.unique(join_keys(read_chunks(run, ["series_key"])))
+    return sort_distinct(join_keys(read_chunks(run, ["series_key"])))
 
 
 def read_chunks(run: Run, columns: list[str] | None = None) -> Iterator[pa.Table]:

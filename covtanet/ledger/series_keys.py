@@ -34,6 +34,17 @@ def position_of(keys: SeriesKeys, known: SeriesKeys) -> NDArray[np.int64]:
     return np.where(known[indices] == keys, indices, -1)
 
 
+def sort_distinct(keys: SeriesKeys) -> SeriesKeys:
+    """Return the distinct keys, sorted.
+
+    Sorts the given array itself: copies of a million keys, as ``numpy.unique`` makes, take 100 MB.
+    """
+    keys.sort()
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    return keys if is_first.all() else keys[is_first]
+
+
 def join_keys(tables: Iterable[pa.Table | pa.RecordBatch]) -> SeriesKeys:
     """Return the series keys of several tables in their order."""
     return np.concatenate([np.empty(0, KEY_DTYPE), *map(keys_of, tables)])

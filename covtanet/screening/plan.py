@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from covtanet import ray_data, storage
 from covtanet.archive import manifest
 from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.errors import ConfigError
+from covtanet.idle_resources import wait_for_idle
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
 from covtanet.ledger.work import KEYS_PER_BATCH, manifest_batches, write_manifest
 from covtanet.screening.config import ScreeningConfig
-from covtanet.screening.free_room import wait_for_room
 from covtanet.screening.listing import (
     list_folders,
     list_server,
@@ -32,6 +33,7 @@ from covtanet.screening.scan import scan
 from covtanet.screening.worker_counts import (
     WorkerCounts,
     most_workers,
+    num_cpus_needed,
     worker_counts,
 )
 
@@ -144,7 +146,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
     finished: keys of the series that have a row, sorted.
 
     Raises:
-        ConfigError: the cluster has no CPU to spare for decoding, or no GPU.
+        ConfigError: too few CPUs are idle, or none of the cluster's GPUs.
     """
     num_series = 0
     num_bytes = 0
@@ -154,7 +156,14 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
         num_finished += int((position_of(keys_of(batch), finished) >= 0).sum())
     node_cpus = list(nodes_with_cpus().values())
-    num_cpus, num_gpus = wait_for_room(node_cpus)
+    num_cpus, num_gpus = wait_for_idle(partial(num_cpus_needed, node_cpus))
+    num_needed = num_cpus_needed(node_cpus, num_gpus)
+    if num_cpus < num_needed:
+        raise ConfigError(
+            f"the cluster has {num_cpus} of {sum(node_cpus)} CPUs free, expected at least "
+            f"{num_needed}: {num_needed - 2} to predict, 1 to decode and 1 to measure "
+            "(ray start --num-cpus)"
+        )
     # Each decoder fetches one series at a time.
     max_decoders = config.max_pacs_requests if storage.is_dicomweb(run.archive) else None
     workers = worker_counts(num_cpus, node_cpus, num_gpus, max_decoders)

@@ -1,4 +1,4 @@
-"""A plan takes the GPUs that nobody uses: an endpoint on the same cluster may hold the others.
+"""Jobs take the GPUs that nobody uses: an endpoint on the same cluster may hold the others.
 
 Ray counts GPUs that are not there if it is told to: nothing here runs on one.
 """
@@ -10,11 +10,13 @@ import json, sys
 
 import ray
 
+from covtanet import idle_resources
 from covtanet.errors import ConfigError
-from covtanet.screening import free_room
+from covtanet.experiments import parallel
+from covtanet.training.config import TrainingConfig
 
-free_room.FREE_ROOM_TIMEOUT_S = 2.0
-free_room.SETTLED_AFTER_S = 0.5
+idle_resources.TIMEOUT_S = 2.0
+idle_resources.SETTLED_AFTER_S = 0.5
 
 
 @ray.remote(num_cpus=1)
@@ -23,25 +25,28 @@ class Model:
         return True
 
 
+def found():
+    room = parallel._room(TrainingConfig(num_workers=1))
+    return [idle_resources.wait_for_idle(lambda num_gpus: 3), idle_resources.wait_for_gpus(), room]
+
+
 ray.init(address="local", num_cpus=6, num_gpus=2, include_dashboard=False, logging_level="ERROR")
-found = [free_room.wait_for_room([6])]
+results = [found()]
 models = [Model.options(num_gpus=0.5).remote()]
 ray.get(models[0].ready.remote())
-found.append(free_room.wait_for_room([6]))
+results.append(found())
 models.append(Model.options(num_gpus=1).remote())
 ray.get(models[1].ready.remote())
-try:
-    free_room.wait_for_room([6])
-except ConfigError as error:
-    found.append(str(error))
+for refused in (lambda: idle_resources.wait_for_idle(lambda num_gpus: 3), found):
+    try:
+        refused()
+    except ConfigError as error:
+        results.append(str(error))
 ray.shutdown()
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
-def test_plan_takes_idle_gpus_only_and_refuses_to_run_beside_them_on_cpus() -> None:
-    assert output_of(SCRIPT) == [
-        [6, 2],
-        [5, 1],
-        "all 2 GPUs of the cluster are in use, expected one to spare",
-    ]
+def test_jobs_take_idle_gpus_only_and_refuse_to_run_beside_them_on_cpus() -> None:
+    in_use = "all 2 GPUs of the cluster are in use, expected one to spare"
+    assert output_of(SCRIPT) == [[[6, 2], 2, 2], [[5, 1], 1, 1], in_use, in_use]

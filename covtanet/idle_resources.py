@@ -1,39 +1,40 @@
-"""The CPUs and GPUs of the cluster that nobody uses, for the workers of a plan."""
+"""The CPUs and GPUs of the cluster that nobody uses: an endpoint on it keeps those it holds."""
 
 import time
+from collections.abc import Callable
 
 import ray
 
 from covtanet.errors import ConfigError
-from covtanet.screening.worker_counts import num_cpus_needed
 
 # A second driver on a cluster with room for one waits this long and then refuses to start.
-FREE_ROOM_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0
 # A plan that starts with too few CPUs or GPUs keeps them to its end.
 SETTLED_AFTER_S = 5.0
 
 
-def wait_for_room(node_cpus: list[int]) -> tuple[int, int]:
+def wait_for_idle(num_cpus_needed: Callable[[int], int]) -> tuple[int, int]:
     """Return the numbers of idle CPUs and GPUs; wait for those that a dead driver still holds.
 
-    A GPU of which an endpoint holds a share is not idle.
+    num_cpus_needed: of so many idle GPUs. With fewer idle after a minute, or fewer CPUs in all, the
+    answer is below it. A GPU of which an endpoint holds a share is not idle.
 
     Raises:
-        ConfigError: too few are idle, or the cluster has too few in all, which is not waited for.
+        ConfigError: the cluster has GPUs, all of which are in use. On CPUs it would give other
+            figures, and more slowly.
     """
-    deadline = time.monotonic() + FREE_ROOM_TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     most_idle = (0, 0)
     settled_at = time.monotonic()
     while True:
         in_all = _cpus_and_gpus(ray.cluster_resources())
         idle = _cpus_and_gpus(ray.available_resources())
-        num_needed = num_cpus_needed(node_cpus, idle[1])
+        num_needed = num_cpus_needed(idle[1])
         now = time.monotonic()
         if idle > most_idle:
             most_idle, settled_at = idle, now
         # The workers of a dead driver end one after the other: not all is free at once.
         is_settled = idle == in_all or now - settled_at >= SETTLED_AFTER_S
-        # On CPUs a cluster with GPUs would give other figures, and more slowly.
         is_enough = idle[0] >= num_needed and (idle[1] > 0 or not in_all[1])
         if is_enough and is_settled:
             return idle
@@ -42,10 +43,16 @@ def wait_for_room(node_cpus: list[int]) -> tuple[int, int]:
         time.sleep(1)
     if in_all[1] and not idle[1]:
         raise ConfigError(f"all {in_all[1]} GPUs of the cluster are in use, expected one to spare")
-    raise ConfigError(
-        f"the cluster has {idle[0]} of {in_all[0]} CPUs free, expected at least {num_needed}: "
-        f"{num_needed - 2} to predict, 1 to decode and 1 to measure (ray start --num-cpus)"
-    )
+    return idle
+
+
+def wait_for_gpus() -> int:
+    """Return the number of idle GPUs; 0 on a cluster without any.
+
+    Raises:
+        ConfigError: all of them are in use.
+    """
+    return wait_for_idle(lambda _: 0)[1]
 
 
 def _cpus_and_gpus(resources: dict[str, float]) -> tuple[int, int]:
