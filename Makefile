@@ -59,7 +59,7 @@ bench: .venv/.installed ## measure ratios side by side, keep them under benchmar
 
 FAULTS_training := tests/faults/test_training_faults.py
 FAULTS_screening := tests/faults/test_screening_faults.py tests/faults/test_absent_ray.py \
-	tests/faults/test_soak.py
+	tests/faults/test_hanging_series.py tests/faults/test_soak.py
 FAULTS_serve := tests/faults/test_serving_faults.py tests/faults/test_rollover_faults.py
 FAULTS_pacs := tests/faults/test_pacs_faults.py
 FAULTS_nodes := tests/faults/test_node_faults.py tests/faults/test_node_serving.py

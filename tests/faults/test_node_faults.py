@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nodes import Node, Nodes, reason_to_skip, started_nodes
+from nodes import Node, Nodes, processes, reason_to_skip, started_nodes
 from saved_models import small_model
 from screening_runs import CONFIG, Screening
 from training_runs import (
     PHANTOMS,
     TOLERANCE,
     TrainingRun,
-    TrainingSetup,
     largest_difference,
+    training_of,
+    trains,
 )
 
 from covtanet.model.saved_model import save_model
@@ -281,27 +282,3 @@ def losses_apart(training: TrainingRun, clean: TrainingRun) -> float:
     """Return the largest difference of two trainings' losses."""
     losses = zip(training.losses(), clean.losses(), strict=True)
     return max(abs(loss - expected) for loss, expected in losses)
-
-
-def training_of(name: str, nodes: Nodes) -> TrainingRun:
-    """Return a training whose driver runs on the head."""
-    setup = TrainingSetup(
-        environment=nodes.environment, folder=nodes.folder, data="s3://bucket/mosmed"
-    )
-    return replace(
-        setup.training(name),
-        environment=nodes.environment,
-        storage=f"s3://bucket/{name}",
-        stored=nodes.bucket / "bucket" / name,
-        inside=nodes.head.inside,
-    )
-
-
-def trains(node: Node) -> bool:
-    """Return whether a worker of a training runs on a node."""
-    return node.is_alive() and "RayTrainWorker" in processes(node)
-
-
-def processes(node: Node) -> str:
-    """Return the command lines of a node's processes, in which Ray's name the work they do."""
-    return node.run("ps", "ax", "-o", "args")

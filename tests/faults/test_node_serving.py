@@ -10,14 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-from node_callers import NUM_CALLERS, PATIENCE_S, PORT, Callers, wait_until
+from node_callers import (
+    NUM_CALLERS,
+    PATIENCE_S,
+    PORT,
+    Callers,
+    num_answered,
+    num_replicas,
+    wait_until_ready,
+)
 from nodes import Node, Nodes, network_of, reason_to_skip, started_nodes
 from saved_models import model_of_distinct_involvement
-from serving_runs import API, SEGMENTER
 
 from covtanet.ct import nifti
 from covtanet.model.saved_model import save_model
@@ -25,7 +31,6 @@ from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import make_phantom
 from covtanet.phantoms.sampling import configs
 from infra.local.endpoint import SERVE_ENVIRONMENT, Endpoint, start_endpoint, write_config
-from infra.local.services import is_healthy
 
 pytestmark = [
     pytest.mark.faults,
@@ -61,32 +66,6 @@ class Serving:
     def workers(self) -> list[Node]:
         """Return the worker nodes that live."""
         return [node for node in self.nodes.nodes[1:] if node.is_alive()]
-
-
-def wait_until_ready(node: Node, head: Node) -> None:
-    """Wait until a node has a replica of each kind, and a proxy that answers the head."""
-    wait_until(lambda: num_replicas(node) == [1, 1], f"{node.address} has no replicas")
-    with network_of(head):
-        url = f"http://{node.address}:{PORT}/readyz"
-        wait_until(lambda: is_healthy(url), f"{node.address} has no proxy")
-
-
-def num_replicas(node: Node) -> list[int]:
-    """Return how many replicas of API and model run on a node."""
-    processes = node.run("ps", "ax", "-o", "args")
-    return [processes.count(name) for name in (API, SEGMENTER)]
-
-
-def num_answered(node: Node, data: Path) -> list[int]:
-    """Return how many studies a node's replica of the API answered, and how many chunks of slices
-    its replica of the model, by the access logs of Serve.
-    """
-    logs = data / "ray" / "session_latest" / "logs" / "serve"
-    counts = []
-    for name, line in (("Api", "POST /v1/studies 200"), ("Segmenter", "CALL segment OK")):
-        log = node.run("sh", "-c", f"cat {logs}/replica_default_{name}_*.log")
-        counts.append(log.count(line))
-    return counts
 
 
 def studies() -> list[bytes]:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import requests
-from nodes import Node, network_of
-from serving_runs import compared
+from nodes import Node, network_of, processes
+from serving_runs import API, SEGMENTER, compared
+
+from infra.local.services import is_healthy
 
 PORT = 8000
 NUM_CALLERS = 8
@@ -148,3 +151,29 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
     while not is_true():
         assert time.monotonic() < deadline, what
         time.sleep(0.5)
+
+
+def wait_until_ready(node: Node, head: Node) -> None:
+    """Wait until a node has a replica of each kind, and a proxy that answers the head."""
+    wait_until(lambda: num_replicas(node) == [1, 1], f"{node.address} has no replicas")
+    with network_of(head):
+        url = f"http://{node.address}:{PORT}/readyz"
+        wait_until(lambda: is_healthy(url), f"{node.address} has no proxy")
+
+
+def num_replicas(node: Node) -> list[int]:
+    """Return how many replicas of API and model run on a node."""
+    running = processes(node)
+    return [running.count(name) for name in (API, SEGMENTER)]
+
+
+def num_answered(node: Node, data: Path) -> list[int]:
+    """Return how many studies a node's replica of the API answered, and how many chunks of slices
+    its replica of the model, by the access logs of Serve.
+    """
+    logs = data / "ray" / "session_latest" / "logs" / "serve"
+    counts = []
+    for name, line in (("Api", "POST /v1/studies 200"), ("Segmenter", "CALL segment OK")):
+        log = node.run("sh", "-c", f"cat {logs}/replica_default_{name}_*.log")
+        counts.append(log.count(line))
+    return counts

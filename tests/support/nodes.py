@@ -109,6 +109,11 @@ class Node:
         ray.terminate()
 
 
+def processes(node: Node) -> str:
+    """Return the command lines of a node's processes, in which Ray's name the work they do."""
+    return node.run("ps", "ax", "-o", "args")
+
+
 @contextmanager
 def network_of(node: Node) -> Iterator[None]:
     """Let this thread, and the processes that it starts, use the network of a node."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 import psutil
+import pytest
 import requests
 from saved_models import small_model
 from slow_proxy import SlowDoor
@@ -34,6 +35,27 @@ BACK_WITHIN_S = 30.0
 # Columns in which two answers about one study may differ; source_version is an upload's time on
 # disk.
 NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")
+# What a study has in common with the row of a job.
+VALUES = (
+    "status",
+    "reason",
+    "p_infected",
+    "diagnosis",
+    "p_severe",
+    "severity",
+    "severity_by_involvement",
+    "lesion_volume_ml",
+    "lung_volume_ml",
+    "involvement",
+    "lesion_slices",
+    "num_slices",
+    "spacing_z_mm",
+    "series_uid",
+    "model_digest",
+    "source_digest",
+    "config_digest",
+    "software_version",
+)
 # Texts in the command lines of Ray Serve's processes.
 API = "ServeReplica:default:Api"
 SEGMENTER = "ServeReplica:default:Segmenter"
@@ -198,6 +220,19 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {name: value for name, value in row.items() if name not in NOT_COMPARED} for row in rows
     ]
+
+
+def check_equals_row(answer: dict[str, Any], row: dict[str, Any], *, is_uploaded: bool) -> None:
+    """Check that an answer has one series, with the values of a job's row."""
+    (series,) = answer["series"]
+    assert answer["model"]["digest"] == row["model_digest"]
+    for name in VALUES:
+        if name == "source_digest" and is_uploaded:
+            continue  # of objects with their names, which an upload does not keep
+        expected = row[name]
+        if isinstance(expected, float):
+            expected = pytest.approx(expected, rel=1e-5)
+        assert series[name] == expected, (row["source_format"], name)
 
 
 def kill(environment: dict[str, str], text: str) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 from mlflow.tracking import MlflowClient
+from nodes import Node, Nodes, processes
 from safetensors.torch import load_file
 
 from covtanet.phantoms.sampling import configs
@@ -176,6 +177,25 @@ class TrainingSetup:
         )
 
 
+def training_of(name: str, nodes: Nodes, more: str = "") -> TrainingRun:
+    """Return a training of ``s3://bucket/mosmed`` whose driver runs on the head."""
+    setup = TrainingSetup(
+        environment=nodes.environment, folder=nodes.folder, data="s3://bucket/mosmed"
+    )
+    return replace(
+        setup.training(name, more),
+        environment=nodes.environment,
+        storage=f"s3://bucket/{name}",
+        stored=nodes.bucket / "bucket" / name,
+        inside=nodes.head.inside,
+    )
+
+
+def trains(node: Node) -> bool:
+    """Return whether a worker of a training runs on a node."""
+    return node.is_alive() and "RayTrainWorker" in processes(node)
+
+
 def largest_difference(
     left: TrainingRun, right: TrainingRun, phases: tuple[int, ...]
 ) -> tuple[float, str]:
@@ -234,5 +254,10 @@ def kill_and_cut(training: TrainingRun) -> None:
     job = training.start()
     job.wait_for(training.has_epochs(1, 3))
     job.kill()
+    cut_newest_checkpoint(training)
+
+
+def cut_newest_checkpoint(training: TrainingRun) -> None:
+    """Cut the newest checkpoint of phase 1 in half."""
     weights = training.checkpoints(1)[-1] / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])

@@ -14,6 +14,8 @@ from covtanet.ct import nifti
 from covtanet.phantoms.encodings import nifti_grid
 from covtanet.phantoms.phantom import Phantom
 
+pytestmark = pytest.mark.faults
+
 DATE = "2026-11-23"
 # Shorter than one attempt.
 RAY_DATA_TIMEOUT = {"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "3"}
