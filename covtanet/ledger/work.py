@@ -35,16 +35,19 @@ def write_manifest(
 ) -> None:
     """Publish the frozen manifest; of several drivers the first one's counts.
 
-    The manifest comes last: a run that has one also has its ignored objects and its folders.
+    A run that has a manifest also has its ignored objects. It has its folders, unless the driver
+    ended between the two: the next night reads every folder then.
     """
     storage.upload(ignored, run.work_uri("ignored.parquet"))
-    if folders is not None:
-        storage.upload(folders, run.work_uri("folders.parquet"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.parquet"
         write_rows(path, MANIFEST_SCHEMA, rows)
         # Created, not replaced: a second driver takes the manifest of the first.
-        storage.create(path, run.work_uri("manifest.parquet"))
+        is_ours = storage.create(path, run.work_uri("manifest.parquet"))
+    # The listing of another driver may be later: its folders would settle series that changed after
+    # this manifest.
+    if folders is not None and is_ours:
+        storage.upload(folders, run.work_uri("folders.parquet"))
 
 
 def read_manifest(run: Run, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

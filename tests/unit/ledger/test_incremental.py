@@ -20,7 +20,7 @@ from covtanet.ledger.read import committed_files, read_run
 from covtanet.ledger.run import Run, begin_run, choose_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.view import newest_rows
-from covtanet.ledger.work import write_manifest, write_rows
+from covtanet.ledger.work import FOLDERS_SCHEMA, read_folders, write_manifest, write_rows
 
 
 def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> None:
@@ -174,6 +174,21 @@ def test_hidden_ledger_has_keyed_versions_and_digests_and_still_settles(
         row["source_version"], "screened", "0.1.0", None
     )  # of a ledger of older software
     assert PreviousRuns(series={row["series_key"]: before}).settles(row, night)
+
+
+def test_folders_of_a_run_are_those_of_the_driver_whose_manifest_counts(
+    run: Run, tmp_path: Path
+) -> None:
+    """Another one listed later, when a series of the folder had changed."""
+    ignored, folders = tmp_path / "ignored.parquet", tmp_path / "folders.parquet"
+    write_rows(ignored, IGNORED_SCHEMA, [])
+    begin_run(run)
+    for version in ("earlier", "later"):
+        write_rows(
+            folders, FOLDERS_SCHEMA, [{"folder": "a", "version": version, "series_keys": ["a"]}]
+        )
+        write_manifest(run, [series("a")], ignored, folders)
+    assert read_folders(run.work_root, run.run_id) == {"a": ("earlier", ["a"])}
 
 
 def test_view_of_runs_that_are_read_in_several_batches_is_that_of_one(
