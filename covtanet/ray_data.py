@@ -45,9 +45,9 @@ def configure(
 def read_in_blocks(uri: str, num_rows: int) -> ray.data.Dataset:
     """Read a Parquet file in blocks of at most so many rows, by one task on the driver's node.
 
-    The task takes no CPU: the driver's node may have none. Ray Data's own reader, whose rows
-    another task splits, stood still on four CPUs with 6,000 series of 200 objects and with a
-    million small ones: the reader waits for room in the object store, and held the last CPU.
+    The task takes no CPU: the driver's node may have none. Two tasks, Ray Data's own reader and one
+    that splits its rows, stood still on four CPUs with 6,000 series of 200 objects and with a
+    million small ones: the reader held the last CPU while it waited for room in the object store.
     """
     here = ray.get_runtime_context().get_node_id()
     rows = (

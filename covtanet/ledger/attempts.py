@@ -83,7 +83,7 @@ class Attempts:
                 storage.delete(self._note_uri(survived, stage))
 
     def on_lost_nodes(self) -> AttemptsOfSeries:
-        """Return the attempts whose nodes have been lost, for the next plan."""
+        """Return the attempts on nodes that were lost, for the next plan."""
         living = self._living_nodes()
         lost = {
             key: [worker for worker in workers if worker.node_id not in living]

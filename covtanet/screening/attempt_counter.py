@@ -42,7 +42,7 @@ class AttemptCounter:
         return may_begin
 
     def on_lost_nodes(self) -> AttemptsOfSeries:
-        """Return the attempts whose nodes have been lost, for the next plan."""
+        """Return the attempts on nodes that were lost, for the next plan."""
         try:
             attempts: AttemptsOfSeries = ray.get(
                 self._actor.on_lost_nodes.remote(), timeout=ANSWER_TIMEOUT_S

@@ -125,7 +125,7 @@ def _scan_folders(
     # Series that are joined by UID must all be read before the first of them is complete.
     limit = 0 if by_uid else run.limit
     uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
-    # Before the manifest, whose write ends the planning.
+    # Before the manifest: its write ends the planning.
     note_series_keys(run, folders, keys_by_folder, previous_runs)
     return uid_counts
 
