@@ -47,10 +47,19 @@ def train_all(items: Sequence[Item], encoder_weights: Path | None) -> Iterator[R
 
 
 def _room(config: TrainingConfig) -> int:
-    """Return the number of trainings that the idle CPUs and GPUs can hold, at least one."""
+    """Return the number of trainings that the idle CPUs and GPUs can hold, at least one.
+
+    Raises:
+        ConfigError: fewer GPUs are idle than a training needs.
+    """
     # A training needs a CPU in addition, to feed its workers.
     num_cpus, num_gpus = wait_for_idle(lambda _: config.num_workers + 1)
     room = num_cpus // (config.num_workers + 1)
+    if 0 < num_gpus < config.fewest_workers:
+        raise ConfigError(
+            f"{num_gpus} GPUs of the cluster are idle, expected {config.fewest_workers}: one for "
+            "each worker of a training"
+        )
     if num_gpus:
         room = min(room, num_gpus // config.num_workers)
     return max(1, room)

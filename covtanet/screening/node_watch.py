@@ -51,6 +51,7 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.looked_at = time.monotonic()
         self.stand_still = StandStill(set(nodes_with_cpus()), self.looked_at)
+        self.began_with_gpus = _num_gpus() > 0
 
     def on_execution_step(self, executor: Any) -> None:
         """End the plan if it stands still.
@@ -66,7 +67,8 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
         num_moved = sum(operator.metrics.num_outputs_taken for operator in executor._topology)
         nodes = nodes_with_cpus()
         lasts = self.stand_still.lasts(set(nodes), num_moved, now)
-        if lasts and has_room(list(nodes.values())):
+        node_cpus = list(nodes.values())
+        if lasts and has_room(node_cpus, _num_gpus(), needs_gpu=self.began_with_gpus):
             num_lost = len(self.stand_still.nodes - set(nodes))
             raise NodesLostError(f"{num_lost} nodes were lost and no series moves")
 
@@ -78,7 +80,16 @@ def nodes_with_cpus() -> dict[str, int]:
     return {name: number for name, number in cpus.items() if number}
 
 
-def has_room(node_cpus: list[int]) -> bool:
-    """Return whether a screening can be planned with nodes of so many CPUs."""
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+def has_room(node_cpus: list[int], num_gpus: int, *, needs_gpu: bool) -> bool:
+    """Return whether the rest of a screening can be planned for the nodes that are left.
+
+    node_cpus: CPUs of each node. needs_gpu: the screening began on GPUs. On CPUs the same series
+    would get other figures, so it waits for a GPU instead.
+    """
+    if needs_gpu and not num_gpus:
+        return False
     return sum(node_cpus) >= num_cpus_needed(node_cpus, num_gpus)
+
+
+def _num_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -61,7 +61,7 @@ def screen(
             return
         if is_committed(run):  # whose rows are removed
             raise AlreadyCommittedError("another driver of this run committed meanwhile")
-        plan = _make_next_plan(run, config, finished, is_first=plan is None)
+        plan = _make_next_plan(run, config, finished, plan)
         # The commit tells of series that a whole plan could not finish.
         if plan.num_finished in (plan.num_series, num_finished):
             return
@@ -83,18 +83,27 @@ def screen(
 
 
 def _make_next_plan(
-    run: Run, config: ScreeningConfig, finished: SeriesKeys, *, is_first: bool
+    run: Run, config: ScreeningConfig, finished: SeriesKeys, previous: Plan | None
 ) -> Plan:
-    """Plan the series that are left. is_first: the run may still be refused to start."""
+    """Plan the series that are left.
+
+    previous: None at the start of the run, which may still be refused.
+
+    Raises:
+        NodesLostError: the nodes that are left have no room for a new plan, or no GPU for one that
+            had GPUs.
+    """
     # One slow series must not hold back those behind it; the commit sorts the rows.
     timeout_s = no_progress_timeout_s(config)
     ray_data.configure(preserve_order=False, no_progress_timeout_s=timeout_s, callbacks=[NodeWatch])
     try:
         plan = make_plan(run, config, finished)
     except ConfigError as error:
-        if is_first:
+        if previous is None:
             raise
         raise NodesLostError(str(error)) from error
+    if previous is not None and previous.num_gpus and not plan.num_gpus:
+        raise NodesLostError("no GPU is left")
     if plan.num_finished:
         logger.info("continuing: %d of %d series are finished", plan.num_finished, plan.num_series)
     return plan

@@ -35,6 +35,10 @@ results = [found()]
 models = [Model.options(num_gpus=0.5).remote()]
 ray.get(models[0].ready.remote())
 results.append(found())
+try:
+    parallel._room(TrainingConfig(num_workers=2))
+except ConfigError as error:
+    results.append(str(error))
 models.append(Model.options(num_gpus=1).remote())
 ray.get(models[1].ready.remote())
 for refused in (lambda: idle_resources.wait_for_idle(lambda num_gpus: 3), found):
@@ -48,5 +52,6 @@ print(json.dumps(results))
 
 
 def test_jobs_take_idle_gpus_only_and_refuse_to_run_beside_them_on_cpus() -> None:
+    too_few = "1 GPUs of the cluster are idle, expected 2: one for each worker of a training"
     in_use = "all 2 GPUs of the cluster are in use, expected one to spare"
-    assert output_of(SCRIPT) == [[[6, 2], 2, 2], [[5, 1], 1, 1], in_use, in_use]
+    assert output_of(SCRIPT) == [[[6, 2], 2, 2], [[5, 1], 1, 1], too_few, in_use, in_use]

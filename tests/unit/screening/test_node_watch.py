@@ -1,6 +1,6 @@
 """When a plan that has lost nodes is ended."""
 
-from covtanet.screening.node_watch import STANDS_STILL_S, StandStill
+from covtanet.screening.node_watch import STANDS_STILL_S, StandStill, has_room
 
 
 def test_plan_without_a_lost_node_may_stand_still() -> None:
@@ -32,3 +32,14 @@ def test_plan_that_goes_on_with_a_replaced_node_may_stand_still_later() -> None:
     assert not stand_still.lasts({"a", "c"}, 0, 10)
     assert not stand_still.lasts({"a", "c"}, 1, 20)
     assert not stand_still.lasts({"a", "c"}, 1, 20 + 2 * STANDS_STILL_S)
+
+
+def test_new_plan_needs_room_for_every_stage() -> None:
+    assert has_room([3], 0, needs_gpu=False)
+    assert not has_room([2], 0, needs_gpu=False)
+    assert not has_room([2, 1], 0, needs_gpu=False)
+
+
+def test_screening_that_began_on_gpus_is_never_planned_anew_on_cpus() -> None:
+    assert not has_room([16], 0, needs_gpu=True)
+    assert has_room([16], 1, needs_gpu=True)
