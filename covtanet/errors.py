@@ -120,6 +120,7 @@ class QcFlag(StrEnum):
     BLANK_SLICES = "blank_slices"
     LOCALIZER_DROPPED = "localizer_dropped"
     DUPLICATE_OBJECTS = "duplicate_objects"
+    UNREAD_OBJECTS = "unread_objects"
 
 
 class CovtanetError(Exception):

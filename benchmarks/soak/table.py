@@ -31,9 +31,9 @@ def keep_nights(nights: Sequence[Night], hours: float, seed: int) -> None:
         f"due again the next night, {len(wrong)} nights with a wrong ledger.",
         "",
         "The codes are the exit codes of a night's starts, -9 for a kill. A disturbance is missed "
-        "if the job had ended before it came. Ray has one node, so that a start whose node is killed "
-        "ends with code 1. No share of failed or rejected series is too large here (`--max-failed "
-        "1 --max-rejected 1`).",
+        "if the job had ended before it came. Ray has one node: a start whose node is killed ends "
+        "with code 1. Code 4: all series of the night were rejected; less is not too many here "
+        "(`--max-rejected 1 --max-failed 1`).",
         "",
         *_by_kind(nights),
         "",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from covtanet.archive.object_kinds import Identify, ObjectKind, ReadHeader, find_kinds
+from covtanet.archive.object_kinds import NOT_READ, Identify, ObjectKind, ReadHeader, find_kinds
 from covtanet.ct.dicom_headers import SeriesIdentity
 from covtanet.errors import QcFlag, Reason
 from covtanet.storage import ObjectInfo, version_digest
@@ -47,14 +47,15 @@ IGNORED_SCHEMA = pa.schema([
     # Of a series at a DICOMweb server: its modality, or why it is no CT to screen.
     pa.field("kind", pa.string()),
 ])  # fmt: skip
-# Format and reason of the row of a single object. A vanished object may be a slice: its row fails
-# when the object is fetched.
+# Format and reason of the row of a single object. One that was not read may be a slice: its row
+# fails, also if it can be read later, so that the next night reads its folder again.
 SINGLE_OBJECT_ROWS: dict[ObjectKind, tuple[str, Reason | None]] = {
     ObjectKind.NIFTI: ("nifti", None),
     ObjectKind.CONTAINER: ("other", Reason.CONTAINER),
     ObjectKind.OUTSIDE: ("other", Reason.UNREADABLE),
     ObjectKind.UNREADABLE: ("dicom", Reason.UNREADABLE),
-    ObjectKind.VANISHED: ("other", None),
+    ObjectKind.VANISHED: ("other", Reason.VANISHED),
+    ObjectKind.UNREAD: ("other", Reason.STORAGE),
 }
 
 
@@ -128,11 +129,16 @@ def scan_folder(
     read_header: (path, number of bytes) -> the first bytes of an object. identify: parses these
     bytes; those of strangers belong in a sandbox.
 
-    A bad object raises nothing.
+    A bad object raises nothing. If one was not read, the series of its folder may lack slices: they
+    carry ``unread_objects``.
+
+    Raises:
+        AccessError, UnreachableError: no object can be read.
     """
     series: list[Series] = []
     ignored: list[ObjectInfo] = []
     members: dict[SeriesIdentity, list[ObjectInfo]] = defaultdict(list)
+    qc_flags: tuple[QcFlag, ...] = ()
     # An object is a series of its own, a member of a DICOM series, or ignored with a record.
     for item, kind in find_kinds(objects, read_header, identify):
         if isinstance(kind, SeriesIdentity):
@@ -141,8 +147,10 @@ def scan_folder(
             ignored.append(item)
         else:
             series.append(_single_object_series(item, kind))
+            if kind in NOT_READ:
+                qc_flags = (QcFlag.UNREAD_OBJECTS,)
     for identity, items in _join_studies(members).items():
-        series.append(_dicom_series(folder, identity, items))
+        series.append(_dicom_series(folder, identity, items, qc_flags))
     return series, ignored
 
 
@@ -153,7 +161,12 @@ def _single_object_series(item: ObjectInfo, kind: ObjectKind) -> Series:
     )
 
 
-def _dicom_series(folder: str, identity: SeriesIdentity, items: list[ObjectInfo]) -> Series:
+def _dicom_series(
+    folder: str,
+    identity: SeriesIdentity,
+    items: list[ObjectInfo],
+    qc_flags: tuple[QcFlag, ...],
+) -> Series:
     return Series(
         source_path=folder,
         source_format="dicom",
@@ -161,6 +174,7 @@ def _dicom_series(folder: str, identity: SeriesIdentity, items: list[ObjectInfo]
         objects=tuple(sorted(items, key=lambda item: item.path)),
         study_uid=identity.study_uid,
         series_uid=identity.series_uid,
+        qc_flags=qc_flags,
     )
 
 
@@ -206,4 +220,5 @@ def join_by_uid(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterato
         first = min(parts, key=lambda part: part.source_path)
         objects = [item for part in parts for item in part.objects]
         objects.sort(key=lambda item: item.path)
-        yield replace(first, objects=tuple(objects)).to_row()
+        qc_flags = dict.fromkeys(flag for part in parts for flag in part.qc_flags)
+        yield replace(first, objects=tuple(objects), qc_flags=tuple(qc_flags)).to_row()

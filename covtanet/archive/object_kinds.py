@@ -11,6 +11,7 @@ from itertools import islice
 
 from covtanet.ct.dicom_headers import SeriesIdentity, has_magic, is_directory, looks_like_dicom
 from covtanet.ct.gzip_stream import GZIP_MAGIC
+from covtanet.errors import AccessError, UnreachableError
 from covtanet.storage import OUTSIDE, ObjectInfo
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -47,17 +48,25 @@ class ObjectKind(StrEnum):
     UNREADABLE = "unreadable"
     """Claims to be DICOM and has no readable header."""
     VANISHED = "vanished"
+    """Is gone since it was listed; it may have been a slice."""
+    UNREAD = "unread"
     """Could not be read; it may be a slice."""
     IGNORED = "ignored"
 
 
+# Kinds of objects that may be slices of a series of their folder.
+NOT_READ = (ObjectKind.VANISHED, ObjectKind.UNREAD)
 Kind = SeriesIdentity | ObjectKind
 
 
 def find_kinds(
     objects: Iterable[ObjectInfo], read_header: ReadHeader, identify: Identify
 ) -> Iterator[tuple[ObjectInfo, Kind]]:
-    """Yield each object with its series or its kind."""
+    """Yield each object with its series or its kind.
+
+    Raises:
+        AccessError, UnreachableError: no object can be read.
+    """
     remaining = iter(objects)
     while group := list(islice(remaining, HEADERS_AT_A_TIME)):
         kinds = _kinds_of_group(group, read_header, identify)
@@ -104,8 +113,9 @@ def _kind_by_name(item: ObjectInfo, read_header: ReadHeader) -> tuple[ObjectKind
         return ObjectKind.CONTAINER, b""
     try:
         header = read_header(item.path, HEADER_BYTES)
-    except OSError:
-        return (ObjectKind.IGNORED if is_debris else ObjectKind.VANISHED), b""
+    except OSError as error:
+        kind = _kind_of_unread(error)
+        return (ObjectKind.IGNORED if is_debris else kind), b""
     if is_debris_content(item.path, header):
         return ObjectKind.IGNORED, b""
     if looks_like_dicom(header):
@@ -115,6 +125,12 @@ def _kind_by_name(item: ObjectInfo, read_header: ReadHeader) -> tuple[ObjectKind
     # An object that claims to be DICOM gets a row, so that no series is lost silently.
     is_claimed = name.endswith(DICOM_SUFFIXES)
     return (ObjectKind.UNREADABLE if is_claimed else ObjectKind.IGNORED), b""
+
+
+def _kind_of_unread(error: OSError) -> ObjectKind:
+    if isinstance(error, AccessError | UnreachableError):  # of every object, not of this one
+        raise error
+    return ObjectKind.VANISHED if isinstance(error, FileNotFoundError) else ObjectKind.UNREAD
 
 
 def is_debris_name(path: str) -> bool:
@@ -158,8 +174,8 @@ def _kinds_by_long_header(
     for item in items:
         try:
             headers[item] = read_header(item.path, LONG_HEADER_BYTES)
-        except OSError:
-            kinds[item] = ObjectKind.VANISHED
+        except OSError as error:
+            kinds[item] = _kind_of_unread(error)
     identities = identify(list(headers.values()), LONG_HEADER_BYTES)
     for (item, header), identity in zip(headers.items(), identities, strict=True):
         kinds[item] = identity or _kind_without_identity(item, header)

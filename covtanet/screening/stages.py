@@ -276,6 +276,11 @@ def _fetch_and_decode(
 
 def _check_listing(series: Series, config: ScreeningConfig) -> None:
     """Refuse a series by its entry in the manifest, before anything is read."""
+    # When it was listed. By now there may be more to read than the slice that it may be.
+    if series.reason == Reason.VANISHED:
+        raise FileNotFoundError(series.reason)
+    if series.reason == Reason.STORAGE:
+        raise OSError(series.reason)
     if series.reason:
         raise StudyError(series.reason, LISTING_DETAILS[series.reason])
     if (series.num_bytes or 0) > config.max_series_mib << 20:

@@ -101,16 +101,25 @@ class S3Store:
         return ObjectInfo(uri.rpartition("/")[2], int(answer["ContentLength"]), _etag(answer))
 
     def read(self, uri: str, max_bytes: int | None) -> bytes:
-        """Read an object, or only its first bytes."""
+        """Read an object, or only its first bytes; once more if the answer breaks off."""
         bucket, key = split_s3(uri)
         extra = {} if max_bytes is None else {"Range": f"bytes=0-{max_bytes - 1}"}
         with errors_as_os_error():
-            try:
-                return bytes(client().get_object(Bucket=bucket, Key=key, **extra)["Body"].read())
-            except ClientError as error:
-                if _status(error) == RANGE_NOT_SATISFIABLE:  # an empty object has no first byte
-                    return b""
-                raise
+            for attempt in range(MAX_ATTEMPTS):
+                try:
+                    body = client().get_object(Bucket=bucket, Key=key, **extra)["Body"]
+                except ClientError as error:
+                    if _status(error) == RANGE_NOT_SATISFIABLE:  # an empty object has no first byte
+                        return b""
+                    raise
+                # botocore retries requests, but not a body that breaks off while it is read.
+                try:
+                    return bytes(body.read())
+                except (BotoCoreError, HTTPError):
+                    if attempt == MAX_ATTEMPTS - 1:
+                        raise
+                    time.sleep(FIRST_PAUSE_S * 2**attempt)
+        raise AssertionError("every attempt returns or raises")
 
     def read_chunks(self, uri: str, expected: ObjectInfo | None) -> Iterator[bytes]:
         """Read an object in chunks; resume a broken stream of a listed object."""

@@ -225,6 +225,24 @@ def test_stream_that_always_breaks_fails_as_storage(
     assert len(proxy.ranges) == s3_store.MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize("num_cuts", [1, 100])
+def test_first_bytes_of_an_answer_that_breaks_off_are_read_again(
+    num_cuts: int,
+    s3: S3,
+    stored: tuple[str, bytes, storage.ObjectInfo],
+    through: Callable[[CuttingProxy], Any],
+) -> None:
+    uri, content, _ = stored
+    proxy = CuttingProxy(upstream_of(s3.environment), num_cuts=num_cuts, cut_at=1000)
+    with through(proxy):
+        if num_cuts == 1:
+            assert storage.read_bytes(uri, 16384) == content[:16384]
+        else:
+            with pytest.raises(OSError, match="the object store does not answer"):
+                storage.read_bytes(uri, 16384)
+    assert len(proxy.ranges) == min(1 + num_cuts, s3_store.MAX_ATTEMPTS)
+
+
 def rows_of(archive: str) -> list[dict[str, Any]]:
     """The manifest rows of an archive in S3."""
     found = []

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -19,6 +20,7 @@ from covtanet.archive.manifest import (
 )
 from covtanet.archive.object_kinds import HEADER_BYTES
 from covtanet.ct import dicom_headers
+from covtanet.errors import AccessError, QcFlag, UnreachableError
 from covtanet.phantoms.encodings import dicom_objects
 from covtanet.phantoms.phantom import Phantom
 from covtanet.storage import ObjectInfo
@@ -295,9 +297,51 @@ def test_object_that_vanishes_between_two_reads_of_its_header_is_a_row(
 
     series, ignored = scan_folder("a/", [item], read_head, dicom_headers.read_identities)
     assert [(item.source_path, item.source_format, item.reason) for item in series] == [
-        ("a/1", "other", None)
+        ("a/1", "other", "vanished")
     ]
     assert ignored == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("an answer broke off"), "storage"), (FileNotFoundError(), "vanished")],
+)
+def test_series_next_to_an_object_that_could_not_be_read_is_flagged(
+    series_objects: list[bytes], error: OSError, reason: str
+) -> None:
+    """It may be a slice of the series, whose numbers would be wrong without a word."""
+    objects = {f"a/{index}": data for index, data in enumerate(series_objects)}
+
+    def read_head(path: str, num_bytes: int) -> bytes:
+        if path == "a/2":
+            raise error
+        return objects[path][:num_bytes]
+
+    infos = [ObjectInfo(path, len(data), "v1") for path, data in objects.items()]
+    series, ignored = scan_folder("a/", infos, read_head, dicom_headers.read_identities)
+    assert [(each.source_path, each.reason, each.qc_flags) for each in series] == [
+        ("a/2", reason, ()),
+        ("a/", None, ("unread_objects",)),
+    ]
+    assert ignored == []
+
+
+def test_flags_of_joined_folders_are_those_of_all(series_objects: list[bytes]) -> None:
+    (series,), _ = scan({"1": series_objects[0]})
+    parts = [series, replace(series, source_path="b/", qc_flags=(QcFlag.UNREAD_OBJECTS,))]
+    counts = Counter({str(series.series_uid): 2})
+    (joined,) = join_by_uid((part.to_row() for part in parts), counts)
+    assert (joined["source_path"], joined["qc_flags"]) == ("a/", ["unread_objects"])
+
+
+@pytest.mark.parametrize("error", [AccessError("refused"), UnreachableError("gone")])
+def test_fault_of_every_object_ends_the_scan(error: OSError) -> None:
+    def read_head(path: str, num_bytes: int) -> bytes:
+        raise error
+
+    infos = [ObjectInfo("a/1", 7, "v1")]
+    with pytest.raises(type(error)):
+        scan_folder("a/", infos, read_head, dicom_headers.read_identities)
 
 
 def test_many_objects_of_every_kind_keep_their_order_and_their_series(

@@ -124,6 +124,18 @@ def test_object_that_vanished_is_failed_not_rejected(
     )
 
 
+@pytest.mark.parametrize("reason", ["vanished", "storage"])
+def test_object_that_was_not_read_for_the_manifest_fails_though_it_can_be_read_now(
+    tmp_path: Path, predictor: Predictor, mild: Phantom, reason: str
+) -> None:
+    """It may be a slice: a verdict on it alone would settle it for later nights."""
+    (tmp_path / "a.nii").write_bytes(as_nifti(mild))
+    (row,) = manifest_rows(tmp_path)
+    prepared = prepare({**row, "reason": reason}, tmp_path)
+    record = columns_of(stages.predict_series(prepared, predictor))
+    assert (record["status"], record["reason"]) == ("failed", reason)
+
+
 def test_our_own_error_is_failed_and_its_text_is_kept_out_of_log_and_record(
     tmp_path: Path, mild: Phantom, predictor: Predictor, caplog: pytest.LogCaptureFixture
 ) -> None:
