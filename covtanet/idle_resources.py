@@ -1,9 +1,12 @@
 """The CPUs and GPUs of the cluster that nobody uses: an endpoint on it keeps those it holds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ray
+
+# Ray has no public way to ask for them by node.
+from ray._private.state import available_resources_per_node
 
 from covtanet.errors import ConfigError
 
@@ -27,8 +30,9 @@ def wait_for_idle(num_cpus_needed: Callable[[int], int]) -> tuple[int, int]:
     most_idle = (0, 0)
     settled_at = time.monotonic()
     while True:
-        in_all = _cpus_and_gpus(ray.cluster_resources())
-        idle = _cpus_and_gpus(ray.available_resources())
+        in_all = _whole([ray.cluster_resources()])
+        # Halves of GPUs on two nodes are no GPU.
+        idle = _whole(available_resources_per_node().values())
         num_needed = num_cpus_needed(idle[1])
         now = time.monotonic()
         if idle > most_idle:
@@ -55,5 +59,7 @@ def wait_for_gpus() -> int:
     return wait_for_idle(lambda _: 0)[1]
 
 
-def _cpus_and_gpus(resources: dict[str, float]) -> tuple[int, int]:
-    return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+def _whole(nodes: Iterable[dict[str, float]]) -> tuple[int, int]:
+    """Return the sums of whole CPUs and of whole GPUs of some nodes."""
+    counts = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    return sum(cpus for cpus, _ in counts), sum(gpus for _, gpus in counts)

@@ -76,18 +76,27 @@ class RemoteNetwork:
 
     def cancel(self) -> None:
         """Cancel all requests in flight, from another thread; the waiting thread gets an error."""
-        # Set before the loop, so that no request starts that the loop would miss.
+        # Set before the loop: a request that the loop misses is cancelled by the one who sent it.
         self._is_cancelled = True
         # A copy: the waiting thread changes the set meanwhile.
         for response in tuple(self._in_flight):
             response.cancel()
 
     def _ask(self, method: Any, argument: Any) -> Any:
-        if self._is_cancelled:
-            raise UnavailableError("the request ended while its study was read")
+        self._check_open()
         response = method.remote(self.model_id, argument)
         self._in_flight.add(response)
+        try:
+            self._check_open()
+        except UnavailableError:
+            response.cancel()
+            self._in_flight.discard(response)
+            raise
         return response
+
+    def _check_open(self) -> None:
+        if self._is_cancelled:
+            raise UnavailableError("the request ended while its study was read")
 
     def _wait(self, response: Any) -> Any:
         """Wait for this answer and forget it, so that the next study cannot get it."""

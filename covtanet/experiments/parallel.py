@@ -50,10 +50,16 @@ def _room(config: TrainingConfig) -> int:
     """Return the number of trainings that the idle CPUs and GPUs can hold, at least one.
 
     Raises:
-        ConfigError: fewer GPUs are idle than a training needs.
+        ConfigError: fewer CPUs or GPUs are idle than a training needs.
     """
     # A training needs a CPU in addition, to feed its workers.
-    num_cpus, num_gpus = wait_for_idle(lambda _: config.num_workers + 1)
+    num_needed = config.fewest_workers + 1
+    num_cpus, num_gpus = wait_for_idle(lambda _: num_needed)
+    if num_cpus < num_needed:
+        raise ConfigError(
+            f"{num_cpus} CPUs of the cluster are idle, expected {num_needed}: one for each worker "
+            "of a training, and another for their data (ray start --num-cpus)"
+        )
     room = num_cpus // (config.num_workers + 1)
     if 0 < num_gpus < config.fewest_workers:
         raise ConfigError(

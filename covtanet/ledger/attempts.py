@@ -61,11 +61,11 @@ class Attempts:
         A worker that begins the next series has survived the one before, whose attempts are
         forgotten. An attempt does not count if its node has been lost with all its workers.
         """
-        self._forget_survived(stage, worker)
+        self._forget_survived(series_key, stage, worker)
         attempts = self._attempts[series_key, stage]
-        if attempts and self._is_exhausted(attempts):
-            return False
-        if worker not in attempts:  # Ray repeats a call whose answer was lost
+        if worker not in attempts:
+            if attempts and self._is_exhausted(attempts):
+                return False
             attempts.append(worker)
         self._series_at_work[worker, stage] = series_key
         if len(attempts) > 1:
@@ -73,9 +73,9 @@ class Attempts:
             self._note(series_key, stage, attempts)
         return True
 
-    def _forget_survived(self, stage: str, worker: Worker) -> None:
-        survived = self._series_at_work.pop((worker, stage), None)
-        if survived is None:
+    def _forget_survived(self, series_key: str, stage: str, worker: Worker) -> None:
+        survived = self._series_at_work.get((worker, stage))
+        if survived in (None, series_key):  # Ray repeats a call whose answer was lost
             return
         attempts = self._attempts.pop((survived, stage), [])
         if len(attempts) > 1:  # the note would be taken up after a restart

@@ -128,18 +128,26 @@ def _as_ignored(row: dict[str, Any]) -> dict[str, Any]:
 
 def note_series_keys(
     run: Run, folders: Path, keys_by_folder: dict[str, list[str]], previous_runs: PreviousRuns
-) -> None:
-    """Add to each folder the keys of its series: of this scan, or of the last run if skipped."""
+) -> Counter[str]:
+    """Add to each folder the keys of its series: of this scan, or of the last run if skipped.
+
+    Returns how often each series UID occurs in skipped folders, as ledgers have it: a pseudonym if
+    identities are hidden.
+    """
     table = pq.read_table(folders, schema=FOLDERS_SCHEMA)
     keys = []
+    uid_counts: Counter[str] = Counter()
     for folder in table["folder"].to_pylist():
         if folder in keys_by_folder:
             keys.append([run.pseudonym(key) for key in keys_by_folder[folder]])
         else:
             _, series_keys = previous_runs.folders.get(folder, UNLISTED)
             keys.append(series_keys)
+            known = (previous_runs.series.get(key) for key in series_keys)
+            uid_counts.update(each.series_uid for each in known if each and each.series_uid)
     column = pa.array(keys, pa.list_(pa.string()))
     pq.write_table(table.set_column(2, FOLDERS_SCHEMA.field(2), column), folders)
+    return uid_counts
 
 
 def read_series(path: Path) -> Iterator[dict[str, Any]]:

@@ -87,9 +87,6 @@ def _freeze(run: Run, config: ScreeningConfig, previous_runs: PreviousRuns, fold
     else:
         folders = folder / "folders.parquet"
         uid_counts = _scan_folders(run, config, previous_runs, folder, folders, series, ignored)
-    uid_counts.update(
-        known.series_uid for known in previous_runs.series.values() if known.series_uid
-    )
     arrange = manifest.join_by_uid if config.group_by == "uid" else manifest.flag_repeated
     arranged = arrange(read_series(series), uid_counts)
     remaining = _unsettled(arranged, run, previous_runs)
@@ -110,7 +107,7 @@ def _scan_folders(
 ) -> Counter[str]:
     """Write the series and ignored objects of an archive of objects, and its folders.
 
-    Returns how often each series UID occurs.
+    Returns how often each series UID occurs, folders that were not read included.
     """
     listing = folder / "listing.parquet"
     by_uid = config.group_by == "uid"
@@ -126,7 +123,9 @@ def _scan_folders(
     limit = 0 if by_uid else run.limit
     uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
     # Before the manifest: its write ends the planning.
-    note_series_keys(run, folders, keys_by_folder, previous_runs)
+    skipped_uids = note_series_keys(run, folders, keys_by_folder, previous_runs)
+    for uid in uid_counts:
+        uid_counts[uid] += skipped_uids[run.pseudonym(uid)]
     return uid_counts
 
 

@@ -9,6 +9,7 @@ SCRIPT = """
 import json, sys
 
 import ray
+from ray.cluster_utils import Cluster
 
 from covtanet import idle_resources
 from covtanet.errors import ConfigError
@@ -19,7 +20,7 @@ idle_resources.TIMEOUT_S = 2.0
 idle_resources.SETTLED_AFTER_S = 0.5
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, num_gpus=0.5, scheduling_strategy="SPREAD")
 class Model:
     def ready(self):
         return True
@@ -30,16 +31,20 @@ def found():
     return [idle_resources.wait_for_idle(lambda num_gpus: 3), idle_resources.wait_for_gpus(), room]
 
 
-ray.init(address="local", num_cpus=6, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+# Two nodes: a share of a GPU on each is no GPU.
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "num_gpus": 1})
+nodes.add_node(num_cpus=3, num_gpus=1)
+ray.init(address=nodes.address, logging_level="ERROR")
+nodes.wait_for_nodes()
 results = [found()]
-models = [Model.options(num_gpus=0.5).remote()]
+models = [Model.remote()]
 ray.get(models[0].ready.remote())
 results.append(found())
 try:
     parallel._room(TrainingConfig(num_workers=2))
 except ConfigError as error:
     results.append(str(error))
-models.append(Model.options(num_gpus=1).remote())
+models.append(Model.remote())
 ray.get(models[1].ready.remote())
 for refused in (lambda: idle_resources.wait_for_idle(lambda num_gpus: 3), found):
     try:
@@ -47,6 +52,7 @@ for refused in (lambda: idle_resources.wait_for_idle(lambda num_gpus: 3), found)
     except ConfigError as error:
         results.append(str(error))
 ray.shutdown()
+nodes.shutdown()
 print(json.dumps(results))
 """
 

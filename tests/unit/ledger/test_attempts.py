@@ -45,6 +45,17 @@ def test_series_that_its_worker_survives_is_forgotten(
     assert all(attempts.begin(key, "decode", worker) for key in ("a", "b") * 5)
 
 
+def test_call_that_ray_repeats_neither_counts_nor_forgets(
+    attempts: Attempts, new_worker: Callable[..., Worker]
+) -> None:
+    """Its answer was lost with a connection, and the worker goes on with the same series."""
+    workers = [new_worker() for _ in range(3)]
+    for worker in workers:
+        assert attempts.begin("deadly", "decode", worker)
+        assert attempts.begin("deadly", "decode", worker)
+    assert not attempts.begin("deadly", "decode", new_worker())
+
+
 def test_neighbours_of_a_deadly_series_in_its_block_are_not_charged(
     attempts: Attempts, new_worker: Callable[..., Worker]
 ) -> None:

@@ -104,6 +104,27 @@ def test_cancelled_network_cancels_its_requests_and_sends_no_more() -> None:
         network._ask(network.segmenter.segment, None)
 
 
+def test_request_that_is_sent_while_another_thread_cancels_is_cancelled() -> None:
+    class Answer:
+        is_cancelled = False
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+    answer = Answer()
+
+    class Method:
+        def remote(self, *arguments: object) -> Answer:
+            network.cancel()  # which does not know of this request yet
+            return answer
+
+    network = network_of(Method(), Method())
+    with pytest.raises(UnavailableError, match="the request ended"):
+        network.diagnose(np.zeros(1, np.float32))
+    assert answer.is_cancelled
+    assert not network._in_flight
+
+
 def test_late_answer_is_never_given_to_the_next_study() -> None:
     """A study whose diagnosis failed leaves no answer for the next study."""
 
