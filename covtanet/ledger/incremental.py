@@ -9,15 +9,11 @@ from typing import Any
 from covtanet.errors import Status
 from covtanet.ledger.run import Run, known_runs
 from covtanet.ledger.view import iter_newest_rows
-from covtanet.ledger.work import read_folders
+from covtanet.ledger.work import ListedFolder, read_folders
 
 logger = logging.getLogger(__name__)
 
 KNOWN_COLUMNS = ["series_key", "source_version", "status", "software_version", "series_uid"]
-
-# Version of a folder, and the keys of its series.
-ListedFolder = tuple[str, list[str]]
-UNLISTED: ListedFolder = ("", [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +60,14 @@ class PreviousRuns:
 
     def settles_folder(self, folder: str, version: str, software_version: str) -> bool:
         """Return whether a folder has not changed and all its series are settled."""
-        listed_version, series_keys = self.folders.get(folder, UNLISTED)
+        listed = self.folders.get(folder, ListedFolder())
         # Names, sizes and versions of the objects: something was added, removed or replaced.
-        if listed_version != version:
+        if listed.version != version:
             return False
-        return all(self._is_settled(key, software_version) for key in series_keys)
+        # Another version of the software may find a series in what this one ignored.
+        if listed.num_ignored != 0 and listed.software_version != software_version:
+            return False
+        return all(self._is_settled(key, software_version) for key in listed.series_keys)
 
     def _is_settled(self, series_key: str, software_version: str) -> bool:
         known = self.series.get(series_key)

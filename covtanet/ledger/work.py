@@ -2,12 +2,12 @@
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,22 @@ FOLDERS_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
     pa.field("version", pa.string(), nullable=False),
     pa.field("series_keys", pa.list_(pa.string()), nullable=False),
+    # Null in listings of older software. The version is of the software that read the folder.
+    pa.field("num_ignored", pa.int32()),
+    pa.field("software_version", pa.string()),
 ])  # fmt: skip
+
+
+class ListedFolder(NamedTuple):
+    """A folder of an archive, as a run listed it."""
+
+    version: str = ""
+    """Digest of names, sizes and versions of its objects; empty for one that was not listed."""
+    series_keys: Sequence[str] = ()
+    num_ignored: int | None = None
+    """Objects that are no series; None if it is not known."""
+    software_version: str | None = None
+    """Of the software that read the folder."""
 
 
 def write_manifest(
@@ -81,13 +96,13 @@ def read_ignored(run: Run) -> pa.Table:
     return pq.read_table(path, filesystem=filesystem, schema=IGNORED_SCHEMA)
 
 
-def read_folders(work_root: str, run_id: str) -> dict[str, tuple[str, list[str]]]:
-    """Return version and series keys of each folder as a run listed it, if it noted them."""
+def read_folders(work_root: str, run_id: str) -> dict[str, ListedFolder]:
+    """Return each folder as a run listed it, if it noted them."""
     uri = storage.join(work_root, run_id, "folders.parquet")
     if not storage.exists(uri):
         return {}
     rows = pq.read_table(BytesIO(storage.read_bytes(uri)), schema=FOLDERS_SCHEMA).to_pylist()
-    return {row["folder"]: (row["version"], row["series_keys"]) for row in rows}
+    return {row.pop("folder"): ListedFolder(**row) for row in rows}
 
 
 def remove_work(run: Run) -> None:

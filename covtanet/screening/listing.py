@@ -3,10 +3,10 @@
 The files hold everything that grows with the archive, so that the driver's memory does not.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from covtanet import storage
 from covtanet.archive import manifest
-from covtanet.ledger.incremental import UNLISTED, PreviousRuns
+from covtanet.ledger.incremental import PreviousRuns
 from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
-from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_BATCH, batched
+from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_BATCH, ListedFolder, batched
 
 FOLDERS_PER_SCAN = 16
 LISTING_SCHEMA = pa.schema([
@@ -90,16 +90,24 @@ def list_server(run: Run, series: Path, ignored: Path) -> Counter[str]:
     return uid_counts
 
 
+@dataclass
+class FolderContent:
+    """What a scan found in a folder."""
+
+    series_keys: list[str] = field(default_factory=list)
+    num_ignored: int = 0
+
+
 def split_scan(
     rows: Iterator[dict[str, Any]], series: Path, ignored: Path, limit: int
-) -> tuple[Counter[str], dict[str, list[str]]]:
+) -> tuple[Counter[str], dict[str, FolderContent]]:
     """Write series and ignored objects of a scan to two files.
 
-    limit: stop after so many series; 0 reads all. Returns how often each series UID occurs, and the
-    series keys of each folder.
+    limit: stop after so many series; 0 reads all. Returns how often each series UID occurs, and
+    what is in each folder.
     """
     uid_counts: Counter[str] = Counter()
-    keys_by_folder: dict[str, list[str]] = {}
+    scanned: defaultdict[str, FolderContent] = defaultdict(FolderContent)
     num_series = 0
     with (
         closing(RowGroupWriter(series, manifest.MANIFEST_SCHEMA)) as series_file,
@@ -107,46 +115,54 @@ def split_scan(
     ):
         for group in batched(rows, SERIES_PER_BATCH):
             series_rows = [row for row in group if not row["is_ignored"]]
-            ignored_rows = [_as_ignored(row) for row in group if row["is_ignored"]]
+            ignored_rows = [row for row in group if row["is_ignored"]]
+            left_out = list(map(_as_ignored, ignored_rows))
             series_file.write(pa.Table.from_pylist(series_rows, schema=manifest.MANIFEST_SCHEMA))
-            ignored_file.write(pa.Table.from_pylist(ignored_rows, schema=manifest.IGNORED_SCHEMA))
+            ignored_file.write(pa.Table.from_pylist(left_out, schema=manifest.IGNORED_SCHEMA))
             for row in series_rows:
                 if row["series_uid"]:
                     uid_counts[row["series_uid"]] += 1
-                folder = row["source_path"][: row["source_path"].rfind("/") + 1]
-                keys_by_folder.setdefault(folder, []).append(row["series_key"])
+                scanned[_folder_of(row)].series_keys.append(row["series_key"])
+            for row in ignored_rows:
+                scanned[_folder_of(row)].num_ignored += 1
             num_series += len(series_rows)
             # After the group is written, hence at least so many series.
             if limit and num_series >= limit:
                 break
-    return uid_counts, keys_by_folder
+    return uid_counts, scanned
+
+
+def _folder_of(row: dict[str, Any]) -> str:
+    path: str = row["source_path"]
+    return path[: path.rfind("/") + 1]
 
 
 def _as_ignored(row: dict[str, Any]) -> dict[str, Any]:
     return {"path": row["source_path"], "num_bytes": row["num_bytes"]}
 
 
-def note_series_keys(
-    run: Run, folders: Path, keys_by_folder: dict[str, list[str]], previous_runs: PreviousRuns
+def note_contents(
+    run: Run, folders: Path, scanned: Mapping[str, FolderContent], previous_runs: PreviousRuns
 ) -> Counter[str]:
-    """Add to each folder the keys of its series: of this scan, or of the last run if skipped.
+    """Add to each folder what is in it: by this scan, or by the last run if it was skipped.
 
     Returns how often each series UID occurs in skipped folders, as ledgers have it: a pseudonym if
     identities are hidden.
     """
-    table = pq.read_table(folders, schema=FOLDERS_SCHEMA)
-    keys = []
+    rows = pq.read_table(folders, columns=["folder", "version"]).to_pylist()
     uid_counts: Counter[str] = Counter()
-    for folder in table["folder"].to_pylist():
-        if folder in keys_by_folder:
-            keys.append([run.pseudonym(key) for key in keys_by_folder[folder]])
+    for row in rows:
+        content = scanned.get(row["folder"])
+        if content is not None:
+            row["series_keys"] = list(map(run.pseudonym, content.series_keys))
+            row["num_ignored"] = content.num_ignored
+            row["software_version"] = run.software_version
         else:
-            _, series_keys = previous_runs.folders.get(folder, UNLISTED)
-            keys.append(series_keys)
-            known = (previous_runs.series.get(key) for key in series_keys)
+            listed = previous_runs.folders.get(row["folder"], ListedFolder())
+            row.update({**listed._asdict(), "version": row["version"]})
+            known = (previous_runs.series.get(key) for key in listed.series_keys)
             uid_counts.update(each.series_uid for each in known if each and each.series_uid)
-    column = pa.array(keys, pa.list_(pa.string()))
-    pq.write_table(table.set_column(2, FOLDERS_SCHEMA.field(2), column), folders)
+    pq.write_table(pa.Table.from_pylist(rows, schema=FOLDERS_SCHEMA), folders)
     return uid_counts
 
 

@@ -24,7 +24,7 @@ from covtanet.screening.config import ScreeningConfig
 from covtanet.screening.listing import (
     list_folders,
     list_server,
-    note_series_keys,
+    note_contents,
     read_series,
     split_scan,
 )
@@ -121,9 +121,9 @@ def _scan_folders(
     rows = scan(run, config.decode_limits, listing, num_objects)
     # Series that are joined by UID must all be read before the first of them is complete.
     limit = 0 if by_uid else run.limit
-    uid_counts, keys_by_folder = split_scan(rows, series, ignored, limit)
+    uid_counts, scanned = split_scan(rows, series, ignored, limit)
     # Before the manifest: its write ends the planning.
-    skipped_uids = note_series_keys(run, folders, keys_by_folder, previous_runs)
+    skipped_uids = note_contents(run, folders, scanned, previous_runs)
     for uid in uid_counts:
         uid_counts[uid] += skipped_uids[run.pseudonym(uid)]
     return uid_counts

@@ -5,15 +5,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from ledger_rows import record
 from sound_input import named, slices
 
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import store_rows
+from covtanet.ledger.incremental import read_previous_runs
 from covtanet.ledger.run import Run, begin_run
 from covtanet.ledger.work import read_manifest
 from covtanet.screening.config import ScreeningConfig
+from covtanet.screening.listing import list_folders
 from covtanet.screening.plan import make_manifest
 
 # Of Ray Data's own settings.
@@ -74,3 +77,18 @@ def test_series_with_the_uid_of_one_in_a_folder_that_is_not_read_is_flagged(run:
     put_series(run, "two")
     (row,) = listed(replace(run, run_date=date(2026, 11, 24)))
     assert (row["source_path"], row["qc_flags"]) == ("two/", ["series_uid_repeated"])
+
+
+@pytest.mark.parametrize(("software_version", "folders"), [("0", []), ("1", ["two/"])])
+def test_folder_with_ignored_objects_is_read_again_by_other_software(
+    run: Run, tmp_path: Path, software_version: str, folders: list[str]
+) -> None:
+    """It may find a series in what the one before it ignored."""
+    for folder in ("one", "two"):
+        put_series(run, folder)
+    (Path(run.archive) / "two" / "report.txt").write_bytes(b"no header that this software knows")
+    commit(run, listed(run), status="screened", reason=None)
+    night = replace(run, run_date=date(2026, 11, 24), software_version=software_version)
+    listing = tmp_path / "listing.parquet"
+    list_folders(night, listing, tmp_path / "folders.parquet", read_previous_runs(night))
+    assert pq.read_table(listing)["folder"].to_pylist() == folders

@@ -20,7 +20,13 @@ from covtanet.ledger.read import committed_files, read_run
 from covtanet.ledger.run import Run, begin_run, choose_date
 from covtanet.ledger.schema import LEDGER_SCHEMA
 from covtanet.ledger.view import newest_rows
-from covtanet.ledger.work import FOLDERS_SCHEMA, read_folders, write_manifest, write_rows
+from covtanet.ledger.work import (
+    FOLDERS_SCHEMA,
+    ListedFolder,
+    read_folders,
+    write_manifest,
+    write_rows,
+)
 
 
 def test_the_newest_row_of_each_series_is_the_view(run: Run, tmp_path: Path) -> None:
@@ -188,7 +194,7 @@ def test_folders_of_a_run_are_those_of_the_driver_whose_manifest_counts(
             folders, FOLDERS_SCHEMA, [{"folder": "a", "version": version, "series_keys": ["a"]}]
         )
         write_manifest(run, [series("a")], ignored, folders)
-    assert read_folders(run.work_root, run.run_id) == {"a": ("earlier", ["a"])}
+    assert read_folders(run.work_root, run.run_id) == {"a": ListedFolder("earlier", ["a"])}
 
 
 def test_view_of_runs_that_are_read_in_several_batches_is_that_of_one(
