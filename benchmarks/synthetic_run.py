@@ -38,6 +38,7 @@ from benchmarks.synthetic_series import (
 from covtanet import ray_data, runtime
 from covtanet.archive.manifest import IGNORED_SCHEMA
 from covtanet.commands import ledger as ledger_command
+from covtanet.idle_resources import Turn
 from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import finished_keys
@@ -185,7 +186,7 @@ def screen(folder: Path, num_series: int, phases: Phases, num_stored: int, die_a
         )
         # The series are called 30 MB large, as they usually are, but nothing is read of them.
         grouped = replace(plan, num_bytes=plan.num_series)
-        screen_with(run, grouped, stages, finished_before)
+        screen_with(run, grouped, stages, finished_before, Turn())
     with phases.timed("commit"):
         counts = commit_run(run)
     if counts.series != num_series:

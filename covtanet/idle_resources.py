@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import ray
 
@@ -14,6 +15,44 @@ from covtanet.errors import ConfigError
 TIMEOUT_S = 60.0
 # A plan that starts with too few CPUs or GPUs keeps them to its end.
 SETTLED_AFTER_S = 5.0
+# Name and namespace of the actor that holds the turn.
+TURN = "covtanet-turn"
+
+
+class Turn:
+    """The turn of a driver to choose its workers and to start them, one driver at a time.
+
+    Two that look at the same moment would both plan with all idle CPUs, and each would wait for
+    those that the other one got. A named actor holds the turn: it ends with its driver, however
+    that ends.
+    """
+
+    def __init__(self) -> None:
+        self._holder: Any = None
+
+    def __enter__(self) -> "Turn":
+        deadline = time.monotonic() + TIMEOUT_S
+        while self._holder is None and time.monotonic() < deadline:
+            try:
+                self._holder = _Holder.options(name=TURN, namespace=TURN).remote()  # type: ignore[attr-defined]
+            except ValueError:  # the name is taken
+                time.sleep(0.5)
+        # Without its turn after a minute a driver finds no idle CPUs either.
+        return self
+
+    def end(self) -> None:
+        """Let the next driver look: the workers of this one hold their CPUs."""
+        if self._holder is not None:
+            ray.kill(self._holder)
+        self._holder = None
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+
+@ray.remote(num_cpus=0)
+class _Holder:
+    """Does nothing but bear the name."""
 
 
 def wait_for_idle(num_cpus_needed: Callable[[int], int]) -> tuple[int, int]:

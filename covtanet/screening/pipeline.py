@@ -17,6 +17,7 @@ from covtanet import ray_data, runtime, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import AlreadyCommittedError, ConfigError, NodesLostError, Status
+from covtanet.idle_resources import Turn
 from covtanet.ledger.attempts import MAX_ATTEMPTS, AttemptsOfSeries
 from covtanet.ledger.finished_rows import FinishedRows, finished_keys
 from covtanet.ledger.record import ScreeningRecord
@@ -61,25 +62,29 @@ def screen(
             return
         if is_committed(run):  # whose rows are removed
             raise AlreadyCommittedError("another driver of this run committed meanwhile")
-        plan = _make_next_plan(run, config, finished, plan)
-        # The commit tells of series that a whole plan could not finish.
-        if plan.num_finished in (plan.num_series, num_finished):
-            return
-        num_finished = plan.num_finished
-        counter = AttemptCounter(run, attempts)
-        try:
-            _screen_by_plan(run, config, window, model_folder, results, plan, finished, counter)
-        except NodesLostError as error:
-            logger.warning("%s: planning for the nodes left", error)
-            # Nodes that replace the lost ones later get work.
-            config = replace(config, max_nodes=max(config.max_nodes or 0, plan.num_nodes))
-            num_finished = None
-            # As for a driver that was killed: the end of the plan is no attempt at a series.
-            run = replace(run, driver=uuid.uuid4().hex)
-            attempts = counter.on_lost_nodes()
-            # Workers that wait for rows of the lost nodes end with the connection alone.
-            ray.shutdown()
-            runtime.connect()
+        with Turn() as turn:
+            plan = _make_next_plan(run, config, finished, plan)
+            # The commit tells of series that a whole plan could not finish.
+            if plan.num_finished in (plan.num_series, num_finished):
+                return
+            num_finished = plan.num_finished
+            counter = AttemptCounter(run, attempts)
+            try:
+                _screen_by_plan(
+                    run, config, window, model_folder, results, plan, finished, counter, turn
+                )
+            except NodesLostError as error:
+                logger.warning("%s: planning for the nodes left", error)
+                # Nodes that replace the lost ones later get work.
+                config = replace(config, max_nodes=max(config.max_nodes or 0, plan.num_nodes))
+                num_finished = None
+                # As for a driver that was killed: the end of the plan is no attempt at a series.
+                run = replace(run, driver=uuid.uuid4().hex)
+                attempts = counter.on_lost_nodes()
+                turn.end()
+                # Workers that wait for rows of the lost nodes end with the connection alone.
+                ray.shutdown()
+                runtime.connect()
 
 
 def _make_next_plan(
@@ -118,6 +123,7 @@ def _screen_by_plan(
     plan: Plan,
     finished: SeriesKeys,
     counter: AttemptCounter,
+    turn: Turn,
 ) -> None:
     """Screen every series that has no row yet on the nodes that there are.
 
@@ -134,17 +140,21 @@ def _screen_by_plan(
         storage.upload(model_folder / name, run.work_uri("model", name))
     limit_object_store(window.size_px, plan.most_workers)
     common = {"run": run, "config": config, "begin_attempt": counter.begin}
-    screen_with(run, plan, _stages(common, window, results, plan), finished)
+    screen_with(run, plan, _stages(common, window, results, plan), finished, turn)
 
 
-def screen_with(run: Run, plan: Plan, stages: Stages, finished: SeriesKeys) -> None:
-    """Lead the series of the manifest that are not finished through stages; store their rows."""
+def screen_with(run: Run, plan: Plan, stages: Stages, finished: SeriesKeys, turn: Turn) -> None:
+    """Lead the series of the manifest that are not finished through stages; store their rows.
+
+    turn: ends with the first row, when all stages have workers.
+    """
     uri = _write_remaining(run, finished)
     with (
         closing(FinishedRows(run)) as finished_rows,
         closing(metrics.Remaining(plan.num_remaining)) as remaining,
     ):
-        _follow(assemble(uri, stages, plan), plan.num_remaining, finished_rows, remaining)
+        rows = assemble(uri, stages, plan)
+        _follow(rows, plan.num_remaining, finished_rows, remaining, turn)
 
 
 def no_progress_timeout_s(config: ScreeningConfig) -> float:
@@ -195,6 +205,7 @@ def _follow(
     num_series: int,
     finished_rows: FinishedRows,
     remaining: metrics.Remaining,
+    turn: Turn,
 ) -> None:
     """Run the pipeline, store the rows of its series and log its progress.
 
@@ -207,6 +218,8 @@ def _follow(
         # Here, since the driver lives as long as the run: the first count of a process has no rate.
         metrics.count_series(row)
         is_first = num_done == 1
+        if is_first:
+            turn.end()
         # Rows come in any order, so that the earliest start is sought among all of them.
         started_at = row["started_at"] if is_first else min(started_at, row["started_at"])
         remaining.set(num_series - num_done)

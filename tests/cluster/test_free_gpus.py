@@ -6,7 +6,7 @@ Ray counts GPUs that are not there if it is told to: nothing here runs on one.
 from scripts import output_of
 
 SCRIPT = """
-import json, sys
+import json, time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -37,6 +37,14 @@ nodes.add_node(num_cpus=3, num_gpus=1)
 ray.init(address=nodes.address, logging_level="ERROR")
 nodes.wait_for_nodes()
 results = [found()]
+with idle_resources.Turn() as first:
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        with idle_resources.Turn():
+            took.append(time.monotonic() - began)
+        first.end()
+    results.append([took[0] >= 2.0, took[1] >= 2.0])
 models = [Model.remote()]
 ray.get(models[0].ready.remote())
 results.append(found())
@@ -60,4 +68,6 @@ print(json.dumps(results))
 def test_jobs_take_idle_gpus_only_and_refuse_to_run_beside_them_on_cpus() -> None:
     too_few = "1 GPUs of the cluster are idle, expected 2: one for each worker of a training"
     in_use = "all 2 GPUs of the cluster are in use, expected one to spare"
-    assert output_of(SCRIPT) == [[[6, 2], 2, 2], [[5, 1], 1, 1], too_few, in_use, in_use]
+    # While another driver has its turn, and then.
+    waited = [True, False]
+    assert output_of(SCRIPT) == [[[6, 2], 2, 2], waited, [[5, 1], 1, 1], too_few, in_use, in_use]
