@@ -37,8 +37,8 @@ from benchmarks.synthetic_series import (
 )
 from covtanet import ray_data, runtime
 from covtanet.archive.manifest import IGNORED_SCHEMA
+from covtanet.cluster import Turn
 from covtanet.commands import ledger as ledger_command
-from covtanet.idle_resources import Turn
 from covtanet.ledger import finished_rows
 from covtanet.ledger.commit import commit_run
 from covtanet.ledger.finished_rows import finished_keys

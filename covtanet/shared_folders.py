@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covtanet import storage
+from covtanet.cluster import nodes_with_cpus
 from covtanet.errors import ConfigError
 
 SQLITE = "sqlite:"
@@ -31,7 +32,7 @@ def check_shared(written: Mapping[str, str], read: Mapping[str, str]) -> None:
     Raises:
         ConfigError: names option and nodes, no path.
     """
-    nodes = nodes_of_workers()
+    nodes = addresses_of_workers()
     if is_this_node_alone(nodes):
         return
     probes = {option: _names_of(uri) for option, uri in read.items() if _is_local(uri)}
@@ -54,7 +55,7 @@ def check_tracking_shared(uri: str) -> None:
     Raises:
         ConfigError: each node would write a database of its own.
     """
-    nodes = nodes_of_workers()
+    nodes = addresses_of_workers()
     if uri.startswith(SQLITE) and not is_this_node_alone(nodes):
         raise ConfigError(
             f"MLFLOW_TRACKING_URI is an SQLite file, and workers of {len(nodes)} nodes would log "
@@ -62,10 +63,9 @@ def check_tracking_shared(uri: str) -> None:
         )
 
 
-def nodes_of_workers() -> dict[str, str]:
+def addresses_of_workers() -> dict[str, str]:
     """Return the address of every living node that has CPUs, by its id."""
-    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes_with_cpus()}
 
 
 def is_this_node_alone(nodes: Mapping[str, str]) -> bool:
@@ -102,15 +102,20 @@ def _find_missing(
         answers.append(task.options(scheduling_strategy=here).remote(paths))
     missing: dict[str, list[str]] = {}
     for address, misses in zip(nodes.values(), ray.get(answers), strict=True):
-        for option, is_missing in zip(options, misses, strict=True):
-            if is_missing:
+        for option, missed in zip(options, misses, strict=True):
+            if _are_here(missed):
                 missing.setdefault(option, []).append(address)
     return missing
 
 
-def _misses(probes: Sequence[Sequence[str]]) -> list[bool]:
-    """Return of each list of paths whether this node misses one of them."""
-    return [not all(os.path.lexists(path) for path in paths) for paths in probes]
+def _are_here(missed: Sequence[str]) -> bool:
+    """Return whether this node still has one of the paths: the others were removed meanwhile."""
+    return any(map(os.path.lexists, missed))
+
+
+def _misses(probes: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return of each list of paths those that this node does not see."""
+    return [[path for path in paths if not os.path.lexists(path)] for paths in probes]
 
 
 def _refuse_missing(nodes: Mapping[str, str], missing: Mapping[str, Sequence[str]]) -> None:

@@ -104,7 +104,9 @@ def count_slices(requests: list[tuple[LoadedModel, SliceChunk]]) -> int:
     max_ongoing_requests=64, max_queued_requests=256, health_check_period_s=HEALTH_CHECK_PERIOD_S
 )
 class Segmenter:
-    """Serves every version of the model that a request names; the newest two stay loaded.
+    """Serves every version of the model that a request names.
+
+    The newest, and the last two that were asked for, stay loaded.
 
     ``newest`` is the version behind ``ref``, which new studies get. A request in flight finishes on
     the version that it started with, so no study mixes two versions.

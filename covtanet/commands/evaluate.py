@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from covtanet import storage, tracking
+from covtanet.cluster import wait_for_gpus
 from covtanet.data.datasets import DATASETS, DataSource, open_data, open_images
 from covtanet.data.labels import check_intensity
 from covtanet.data.prepared import PreparedVolume
@@ -48,7 +49,6 @@ from covtanet.experiments.model_evaluation import (
     prepare_for,
     seen_sources,
 )
-from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.runtime import (

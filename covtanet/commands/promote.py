@@ -25,13 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from covtanet import storage, tracking
+from covtanet.cluster import wait_for_gpus
 from covtanet.commands.evaluate import add_data_options, data_locations, open_source
 from covtanet.data.datasets import DataSource
 from covtanet.errors import CheckpointError, ConfigError
 from covtanet.evaluation.promotion import Comparison, Margins
 from covtanet.experiments.challenge import Contender, compare_models
 from covtanet.experiments.model_evaluation import describe_outcomes, prepare_for
-from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.saved_model import SavedModel, load_model
 from covtanet.report import data_report
 from covtanet.report.summary import table

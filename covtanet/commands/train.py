@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from covtanet import tracking
+from covtanet.cluster import wait_for_gpus
 from covtanet.config import load_config
 from covtanet.data.datasets import DATASETS, open_data
 from covtanet.errors import ConfigError
@@ -36,7 +37,6 @@ from covtanet.experiments.variants import (
     change,
     network_variants,
 )
-from covtanet.idle_resources import wait_for_gpus
 from covtanet.model.covtanet import CovTANet
 from covtanet.report import data_report
 from covtanet.runtime import (

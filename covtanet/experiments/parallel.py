@@ -10,10 +10,10 @@ import ray
 from ray.util import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from covtanet.cluster import wait_for_idle
 from covtanet.errors import CheckpointError, ConfigError, TrainingError
 from covtanet.experiments.experiment import Experiment
 from covtanet.experiments.fold import train_fold
-from covtanet.idle_resources import wait_for_idle
 from covtanet.runtime import start_logging
 from covtanet.training.config import TrainingConfig
 

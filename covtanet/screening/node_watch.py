@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from covtanet.cluster import nodes_with_cpus
 from covtanet.errors import NodesLostError
 from covtanet.screening.worker_counts import num_cpus_needed
 
@@ -50,7 +51,7 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.looked_at = time.monotonic()
-        self.stand_still = StandStill(set(nodes_with_cpus()), self.looked_at)
+        self.stand_still = StandStill(set(cpus_by_node()), self.looked_at)
         self.began_with_gpus = _num_gpus() > 0
 
     def on_execution_step(self, executor: Any) -> None:
@@ -65,7 +66,7 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
         self.looked_at = now
         # Ray Data has no public count of what moves between its stages.
         num_moved = sum(operator.metrics.num_outputs_taken for operator in executor._topology)
-        nodes = nodes_with_cpus()
+        nodes = cpus_by_node()
         lasts = self.stand_still.lasts(set(nodes), num_moved, now)
         node_cpus = list(nodes.values())
         if lasts and has_room(node_cpus, _num_gpus(), needs_gpu=self.began_with_gpus):
@@ -73,11 +74,9 @@ class NodeWatch(ExecutionCallback):  # type: ignore[misc]
             raise NodesLostError(f"{num_lost} nodes were lost and no series moves")
 
 
-def nodes_with_cpus() -> dict[str, int]:
+def cpus_by_node() -> dict[str, int]:
     """Return the number of CPUs of every living node that has any, by its ID."""
-    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    cpus = {name: int(resources.get("CPU", 0)) for name, resources in nodes.items()}
-    return {name: number for name, number in cpus.items() if number}
+    return {node["NodeID"]: int(node["Resources"]["CPU"]) for node in nodes_with_cpus()}
 
 
 def has_room(node_cpus: list[int], num_gpus: int, *, needs_gpu: bool) -> bool:

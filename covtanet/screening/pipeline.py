@@ -15,9 +15,9 @@ import ray.data
 
 from covtanet import ray_data, runtime, storage
 from covtanet.archive.manifest import MANIFEST_SCHEMA
+from covtanet.cluster import Turn
 from covtanet.ct.window import WindowConfig
 from covtanet.errors import AlreadyCommittedError, ConfigError, NodesLostError, Status
-from covtanet.idle_resources import Turn
 from covtanet.ledger.attempts import MAX_ATTEMPTS, AttemptsOfSeries
 from covtanet.ledger.finished_rows import FinishedRows, finished_keys
 from covtanet.ledger.record import ScreeningRecord

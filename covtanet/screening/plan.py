@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from covtanet import ray_data, storage
 from covtanet.archive import manifest
+from covtanet.cluster import wait_for_idle
 from covtanet.decoding.child_process import refuse_weak_sandbox
 from covtanet.errors import ConfigError
-from covtanet.idle_resources import wait_for_idle
 from covtanet.ledger.incremental import PreviousRuns, read_previous_runs
 from covtanet.ledger.run import Run
 from covtanet.ledger.series_keys import SeriesKeys, keys_of, position_of
@@ -28,7 +28,7 @@ from covtanet.screening.listing import (
     read_series,
     split_scan,
 )
-from covtanet.screening.node_watch import nodes_with_cpus
+from covtanet.screening.node_watch import cpus_by_node
 from covtanet.screening.scan import scan
 from covtanet.screening.worker_counts import (
     WorkerCounts,
@@ -154,7 +154,7 @@ def make_plan(run: Run, config: ScreeningConfig, finished: SeriesKeys) -> Plan:
         num_series += batch.num_rows
         num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
         num_finished += int((position_of(keys_of(batch), finished) >= 0).sum())
-    node_cpus = list(nodes_with_cpus().values())
+    node_cpus = list(cpus_by_node().values())
     num_cpus, num_gpus = wait_for_idle(partial(num_cpus_needed, node_cpus))
     num_needed = num_cpus_needed(node_cpus, num_gpus)
     if num_cpus < num_needed:

@@ -17,6 +17,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
+from covtanet.cluster import nodes_with_cpus
 from covtanet.machine import num_cores
 from covtanet.model.covtanet import CovTANet, JointClassifier
 from covtanet.model.registry import build_segmenter
@@ -115,10 +116,9 @@ def _ranks() -> Ranks:
 
 def num_threads(num_workers: int) -> int:
     """Return the threads of one of so many workers, if all nodes have as many cores as this one."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     cores = num_cores()
     # Shared by all trainings at once, and no more than a node has.
-    return max(1, min(cores, len(nodes) * cores // num_workers))
+    return max(1, min(cores, len(nodes_with_cpus()) * cores // num_workers))
 
 
 def _numbers(num_lanes: int, ranks: Ranks) -> range:

@@ -11,13 +11,13 @@ import json, time
 import ray
 from ray.cluster_utils import Cluster
 
-from covtanet import idle_resources
+from covtanet import cluster
 from covtanet.errors import ConfigError
 from covtanet.experiments import parallel
 from covtanet.training.config import TrainingConfig
 
-idle_resources.TIMEOUT_S = 2.0
-idle_resources.SETTLED_AFTER_S = 0.5
+cluster.TIMEOUT_S = 2.0
+cluster.SETTLED_AFTER_S = 0.5
 
 
 @ray.remote(num_cpus=1, num_gpus=0.5, scheduling_strategy="SPREAD")
@@ -28,7 +28,7 @@ class Model:
 
 def found():
     room = parallel._room(TrainingConfig(num_workers=1))
-    return [idle_resources.wait_for_idle(lambda num_gpus: 3), idle_resources.wait_for_gpus(), room]
+    return [cluster.wait_for_idle(lambda num_gpus: 3), cluster.wait_for_gpus(), room]
 
 
 # Two nodes: a share of a GPU on each is no GPU.
@@ -37,11 +37,11 @@ nodes.add_node(num_cpus=3, num_gpus=1)
 ray.init(address=nodes.address, logging_level="ERROR")
 nodes.wait_for_nodes()
 results = [found()]
-with idle_resources.Turn() as first:
+with cluster.Turn() as first:
     took = []
     for _ in range(2):
         began = time.monotonic()
-        with idle_resources.Turn():
+        with cluster.Turn():
             took.append(time.monotonic() - began)
         first.end()
     results.append([took[0] >= 2.0, took[1] >= 2.0])
@@ -54,7 +54,7 @@ except ConfigError as error:
     results.append(str(error))
 models.append(Model.remote())
 ray.get(models[1].ready.remote())
-for refused in (lambda: idle_resources.wait_for_idle(lambda num_gpus: 3), found):
+for refused in (lambda: cluster.wait_for_idle(lambda num_gpus: 3), found):
     try:
         refused()
     except ConfigError as error:

@@ -16,7 +16,7 @@ def test_folder_with_the_same_names_is_seen(tmp_path: Path) -> None:
     (tmp_path / CANARY).mkdir()
     names = shared_folders._names_of(str(tmp_path))
     assert names == [str(tmp_path), str(tmp_path / CANARY)]
-    assert shared_folders._misses([names, [str(tmp_path)]]) == [False, False]
+    assert shared_folders._misses([names, [str(tmp_path)]]) == [[], []]
 
 
 @pytest.mark.parametrize("is_removed", [False, True], ids=["another folder", "no folder"])
@@ -26,13 +26,24 @@ def test_folder_without_a_name_is_missed(tmp_path: Path, is_removed: bool) -> No
     (tmp_path / "one").rmdir()
     if is_removed:
         tmp_path.rmdir()
-    assert shared_folders._misses([names, []]) == [True, False]
+    missed = [str(tmp_path), str(tmp_path / "one")] if is_removed else [str(tmp_path / "one")]
+    assert shared_folders._misses([names, []]) == [missed, []]
+
+
+def test_name_that_is_gone_here_too_is_not_missed(tmp_path: Path) -> None:
+    """Something was renamed while the nodes were asked."""
+    (tmp_path / "one.part").touch()
+    (tmp_path / "two").touch()
+    _, *names = shared_folders._names_of(str(tmp_path))
+    (tmp_path / "one.part").rename(tmp_path / "one")
+    assert shared_folders._are_here(names)
+    assert not shared_folders._are_here([str(tmp_path / "one.part")])
 
 
 def test_dangling_link_is_seen(tmp_path: Path) -> None:
     """It would be a row of its own, and not a folder that is not shared."""
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    assert shared_folders._misses([shared_folders._names_of(str(tmp_path))]) == [False]
+    assert shared_folders._misses([shared_folders._names_of(str(tmp_path))]) == [[]]
 
 
 def test_names_of_a_large_folder_are_bounded(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The CPUs and GPUs of the cluster that nobody uses: an endpoint on it keeps those it holds."""
+"""The cluster: its nodes, and the CPUs and GPUs that nobody uses.
+
+An endpoint on the same cluster keeps those that it holds.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +20,11 @@ TIMEOUT_S = 60.0
 SETTLED_AFTER_S = 5.0
 # Name and namespace of the actor that holds the turn.
 TURN = "covtanet-turn"
+
+
+def nodes_with_cpus() -> list[dict[str, Any]]:
+    """Return Ray's description of every living node that has CPUs."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
 class Turn:
