@@ -20,7 +20,7 @@ from covtanet.ledger.row_groups import RowGroupWriter
 from covtanet.ledger.run import Run
 from covtanet.ledger.work import FOLDERS_SCHEMA, SERIES_PER_BATCH, ListedFolder, batched
 
-FOLDERS_PER_SCAN = 16
+FOLDERS_PER_SCAN, FOLDERS_PER_BATCH = 16, 1024
 LISTING_SCHEMA = pa.schema([
     pa.field("folder", pa.string(), nullable=False),
     pa.field("objects", pa.list_(manifest.OBJECT_TYPE), nullable=False),
@@ -90,7 +90,7 @@ def list_server(run: Run, series: Path, ignored: Path) -> Counter[str]:
     return uid_counts
 
 
-@dataclass
+@dataclass(slots=True)
 class FolderContent:
     """What a scan found in a folder."""
 
@@ -149,20 +149,24 @@ def note_contents(
     Returns how often each series UID occurs in skipped folders, as ledgers have it: a pseudonym if
     identities are hidden.
     """
-    rows = pq.read_table(folders, columns=["folder", "version"]).to_pylist()
     uid_counts: Counter[str] = Counter()
-    for row in rows:
-        content = scanned.get(row["folder"])
-        if content is not None:
-            row["series_keys"] = list(map(run.pseudonym, content.series_keys))
-            row["num_ignored"] = content.num_ignored
-            row["software_version"] = run.software_version
-        else:
-            listed = previous_runs.folders.get(row["folder"], ListedFolder())
-            row.update({**listed._asdict(), "version": row["version"]})
-            known = (previous_runs.series.get(key) for key in listed.series_keys)
-            uid_counts.update(each.series_uid for each in known if each and each.series_uid)
-    pq.write_table(pa.Table.from_pylist(rows, schema=FOLDERS_SCHEMA), folders)
+    noted = folders.with_suffix(".noted")
+    with closing(RowGroupWriter(noted, FOLDERS_SCHEMA)) as writer:
+        for batch in pq.ParquetFile(folders).iter_batches(FOLDERS_PER_BATCH):
+            rows = batch.to_pylist()
+            for row in rows:
+                content = scanned.get(row["folder"])
+                if content is not None:
+                    row["series_keys"] = list(map(run.pseudonym, content.series_keys))
+                    row["num_ignored"] = content.num_ignored
+                    row["software_version"] = run.software_version
+                    continue
+                listed = previous_runs.folders.get(row["folder"], ListedFolder())
+                row.update({**listed._asdict(), "version": row["version"]})
+                known = (previous_runs.series.get(key) for key in listed.series_keys)
+                uid_counts.update(each.series_uid for each in known if each and each.series_uid)
+            writer.write(pa.Table.from_pylist(rows, schema=FOLDERS_SCHEMA))
+    noted.replace(folders)
     return uid_counts
 
 
