@@ -43,3 +43,12 @@ def test_rows_of_many_objects_make_smaller_groups(tmp_path: Path) -> None:
 def test_nothing_written_is_a_file_without_rows(tmp_path: Path) -> None:
     write(tmp_path / "a")
     assert pq.read_table(tmp_path / "a").schema.equals(SCHEMA)
+
+
+def test_tables_without_rows_are_not_kept(tmp_path: Path) -> None:
+    """Those of a million finished series took 200 MB."""
+    with closing(RowGroupWriter(tmp_path / "a", SCHEMA)) as writer:
+        for _ in range(3):
+            writer.write(SCHEMA.empty_table())
+        assert not writer._tables
+    assert pq.read_table(tmp_path / "a").schema.equals(SCHEMA)
