@@ -32,10 +32,9 @@ NOT_IN_TABLE_II = {"V7", "MultiResUnet", "Attention-Unet", "Gated-Unet"}
 LIMIT_S = 1500
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT_S)
-@pytest.mark.parametrize(
-    "asked", [SOME, pytest.param(("all",), marks=pytest.mark.slow)], ids=["some", "all"]
-)
+@pytest.mark.parametrize("asked", [SOME, ("all",)], ids=["some", "all"])
 def test_train_fills_the_rows_of_several_networks(
     training_setup: TrainingSetup, cluster: Cluster, s3: S3, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:

@@ -343,6 +343,7 @@ def test_evaluate_reads_images_and_masks_of_stacks(
     assert sum(first[name][0] for name in rows.COUNTS) == 128 * 128
 
 
+@pytest.mark.slow  # one more evaluation
 def test_evaluate_of_grey_values_with_a_line_counts_in_the_source(
     registered: list[str], grey_stacks: tuple[str, str], cluster: Cluster, tmp_path: Path
 ) -> None:

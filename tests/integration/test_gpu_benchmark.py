@@ -41,6 +41,7 @@ def run_toy(folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, results, (folder / "out" / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_toy_measures_every_part_with_torch_and_timm_alone(tmp_path: Path) -> None:
     code, results, table = run_toy(tmp_path)
     parts = results["parts"]
