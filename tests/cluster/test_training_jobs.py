@@ -271,6 +271,7 @@ def register_with_bias(bias: float, cluster: Cluster, folder: Path) -> str:
     return tracking.register_model(address, folder / f"model{bias}", {})
 
 
+@pytest.mark.slow  # two comparisons of models
 def test_promotion_takes_only_a_better_challenger(
     registered: list[str], cluster: Cluster, tmp_path: Path
 ) -> None:
