@@ -35,10 +35,9 @@ BACK_WITHIN_S = 30.0
 # Columns in which two answers about one study may differ; source_version is an upload's time on
 # disk.
 NOT_COMPARED = ("screened_at", "decode_s", "predict_s", "source_version")
-# What a study has in common with the row of a job.
-VALUES = (
+# What a single study has in common with the row of a job.
+MEASURED = (
     "status",
-    "reason",
     "p_infected",
     "diagnosis",
     "p_severe",
@@ -53,9 +52,9 @@ VALUES = (
     "series_uid",
     "model_digest",
     "source_digest",
-    "config_digest",
-    "software_version",
 )
+# Over HTTP also these.
+VALUES = (*MEASURED, "reason", "config_digest", "software_version")
 # Texts in the command lines of Ray Serve's processes.
 API = "ServeReplica:default:Api"
 SEGMENTER = "ServeReplica:default:Segmenter"
